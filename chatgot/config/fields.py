@@ -1,0 +1,144 @@
+"""Strict reading of plain mappings into frozen dataclasses: unknown keys, wrong types and out-of-range values are refused.
+
+A field's default is its documentation's anchor: the string literal that follows a field in the class body is its help text.
+Ranges are given in the field's metadata: `ranged(0.1, low=0, high=1)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from chatgot.config.errors import ConfigError
+
+_MISSING = dataclasses.MISSING
+
+
+def ranged(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+    """A dataclass field with `low <= value <= high` and `value > above`."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean 'x'?' for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def read_section(cls: type, values: Any, where: str) -> Any:
+    """Build the frozen dataclass `cls` from a mapping.
+
+    Args:
+        cls: a dataclass whose fields have plain types (int, float, str, bool, X | None, tuple[X, ...], Literal, a nested dataclass).
+        values: the mapping as parsed from YAML or JSON.
+        where: 'file: section', the start of every message.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), missing key, wrong type, or value out of range.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key '{key}'{did_you_mean(key, fields)} (known: {', '.join(fields)})")
+    kwargs = {}
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is _MISSING and field.default_factory is _MISSING:
+                raise ConfigError(f"{where}: key '{name}' is missing ({_describe(hints[name])})")
+            continue
+        kwargs[name] = coerce(values[name], hints[name], f"{where}.{name}")
+        _check_range(kwargs[name], field, f"{where}.{name}")
+    try:
+        return cls(**kwargs)
+    except ValueError as error:  # a dataclass' own __post_init__ check; it knows the keys, we know the place
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError that names the place. Only lossless conversions: 3.0 -> 3, 1 -> 1.0, '3e-4' -> 3e-4."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        rest = [o for o in options if o is not type(None)]
+        for option in rest[:-1]:
+            try:
+                return coerce(value, option, where)
+            except ConfigError:
+                continue  # the last option raises, and names all of them through _describe
+        if len(rest) > 1:
+            try:
+                return coerce(value, rest[-1], where)
+            except ConfigError as error:
+                raise ConfigError(f"{where} = {value!r}: expected {_describe(hint)}") from error
+        return coerce(value, rest[0], where)
+    if origin is typing.Literal:
+        options = typing.get_args(hint)
+        if value in options and not isinstance(value, bool):
+            return value
+        raise ConfigError(f"{where} = {value!r}: expected one of {', '.join(map(str, options))}{did_you_mean(value, map(str, options))}")
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} = {value!r}: expected a list")
+        return tuple(coerce(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
+            return value
+        return read_section(typing.cast(type, hint), value, where)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and not isinstance(value, bool):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    if hint is float and not isinstance(value, bool):
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, str):  # YAML 1.1 reads 3e-4 (no dot) as a string
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    if hint is str and isinstance(value, str):
+        return value
+    raise ConfigError(f"{where} = {value!r}: expected {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(o) for o in typing.get_args(hint))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if origin is tuple:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if hint is type(None):
+        return "null"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:
+    if value is None or not field.metadata:
+        return
+    low, high, above = field.metadata.get("low"), field.metadata.get("high"), field.metadata.get("above")
+    limits = " and ".join(part for part, bound in ((f">= {low}", low), (f"<= {high}", high), (f"> {above}", above)) if bound is not None)
+    inside = (
+        value == value  # NaN is outside every range
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+    )
+    if limits and not inside:
+        raise ConfigError(f"{where} = {value!r}: must be {limits}")

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine, built from the JSON, and the guards around it."""

@@ -1,0 +1,1 @@
+"""The GPT in plain PyTorch, and sampling from it."""

@@ -1,0 +1,1 @@
+"""Journal, progress and dashboards."""

@@ -1,0 +1,1 @@
+"""The training program: loop, evaluation, samples, schedule, stop signals."""
