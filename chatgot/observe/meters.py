@@ -1,0 +1,207 @@
+"""What training costs: tokens per second, milliseconds per step, time to go, model FLOPs utilization, peak memory."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+
+_EMA_DECAY_PER_STEP = 0.99
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Training between two readings of the meter, paused sections excluded."""
+
+    steps: int
+    tokens: int
+    """Tokens of all ranks."""
+    seconds: float
+    tokens_per_sec: float
+    step_ms: float
+
+
+class Throughput:
+    """Counts steps and global tokens over the time spent training.
+
+    Sections run under `paused("eval")` are excluded and summed by kind. A section inside another is charged to the inner kind
+    only, so that all the times add up to the time since construction.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._mark = clock()
+        self._kinds: list[str] = []
+        self._active = 0.0
+        self.paused_seconds: dict[str, float] = {}
+        """Seconds per kind of paused section, since construction."""
+        self._steps = self._tokens = 0
+        self._since = 0.0
+        """Active seconds at the interval's start."""
+        self._first_step_at: float | None = None
+        self._paused_before_first_step = 0.0
+        self._total_steps = 0
+        self._ema_seconds = self._ema_weight = 0.0
+
+    @property
+    def active_seconds(self) -> float:
+        """Seconds since construction that were not paused."""
+        self._charge()
+        return self._active
+
+    @contextmanager
+    def paused(self, kind: str) -> Iterator[None]:
+        """Keep the enclosed work (kind: eval, save, sample, ...) out of the throughput."""
+        self._charge()
+        self._kinds.append(kind)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._kinds.pop()
+
+    def step(self, tokens: int) -> None:
+        """An optimizer step over `tokens` tokens (all ranks) is done."""
+        self._charge()
+        self._steps += 1
+        self._tokens += tokens
+        self._total_steps += 1
+        if self._first_step_at is None:
+            self._first_step_at = self._active
+            self._paused_before_first_step = sum(self.paused_seconds.values())
+
+    def interval(self) -> Interval | None:
+        """The steps since the last call, or None if there were none. Starts the next interval."""
+        self._charge()
+        if not self._steps:
+            return None
+        seconds = self._active - self._since
+        self._update_ema()
+        reading = Interval(
+            steps=self._steps,
+            tokens=self._tokens,
+            seconds=seconds,
+            tokens_per_sec=self._tokens / seconds if seconds > 0 else 0.0,
+            step_ms=1000.0 * seconds / self._steps,
+        )
+        self._steps = self._tokens = 0
+        self._since = self._active
+        return reading
+
+    def eta_seconds(self, steps_left: int) -> float | None:
+        """Seconds until `steps_left` more steps are done, or None before the second step has been read by `interval`.
+
+        Training time follows an exponential average of the step time, updated once per interval (on a GPU single steps only
+        measure the launch of kernels). The process's first step, which compiles and allocates, is left out of it. Paused
+        sections are expected to go on at the rate seen since the first step.
+        """
+        if steps_left <= 0:
+            return 0.0
+        if not self._ema_weight:
+            return None
+        paused = sum(self.paused_seconds.values()) - self._paused_before_first_step
+        return steps_left * (self._ema_seconds / self._ema_weight + paused / self._total_steps)
+
+    def _charge(self) -> None:
+        now = self._clock()
+        elapsed, self._mark = now - self._mark, now
+        if self._kinds:
+            self.paused_seconds[self._kinds[-1]] = self.paused_seconds.get(self._kinds[-1], 0.0) + elapsed
+        else:
+            self._active += elapsed
+
+    def _update_ema(self) -> None:
+        steps, since = self._steps, self._since
+        if self._total_steps == self._steps and self._first_step_at is not None:
+            steps, since = steps - 1, self._first_step_at
+        if steps:
+            decay = _EMA_DECAY_PER_STEP**steps
+            step_seconds = (self._active - since) / steps
+            self._ema_seconds = decay * self._ema_seconds + (1 - decay) * step_seconds
+            self._ema_weight = decay * self._ema_weight + (1 - decay)
+
+
+def flops_per_token(n_params_non_embedding: int, n_layers: int, d_model: int, seq: int) -> float:
+    """Model FLOPs of forward and backward for one token: 6 N + 12 L d T.
+
+    N counts the parameters that are multiplied with: all but the lookups, the output head included also where it is tied to the
+    token embedding. The second term is attention's scores and weighted sum, causality not discounted. Recomputation
+    (activation checkpointing) is not model work and does not count.
+    Source: PaLM (arXiv:2204.02311), appendix B, with heads x head size = d_model; the same formula as nanoGPT's estimate_mfu.
+    """
+    return 6.0 * n_params_non_embedding + 12.0 * n_layers * d_model * seq
+
+
+_T = 1e12
+# Dense (no 2:4 sparsity) peaks from NVIDIA's data sheets, with fp32 accumulation; tf32 is absent where the chip has no such unit.
+# Names as torch.cuda.get_device_name gives them, matched as a whole: a laptop chip, a MIG slice or a "D" variant is another device.
+_PEAKS: tuple[tuple[str, dict[Precision, float]], ...] = (
+    (r"GB200.*", {"bf16": 2500 * _T, "fp16": 2500 * _T, "tf32": 1250 * _T, "fp32": 80 * _T}),
+    (r"B200.*", {"bf16": 2250 * _T, "fp16": 2250 * _T, "tf32": 1125 * _T, "fp32": 75 * _T}),
+    (r"H200 NVL", {"bf16": 835.5 * _T, "fp16": 835.5 * _T, "tf32": 417.5 * _T, "fp32": 60 * _T}),
+    (r"H200|GH200.*", {"bf16": 989 * _T, "fp16": 989 * _T, "tf32": 494.5 * _T, "fp32": 67 * _T}),
+    (r"H[18]00 PCIe", {"bf16": 756 * _T, "fp16": 756 * _T, "tf32": 378 * _T, "fp32": 51 * _T}),
+    (r"H100 NVL", {"bf16": 835.5 * _T, "fp16": 835.5 * _T, "tf32": 417.5 * _T, "fp32": 60 * _T}),
+    (r"H[18]00(-SXM5.*| \d+GB HBM\S*| SXM5.*)?", {"bf16": 989 * _T, "fp16": 989 * _T, "tf32": 494.5 * _T, "fp32": 67 * _T}),
+    (r"A[18]00(-| ).*\d+GB.*", {"bf16": 312 * _T, "fp16": 312 * _T, "tf32": 156 * _T, "fp32": 19.5 * _T}),
+    (r"A30", {"bf16": 165 * _T, "fp16": 165 * _T, "tf32": 82 * _T, "fp32": 10.3 * _T}),
+    (r"A40", {"bf16": 149.7 * _T, "fp16": 149.7 * _T, "tf32": 74.8 * _T, "fp32": 37.4 * _T}),
+    (r"A10", {"bf16": 125 * _T, "fp16": 125 * _T, "tf32": 62.5 * _T, "fp32": 31.2 * _T}),
+    (r"RTX A6000", {"bf16": 154.8 * _T, "fp16": 154.8 * _T, "tf32": 77.4 * _T, "fp32": 38.7 * _T}),
+    (r"RTX 6000 Ada Generation", {"bf16": 364.2 * _T, "fp16": 364.2 * _T, "tf32": 182.1 * _T, "fp32": 91.1 * _T}),
+    (r"L40S", {"bf16": 362 * _T, "fp16": 362 * _T, "tf32": 183 * _T, "fp32": 91.6 * _T}),
+    (r"L40", {"bf16": 181 * _T, "fp16": 181 * _T, "tf32": 90.5 * _T, "fp32": 90.5 * _T}),
+    (r"L4", {"bf16": 121 * _T, "fp16": 121 * _T, "tf32": 60 * _T, "fp32": 30.3 * _T}),
+    (r"GeForce RTX 5090", {"bf16": 209.5 * _T, "fp16": 209.5 * _T, "tf32": 104.8 * _T, "fp32": 104.8 * _T}),
+    (r"GeForce RTX 4090", {"bf16": 165.2 * _T, "fp16": 165.2 * _T, "tf32": 82.6 * _T, "fp32": 82.6 * _T}),
+    (r"GeForce RTX 4080", {"bf16": 97.5 * _T, "fp16": 97.5 * _T, "tf32": 48.7 * _T, "fp32": 48.7 * _T}),
+    (r"GeForce RTX 3090 Ti", {"bf16": 80 * _T, "fp16": 80 * _T, "tf32": 40 * _T, "fp32": 40 * _T}),
+    (r"GeForce RTX 3090", {"bf16": 71 * _T, "fp16": 71 * _T, "tf32": 35.6 * _T, "fp32": 35.6 * _T}),
+    (r"GeForce RTX 3080", {"bf16": 59.5 * _T, "fp16": 59.5 * _T, "tf32": 29.8 * _T, "fp32": 29.8 * _T}),
+    (r"V100-SXM2.*", {"fp16": 125 * _T, "fp32": 15.7 * _T}),
+    (r"V100-PCIE.*", {"fp16": 112 * _T, "fp32": 14 * _T}),
+    (r"T4", {"fp16": 65 * _T, "fp32": 8.1 * _T}),
+)
+
+
+def peak_flops(device_name: str, dtype: Precision) -> float | None:
+    """The device's peak in FLOP/s (dense), or None if the table does not know the device or it lacks the unit."""
+    name = re.sub(r"^(NVIDIA|Tesla)\s+", "", re.sub(r"^NVIDIA\s+Tesla", "Tesla", device_name.strip()))
+    if " MIG " in name:
+        return None
+    for pattern, peaks in _PEAKS:
+        if re.fullmatch(pattern, name):
+            return peaks.get(dtype)
+    return None
+
+
+class Mfu:
+    """Model FLOPs utilization: achieved model FLOP/s over the devices' peak (PaLM, appendix B)."""
+
+    def __init__(self, flops_per_token: float, device_name: str, dtype: Precision, n_devices: int, say: Callable[[str], None]) -> None:
+        self._flops_per_token = flops_per_token
+        peak = peak_flops(device_name, dtype)
+        self._peak = peak * n_devices if peak else None
+        if self._peak is None:
+            say(f"perf/mfu is left out: the {dtype} peak of {device_name!r} is not known")
+
+    def __call__(self, tokens_per_sec: float) -> float | None:
+        """A share of the peak (0.4 = 40 %), or None where the peak is unknown. tokens_per_sec counts all ranks."""
+        return self._flops_per_token * tokens_per_sec / self._peak if self._peak else None
+
+
+def peak_memory_gib(device_kind: str) -> float:
+    """Most memory this rank has held so far, in GiB: tensors on the current CUDA device for "cuda", else the process's resident set."""
+    if device_kind == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

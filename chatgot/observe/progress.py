@@ -1,0 +1,168 @@
+"""What a person sees while it trains: a bar on a terminal, plain lines in a log. Output never stops training."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # tqdm's watcher thread serves bars whose updates are skipped; ours skips none, and a thread is in the way of fork
+
+
+class Progress:
+    """Rank 0's voice; every other rank constructs it with enabled=False and stays silent.
+
+    A stream that is gone (closed pipe, vanished terminal, full disk behind a redirect) makes it quiet for good: `on_quiet` is
+    told the reason once, and the file descriptor is pointed at the null device so that the interpreter's last flush succeeds.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        *,
+        start_step: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        on_quiet: Callable[[str], None] | None = None,
+    ) -> None:
+        self.max_steps = max_steps
+        self._start_step = start_step
+        self._on_quiet = on_quiet
+        self._bar: _Bar | None = None
+        self._closed = False
+        stream = sys.stdout if stream is None else stream
+        self._stream: TextIO | None = stream if enabled else None
+        if enabled and self._stream is None:
+            self._go_quiet("there is no standard output")
+        self._on_terminal = bool(self._stream) and self._isatty()
+
+    def step(self, step: int) -> None:
+        """Optimizer step `step` is done: moves the bar. Prints nothing in a log."""
+        if self._stream is None or not self._on_terminal or self._closed:
+            return
+        try:
+            if self._bar is None:
+                self._bar = _Bar(
+                    total=self.max_steps, initial=self._start_step, file=self._stream, unit="step", dynamic_ncols=True, miniters=1
+                )
+            self._bar.update(step - self._bar.n)
+        except (OSError, ValueError) as error:
+            self._go_quiet(str(error))
+
+    def line(self, step: int, metrics: Mapping[str, float | int | None], eta_seconds: float | None = None) -> None:
+        """Show a step's metrics (names of observe.journal.METRICS): beside the bar, or as one line in a log."""
+        parts = describe(metrics)
+        if eta_seconds is not None:
+            parts.append(f"ETA {human_seconds(eta_seconds)}")
+        if self._on_terminal and not self._closed:
+            self.step(step)
+            if self._bar is not None:
+                try:
+                    self._bar.set_postfix_str(" | ".join(parts))
+                except (OSError, ValueError) as error:
+                    self._go_quiet(str(error))
+        else:
+            self.say(" | ".join([f"step {step}/{self.max_steps}", *parts]))
+
+    def say(self, message: str) -> None:
+        """Print one message above the bar, or as a line."""
+        if self._stream is None:
+            return
+        try:
+            if self._bar is not None:
+                self._bar.write(message, file=self._stream)
+            else:
+                self._stream.write(message + "\n")
+            self._stream.flush()
+        except UnicodeEncodeError:  # a terminal that cannot show é or ’: the characters it lacks are escaped, not lost
+            encoding = self._stream.encoding or "ascii"
+            self.say(message.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError) as error:  # ValueError: the stream object itself is closed
+            self._go_quiet(str(error))
+
+    def close(self) -> None:
+        """Leave the bar as it stands. Messages may follow as plain lines."""
+        self._closed = True
+        bar, self._bar = self._bar, None
+        if bar is not None and self._stream is not None:
+            try:
+                bar.close()
+            except (OSError, ValueError) as error:
+                self._go_quiet(str(error))
+
+    def _isatty(self) -> bool:
+        try:
+            return bool(self._stream and self._stream.isatty())
+        except ValueError as error:
+            self._go_quiet(str(error))
+            return False
+
+    def _go_quiet(self, reason: str) -> None:
+        stream, self._stream = self._stream, None
+        if self._bar is not None:
+            self._bar.disable = True
+            self._bar = None
+        if stream is not None:
+            try:
+                descriptor = stream.fileno()
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, descriptor)
+                os.close(null)
+            except (OSError, ValueError):
+                pass  # no descriptor behind it (io.UnsupportedOperation is both): then nothing is left to flush
+        if self._on_quiet is not None:
+            self._on_quiet(reason)
+
+
+def describe(metrics: Mapping[str, float | int | None]) -> list[str]:
+    """Metrics as the parts of a progress line: ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...]. Absent ones are left out."""
+    formats: dict[str, Callable[[float], str]] = {
+        "train/loss": lambda v: f"loss {v:.4f}",
+        "val/loss": lambda v: f"val {v:.4f} nats",
+        "val/bits_per_char": lambda v: f"{v:.3f} bits/char",
+        "optim/lr": lambda v: f"lr {v:.2e}",
+        "optim/grad_norm": lambda v: f"grad {v:.2f}",
+        "optim/loss_scale": lambda v: f"scale {v:g}",
+        "optim/skipped_steps": lambda v: f"skipped {v:g}" if v else "",
+        "perf/tokens_per_sec": lambda v: f"{human_count(v)} tok/s",
+        "perf/step_ms": lambda v: f"{v:.0f} ms/step" if v >= 10 else f"{v:.2g} ms/step",
+        "perf/mfu": lambda v: f"mfu {100 * v:.1f} %",
+        "mem/peak_gib": lambda v: f"{v:.2f} GiB",
+    }
+    values = ((metrics.get(name), text) for name, text in formats.items())
+    return [part for value, text in values if value is not None and (part := text(value))]
+
+
+def human_seconds(seconds: float) -> str:
+    """0.4 -> '0s', 192 -> '3m12s', 3700 -> '1h01m', 180000 -> '2d02h'. Not a number or infinite: '?'."""
+    if seconds != seconds or seconds in (float("inf"), float("-inf")):
+        return "?"
+    if seconds < 0:
+        return "-" + human_seconds(-seconds)
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{hours}h{m:02d}m"
+    return f"{m}m{s:02d}s" if minutes else f"{s}s"
+
+
+def human_count(count: float) -> str:
+    """950 -> '950', 41234 -> '41.2k', 1.5e6 -> '1.50M', 2.3e9 -> '2.30B', 4e12 -> '4.00T'."""
+    if count != count or count in (float("inf"), float("-inf")):
+        return "?"
+    if abs(count) < 999.5:
+        return f"{count:.0f}" if abs(count) >= 10 or count == int(count) else f"{count:.1f}"
+    for unit in ("k", "M", "B", "T"):
+        count /= 1000
+        if abs(count) < 999.5 or unit == "T":
+            break
+    digits = 1 if unit == "k" and abs(count) >= 10 else 2 if abs(count) < 10 else 1
+    return f"{count:.{digits}f}{unit}"
