@@ -129,9 +129,9 @@ class GPT(nn.Module):
         for index, block in enumerate(self.layers):
             if checkpoint is not None and index % self._checkpoint_every == 0:
                 # The tables are closed over: DeepSpeed's partition_activations and cpu_checkpointing empty every float argument.
-                x = checkpoint(lambda h, block=block: block(h, rope), x)
+                x = checkpoint(lambda h, block=block: block(h, rope=rope), x)
             else:
-                x = block(x, rope, cache)
+                x = block(x, rope=rope, cache=cache)
         if cache is not None:
             cache.advance(T)
 
@@ -145,7 +145,10 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    rope and cache are passed by keyword, because ZeRO-3's hooks look through positional arguments for activations.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -155,7 +158,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config) if config.architecture == "modern" else GeluMLP(config)
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache)
+        x = x + self.attention(self.attention_norm(x), rope=rope, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -178,7 +181,7 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)

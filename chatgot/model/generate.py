@@ -1,0 +1,168 @@
+"""Sampling from a GPT. Works on token ids only; text and DeepSpeed live elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from chatgot.config.errors import NumericsError
+from chatgot.model.gpt import GPT
+from chatgot.model.kv_cache import KVCache
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+    use_cache: bool = True,
+    on_token: Callable[[int, int], None] | None = None,
+    agree: Callable[[bool], bool] | None = None,
+    max_seq_length: int | None = None,
+) -> list[list[int]]:
+    """Continue each row of input_ids.
+
+    A row's tokens depend on its prompt, the settings and seed + row only: not on the other rows, not on `use_cache`, not on the
+    global random state, which stays untouched like the training mode of every module. Texts longer than the context slide: see
+    `context_start`.
+
+    Ranks in step. Under ZeRO-3 every forward is a collective, so all ranks must call the model equally often, however long their
+    prompts are and however early their rows stop. Each turn of the loop is exactly one forward (the whole context, or one token
+    after a cache) followed by one call of `agree(done here)`, and the loop ends when agree returns True. With an `agree` that
+    reduces by AND over the ranks, all of them leave after the same number of forwards; a rank that is done goes on with forwards
+    of a single dummy token until then. The number of rows may differ between ranks too.
+
+    Args:
+        model: a GPT, or a module that wraps one and is called like it (DeepSpeedEngine, a compiled module).
+        input_ids: (B, P) int64 with P >= 1, on the model's device.
+        max_new_tokens: tokens per row, where `stop` doesn't end it before.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample from the k likeliest tokens only (more than the vocabulary: all of it).
+        top_p: sample from the smallest set of likeliest tokens with at least this probability, after temperature and top_k.
+        seed: row i draws from its own generator, seeded seed + i.
+        stop: given a row's new tokens after each of them, whether the row ends there (the last token stays).
+        use_cache: keep keys and values; without it the whole context is computed for each token.
+        on_token: called with (row, token) as soon as a token is drawn.
+        agree: called once per turn with whether all rows here are done; returns whether all ranks are. None: this rank decides alone.
+        max_seq_length: a context shorter than the model's.
+
+    Returns:
+        the new tokens of each row.
+
+    Raises:
+        ValueError: a value outside its range, or an empty prompt.
+        NumericsError: logits that are not finite.
+    """
+    gpt = next((m for m in model.modules() if isinstance(m, GPT)), None)
+    if gpt is None:
+        raise ValueError(f"{type(model).__name__} contains no GPT")
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least one of each (an empty prompt?)")
+    window = gpt.config.max_seq_length if max_seq_length is None else max_seq_length
+    if not 1 <= window <= gpt.config.max_seq_length:
+        raise ValueError(f"max_seq_length = {window}: must be between 1 and the model's {gpt.config.max_seq_length}")
+
+    rows, prompt_length = input_ids.shape
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+    new_ids: list[list[int]] = [[] for _ in range(rows)]
+    running = [True] * rows
+    text = torch.cat([input_ids, input_ids.new_zeros(rows, max_new_tokens)], dim=1)  # (B, P + max_new_tokens)
+    cache = KVCache(gpt.config, rows) if use_cache else None
+    cached_start = -1  # where the cached context begins in the text; -1: nothing is cached
+
+    with _evaluating(model):
+        for length in range(prompt_length, prompt_length + max_new_tokens):
+            start = context_start(length, window)
+            if cache is not None and start == cached_start:
+                logits = model(text[:, length - 1 : length], cache=cache, last_only=True)  # (B, 1, V)
+            else:
+                if cache is not None:
+                    cache.reset()
+                    cached_start = start
+                logits = model(text[:, start:length], cache=cache, last_only=True)  # (B, 1, V)
+            last = logits[:, -1].float().cpu()  # (B, V)
+            if not torch.isfinite(last).all():
+                raise NumericsError(f"sampling: the logits after {length} tokens are not finite; the weights have diverged")
+            for row in range(rows):
+                if not running[row]:
+                    continue
+                token = sample(last[row], temperature, top_k, top_p, generators[row])
+                new_ids[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                running[row] = len(new_ids[row]) < max_new_tokens and not (stop is not None and stop(new_ids[row]))
+            # A row that has ended repeats its last token; nobody reads what follows.
+            text[:, length] = torch.tensor([ids[-1] for ids in new_ids], device=text.device)
+            done = not any(running)
+            if agree(done) if agree is not None else done:
+                return new_ids
+            if done:
+                break
+        while True:  # done here, and other ranks are not: keep them company
+            model(text[:1, :1], last_only=True)
+            assert agree is not None
+            if agree(True):
+                return new_ids
+
+
+def context_start(length: int, max_seq_length: int) -> int:
+    """First token of the context that predicts the token after `length` others.
+
+    A pure function of the length, so that a cache changes nothing: 0 while the text fits, then the start hops forward by a quarter
+    of the context whenever it is full. Positions count from the start, so a hop costs one pass over the whole context, and every
+    token sees at least about three quarters of it.
+    """
+    if length <= max_seq_length:
+        return 0
+    hop = max(1, max_seq_length // 4)
+    return -(-(length - max_seq_length) // hop) * hop
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+    """Draw one token from logits (V,) fp32 on the CPU; the settings are those of `generate`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()) / temperature  # <= 0, so that a tiny temperature underflows instead of overflowing
+    if top_k is None and top_p is None:
+        return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
+    scaled, tokens = scaled.sort(descending=True, stable=True)  # ties: the lower token id first
+    probabilities = scaled[:top_k].softmax(-1)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities  # probability of the tokens that are likelier
+        probabilities = probabilities[: max(1, int((before < top_p).sum()))]
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature = {temperature}: must be a finite number >= 0 (0: the likeliest token)")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k}: must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p}: must be > 0 and <= 1")
