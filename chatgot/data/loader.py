@@ -1,0 +1,151 @@
+"""Batches from a token array. The data order is a pure function of (seed, global sample index): a position in the data is one integer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+"""(input_ids, targets), both (B, T) int64."""
+
+IGNORE_INDEX = -100
+"""Target that cross entropy leaves out (torch's default)."""
+
+_FEISTEL_ROUNDS = 6
+
+
+class DataOrder:
+    """Which window of the tokens the i-th sample of a run is.
+
+    Windows are blocks of T + 1 tokens at stride T, so an epoch shows no target twice; each epoch starts at another offset in [0, T), so that
+    block edges move. Within an epoch the blocks come in a keyed pseudo-random order without replacement: a Feistel network over the next
+    power of four, walked until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No permutation is held.
+    """
+
+    def __init__(self, n_tokens: int, block_size: int, seed: int) -> None:
+        """Raises ValueError if there is not one whole sample of block_size + 1 tokens."""
+        if block_size < 1 or n_tokens < block_size + 1:
+            raise ValueError(f"{n_tokens} tokens do not hold one sample of block_size + 1 = {block_size + 1}")
+        self.block_size = block_size
+        self.samples_per_epoch = max((n_tokens - block_size) // block_size, 1)
+        self._offsets = min(block_size, n_tokens - self.samples_per_epoch * block_size)
+        self._seed = np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)
+        self._half_bits = np.uint64(max((self.samples_per_epoch - 1).bit_length() + 1, 2) // 2)
+
+    def epoch(self, index: int) -> int:
+        """Epoch (from 0) of a global sample index."""
+        return index // self.samples_per_epoch
+
+    def starts(self, indices: np.ndarray) -> np.ndarray:
+        """First token of each global sample index, both (n,) int64. Raises ValueError for a negative index."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and int(indices.min()) < 0:
+            raise ValueError(f"negative sample index {indices.min()}")
+        epochs, slots = np.divmod(indices.reshape(-1), self.samples_per_epoch)
+        keys = _mix(self._seed + _mix(epochs.astype(np.uint64)))  # one key an epoch
+        offsets = _mix(keys) % np.uint64(self._offsets)
+        blocks = self._permute(slots.astype(np.uint64), keys)
+        return (blocks * np.uint64(self.block_size) + offsets).astype(np.int64).reshape(indices.shape)
+
+    def _permute(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        blocks = self._feistel(slots, keys)
+        outside = np.flatnonzero(blocks >= self.samples_per_epoch)
+        while outside.size:  # at most four values for each inside one, so this ends soon
+            blocks[outside] = self._feistel(blocks[outside], keys[outside])
+            outside = outside[blocks[outside] >= self.samples_per_epoch]
+        return blocks
+
+    def _feistel(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        half = self._half_bits
+        mask = (np.uint64(1) << half) - np.uint64(1)
+        left, right = values >> half, values & mask
+        for round_number in range(1, _FEISTEL_ROUNDS + 1):
+            left, right = right, left ^ (_mix(keys + _mix(right + (np.uint64(round_number) << np.uint64(40)))) & mask)
+        return (left << half) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014): a bijection of uint64 that scatters neighbours."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class TrainBatches:
+    """One rank's share of global batches. The ranks together see the same samples whatever their number, micro-batch size and accumulation."""
+
+    def __init__(
+        self, tokens: np.ndarray, order: DataOrder, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> None:
+        """Raises ValueError if global_batch_size is not a multiple of micro_batch_size * world_size, or rank is not below world_size."""
+        across = micro_batch_size * world_size
+        if across < 1 or global_batch_size < 1 or global_batch_size % across:
+            raise ValueError(f"global batch {global_batch_size} is not a multiple of micro batch {micro_batch_size} x {world_size} ranks")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self.accumulation = global_batch_size // across
+        self._micro_batch_size = micro_batch_size
+        self._order = order
+        self._windows = _windows(tokens, order.block_size + 1)
+        slots = np.arange(global_batch_size, dtype=np.int64).reshape(self.accumulation, world_size, micro_batch_size)
+        self._slots = np.ascontiguousarray(slots[:, rank]).reshape(-1)
+
+    def indices(self, first_sample: int) -> np.ndarray:
+        """Global sample indices (accumulation * B,) that this rank sees in the step that begins at first_sample, in order."""
+        return first_sample + self._slots
+
+    def micro_batches(self, first_sample: int) -> Iterator[Batch]:
+        """The micro-batches of the optimizer step whose global batch is samples first_sample .. first_sample + global_batch_size - 1."""
+        starts = self._order.starts(self.indices(first_sample)).reshape(self.accumulation, self._micro_batch_size)
+        for rows in starts:
+            samples = torch.from_numpy(self._windows[rows].astype(np.int64))  # (B, T + 1)
+            yield samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+
+
+class EvalBatches:
+    """A whole split, every token but the first exactly once as a target over all ranks. All ranks get the same number of batches.
+
+    What is missing in the last window and in the last batches is filled up with input 0 and target -100; a batch can consist of nothing
+    else, so sum the losses and divide by `target_tokens` instead of averaging batch means.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int, world_size: int) -> None:
+        """Raises ValueError if there is no target token, or sizes and rank make no sense."""
+        if len(tokens) < 2:
+            raise ValueError(f"{len(tokens)} tokens hold no target")
+        if min(block_size, batch_size, world_size) < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"block_size {block_size}, batch_size {batch_size}, rank {rank} of {world_size}")
+        self.target_tokens = len(tokens) - 1
+        """Targets of the whole split, over all ranks."""
+        self._tokens = tokens
+        self._block_size = block_size
+        self._batch_size = batch_size
+        self._rank = rank
+        self._world_size = world_size
+        windows = -(-self.target_tokens // block_size)
+        self._batches = -(-windows // (batch_size * world_size))
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        batch_tokens = self._batch_size * self._block_size
+        for i in range(self._batches):
+            begin = (i * self._world_size + self._rank) * batch_tokens
+            span = np.asarray(self._tokens[begin : begin + batch_tokens + 1], dtype=np.int64)
+            targets = max(len(span) - 1, 0)
+            input_ids = np.zeros(batch_tokens, np.int64)
+            wanted = np.full(batch_tokens, IGNORE_INDEX, np.int64)
+            input_ids[:targets] = span[:targets]
+            wanted[:targets] = span[1:]
+            shape = (self._batch_size, self._block_size)
+            yield torch.from_numpy(input_ids.reshape(shape)), torch.from_numpy(wanted.reshape(shape))
+
+
+def _windows(tokens: np.ndarray, length: int) -> np.ndarray:
+    """All windows (len(tokens) - length + 1, length) as a view; indexing it with starts copies whole rows."""
+    return np.lib.stride_tricks.sliding_window_view(tokens, length)

@@ -1,0 +1,218 @@
+"""A prepared folder: tokens of each split as raw little-endian files, the tokenizer, and meta.json that proves both."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chatgot.config.errors import ConfigError, DataError
+from chatgot.config.fields import read_section
+from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = "chatgot-prepared"
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+TOKENIZER_FILE = "tokenizer.json"
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class FileMeta:
+    """One text file as it lay on disk."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitMeta:
+    """One split. `characters` and `bytes` (UTF-8) are of the text that its tokens decode to.
+
+    Bits per character = nats per token / ln 2 * tokens / characters, whatever the tokenizer.
+    """
+
+    tokens: int
+    characters: int
+    bytes: int
+    sha256: str
+    """Of the token file."""
+
+
+@dataclass(frozen=True)
+class PreparedMeta:
+    """The contents of meta.json."""
+
+    format: str
+    format_version: int
+    source: str
+    files: tuple[FileMeta, ...]
+    encoding: str
+    tokenizer: str
+    """char, byte or bpe."""
+    tokenizer_sha256: str
+    """The tokenizer's fingerprint."""
+    vocab_size: int
+    dtype: str
+    """uint8 or uint16, little-endian."""
+    split_by: str
+    """position or file: where the cuts really are."""
+    train: SplitMeta
+    val: SplitMeta
+    test: SplitMeta | None
+    skipped_characters: int
+    """Characters left out because an existing vocabulary lacks them."""
+    repeated_share: float
+    """Estimated share of the text that repeats an earlier passage."""
+    val_in_train_share: float
+    """Estimated share of the validation text that also stands in the training text."""
+
+    def split(self, name: str) -> SplitMeta | None:
+        """The named split's numbers; None if there is no such split."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """An opened prepared folder. The token arrays are memory-mapped, read-only, of uint8 or uint16."""
+
+    path: Path
+    tokenizer: Tokenizer
+    meta: PreparedMeta
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray | None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the vocabulary and the tokens of every split: equal data, equal fingerprint, wherever the folder lies."""
+        defines = {
+            "format_version": self.meta.format_version,
+            "tokenizer": self.meta.tokenizer_sha256,
+            "dtype": self.meta.dtype,
+            "splits": {n: [s.tokens, s.sha256] for n in SPLITS if (s := self.meta.split(n)) is not None},
+        }
+        return hashlib.sha256(json.dumps(defines, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def looks_prepared(folder: Path) -> bool:
+    """Whether `prepare` wrote this folder, a damaged one included."""
+    meta = folder / META_FILE
+    if (folder / token_file("train")).is_file() and (meta.is_file() or (folder / TOKENIZER_FILE).is_file()):
+        return True
+    if not meta.is_file():
+        return False
+    with meta.open("rb") as file:
+        return FORMAT.encode("ascii") in file.read(4096)
+
+
+def token_file(split: str) -> str:
+    """Name of a split's token file."""
+    return f"{split}.bin"
+
+
+def write_meta(meta: PreparedMeta, folder: Path) -> None:
+    """Write meta.json."""
+    text = json.dumps(dataclasses.asdict(meta), ensure_ascii=False, indent=1)
+    (folder / META_FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
+    """Open a prepared folder.
+
+    Args:
+        path: the folder.
+        verify: also read every token file and compare its sha256 (about 1 GB/s); sizes and the vocabulary are always compared.
+
+    Raises:
+        DataError: not a prepared folder, written by another version, truncated or damaged.
+        ConfigError: a bpe vocabulary without the library `tokenizers`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such prepared folder")
+    meta = _read_meta(path)
+    tokenizer = load_tokenizer(path / TOKENIZER_FILE)
+    again = f"prepare the text again (source: {meta.source})"
+    if tokenizer.fingerprint != meta.tokenizer_sha256:
+        raise DataError(
+            f"{path / TOKENIZER_FILE}: sha256 of the vocabulary is {tokenizer.fingerprint}, meta.json says {meta.tokenizer_sha256}; {again}"
+        )
+    if tokenizer.vocab_size != meta.vocab_size or tokenizer.dtype.name != meta.dtype:
+        raise DataError(
+            f"{path / META_FILE}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its tokenizer.json; {again}"
+        )
+    arrays: dict[str, np.ndarray | None] = {}
+    for name in SPLITS:
+        split = meta.split(name)
+        arrays[name] = None if split is None else _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
+    train, val = arrays["train"], arrays["val"]
+    assert train is not None  # meta.json has both
+    assert val is not None
+    return PreparedData(path, tokenizer, meta, train, val, arrays["test"])
+
+
+def check_block_size(prepared: PreparedData, max_seq_length: int) -> None:
+    """Raises DataError, with both numbers, if a split is too short for one sample of max_seq_length tokens and its targets."""
+    for name in SPLITS:
+        split = prepared.meta.split(name)
+        if split is not None:
+            check_split_size(prepared.meta.source, name, split.tokens, max_seq_length)
+
+
+def check_split_size(source: str, split: str, tokens: int, max_seq_length: int) -> None:
+    """See `check_block_size`."""
+    if tokens < max_seq_length + 1:
+        raise DataError(
+            f"{source}: the {split} split has {tokens} tokens, one sample needs model.max_seq_length + 1 = {max_seq_length + 1}; "
+            f"use more text, a smaller max_seq_length" + ("" if split == "train" else f", or a larger data.{split}_fraction")
+        )
+
+
+def _read_meta(path: Path) -> PreparedMeta:
+    file = path / META_FILE
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: not a prepared folder, {META_FILE} is missing; prepare the text again") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read, the prepared folder is damaged: {error}; prepare the text again") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise DataError(f"{file}: not a {FORMAT} folder")
+    if tree.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{file}: format_version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; prepare the text again"
+        )
+    try:
+        return read_section(PreparedMeta, tree, str(file))
+    except ConfigError as error:
+        raise DataError(f"{error}; the prepared folder is damaged, prepare the text again") from error
+
+
+def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, again: str) -> np.ndarray:
+    try:
+        size = file.stat().st_size
+        expected = split.tokens * dtype.itemsize
+        if size != expected:
+            raise DataError(f"{file}: {size} bytes, meta.json says {expected}: truncated or damaged; {again}")
+        if verify and (digest := file_sha256(file)) != split.sha256:
+            raise DataError(f"{file}: sha256 is {digest}, meta.json says {split.sha256}: damaged; {again}")
+        return np.memmap(file, dtype=dtype, mode="r", shape=(split.tokens,))
+    except FileNotFoundError:
+        raise DataError(f"{file}: missing; {again}") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,296 @@
+"""Text to token ids and back, without loss: characters, UTF-8 bytes, or byte-level BPE. `tokenizer.json` holds all of it."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from chatgot.config.errors import ConfigError, DataError
+
+FORMAT = "chatgot-tokenizer"
+FORMAT_VERSION = 1
+MAX_VOCAB_SIZE = 1 << 16
+"""Tokens are stored as uint8 or uint16."""
+
+Unknown = Literal["error", "skip"]
+
+
+class Tokenizer(ABC):
+    """A fixed vocabulary. `decode(encode(text)) == text` for every text that it can encode."""
+
+    kind: str
+    vocab_size: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of stored tokens: uint8 up to 256 entries, else uint16, little-endian."""
+        return np.dtype("u1") if self.vocab_size <= 256 else np.dtype("<u2")
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the vocabulary; equal for equal vocabularies on every machine."""
+        canonical = json.dumps(self._content(), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids (n,) of `self.dtype`. Raises DataError for characters that the vocabulary lacks."""
+
+    @abstractmethod
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token; a multi-byte character may span several tokens."""
+
+    @abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """What defines the vocabulary, JSON-ready."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of token ids. Byte sequences that are not UTF-8 (a model can write them) become U+FFFD.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        return b"".join(self.token_bytes(i) for i in self._checked(ids).tolist()).decode("utf-8", errors="replace")
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Like `encode`, for text from the command line: raises ConfigError naming each character that cannot be encoded."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"prompt {text!a}: not valid text at character {error.start}: {error.reason}") from None
+        return self.encode(text)
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for printing tokens one by one."""
+        return StreamDecoder(self)
+
+    def save(self, path: Path | str) -> None:
+        """Write the complete tokenizer as human-readable JSON."""
+        tree = {"format": FORMAT, "format_version": FORMAT_VERSION, **self._content()}
+        Path(path).write_text(json.dumps(tree, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < self.vocab_size:
+            raise ValueError(f"token ids {array.min()}..{array.max()} are outside the vocabulary of {self.vocab_size}")
+        return array
+
+
+class StreamDecoder:
+    """Text of a token stream; a character is given out once its last byte has come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that this token completes, often one character, possibly none."""
+        return self._decoder.decode(self._tokenizer.token_bytes(int(token_id)))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class CharTokenizer(Tokenizer):
+    """Every distinct character of the text, in code point order."""
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        """Raises DataError unless `characters` are 1 to 65536 single, distinct characters in code point order."""
+        self.characters = tuple(characters)
+        bad = next((c for c in self.characters if not isinstance(c, str) or len(c) != 1 or 0xD800 <= ord(c) <= 0xDFFF), None)
+        if bad is not None:
+            raise DataError(f"character vocabulary: {bad!r} is not a single character")
+        if list(self.characters) != sorted(set(self.characters)):
+            raise DataError("character vocabulary: the characters are not distinct and in code point order")
+        if not 1 <= len(self.characters) <= MAX_VOCAB_SIZE:
+            raise DataError(
+                f"character vocabulary: {len(self.characters)} characters, allowed 1 to {MAX_VOCAB_SIZE}; use tokenizer: byte or bpe"
+            )
+        self.vocab_size = len(self.characters)
+        self._code_points = np.array([ord(c) for c in self.characters], dtype="<u4")
+        last = int(self._code_points[-1])
+        self._ids = np.full(last + 2, self.vocab_size, dtype=np.uint32)  # code point -> id; the last entry stands for everything beyond
+        self._ids[self._code_points] = np.arange(self.vocab_size, dtype=np.uint32)
+        self._known_ascii = bytes(ord(c) for c in self.characters if c.isascii())
+        self._ascii_table = bytes(self._known_ascii.find(i) % 256 for i in range(256))  # ASCII sorts first, so its ids fit a byte
+
+    def encode(self, text: str) -> np.ndarray:
+        if text.isascii():
+            raw = text.encode("ascii")
+            if raw.translate(None, self._known_ascii):
+                raise DataError(describe_unknown(self.unknown(text), self))
+            ids = np.frombuffer(raw.translate(self._ascii_table), dtype=np.uint8)
+            return ids.astype(self.dtype, copy=False)
+        code_points = _code_points(text)
+        ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
+        if int(ids.max()) == self.vocab_size:
+            raise DataError(describe_unknown(self.unknown(text), self))
+        return ids.astype(self.dtype)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        unknown = self.unknown(text)
+        if unknown:
+            raise ConfigError(f"prompt: {describe_unknown(unknown, self)}")
+        return self.encode(text)
+
+    def unknown(self, text: str) -> list[str]:
+        """Distinct characters of `text` that the vocabulary lacks, sorted."""
+        return sorted(set(text).difference(self.characters))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._code_points[self._checked(ids)].tobytes().decode("utf-32-le")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.characters[token_id].encode("utf-8")
+
+    def _content(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "characters": list(self.characters)}
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8."""
+
+    kind = "byte"
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes((token_id,))
+
+    def _content(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vocab_size": self.vocab_size}
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-level byte-pair encoding (GPT-2's pre-tokenisation) through the library `tokenizers`."""
+
+    kind = "bpe"
+
+    def __init__(self, definition: dict[str, Any]) -> None:
+        """`definition` is the library's own JSON. Raises DataError if the library cannot read it, ConfigError without the library."""
+        library = _tokenizers_library()
+        self._definition = definition
+        try:
+            self._bpe = library.Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:
+            raise DataError(f"bpe tokenizer: the library tokenizers cannot read its definition: {error}") from error
+        vocabulary: dict[str, int] = self._bpe.get_vocab()
+        self.vocab_size = len(vocabulary)
+        byte_of = _byte_level_alphabet()
+        if sorted(vocabulary.values()) != list(range(self.vocab_size)) or not set().union(*vocabulary) <= set(byte_of) <= set(vocabulary):
+            raise DataError("bpe tokenizer: not a byte-level vocabulary with ids from 0")
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise DataError(f"bpe tokenizer: vocabulary of {self.vocab_size}, allowed up to {MAX_VOCAB_SIZE}")
+        self._bytes = [bytes(byte_of[c] for c in token) for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+        """Learn at most `vocab_size` tokens (the 256 bytes among them) from pieces of text; memory grows with its distinct words."""
+        library = _tokenizers_library()
+        bpe = library.Tokenizer(library.models.BPE())
+        bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        bpe.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=[],
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
+        return cls(json.loads(bpe.to_str()))
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._bpe.encode(text).ids, dtype=self.dtype)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._bytes[token_id]
+
+    def _content(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "tokenizers": self._definition}
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        DataError: missing, unreadable or damaged file.
+        ConfigError: it is a bpe tokenizer and the library `tokenizers` is not installed.
+    """
+    path = Path(path)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such tokenizer file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise DataError(f"{path}: not a {FORMAT} file")
+    if tree.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+    try:
+        tokenizer = _from_content(tree)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    if tokenizer.vocab_size != tree.get("vocab_size"):
+        raise DataError(f"{path}: vocab_size = {tree.get('vocab_size')!r}, but the vocabulary has {tokenizer.vocab_size} entries")
+    return tokenizer
+
+
+def _from_content(tree: dict[str, Any]) -> Tokenizer:
+    kind = tree.get("kind")
+    if kind == "char" and isinstance(tree.get("characters"), list):
+        return CharTokenizer(tree["characters"])
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "bpe" and isinstance(tree.get("tokenizers"), dict):
+        return BpeTokenizer(tree["tokenizers"])
+    raise DataError(f"kind = {kind!r}: expected char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')")
+
+
+def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:
+    """'2 characters are not in the vocabulary of 76: 'ē' (U+0113), ...', at most ten of them by name."""
+    named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in characters[:10])
+    more = f" and {len(characters) - 10} more" if len(characters) > 10 else ""
+    noun = "character is" if len(characters) == 1 else "characters are"
+    return f"{len(characters)} {noun} not in the vocabulary of {tokenizer.vocab_size}: {named}{more}"
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py, bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def _tokenizers_library() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise ConfigError(
+            f"tokenizer: bpe needs the library tokenizers ({error}); pip install tokenizers, or use tokenizer: char or byte"
+        ) from error
+    return tokenizers
