@@ -1,0 +1,45 @@
+# The two commands of a newcomer: make quickstart, make test. Everything is installed into .venv, from the lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test test-full test-gpu lint types imports clean
+
+quickstart: $(VENV)/.runtime
+	$(PYTHON) launch/run --python $(BIN)/python -- --deepspeed_config ds_configs/fp32_zero0.json --config tiny --out_dir $(RUN)
+	$(BIN)/chatgot sample $(RUN) --prompt "KING RICHARD:" --max_new_tokens 300
+
+test: $(VENV)/.development lint types imports
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.development
+	$(BIN)/pyright
+
+imports: $(VENV)/.development
+	$(BIN)/lint-imports
+
+test-full: $(VENV)/.development
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu:
+	bash tests/gpu/run.sh
+
+$(VENV)/.runtime: requirements.lock setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.lock
+	$(BIN)/python -m pip install -q --no-deps -r requirements-corpora.lock
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.development: $(VENV)/.runtime requirements-dev.lock
+	$(BIN)/python -m pip install -q -r requirements-dev.lock
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
