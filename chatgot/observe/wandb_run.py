@@ -1,0 +1,291 @@
+"""One wandb run per run folder, beside the journal. wandb can neither stop nor slow nor hang a training.
+
+The training process never imports wandb: observe.wandb_worker does, in a process of its own that is waited for with a bound and
+killed when the bound is over. Why not DeepSpeed's WandbMonitor: it sets no id, no resume and no mode, puts samples on the step axis,
+and raises on rank 0 alone when there is no API key (deepspeed/monitor/wandb.py, 0.19.8).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+_QUEUED_LINES = 10_000
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+class WandbConfig(Protocol):
+    """The DeepSpeed JSON's `wandb` section."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def project(self) -> str: ...
+    @property
+    def group(self) -> str | None: ...
+    @property
+    def team(self) -> str | None: ...
+
+
+class WandbRun:
+    """Rank 0's wandb run, or nothing at all where wandb is disabled, missing or broken. Made by `start`."""
+
+    def __init__(self, say: Callable[[str], None], finish_timeout: float) -> None:
+        self._say = say
+        self._finish_timeout = finish_timeout
+        self._last_step = -1
+        self._worker: _Worker | None = None
+        self.id: str | None = None
+        self.mode: str = "off"
+        """online, offline, or off: nothing is sent anywhere."""
+
+    @classmethod
+    def start(
+        cls,
+        config: WandbConfig,
+        *,
+        run_dir: Path,
+        run_name: str,
+        run_config: Mapping[str, Any],
+        say: Callable[[str], None],
+        resumed_from_step: int | None = None,
+        last_step: int | None = None,
+        init_timeout: float = 30.0,
+        finish_timeout: float = 60.0,
+    ) -> WandbRun:
+        """Open or continue the run folder's wandb run. Raises nothing that is wandb's, the network's or the server's fault.
+
+        Args:
+            config: enabled, project, group, team. Disabled: no process is started.
+            run_dir: the run folder; the id is kept in run_dir/wandb/run_id.json, with wandb's own files beside it.
+            run_config: the resolved configuration, shown by wandb.
+            say: prints one line; told once about everything that is not as asked for.
+            resumed_from_step: the checkpoint's step; None for a new start.
+            last_step: the newest step in the journal before this start. Steps up to it are in wandb already; trained again after a
+                resume from an older checkpoint, they are not logged a second time.
+            init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.
+            finish_timeout: seconds granted to the upload at the end.
+        """
+        self = cls(say, finish_timeout)
+        if not config.enabled:
+            return self
+        if os.environ.get("WANDB_MODE", "").lower() == "disabled":
+            say("wandb: off (WANDB_MODE=disabled)")
+            return self
+        folder = Path(run_dir) / "wandb"
+        try:
+            self.id, known = _run_id(folder, say)
+        except OSError as error:
+            self._off(f"its id cannot be kept: {error}")
+            return self
+        if known:
+            self._last_step = max(-1 if step is None else step for step in (resumed_from_step, last_step))
+        job = {
+            "id": self.id,
+            "dir": str(run_dir),
+            "name": run_name,
+            "config": dict(run_config),
+            "project": config.project,
+            "group": config.group,
+            "team": config.team,
+            "pid": os.getpid(),
+            "init_timeout": init_timeout,
+            "finish_timeout": finish_timeout,
+        }
+        failure: str | None = None
+        for _ in ("online where that is possible", "offline because of the failure"):
+            try:
+                worker = _Worker({**job, "offline_because": failure}, folder)
+                ready = worker.wait("ready", init_timeout, say)
+            except (OSError, _WorkerFailed) as error:
+                failure = str(error)
+                if "No module named 'wandb'" in failure:
+                    failure = "wandb is not installed (pip install wandb), and the JSON's wandb section asks for it"
+                    break
+                continue
+            self._worker = worker
+            because = ready["offline_because"]
+            self.mode = "offline" if because else "online"
+            what = f"wandb: {'run' if known else 'new run'} {self.id} {'goes on, ' if known else ''}{self.mode}"
+            say(f"{what} ({because}); upload later: wandb sync {folder}/offline-run-*" if because else f"{what}: {ready['url']}")
+            return self
+        self._off(str(failure))
+        return self
+
+    def log(self, metrics: Mapping[str, float | int | None], step: int) -> None:
+        """Send a step's metrics; calls for the same step become one record, which wandb sees when the next step comes. Never blocks."""
+        self._send(step, {name: value for name, value in metrics.items() if value is not None and name != "step"}, {})
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Send a text, e.g. a sample, shown preformatted, as part of the step's record. Never blocks."""
+        self._send(step, {}, {name: text})
+
+    def finish(self, exit_code: int) -> None:
+        """Send what is left, close the run, and wait for it no longer than `finish_timeout`. Idempotent."""
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        self.mode = "off"
+        try:
+            worker.send({"exit_code": exit_code})
+            worker.wait("finished", self._finish_timeout, self._say)
+            worker.kill()  # nothing is left for it to do
+        except _WorkerFailed as error:
+            self._off(f"the run was not closed ({error}); complete the upload with: wandb sync {worker.folder}/*run-*")
+
+    def _send(self, step: int, metrics: dict[str, float | int], texts: dict[str, str]) -> None:
+        if self._worker is None or step <= self._last_step:
+            return
+        try:
+            self._worker.check(self._say)
+            self._worker.send({"step": step, "metrics": metrics, "texts": texts})
+        except _WorkerFailed as error:
+            self._worker = None
+            self._off(str(error))
+
+    def _off(self, reason: str) -> None:
+        self.mode = "off"
+        self._say(f"wandb: off, {reason}. Training goes on; metrics.jsonl has every metric")
+
+
+class _WorkerFailed(Exception):
+    """The wandb process failed or did not answer; it is dead when this is raised."""
+
+
+class _Worker:
+    """observe.wandb_worker as a child process, with a thread for each direction, because both pipes block."""
+
+    def __init__(self, job: Mapping[str, Any], folder: Path) -> None:
+        self.folder = folder
+        reading, writing = os.pipe()
+        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+        try:
+            with open(folder / "worker.log", "ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "chatgot.observe.wandb_worker", str(writing)],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(writing,),
+                    env={**os.environ, "PYTHONPATH": path},
+                    start_new_session=True,  # a Ctrl-C on the terminal is for the training
+                )
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        self._replies: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._lines: queue.Queue[bytes | None] = queue.Queue(maxsize=_QUEUED_LINES)
+        self._threads = [
+            threading.Thread(target=self._read, args=(reading,), name="wandb-replies", daemon=True),
+            threading.Thread(target=self._write, name="wandb-lines", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.send(job)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Queue one message.
+
+        Raises:
+            _WorkerFailed: the process has not read for a long time.
+        """
+        try:
+            self._lines.put_nowait(json.dumps(message, default=str).encode("ascii") + b"\n")
+        except queue.Full:
+            self.kill()
+            raise _WorkerFailed(f"it has not taken the last {_QUEUED_LINES} records") from None
+
+    def check(self, say: Callable[[str], None]) -> None:
+        """Say the warnings that have come in.
+
+        Raises:
+            _WorkerFailed: the process has reported a failure or has ended.
+        """
+        while not self._replies.empty():
+            self._handle(self._replies.get(), say)
+
+    def wait(self, kind: str, seconds: float, say: Callable[[str], None]) -> Any:
+        """The value of the reply `kind`.
+
+        Raises:
+            _WorkerFailed: the process failed instead, or `seconds` are over.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                reply = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                self.kill()
+                raise _WorkerFailed(f"wandb did not answer within {seconds:g} s") from None
+            if kind in reply:
+                return reply[kind]
+            self._handle(reply, say)
+
+    def kill(self) -> None:
+        """End the process and both threads. Idempotent."""
+        self._process.kill()
+        try:
+            self._process.wait(timeout=5)
+            self._lines.put_nowait(None)
+        except (subprocess.TimeoutExpired, queue.Full):
+            pass  # a process stuck in the kernel dies when that lets go of it; a full queue has a writer, whom the broken pipe ends
+        for thread in self._threads:
+            thread.join(timeout=1)
+
+    def _handle(self, reply: dict[str, Any], say: Callable[[str], None]) -> None:
+        if "failed" in reply:
+            self.kill()
+            raise _WorkerFailed(reply["failed"])
+        if "warning" in reply:
+            say(f"wandb: {reply['warning']}")
+
+    def _read(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, "rb") as replies:
+            for line in replies:
+                if line.endswith(b"\n"):  # else it was killed while it wrote
+                    self._replies.put(json.loads(line))
+        self._replies.put({"failed": f"its process has ended (see {self.folder / 'worker.log'})"})
+
+    def _write(self) -> None:
+        assert self._process.stdin is not None
+        try:
+            with self._process.stdin as pipe:
+                while (line := self._lines.get()) is not None:
+                    pipe.write(line)
+                    pipe.flush()
+        except BrokenPipeError:
+            pass  # the process has ended; the reading thread says so
+
+
+def _run_id(folder: Path, say: Callable[[str], None]) -> tuple[str, bool]:
+    """The run folder's wandb id, and whether it existed. Stored before wandb sees it, so that a kill during init cannot fork the run."""
+    path = folder / "run_id.json"
+    try:
+        stored = json.loads(path.read_bytes())["id"]
+        if isinstance(stored, str) and stored:
+            return stored, True
+        raise ValueError(f"id = {stored!r}")
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        say(f"wandb: {path} cannot be read ({error}); this run folder gets a new wandb run")
+    folder.mkdir(parents=True, exist_ok=True)
+    new = secrets.token_hex(4)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="ascii") as file:
+        json.dump({"id": new}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return new, False

@@ -1,0 +1,196 @@
+"""The process that owns a wandb run, started and fed by observe.wandb_run. A process, because it can be killed.
+
+Measured with wandb 0.31: a wandb.init that a silent server keeps waiting leaves its run id "in use", so that the same process cannot
+go offline with it, and holds the interpreter's exit for another 12 s. In a process of its own all that is one kill away. It also
+outlives a killed training just long enough to hand over what it was given.
+
+Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics", "texts"}..., then {"exit_code"} or the end
+of input, which means that the training is gone. Out, on the descriptor named by the only argument: {"ready": {...}} or
+{"failed": why}; {"warning": text}; {"finished": true}.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import netrc
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import urllib.request
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+STEP = "train/step"
+"""The step axis of every chart. wandb's own step counter is not used, because it drops what is out of order without a word."""
+
+_REACH_SECONDS = 3.0
+_TRAINING_IS_GONE = 1
+
+
+class _Replies:
+    """The line to the training process. It may be gone: then there is nobody to tell."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file: TextIO | None = os.fdopen(descriptor, "w", encoding="ascii")
+        self._lock = threading.Lock()
+
+    def send(self, **reply: Any) -> None:
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                self._file.write(json.dumps(reply) + "\n")
+                self._file.flush()
+            except BrokenPipeError:
+                self._file = None
+
+
+class _Stderr:
+    """Standard error: everything goes to worker.log; wandb's warnings and errors are also told to the training process."""
+
+    encoding = "utf-8"
+
+    def __init__(self, log: TextIO, replies: _Replies) -> None:
+        self._log = log
+        self._replies = replies
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+            if re.match(r"wandb: (WARNING|ERROR) ", plain):
+                self._replies.send(warning=plain.removeprefix("wandb: "))
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        return self._log.fileno()
+
+
+def main() -> None:
+    """Run one wandb run from the first line of standard input to its end."""
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the training gets them too, and decides; we end when it does
+        signal.signal(ignored, signal.SIG_IGN)
+    replies = _Replies(int(sys.argv[1]))
+    sys.stderr = _Stderr(sys.stderr, replies)
+    job = json.loads(sys.stdin.buffer.readline())
+    try:
+        wandb, run = _open(job, replies)
+        exit_code = _feed(wandb, run)
+        bound = threading.Timer(job["finish_timeout"], os._exit, args=(1,))
+        bound.daemon = True
+        bound.start()
+        run.finish(exit_code=exit_code)
+        replies.send(finished=True)
+        exit_status = 0
+    except Exception as error:  # noqa: BLE001 third-party boundary: wandb fails in any way it likes, and the training process is told about each
+        replies.send(failed=describe(error))
+        exit_status = 1
+    sys.stderr.flush()
+    os._exit(exit_status)  # the run is closed; wandb's exit hook would only wait, seconds where the server is silent
+
+
+def _open(job: dict[str, Any], replies: _Replies) -> tuple[Any, Any]:
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode == "disabled":
+        raise RuntimeError("wandb's settings file says `disabled` (undo it with `wandb online`)")
+    offline_because = job["offline_because"] or _why_offline(settings)
+    own = {
+        "console": "off",
+        "init_timeout": 0.8 * job["init_timeout"],  # a little tighter than the bounds around it, so that wandb ends by itself
+        "finish_timeout": 0.8 * job["finish_timeout"],
+        "x_transaction_log_flush_interval": 1.0,  # wandb's 15 s is what a machine that dies would lose
+        "x_stats_pid": job["pid"],
+    }
+    run = wandb.init(
+        id=job["id"],
+        resume="allow",
+        mode="offline" if offline_because else "online",
+        dir=job["dir"],
+        name=job["name"],
+        config=job["config"],
+        allow_val_change=True,  # a resumed run may have another world size or precision
+        project=job["project"],
+        group=job["group"],
+        entity=job["team"],
+        settings=wandb.Settings(**{key: value for key, value in own.items() if key in wandb.Settings.model_fields}),
+    )
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP)
+    replies.send(ready={"offline_because": offline_because, "url": None if offline_because else run.url})
+    return wandb, run
+
+
+def _feed(wandb: Any, run: Any) -> int:
+    """Log until the end; returns the exit code. Lines of one step become one record, sent when the next step comes."""
+    pending: dict[str, Any] = {}
+    exit_code = _TRAINING_IS_GONE
+    for line in sys.stdin.buffer:
+        try:
+            message = json.loads(line)
+        except ValueError:  # the training was killed while it wrote this line, so it is the last
+            break
+        if "exit_code" in message:
+            exit_code = message["exit_code"]
+            break
+        if pending and pending[STEP] != message["step"]:
+            run.log(pending)
+            pending = {}
+        texts = {name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False) for name, text in message["texts"].items()}
+        pending = {STEP: message["step"], **pending, **message["metrics"], **texts}
+    if pending:
+        run.log(pending)
+    return exit_code
+
+
+def _why_offline(settings: Any) -> str | None:
+    """The reason for which this run cannot be online, or None."""
+    if settings.mode in ("offline", "dryrun"):
+        mode = os.environ.get("WANDB_MODE")
+        return f"WANDB_MODE={mode}" if mode else "wandb's settings file says so"
+    address = urlsplit(settings.base_url)
+    if not (settings.api_key or getattr(settings, "identity_token_file", None) or _netrc_has_key(address.netloc)):
+        return f"no API key for {address.netloc}: set WANDB_API_KEY or run `wandb login`"
+    proxy = urllib.request.getproxies().get(address.scheme)
+    through = urlsplit(proxy) if proxy and not urllib.request.proxy_bypass(address.hostname or "") else address
+    host, port = through.hostname or "", through.port or (443 if through.scheme == "https" else 80)
+    try:
+        socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        return f"{host}:{port} cannot be reached: {describe(error)}"
+    return None
+
+
+def _netrc_has_key(host: str) -> bool:
+    for path in [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]:
+        try:
+            if netrc.netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+        except FileNotFoundError:
+            continue
+        except (netrc.NetrcParseError, OSError) as error:
+            print(f"wandb: WARNING {path} cannot be read: {error}", file=sys.stderr)
+    return False
+
+
+def describe(error: BaseException) -> str:
+    """One line: the type and the message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    main()
