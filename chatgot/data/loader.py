@@ -20,15 +20,16 @@ _FEISTEL_ROUNDS = 6
 class DataOrder:
     """Which window of the tokens the i-th sample of a run is.
 
-    Windows are blocks of T + 1 tokens at stride T, so an epoch shows no target twice; each epoch starts at another offset in [0, T), so that
-    block edges move. Within an epoch the blocks come in a keyed pseudo-random order without replacement: a Feistel network over the next
-    power of four, walked until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No permutation is held.
+    Windows are blocks of T + 1 tokens at stride T, so an epoch shows no target twice; each epoch starts at another offset in [0, T), so
+    that block edges move. Within an epoch the blocks come in a keyed pseudo-random order without replacement: a Feistel network over the
+    next power of four, walked until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
 
     def __init__(self, n_tokens: int, block_size: int, seed: int) -> None:
         """Raises ValueError if there is not one whole sample of block_size + 1 tokens."""
         if block_size < 1 or n_tokens < block_size + 1:
             raise ValueError(f"{n_tokens} tokens do not hold one sample of block_size + 1 = {block_size + 1}")
+        self.n_tokens = n_tokens
         self.block_size = block_size
         self.samples_per_epoch = max((n_tokens - block_size) // block_size, 1)
         self._offsets = min(block_size, n_tokens - self.samples_per_epoch * block_size)
@@ -76,18 +77,24 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class TrainBatches:
-    """One rank's share of global batches. The ranks together see the same samples whatever their number, micro-batch size and accumulation."""
+    """One rank's share of global batches: together the ranks see the same samples, whatever their number, micro-batch and accumulation."""
 
     def __init__(
         self, tokens: np.ndarray, order: DataOrder, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
     ) -> None:
-        """Raises ValueError if global_batch_size is not a multiple of micro_batch_size * world_size, or rank is not below world_size."""
+        """Raises ValueError if global_batch_size is no multiple of micro_batch_size * world_size, or rank or order do not fit."""
         across = micro_batch_size * world_size
         if across < 1 or global_batch_size < 1 or global_batch_size % across:
             raise ValueError(f"global batch {global_batch_size} is not a multiple of micro batch {micro_batch_size} x {world_size} ranks")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
+        if len(tokens) != order.n_tokens:
+            raise ValueError(f"the order is for {order.n_tokens} tokens, got {len(tokens)}")
         self.accumulation = global_batch_size // across
+        self.global_batch_size = global_batch_size
+        self.block_size = order.block_size
+        self.tokens_per_step = global_batch_size * order.block_size
+        """Tokens of one optimizer step, over all ranks."""
         self._micro_batch_size = micro_batch_size
         self._order = order
         self._windows = _windows(tokens, order.block_size + 1)

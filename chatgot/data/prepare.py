@@ -177,7 +177,6 @@ class _Scan:
     files: tuple[FileMeta, ...]
     file_characters: tuple[int, ...]
     characters: tuple[str, ...]
-    repeats: RepeatDetector
 
 
 def _build(source: Source, folder: Path, config: DataConfig, block_size: int | None, given: Tokenizer | None, say: Say) -> PreparedMeta:
@@ -197,14 +196,14 @@ def _build(source: Source, folder: Path, config: DataConfig, block_size: int | N
             f"{source.name}: {describe_unknown(unknown, tokenizer)}; they stand {_count(source, encoding, unknown):,} times in the text; "
             f"set data.unknown_characters: skip to leave them out, or make a new vocabulary"
         )
-    splits, skipped = _encode(pieces, plan, tokenizer, unknown, folder)
+    repeats = RepeatDetector()
+    splits, skipped = _encode(pieces, plan, tokenizer, unknown, repeats, folder)
     if skipped:
         say(f"warning: left out {skipped:,} characters: {describe_unknown(unknown, tokenizer)}")
     for name, split in splits.items():
         check_split_size(source.name, name, split.tokens, block_size if block_size is not None else 1)
-    train_bytes = splits["train"].bytes
-    repeated = round(scan.repeats.repeated_share(), 4)
-    leaked = round(scan.repeats.overlap_share(train_bytes, train_bytes + splits["val"].bytes), 4)
+    repeated = round(repeats.repeated_share(), 4)
+    leaked = round(repeats.val_in_train_share(), 4)
     _warn_of_repeats(scan, repeated, leaked, say)
     tokenizer.save(folder / TOKENIZER_FILE)
     meta = PreparedMeta(
@@ -230,24 +229,20 @@ def _build(source: Source, folder: Path, config: DataConfig, block_size: int | N
 
 
 def _scan(source: Source, encoding: str, say: Say) -> _Scan:
-    """First pass: is it text, how long is it, which characters, what stands in it twice."""
+    """First pass: is it text, how long is it, which characters."""
     files: list[FileMeta] = []
     lengths: list[int] = []
     seen = _Characters()
-    repeats = RepeatDetector()
     boms, crlf_files, crlf, empty = 0, 0, 0, []
     for file in source.files:
         reader = TextReader(file.path, encoding)
         length = 0
         for text in reader:
             length += len(text)
-            raw = text.encode("utf-8")
-            seen.add(raw)
-            repeats.feed(raw)
+            seen.add(text.encode("utf-8"))
         if length and _file_end(source):
             length += len(FILE_END)
-            seen.add(FILE_END.encode())
-            repeats.feed(FILE_END.encode())
+            seen.add(FILE_END.encode("ascii"))
         files.append(FileMeta(file.name, reader.bytes, reader.sha256))
         lengths.append(length)
         boms += reader.had_bom
@@ -265,7 +260,7 @@ def _scan(source: Source, encoding: str, say: Say) -> _Scan:
         say(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
     if empty:
         say(f"warning: {len(empty)} empty file{'s' * (len(empty) > 1)} left out: {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
-    return _Scan(tuple(files), tuple(lengths), seen.sorted(), repeats)
+    return _Scan(tuple(files), tuple(lengths), seen.sorted())
 
 
 class _Characters:
@@ -327,7 +322,7 @@ def _make_tokenizer(scan: _Scan, plan: SplitPlan, config: DataConfig, source: So
 
 
 def _encode(
-    pieces: Iterable[str], plan: SplitPlan, tokenizer: Tokenizer, unknown: Sequence[str], folder: Path
+    pieces: Iterable[str], plan: SplitPlan, tokenizer: Tokenizer, unknown: Sequence[str], repeats: RepeatDetector, folder: Path
 ) -> tuple[dict[str, SplitMeta], int]:
     """Second pass: write the token files. Returns each split's numbers, and how many characters were left out."""
     splits: dict[str, SplitMeta] = {}
@@ -353,12 +348,17 @@ def _encode(
         digest = hashlib.sha256()
         with (folder / token_file(name)).open("wb") as file:
             for text in _bpe_pieces(of_this_split()) if tokenizer.kind == "bpe" else of_this_split():
-                ids = np.ascontiguousarray(tokenizer.encode(text))
+                try:
+                    ids = np.ascontiguousarray(tokenizer.encode(text))
+                except DataError as error:  # the first pass has seen to it that every character is known
+                    raise DataError(f"the text changed while it was being prepared: {error}") from error
                 file.write(ids.data)
                 digest.update(ids.data)
+                raw = text.encode("utf-8")
+                repeats.feed(raw, name)
                 tokens += len(ids)
                 characters += len(text)
-                size += len(text) if text.isascii() else len(text.encode("utf-8"))
+                size += len(raw)
             file.flush()
             os.fsync(file.fileno())
         splits[name] = SplitMeta(tokens, characters, size, digest.hexdigest())

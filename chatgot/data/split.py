@@ -66,19 +66,18 @@ def plan_split(file_characters: Sequence[int], config: DataConfig) -> SplitPlan:
 
 
 def split_pieces(pieces: Iterable[str], plan: SplitPlan) -> Iterator[tuple[str, str]]:
-    """Cut a stream of text at the plan's positions: yields (split name, text)."""
-    ends = iter(plan.ends)
-    name, end = next(ends)
-    position = 0
+    """Cut a stream of text at the plan's positions: yields (split name, text). The last split takes all that is left."""
+    names, ends = zip(*plan.ends)
+    current = position = 0
     for piece in pieces:
-        while position + len(piece) > end:
-            head, piece = piece[: end - position], piece[end - position :]
+        while current + 1 < len(names) and position + len(piece) > ends[current]:
+            head, piece = piece[: ends[current] - position], piece[ends[current] - position :]
             if head:
-                yield name, head
-            position = end
-            name, end = next(ends)
+                yield names[current], head
+            position = ends[current]
+            current += 1
         if piece:
-            yield name, piece
+            yield names[current], piece
             position += len(piece)
 
 

@@ -1,0 +1,96 @@
+"""How fast text becomes tokens: `prepare` against the usual recipe `[stoi[c] for c in text]`, each in its own process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+METHODS = ("char", "byte", "list comprehension")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare generated ASCII text with every method and print CPU time, speed and peak memory as a markdown table."""
+    parser = argparse.ArgumentParser(prog="bench prepare", description=main.__doc__)
+    parser.add_argument("--megabytes", type=int, default=100, help="size of the generated text (default: 100)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each method, interleaved; the fastest counts (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated text")
+    parser.add_argument("--measure", nargs=3, metavar=("METHOD", "TEXT", "OUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.measure:
+        print(json.dumps(_measure(*args.measure)))
+        return 0
+    results: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
+    with tempfile.TemporaryDirectory(prefix="chatgot-bench-") as folder:
+        text = Path(folder) / "text.txt"
+        size = generate(text, args.megabytes * 1_000_000, args.seed)
+        for round_number in range(args.rounds):
+            for method in METHODS:
+                out = Path(folder) / f"{method.replace(' ', '-')}-{round_number}"
+                command = [sys.executable, "-m", "chatgot.bench.prepare", "--measure", method, str(text), str(out)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                results[method].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{size / 1e6:.0f} MB of ASCII, Python {platform.python_version()}, {platform.machine()}, best of {args.rounds}\n")
+    print("| method | CPU s | MB/s of CPU time | wall s | peak RSS MB |")
+    print("|---|---|---|---|---|")
+    for method, runs in results.items():
+        best = min(runs, key=lambda r: r["cpu_s"])
+        print(f"| {method} | {best['cpu_s']:.2f} | {size / 1e6 / best['cpu_s']:.0f} | {best['wall_s']:.2f} | {best['peak_rss_mb']:.0f} |")
+    return 0
+
+
+def generate(path: Path, size: int, seed: int) -> int:
+    """Write about `size` bytes of drama-like ASCII: pages of random sentences, drawn again and again in another order. Returns the size."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkqjxz", k=rng.randint(1, 9))) for _ in range(3000)]
+    lines = []
+    for _ in range(20_000):
+        line = " ".join(rng.choices(words, k=rng.randint(3, 12)))
+        lines.append(f"{rng.choice(words).upper()}: {line.capitalize()}{rng.choice('.,!?;')}\n")
+    written = 0
+    with path.open("w", encoding="ascii", newline="\n") as file:
+        while written < size:
+            page = "".join(rng.choices(lines, k=5000))[: size - written]
+            written += file.write(page)
+    return written
+
+
+def _measure(method: str, text: str, out: str) -> dict[str, float]:
+    """CPU and wall seconds of one method after its imports, and the process's peak memory."""
+    from chatgot.config.run import DataConfig
+    from chatgot.data.prepare import prepare
+
+    cpu, wall = time.process_time(), time.perf_counter()
+    if method == "char":
+        prepare(text, out, DataConfig(tokenizer="char"))
+    elif method == "byte":
+        prepare(text, out, DataConfig(tokenizer="byte"))
+    else:
+        _list_comprehension(Path(text), Path(out))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1.0 if sys.platform == "darwin" else 1 / 1024)
+    return {"cpu_s": cpu, "wall_s": wall, "peak_rss_mb": peak / 1e6}
+
+
+def _list_comprehension(text: Path, out: Path) -> None:
+    """The recipe of nanoGPT's data/shakespeare_char/prepare.py."""
+    import numpy as np
+
+    data = text.read_text(encoding="utf-8")
+    stoi = {c: i for i, c in enumerate(sorted(set(data)))}
+    cut = int(len(data) * 0.9)
+    out.mkdir()
+    for name, part in (("train", data[:cut]), ("val", data[cut:])):
+        np.array([stoi[c] for c in part], dtype=np.uint16).tofile(out / f"{name}.bin")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

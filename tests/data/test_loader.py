@@ -1,0 +1,133 @@
+"""Data order and batches: nothing twice, nothing missed, the same for any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatgot.data.loader import IGNORE_INDEX, DataOrder, EvalBatches, TrainBatches
+
+sizes = st.tuples(st.integers(2, 400), st.integers(1, 40)).filter(lambda s: s[0] > s[1])
+
+
+@given(sizes, st.integers(0, 2**70), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_epoch_visits_every_block_once_and_stays_inside(size, seed, epoch):
+    n_tokens, block = size
+    order = DataOrder(n_tokens, block, seed)
+    n = order.samples_per_epoch
+    starts = order.starts(np.arange(epoch * n, (epoch + 1) * n))
+    gaps = np.diff(np.sort(starts))
+    assert (gaps == block).all()  # disjoint targets, no block twice
+    assert starts.min() >= 0
+    assert starts.max() + block + 1 <= n_tokens
+    assert n == max((n_tokens - block) // block, 1)
+    assert order.epoch(epoch * n) == epoch
+    assert order.epoch((epoch + 1) * n - 1) == epoch
+
+
+@given(sizes, st.integers(0, 2**32), st.lists(st.integers(0, 10**12), max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_order_is_a_pure_function_of_seed_and_index(size, seed, indices):
+    together = DataOrder(*size, seed).starts(np.array(indices, np.int64))
+    alone = [int(DataOrder(*size, seed).starts(np.array([i]))[0]) for i in indices]
+    assert together.tolist() == alone
+
+
+def test_order_never_changes_between_versions():
+    """A run resumed with a later version must go on with the same samples: these numbers may never be edited."""
+    assert DataOrder(1000, 8, 1337).starts(np.array([0, 1, 2, 123, 124, 10**9])).tolist() == [853, 189, 733, 333, 160, 514]
+
+
+def test_other_seed_and_other_epoch_give_other_orders():
+    n = DataOrder(10_000, 10, 0).samples_per_epoch
+    first, second = (DataOrder(10_000, 10, 0).starts(np.arange(e * n, (e + 1) * n)) for e in (0, 1))
+    other = DataOrder(10_000, 10, 1).starts(np.arange(n))
+    assert (first // 10 == second // 10).mean() < 0.02
+    assert (first // 10 == other // 10).mean() < 0.02
+    assert len({int(DataOrder(10_000, 10, 0).starts(np.array([e * n]))[0]) % 10 for e in range(60)}) == 10  # every offset occurs
+
+
+def test_order_is_shuffled_evenly():
+    """Neighbours in the order are no neighbours in the text, and every stretch of the order covers the whole text."""
+    order = DataOrder(40_010, 10, 3)
+    blocks = order.starts(np.arange(order.samples_per_epoch)) // 10
+    assert abs(np.corrcoef(blocks[:-1], blocks[1:])[0, 1]) < 0.05
+    assert np.histogram(blocks[:1000], bins=10, range=(0, order.samples_per_epoch))[0].min() > 60
+
+
+def test_impossible_orders_are_refused():
+    with pytest.raises(ValueError, match="8 tokens do not hold one sample of block_size \\+ 1 = 9"):
+        DataOrder(8, 8, 0)
+    with pytest.raises(ValueError, match="negative"):
+        DataOrder(100, 8, 0).starts(np.array([-1]))
+
+
+@given(world=st.sampled_from([1, 2, 4]), micro=st.integers(1, 4), accumulation=st.integers(1, 3), step=st.integers(0, 50), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_global_batch_is_the_same_for_any_ranks_micro_batch_and_accumulation(world, micro, accumulation, step, data):
+    tokens = np.arange(501, dtype=np.uint16)
+    order = DataOrder(len(tokens), 7, 11)
+    global_batch = world * micro * accumulation
+    first = step * global_batch
+    seen, trace = [], []
+    for rank in range(world):
+        batches = TrainBatches(tokens, order, global_batch, micro, rank, world)
+        micro_batches = list(batches.micro_batches(first))
+        assert len(micro_batches) == accumulation == batches.accumulation
+        assert all(x.shape == y.shape == (micro, 7) and x.dtype == y.dtype == torch.int64 for x, y in micro_batches)
+        assert all(torch.equal(x[:, 1:], y[:, :-1]) for x, y in micro_batches)
+        indices = batches.indices(first)
+        assert torch.cat([x for x, _ in micro_batches])[:, 0].tolist() == order.starts(indices).tolist()  # tokens[i] == i
+        trace.append(indices.reshape(accumulation, micro))
+        seen.extend(indices.tolist())
+    assert sorted(seen) == list(range(first, first + global_batch))
+    by_micro_step = np.concatenate(trace, axis=1)  # each accumulation step takes the next samples, whatever the ranks
+    assert (np.diff(np.sort(by_micro_step, axis=1).reshape(-1)) == 1).all()
+
+
+def test_batch_that_does_not_divide_is_refused():
+    tokens = np.zeros(100, np.uint8)
+    order = DataOrder(100, 8, 0)
+    with pytest.raises(ValueError, match="global batch 6 is not a multiple of micro batch 2 x 2 ranks"):
+        TrainBatches(tokens, order, 6, 2, 0, 2)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        TrainBatches(tokens, order, 4, 2, 2, 2)
+
+
+def test_batches_come_from_a_memory_map_unchanged(tmp_path):
+    np.arange(300, dtype="<u2").tofile(tmp_path / "t.bin")
+    tokens = np.memmap(tmp_path / "t.bin", dtype="<u2", mode="r")
+    (x, y), *_ = TrainBatches(tokens, DataOrder(300, 9, 0), 4, 4, 0, 1).micro_batches(0)
+    assert torch.equal(x + 1, y)
+    assert x.is_contiguous()
+    assert y.is_contiguous()
+
+
+@given(n=st.integers(2, 300), block=st.integers(1, 40), batch=st.integers(1, 5), world=st.sampled_from([1, 2, 3, 4]))
+@settings(max_examples=100, deadline=None)
+def test_evaluation_sees_every_target_exactly_once(n, block, batch, world):
+    tokens = np.arange(1000, 1000 + n, dtype=np.uint16)
+    targets, lengths = [], set()
+    for rank in range(world):
+        batches = EvalBatches(tokens, block, batch, rank, world)
+        got = list(batches)
+        assert len(got) == len(batches)
+        lengths.add(len(got))
+        assert batches.target_tokens == n - 1
+        for x, y in got:
+            assert x.shape == y.shape == (batch, block)
+            real = y != IGNORE_INDEX
+            assert torch.equal(x[real] + 1, y[real])
+            assert (x[~real] == 0).all()
+            targets.extend(y[real].tolist())
+    assert len(lengths) == 1
+    assert sorted(targets) == list(range(1001, 1000 + n))
+
+
+def test_evaluation_without_a_target_is_refused():
+    with pytest.raises(ValueError, match="1 tokens hold no target"):
+        EvalBatches(np.zeros(1, np.uint8), 4, 2, 0, 1)
