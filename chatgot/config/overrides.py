@@ -1,0 +1,154 @@
+"""Overrides after the flags: `model.n_layers=4 train.max_steps=200 ds.optimizer.params.lr=3e-4`.
+
+`model.`, `data.` and `train.` edit the run YAML; `ds.` edits the DeepSpeed JSON, its chatgot section included
+(`ds.chatgot.schedule.type=wsd`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from chatgot.config import deepspeed_schema as schema
+from chatgot.config.chatgot_section import ChatGoTSection
+from chatgot.config.errors import ConfigError
+from chatgot.config.run import RunConfig
+
+_NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_WORDS = {"true": True, "false": False, "null": None, "~": None}
+_OPEN = ("optimizer.params.", "scheduler.params.")
+
+
+def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split and parse `key=value` words.
+
+    Values are JSON (`3e-4`, `[0.9,0.95]`, `"text"`, `true`, `null`), YAML in brackets (`[a, b]`), or else plain text.
+
+    Returns:
+        run: {'model.n_layers': 4} for the run YAML; ds: {'optimizer.params.lr': 3e-4} for the DeepSpeed JSON, without the leading 'ds.'.
+
+    Raises:
+        ConfigError: a missing '=', a key that no schema knows (with the nearest one), a key given twice, a value that cannot be parsed;
+            all of them at once, one per line.
+    """
+    run: dict[str, Any] = {}
+    ds: dict[str, Any] = {}
+    problems: list[str] = []
+    run_keys = frozenset(_fields(RunConfig))
+    ds_keys = frozenset(known_ds_keys())
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        if not equals:
+            problems.append(f"override {item}: expected key=value, for example train.max_steps=200 or ds.optimizer.params.lr=3e-4")
+            continue
+        home, name = (ds, key[3:]) if key.startswith("ds.") else (run, key)
+        if not (name in ds_keys or (name.startswith(_OPEN) and name not in _OPEN) if home is ds else name in run_keys):
+            problems.append(f"override {item}: no such key{_nearest(key, run_keys, ds_keys)}")
+        elif name in home:
+            problems.append(f"override {item}: {key} is given twice")
+        else:
+            try:
+                home[name] = parse_value(text)
+            except ValueError as error:
+                problems.append(f"override {item}: the value cannot be read: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return run, ds
+
+
+def parse_value(text: str) -> Any:
+    """One value; ValueError for an unfinished list, mapping or quoted text."""
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _NUMBER.fullmatch(text):
+        plain = text.replace("_", "")
+        return int(plain) if re.fullmatch(r"[+-]?\d+", plain) else float(plain)
+    if text[:1] in tuple("[{\"'"):
+        return _parse_brackets(text)
+    return text
+
+
+def _parse_brackets(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # not JSON: YAML's quotes and bare words are allowed too
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+
+
+def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The JSON's tree with overrides put in, under the spelling that the file uses. A section set to null is taken out."""
+    for dotted, value in overrides.items():
+        section: schema.Section | None = schema.ROOT
+        here = tree
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            name, node = _spelling(parent, here, section)
+            below = here.get(name)
+            if not isinstance(below, dict):
+                below = here[name] = {}
+            here = below
+            section = node if isinstance(node, schema.Section) else None
+        name, node = _spelling(last, here, section)
+        if value is None and isinstance(node, schema.Section):
+            here.pop(name, None)
+        else:
+            here[name] = value
+    return tree
+
+
+def known_ds_keys() -> Iterator[str]:
+    """Every dotted name that may follow 'ds.', both spellings of each last part."""
+    for dotted, node in schema.NODES.items():
+        yield dotted
+        if node.alias:
+            yield f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip(".")
+            if isinstance(node, schema.Section):
+                for key in node.keys:
+                    yield f"{dotted.rpartition('.')[0]}.{node.alias}.{key}".lstrip(".")
+    yield from (f"chatgot.{name}" for name in _fields(ChatGoTSection))
+
+
+def _spelling(name: str, here: dict[str, Any], section: schema.Section | None) -> tuple[str, schema.Key | schema.Section | None]:
+    """How the file spells a key, and its node."""
+    if section is None:
+        return name, None
+    documented = schema.spellings(section).get(name, name)
+    node = section.keys.get(documented)
+    if node is not None and name not in here:
+        name = next((other for other in (documented, node.alias) if other and other in here), name)
+    return name, node
+
+
+def _fields(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of a dataclass' fields, those of nested dataclasses included; the sections themselves are left out of the run's."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        nested = next((t for t in _options(hints[f.name]) if dataclasses.is_dataclass(t)), None)
+        if nested is None or cls is not RunConfig:
+            yield prefix + f.name
+        if isinstance(nested, type):
+            yield from _fields(nested, f"{prefix}{f.name}.")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _nearest(key: str, run_keys: frozenset[str], ds_keys: frozenset[str]) -> str:
+    known = [*run_keys, *(f"ds.{name}" for name in ds_keys)]
+    same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = difflib.get_close_matches(key, same_end, n=1, cutoff=0.3) or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
