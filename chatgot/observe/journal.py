@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 METRICS = (
     "train/loss",
@@ -88,7 +88,7 @@ class Journal:
         self.note = self._lines.note
         """None, or the report of a broken last line found on opening."""
 
-    def append(self, record: Mapping[str, float | int | None]) -> None:
+    def append(self, record: Mapping[str, SupportsFloat | None]) -> None:
         """Write the metrics of one optimizer step: {"step": 250, "train/loss": 1.48, ...}. A metric that is None is left out.
 
         Raises:

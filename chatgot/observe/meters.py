@@ -203,5 +203,13 @@ def peak_memory_gib(device_kind: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        # Not getrusage where there is a choice: its ru_maxrss is handed down through fork and exec (Linux), launcher's peak included.
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 2**20  # KiB
+    except FileNotFoundError:
+        pass  # no Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

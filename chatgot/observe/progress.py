@@ -47,8 +47,15 @@ class Progress:
             return
         try:
             if self._bar is None:
+                sized = os.get_terminal_size(self._stream.fileno()).columns > 0
                 self._bar = _Bar(
-                    total=self.max_steps, initial=self._start_step, file=self._stream, unit="step", dynamic_ncols=True, miniters=1
+                    total=self.max_steps,
+                    initial=self._start_step,
+                    file=self._stream,
+                    bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",  # rate and time to go are the meter's
+                    miniters=1,
+                    dynamic_ncols=sized,
+                    ncols=None if sized else 120,  # a pseudo-terminal that nobody gave a size has 0 columns, and tqdm then shows nothing
                 )
             self._bar.update(step - self._bar.n)
         except (OSError, ValueError) as error:

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import io
+import math
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatgot.observe.progress import Progress, human_count, human_seconds
+
+METRICS = {
+    "train/loss": 1.48212,
+    "optim/lr": 3e-4,
+    "optim/grad_norm": 0.51,
+    "perf/tokens_per_sec": 41234.0,
+    "perf/step_ms": 312.2,
+}
+LINE = "step 250/1000 | loss 1.4821 | lr 3.00e-04 | grad 0.51 | 41.2k tok/s | 312 ms/step | ETA 3m12s"
+
+
+def test_a_log_gets_plain_lines():
+    stream = io.StringIO()
+    progress = Progress(1000, stream=stream)
+    progress.step(250)
+    progress.line(250, METRICS, eta_seconds=192)
+    progress.say("saved checkpoints/step-250")
+    progress.close()
+    assert stream.getvalue() == f"{LINE}\nsaved checkpoints/step-250\n"
+
+
+def test_absent_metrics_are_left_out_and_diverged_ones_shown():
+    stream = io.StringIO()
+    Progress(10, stream=stream).line(3, {"train/loss": math.nan, "perf/mfu": None, "optim/skipped_steps": 2})
+    assert stream.getvalue() == "step 3/10 | loss nan | skipped 2\n"
+
+
+def test_other_ranks_are_silent():
+    stream = io.StringIO()
+    progress = Progress(10, enabled=False, stream=stream)
+    progress.step(1)
+    progress.line(1, METRICS)
+    progress.say("hello")
+    progress.close()
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_that_messages_do_not_break():
+    controller, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        progress = Progress(1000, start_step=200, stream=stream)
+        progress.step(201)
+        progress.say("a message of its own")
+        progress.line(250, METRICS, eta_seconds=192)
+        progress.close()
+        progress.say("afterwards")
+        shown = os.read(controller, 65536).decode()
+    os.close(controller)
+    assert "\n" in shown.split("a message of its own")[1][:3], "the message stands on a line of its own"
+    assert "250/1000" in shown
+    assert "loss 1.4821" in shown
+    assert "ETA 3m12s" in shown
+    assert shown.endswith("afterwards\r\n")
+
+
+def run_with_stdout(script: str, stdout: int | None, close_first: bool = False) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-c", 'exec "$@"' + (" >&-" if close_first else ""), "bash", sys.executable, "-c", script],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+SCRIPT = """
+import sys
+from chatgot.observe.progress import Progress
+reasons = []
+progress = Progress(1000, on_quiet=reasons.append)
+for step in range(1, 4):
+    progress.step(step)
+    progress.line(step, {"train/loss": 1.0})
+    progress.say("message")
+progress.close()
+print(len(reasons), "noted", reasons, file=sys.stderr)
+"""
+
+
+def test_a_closed_pipe_makes_it_quiet_and_training_goes_on():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = run_with_stdout(SCRIPT, writing)
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "1 noted ['[Errno 32] Broken pipe']\n"
+
+
+def test_a_full_disk_behind_a_redirect_makes_it_quiet():
+    with open("/dev/full", "w") as full:
+        done = run_with_stdout(SCRIPT, full.fileno())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("1 noted ")
+    assert "No space left" in done.stderr
+
+
+def test_no_standard_output_at_all_is_noted():
+    done = run_with_stdout(SCRIPT, None, close_first=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "1 noted ['there is no standard output']\n"
+
+
+def test_a_terminal_that_vanishes_makes_the_bar_quiet():
+    controller, terminal = pty.openpty()
+    reasons: list[str] = []
+    stream = os.fdopen(terminal, "w")
+    progress = Progress(1000, stream=stream, on_quiet=reasons.append)
+    progress.step(1)
+    os.close(controller)
+    for step in range(2, 5):
+        progress.step(step)
+        progress.line(step, METRICS)
+        progress.say("message")
+    progress.close()
+    stream.close()
+    assert len(reasons) == 1
+
+
+def test_characters_that_the_log_cannot_hold_are_escaped():
+    raw = io.BytesIO()
+    progress = Progress(10, stream=io.TextIOWrapper(raw, encoding="ascii"))
+    progress.say("Jaqen H’ghar")
+    assert raw.getvalue() == b"Jaqen H\\u2019ghar\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0s"),
+        (59.7, "1m00s"),
+        (192, "3m12s"),
+        (3599.6, "1h00m"),
+        (3700, "1h01m"),
+        (86399.9, "1d00h"),
+        (180000, "2d02h"),
+        (math.inf, "?"),
+    ],
+)
+def test_seconds_for_people_do_not_wrap_at_a_day(seconds, text):
+    assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (0.5, "0.5"),
+        (950, "950"),
+        (1234, "1.23k"),
+        (41234, "41.2k"),
+        (999_960, "1.00M"),
+        (14_123_000, "14.1M"),
+        (2.3e9, "2.30B"),
+        (4e12, "4.00T"),
+        (math.nan, "?"),
+    ],
+)
+def test_counts_for_people(count, text):
+    assert human_count(count) == text
