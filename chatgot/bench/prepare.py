@@ -76,8 +76,15 @@ def _measure(method: str, text: str, out: str) -> dict[str, float]:
     else:
         _list_comprehension(Path(text), Path(out))
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1.0 if sys.platform == "darwin" else 1 / 1024)
-    return {"cpu_s": cpu, "wall_s": wall, "peak_rss_mb": peak / 1e6}
+    return {"cpu_s": cpu, "wall_s": wall, "peak_rss_mb": _peak_rss_bytes() / 1e6}
+
+
+def _peak_rss_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands getrusage's peak down from the parent process, VmHWM it does not
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _list_comprehension(text: Path, out: Path) -> None:

@@ -129,6 +129,7 @@ def _folder(root: Path) -> Source:
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         here = Path(folder)
+        others.extend(f"{(here / s).relative_to(root).as_posix()}/ (a link)" for s in subfolders if (here / s).is_symlink())
         if looks_prepared(here):
             raise DataError(
                 f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the folder of texts"
@@ -145,7 +146,8 @@ def _folder(root: Path) -> Source:
             else:
                 others.append((here / name).relative_to(root).as_posix())
     others.sort()
-    left_out = f"{len(others)} other file{'s' * (len(others) != 1)} ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
+    noun = "entry" if len(others) == 1 else "entries"
+    left_out = f"{len(others)} other {noun} ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
     endings = ", ".join(TEXT_SUFFIXES)
     if not files:
         raise DataError(f"--data {root}: no text files ({endings}) in this folder" + (f", only {left_out}" if others else ""))

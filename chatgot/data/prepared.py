@@ -107,8 +107,11 @@ def looks_prepared(folder: Path) -> bool:
         return True
     if not meta.is_file():
         return False
-    with meta.open("rb") as file:
-        return FORMAT.encode("ascii") in file.read(4096)
+    try:
+        with meta.open("rb") as file:
+            return FORMAT.encode("ascii") in file.read(4096)
+    except OSError as error:
+        raise DataError(f"{meta}: cannot be read: {error.strerror or error}") from error
 
 
 def token_file(split: str) -> str:

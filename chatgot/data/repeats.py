@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 PASSAGE_BYTES = 256
-MAX_SAMPLES = 1 << 16
+MAX_SAMPLES = 1 << 15
 _FIRST_RATE = 16
 """At first one byte position in 16 is sampled."""
 _BATCH_BYTES = 1 << 19

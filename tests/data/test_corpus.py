@@ -21,7 +21,7 @@ def test_file_folder_and_several(tmp_path):
     source = resolve(str(tmp_path))
     assert source.kind == "folder"
     assert [f.name for f in source.files] == ["a.txt", "b.txt", "sub/c.md"]
-    assert "1 other file (picture.png)" in source.notes[0]
+    assert "1 other entry (picture.png)" in source.notes[0]
     assert resolve(tmp_path / "a.txt").kind == "file"
     several = resolve([tmp_path / "b.txt", tmp_path / "sub"])
     assert several.kind == "files"
@@ -42,7 +42,7 @@ def test_folder_without_texts_says_what_is_there(tmp_path):
     with pytest.raises(DataError, match="no text files"):
         resolve(tmp_path)
     (tmp_path / "book.pdf").write_text("x", encoding="utf-8")
-    with pytest.raises(DataError, match=r"no text files .*only 1 other file \(book\.pdf\)"):
+    with pytest.raises(DataError, match=r"no text files .*only 1 other entry \(book\.pdf\)"):
         resolve(tmp_path)
 
 

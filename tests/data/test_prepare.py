@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -427,20 +428,48 @@ def test_two_processes_share_one_preparation_and_a_kill_leaves_nothing(tmp_path)
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
 def test_memory_does_not_grow_with_the_text(kind, tmp_path):
-    """48 MB of text may raise the peak by 30 MB over that of a small text; whoever holds the text whole fails."""
     block = prose(20000).encode()
     with open(tmp_path / "big.txt", "wb") as file:
-        for i in range(48_000_000 // len(block)):
+        for i in range(150):
             file.write(b"%d\n" % i + block)
+    prepare(write(tmp_path / "small.txt", block), tmp_path / "warm-up", config(kind))
+    tracemalloc.start()
+    try:
+        prepare(tmp_path / "big.txt", tmp_path / "out", config(kind))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "big.txt").stat().st_size > 24e6
+    assert peak < 20e6  # the text alone is larger
+
+
+def test_disk_that_fills_up_is_a_data_error_and_leaves_nothing(tmp_path):
+    path = write(tmp_path / "t.txt", prose(20000))
     code = f"""
         import resource
-        from chatgot.data.prepare import prepare
+        from chatgot.config.errors import DataError
         from chatgot.config.run import DataConfig
-        small, big = {write(tmp_path / "small.txt", block)!r}, {str(tmp_path / "big.txt")!r}
-        prepare(small, {str(tmp_path / "o1")!r}, DataConfig(tokenizer={kind!r}))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        prepare(big, {str(tmp_path / "o2")!r}, DataConfig(tokenizer={kind!r}))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        from chatgot.data.prepare import prepare
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            prepare({path!r}, {str(tmp_path / "out")!r}, DataConfig())
+        except DataError as error:
+            print(error)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
-    assert int(done.stdout.split()[-1]) < 30_000  # KiB
+    assert "out: cannot be written: File too large" in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "t.txt"]
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare(path, tmp_path / "t.txt" / "out", config())
+
+
+def test_odd_contents_are_reported(tmp_path):
+    write(tmp_path / "in" / "a.txt", prose(300))
+    write(tmp_path / "in" / "b.txt", "")
+    write(tmp_path / "in" / "c.txt", "nul \0\0 here")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path)
+    notes: list[str] = []
+    prepare(tmp_path / "in", tmp_path / "out", config(), say=notes.append)
+    assert any("linked/ (a link)" in n for n in notes)
+    assert any("1 empty file left out: b.txt" in n for n in notes)
+    assert any("c.txt: 2 NUL characters" in n for n in notes)
