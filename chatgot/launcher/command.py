@@ -1,0 +1,204 @@
+"""The command line of launch/run, and what it execs or supervises."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from chatgot.config.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_NUMERICS,
+    EXIT_SECOND_INTERRUPT,
+    ChatGoTError,
+    ConfigError,
+    EnvironmentFault,
+)
+from chatgot.launcher.gpus import visible_gpus
+from chatgot.launcher.hostfile import read_hostfile
+from chatgot.launcher.supervisor import Supervisor, say
+
+NEVER_RESTARTED = (EXIT_DONE, EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
+"""A refusal would refuse again, and an interruption was asked for."""
+GRACE_SECONDS = 60.0
+
+EPILOG = """With one process and no restarts, the program replaces launch/run: nothing stands between you and it.
+With --hostfile, launch/run becomes DeepSpeed's runner, which reaches the hosts by pdsh or ssh.
+
+exit code: that of the first rank that failed, 128 + N if signal N ended it; 75 interrupted and saved; 130 second Ctrl-C;
+2 or 6 when launch/run itself refuses the command line or the machine"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `argv` (without the program's name); returns the exit code. Does not return where it execs."""
+    argv = list(argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv[:split])
+    if unknown:
+        parser.error(f"{' '.join(unknown)}: not an option of launch/run; the arguments of train.py come after --")
+    try:
+        command = [_interpreter(arguments.python), _script(arguments.script), *argv[split + 1 :]]
+        if arguments.hostfile is not None:
+            return _exec_deepspeed(arguments, command)
+        return _run_here(arguments, command)
+    except ChatGoTError as error:
+        say(str(error))
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/run",
+        usage="launch/run [options] -- <train.py arguments>",
+        description="Start train.py once per GPU of this machine, or once on the CPU.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nproc", type=_process_count, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)")
+    parser.add_argument("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
+    parser.add_argument(
+        "--master_port", type=_port, metavar="P", help="port of the rendezvous (default: a free one, or 29500 with --hostfile)"
+    )
+    parser.add_argument("--max_restarts", type=_restart_count, metavar="K", help="start again after a crash, K times at most (default: 0)")
+    parser.add_argument("--grace", type=_seconds, metavar="S", help="seconds that ranks have to save and end after a signal (default: 60)")
+    parser.add_argument("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
+    parser.add_argument("--script", metavar="PATH", help="another program to start instead of launch/train.py")
+    return parser
+
+
+def _process_count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of processes from 1 on")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535, or leave it out for a free one")
+    return int(text)
+
+
+def _restart_count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of restarts from 0 on")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+    return float(text)
+
+
+def _interpreter(given: str | None) -> str:
+    found = shutil.which(given if given is not None else sys.executable)
+    if found is None:
+        raise ConfigError(f"--python {given}: no such program, or it is not executable; name a Python that has ChatGoT's dependencies")
+    return found
+
+
+def _script(given: str | None) -> str:
+    path = Path(given) if given is not None else Path(__file__).resolve().parent.parent.parent / "launch" / "train.py"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such program to start; run launch/run from a checkout, or name one with --script PATH")
+    return str(path)
+
+
+def _exec_deepspeed(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    for name in ("nproc", "max_restarts", "grace"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(
+                f"--{name} does not go with --hostfile: DeepSpeed's runner then starts and stops the ranks, as many as the file has slots"
+            )
+    read_hostfile(arguments.hostfile)
+    python, *program = command
+    runner = [python, "-m", "deepspeed.launcher.runner", "-H", str(arguments.hostfile)]
+    if arguments.master_port is not None:
+        runner += ["--master_port", str(arguments.master_port)]
+    _exec([*runner, *program], os.environ)
+
+
+def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
+    """Environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
+
+    glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are 4 to 14 % faster.
+    """
+    defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
+    if not on_gpu:
+        defaults |= {"MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_MMAP_THRESHOLD_": "10000000000"}
+    return {
+        **defaults,
+        **environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def rendezvous_port(wanted: int | None) -> int:
+    """`wanted` if it can be bound, else EnvironmentFault; a free port for None."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for torch's TCPStore too
+        try:
+            probe.bind(("", wanted or 0))
+        except OSError as error:
+            raise EnvironmentFault(f"--master_port {wanted}: {error.strerror}; name another, or leave it out for a free one") from error
+        return probe.getsockname()[1]
+
+
+def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    gpus = visible_gpus(os.environ)
+    nproc = arguments.nproc or max(1, len(gpus))
+    if gpus and nproc > len(gpus):
+        raise EnvironmentFault(
+            f"--nproc {nproc}: more processes than the {len(gpus)} visible GPUs; give {len(gpus)} or fewer, or set DS_ACCELERATOR=cpu"
+        )
+    restarts = arguments.max_restarts or 0
+    if nproc == 1 and restarts == 0:
+        _exec(command, rank_environment(os.environ, 0, 1, rendezvous_port(arguments.master_port), bool(gpus)))
+    grace = GRACE_SECONDS if arguments.grace is None else arguments.grace
+
+    stops = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup, a closed terminal stops nothing
+        stops.add(signal.SIGHUP)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the ranks' exit codes
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})  # until this process ends: the supervisor waits for them
+    for restart in range(restarts + 1):
+        if restart:
+            say(f"restart {restart} of {restarts}: all ranks start again")
+        port = rendezvous_port(arguments.master_port)
+        environments = [rank_environment(os.environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
+        where = f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
+        say(f"{nproc} {'ranks' if nproc > 1 else 'rank'} on {where}, OMP_NUM_THREADS={environments[0]['OMP_NUM_THREADS']}, port {port}")
+        supervisor = Supervisor(stops, grace)
+        code = supervisor.run(command, environments)
+        if supervisor.stopping or signal.sigpending() & stops or code in NEVER_RESTARTED:
+            break
+    return code
+
+
+def _exec(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(command[0], list(command), environment)
+    except OSError as error:
+        raise EnvironmentFault(f"{command[0]}: cannot be started: {error.strerror}; name a working Python with --python PATH") from error

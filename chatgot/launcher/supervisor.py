@@ -1,0 +1,167 @@
+"""Ranks as processes: start them, pass signals on, see all of them to their end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, EnvironmentFault
+
+PEERS_END_SECONDS = 10.0
+"""After one rank ended badly, the others are often about to end with the same code: wait this long before they are told to."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(eq=False)
+class Rank:
+    """One started rank. `exit_code` is None while it runs, and -N if signal N ended it."""
+
+    index: int
+    process: subprocess.Popen[bytes]
+    exit_code: int | None = None
+    told_to_end: bool = False
+    """The launcher, not the user, sent it SIGTERM or SIGKILL: what it ends with says nothing about the cause."""
+
+
+def say(message: str) -> None:
+    """One line on stderr, at once."""
+    print(f"launch/run: {message}", file=sys.stderr, flush=True)
+
+
+class Supervisor:
+    """Starts the ranks once and sees them to their end. `stops` and SIGCHLD have to be blocked, in a process with one thread."""
+
+    def __init__(self, stops: set[signal.Signals], grace: float) -> None:
+        self.stops = stops
+        self.grace = grace
+        self.stopping = False
+        """The user sent a stop signal."""
+        self.ranks: list[Rank] = []
+        self._ended: list[Rank] = []
+        self._end_peers_at: float | None = None
+        self._kill_at: float | None = None
+
+    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+        """The exit code of the launcher. Every rank is a session of its own: a terminal's Ctrl-C reaches it through us, once."""
+        try:
+            for index, environment in enumerate(environments):
+                self.ranks.append(Rank(index, _start(command, environment, self.stops | {signal.SIGCHLD})))
+            interrupts = 0
+            while self._alive():
+                received = self._next_signal()
+                if received == signal.SIGINT:
+                    interrupts += 1
+                    if interrupts == 2:
+                        say("second SIGINT: ranks are killed, nothing is saved")
+                        return EXIT_SECOND_INTERRUPT
+                if received is not None and received in self.stops:
+                    self._forward(received)
+                self._collect()
+        finally:
+            self._kill()
+        return self._exit_code()
+
+    def _alive(self) -> list[Rank]:
+        return [rank for rank in self.ranks if rank.exit_code is None]
+
+    def _next_signal(self) -> signal.Signals | None:
+        """Wait for a signal or the next deadline; deadlines are acted on here."""
+        deadline = self._kill_at if self._kill_at is not None else self._end_peers_at
+        waited_for = self.stops | {signal.SIGCHLD}
+        if deadline is None:
+            return signal.Signals(signal.sigwaitinfo(waited_for).si_signo)
+        info = signal.sigtimedwait(waited_for, max(0.0, deadline - time.monotonic()))
+        if info is not None:
+            return signal.Signals(info.si_signo)
+        alive = self._alive()
+        names = f"rank{'s' if len(alive) > 1 else ''} {', '.join(str(rank.index) for rank in alive)}"
+        if self._kill_at is not None:
+            say(f"still running {self.grace:g} s after they were told to end, killed now: {names}")
+            self._kill()
+        else:
+            say(f"SIGTERM to the rest, and SIGKILL in {self.grace:g} s: {names}")
+            self._kill_at = time.monotonic() + self.grace
+            for rank in alive:
+                rank.told_to_end = True
+                rank.process.send_signal(signal.SIGTERM)
+        return None
+
+    def _forward(self, received: signal.Signals) -> None:
+        """To all ranks before any of them has ended, because they agree together on the step to stop at."""
+        passed_on = signal.SIGTERM if received == signal.SIGHUP else received
+        for rank in self._alive():
+            rank.process.send_signal(passed_on)
+        if not self.stopping:
+            self.stopping = True
+            say(f"{received.name}: {passed_on.name} sent to all ranks, which have {self.grace:g} s to save and end")
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self.grace
+
+    def _collect(self) -> None:
+        """Note the ranks that ended. Of several found at once, one that a signal ended is the likelier cause and goes first."""
+        found: list[Rank] = []
+        for rank in self._alive():
+            rank.exit_code = rank.process.poll()
+            if rank.exit_code is not None:
+                found.append(rank)
+        for rank in sorted(found, key=lambda rank: rank.exit_code is not None and rank.exit_code >= 0):
+            first = rank.exit_code != 0 and not any(earlier.exit_code != 0 for earlier in self._ended)
+            self._ended.append(rank)
+            if first:
+                say(f"rank {rank.index} {_how_it_ended(rank)}")
+                if self._kill_at is None:
+                    self._end_peers_at = time.monotonic() + min(PEERS_END_SECONDS, self.grace)
+
+    def _kill(self) -> None:
+        """SIGKILL to every rank that still runs, and only to it: a wandb worker ends by itself, after it has handed over what it has."""
+        alive = self._alive()
+        for rank in alive:
+            rank.told_to_end = True
+            rank.process.kill()
+        for rank in alive:
+            rank.exit_code = rank.process.wait()
+            self._ended.append(rank)
+
+    def _exit_code(self) -> int:
+        bad = [rank for rank in self._ended if rank.exit_code != 0]
+        if not bad:
+            return EXIT_DONE
+        own = [rank for rank in bad if not rank.told_to_end]
+        cause = next((rank for rank in own if rank.exit_code != EXIT_INTERRUPTED), (own or bad)[0])
+        others = [f"rank {rank.index} {_how_it_ended(rank)}" for rank in bad if rank.exit_code != cause.exit_code]
+        if others:
+            say(f"the cause: rank {cause.index} {_how_it_ended(cause)}; then: {', '.join(others)}")
+        assert cause.exit_code is not None
+        return cause.exit_code if cause.exit_code >= 0 else 128 - cause.exit_code
+
+
+def _how_it_ended(rank: Rank) -> str:
+    code = rank.exit_code
+    assert code is not None
+    if code == -signal.SIGKILL and not rank.told_to_end:
+        return "was ended by SIGKILL: if nobody killed it, the machine ran out of memory (dmesg says so)"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name if -code in set(signal.Signals) else f'signal {-code}'}"
+    return f"ended with exit code {code}" + (" (interrupted, state saved)" if code == EXIT_INTERRUPTED else "")
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], unblock: set[signal.Signals]) -> subprocess.Popen[bytes]:
+    launcher = os.getpid()
+    libc = ctypes.CDLL(None)
+
+    def before_exec() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # no orphans, even when the launcher is killed with SIGKILL
+        if os.getppid() != launcher:  # it died before the line above
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, unblock)
+
+    try:
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=before_exec)
+    except OSError as error:
+        raise EnvironmentFault(f"{command[0]}: rank {environment['RANK']} cannot be started: {error.strerror}") from error
