@@ -9,9 +9,8 @@ from typing import Any
 
 from chatgot.config import deepspeed_schema as schema
 from chatgot.config.chatgot_section import ChatGoTSection
-from chatgot.config.deepspeed_values import Problems, Values, read_arguments
+from chatgot.config.deepspeed_values import Problems, Values, nearest, read_arguments
 from chatgot.config.device import DeviceFacts
-from chatgot.config.fields import did_you_mean
 
 DEEPSPEED_ONLY_RECOMPUTATION = (
     "partition_activations",
@@ -234,7 +233,7 @@ def _check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, p
         return
     if name not in schema.DEEPSPEED_OPTIMIZERS and kind not in schema.TORCH_OPTIMIZERS:
         known = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", *schema.TORCH_OPTIMIZERS)
-        problems.add("optimizer.type", kind, f"unknown optimizer; known are {', '.join(known)}{did_you_mean(kind, known)}")
+        problems.add("optimizer.type", kind, f"unknown optimizer; known are {', '.join(known)}{nearest(kind, known)}")
         return
     section = tree.get("optimizer")
     params = section.get("params", {}) if isinstance(section, dict) else {}
@@ -292,7 +291,7 @@ def _check_scheduler(values: Values, tree: dict[str, Any], chatgot: ChatGoTSecti
         return
     if kind not in schema.SCHEDULER_PARAMS:
         known = tuple(schema.SCHEDULER_PARAMS)
-        problems.add("scheduler.type", kind, f"unknown scheduler; known are {', '.join(known)}{did_you_mean(kind, known)}")
+        problems.add("scheduler.type", kind, f"unknown scheduler; known are {', '.join(known)}{nearest(kind, known)}")
         return
     params = tree["scheduler"].get("params")
     if params is None:

@@ -144,7 +144,7 @@ def build_engine_config(
 
     deepspeed = {key: plain_copy(value) for key, value in tree.items() if key not in ("chatgot", "wandb")}
     for dotted, value in resolved.items():
-        _put(deepspeed, values.name(dotted), value, replace=values.given.get(dotted) in (None, "auto"))
+        _put(deepspeed, values.name(dotted), value)
     optimizer, scheduler = deepspeed.get("optimizer"), deepspeed.get("scheduler")
     return EngineConfig(
         path=name,
@@ -303,10 +303,10 @@ def _note_deprecated(values: Values, notes: list[str]) -> None:
         notes.append("dataloader_drop_last has no effect: ChatGoT's own loader only ever gives whole batches")
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any, replace: bool) -> None:
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     """Write a resolved value where the file states none, or "auto"."""
     *sections, key = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
-    if replace:
+    if tree.get(key) in (None, "auto"):
         tree[key] = value

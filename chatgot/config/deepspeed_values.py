@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from chatgot.config import deepspeed_schema as schema
 from chatgot.config.deepspeed_schema import Key, Section
 from chatgot.config.errors import ConfigError
-from chatgot.config.fields import did_you_mean
 
 
 @dataclass
@@ -60,8 +61,11 @@ class Values:
         return dotted in self.given
 
     def name(self, dotted: str) -> str:
-        """The spelling in the file, or the documented one."""
-        return self.spelled.get(dotted, dotted)
+        """The spelling in the file, or the one that fits the file's spelling of the section around it."""
+        if dotted in self.spelled or "." not in dotted:
+            return self.spelled.get(dotted, dotted)
+        section, _, key = dotted.rpartition(".")
+        return f"{self.name(section)}.{key}"
 
 
 def shown(value: Any) -> str:
@@ -123,20 +127,29 @@ def _read_key(value: Any, node: Key, typed: bool, place: str, name: str, problem
     try:
         values.given[name] = node.read(value, typed)
     except (ValueError, OverflowError):
-        hint = did_you_mean(value, map(str, node.choices)) if isinstance(value, str) else ""
-        note = '; "auto" is not resolved here, write a value or leave the key out' if value == "auto" else ""
-        problems.add(place, value, f"expected {node.allowed()}{note}{hint}")
+        problems.add(place, value, _expected(node, value))
+
+
+def _expected(node: Key, value: Any) -> str:
+    note = '; "auto" is not resolved here, write a value or leave the key out' if value == "auto" else ""
+    return f"expected {node.allowed()}{note}{nearest(value, map(str, node.choices))}"
+
+
+def nearest(word: Any, known: Iterable[str]) -> str:
+    """'; did you mean 'x'?', upper and lower case counting as equal."""
+    if not isinstance(word, str):
+        return ""
+    folded = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.6)
+    return f"; did you mean '{folded[close[0]]}'?" if close else ""
 
 
 def _unknown(key: str, dotted: str, known: dict[str, str]) -> str:
     removed = schema.REMOVED.get(dotted + key)
     if removed:
         return removed
-    hint = did_you_mean(key, known)
-    if not hint:
-        homes = [name for name in schema.NODES if name.rpartition(".")[2] == key and name != dotted + key]
-        if len(homes) == 1:
-            hint = f"; it belongs at {homes[0]}"
+    homes = [name for name in schema.NODES if name.rpartition(".")[2] == key]
+    hint = f"; it belongs at {homes[0]}" if len(homes) == 1 else nearest(key, known)
     return "unknown key, DeepSpeed would ignore it" + (hint or (f" (known here: {', '.join(known)})" if len(known) <= 12 else ""))
 
 
@@ -153,13 +166,13 @@ def read_arguments(params: dict, known: dict[str, Key], owner: str, where: str, 
     """
     for key, value in params.items():
         if key not in known:
-            hint = elsewhere.get(key, "") or did_you_mean(key, known)
+            hint = elsewhere.get(key, "") or nearest(key, known)
             problems.add(f"{where}.{key}", value, f"{owner} has no such argument (it takes {', '.join(known)}){hint}")
             continue
         try:
             known[key].read(value, False)
         except (ValueError, OverflowError):
-            problems.add(f"{where}.{key}", value, f"expected {known[key].allowed()}")
+            problems.add(f"{where}.{key}", value, _expected(known[key], value))
     for key, node in known.items():
         if node.required and key not in params:
             problems.missing(f"{where}.{key}", f"must be given for {owner}: {node.allowed()}")
