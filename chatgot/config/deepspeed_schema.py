@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["flag", "int", "float", "text", "path", "texts", "betas", "numbers", "mapping"]
+Kind = Literal["flag", "int", "float", "text", "path", "texts", "words", "betas", "numbers", "mapping"]
 
 _KINDS = {
     "flag": "true or false",
@@ -23,6 +23,7 @@ _KINDS = {
     "text": "a text",
     "path": "a path",
     "texts": "a list of texts",
+    "words": "a text or a list of texts",
     "betas": "a list of two numbers, each >= 0 and < 1",
     "numbers": "a number or a list of numbers",
     "mapping": "a mapping of keys",
@@ -51,8 +52,6 @@ class Key:
     auto: bool = False
     """Whether ChatGoT resolves the value "auto"."""
     required: bool = False
-    enum: bool = False
-    """A number from a pydantic enum: numeric texts are read as floats first."""
 
     def allowed(self) -> str:
         """What may stand here, in words."""
@@ -138,8 +137,10 @@ def _read_int(value: Any, typed: bool) -> int:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if typed and isinstance(value, str) and "e" not in value.lower():
-        return _read_int(float(value), typed)
+    if typed and isinstance(value, str):
+        number = float(value)
+        if "e" not in value.lower() and number.is_integer():
+            return int(value) if value.strip().lstrip("+-").isdigit() else int(number)
     raise ValueError
 
 
@@ -159,9 +160,11 @@ def _read_text(value: Any, typed: bool) -> str:
     raise ValueError
 
 
+def _read_words(value: Any, typed: bool) -> list[str]:
+    return [value] if isinstance(value, str) else _read_texts(value, typed)
+
+
 def _read_texts(value: Any, typed: bool) -> list[str]:
-    if isinstance(value, str) and typed:
-        return [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
     raise ValueError
@@ -194,13 +197,14 @@ _READERS = {
     "text": _read_text,
     "path": _read_text,
     "texts": _read_texts,
+    "words": _read_words,
     "betas": _read_betas,
     "numbers": _read_numbers,
     "mapping": _read_mapping,
 }
 
 
-def _flag(default: bool, help: str = "", **more: Any) -> Key:
+def _flag(default: bool | None, help: str = "", **more: Any) -> Key:
     return Key("flag", default, help, **more)
 
 
@@ -280,9 +284,9 @@ LEAF_MODULE = Section(
     help="Modules that ZeRO stage 3 fetches as one unit.",
     null=True,
     keys={
-        "classes": Key("texts", None, "Class names, with their package."),
-        "names": Key("texts", [], "Module names."),
-        "name_suffixes": Key("texts", [], "Ends of module names."),
+        "classes": Key("words", None, "Class names, with their package."),
+        "names": Key("words", [], "Module names."),
+        "name_suffixes": Key("words", [], "Ends of module names."),
     },
 )
 
@@ -291,14 +295,14 @@ ZERO_OPTIMIZATION = Section(
     help="ZeRO: optimizer state (1), gradients (2) and parameters (3) shared out over the ranks.",
     bare=(True, False),
     keys={
-        "stage": _int(0, "0: off; 1: optimizer state; 2: and gradients; 3: and parameters.", choices=(0, 1, 2, 3), enum=True),
+        "stage": _int(0, "0: off; 1: optimizer state; 2: and gradients; 3: and parameters.", choices=(0, 1, 2, 3)),
         "contiguous_gradients": _flag(True, "Copy gradients into one buffer as they appear, against fragmentation."),
         "reduce_scatter": _flag(True, "Average gradients by reduce-scatter instead of all-reduce."),
         "reduce_bucket_size": _int(500_000_000, "Elements reduced at a time; a buffer of this size is allocated.", above=0, auto=True),
         "use_multi_rank_bucket_allreduce": _flag(True, "One all-reduce for the buckets of several ranks."),
         "allgather_partitions": _flag(True, "Gather updated parameters by all-gather instead of broadcasts."),
         "allgather_bucket_size": _int(500_000_000, "Elements gathered at a time; even.", low=0, auto=True),
-        "overlap_comm": _flag(False, "Reduce gradients during backward; null: only at stage 3.", null=True),
+        "overlap_comm": _flag(None, "Reduce gradients during backward; null: only at stage 3.", null=True),
         "compute_grad_norm": _flag(True, "Compute the global gradient norm (stages 1 and 2)."),
         "load_from_fp32_weights": _flag(True, "Master weights from the checkpoint's fp32 copies rather than the 16-bit ones."),
         "elastic_checkpoint": _flag(False, "Legacy; not at stage 3."),
@@ -306,9 +310,9 @@ ZERO_OPTIMIZATION = Section(
         "offload_optimizer": OFFLOAD_OPTIMIZER,
         "zenflow": ZENFLOW,
         "sub_group_size": _int(1_000_000_000, "Elements per tile of the stage-3 optimizer step.", low=0),
-        "cpu_offload_param": _flag(False, null=True, instead='"offload_param": {"device": "cpu"}'),
-        "cpu_offload_use_pin_memory": _flag(False, null=True, instead='"pin_memory" inside offload_param or offload_optimizer'),
-        "cpu_offload": _flag(False, null=True, instead='"offload_optimizer": {"device": "cpu"}'),
+        "cpu_offload_param": _flag(None, null=True, instead='"offload_param": {"device": "cpu"}'),
+        "cpu_offload_use_pin_memory": _flag(None, null=True, instead='"pin_memory" inside offload_param or offload_optimizer'),
+        "cpu_offload": _flag(None, null=True, instead='"offload_optimizer": {"device": "cpu"}'),
         "stage3_prefetch_bucket_size": _int(
             50_000_000, "Elements fetched ahead of use (stage 3).", low=0, alias="prefetch_bucket_size", auto=True
         ),
@@ -477,7 +481,7 @@ COMET = Section(
         "api_key": _text(None, null=True),
         "experiment_name": _text(None, null=True),
         "experiment_key": _text(None, null=True),
-        "online": _flag(False, null=True),
+        "online": _flag(None, null=True),
         "mode": _text(None, null=True),
     },
 )
@@ -579,7 +583,7 @@ TENSOR_PARALLEL = Section(
         "dtype": _text("fp16", choices=DTYPE_NAMES),
         "autotp_size": _int(0, low=0),
         "tp_overlap_comm": _flag(False),
-        "vocab_parallel_lm_head": _flag(False, null=True),
+        "vocab_parallel_lm_head": _flag(None, null=True),
         "vocab_parallel_ce_backend": _text("torch", choices=("torch", "liger")),
         "tensor_parallel": Section(
             model="deepspeed.runtime.tensor_parallel.config:TPConfig",
@@ -609,7 +613,7 @@ EXPERT_PARALLEL = Section(
         "router_pattern": _text(None, null=True),
         "use_grouped_mm": _flag(True),
         "disable_triton_grouped_mm": _flag(False),
-        "route_norm": _flag(False, null=True),
+        "route_norm": _flag(None, null=True),
         "route_scale": _float(1.0),
         "score_apply": _text("auto"),
         "combine_impl": _text("auto"),
@@ -630,7 +634,7 @@ EXPERT_PARALLEL = Section(
         "expert_w3": _text(None, null=True),
         "num_experts_attr": _text(None, null=True),
         "top_k_attr": _text(None, null=True),
-        "has_shared_experts": _flag(False, null=True),
+        "has_shared_experts": _flag(None, null=True),
         "shared_experts_pattern": _text(None, null=True),
         "shared_experts_gate_pattern": _text(None, null=True),
         "expert_activation": _text(None, null=True),
