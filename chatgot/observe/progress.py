@@ -18,7 +18,7 @@ class Progress:
     """Rank 0's voice; every other rank constructs it with enabled=False and stays silent.
 
     A stream that is gone (closed pipe, vanished terminal, full disk behind a redirect) makes it quiet for good: `on_quiet` is
-    told the reason once, and the file descriptor is pointed at the null device so that the interpreter's last flush succeeds.
+    told the reason once, and the file descriptor is pointed at the null device, so that a library's print does not raise either.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class Progress:
                     bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",  # rate and time to go are the meter's
                     miniters=1,
                     dynamic_ncols=sized,
-                    ncols=None if sized else 120,  # a pseudo-terminal that nobody gave a size has 0 columns, and tqdm then shows nothing
+                    # A pseudo-terminal that nobody gave a size has 0 columns and 0 rows, and tqdm then shows nothing.
+                    ncols=None if sized else 120,
+                    nrows=None if sized else 24,
                 )
             self._bar.update(step - self._bar.n)
         except (OSError, ValueError) as error:

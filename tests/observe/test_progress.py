@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import math
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -48,24 +51,6 @@ def test_other_ranks_are_silent():
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_gets_a_bar_that_messages_do_not_break():
-    controller, terminal = pty.openpty()
-    with os.fdopen(terminal, "w") as stream:
-        progress = Progress(1000, start_step=200, stream=stream)
-        progress.step(201)
-        progress.say("a message of its own")
-        progress.line(250, METRICS, eta_seconds=192)
-        progress.close()
-        progress.say("afterwards")
-        shown = os.read(controller, 65536).decode()
-    os.close(controller)
-    assert "\n" in shown.split("a message of its own")[1][:3], "the message stands on a line of its own"
-    assert "250/1000" in shown
-    assert "loss 1.4821" in shown
-    assert "ETA 3m12s" in shown
-    assert shown.endswith("afterwards\r\n")
-
-
 def run_with_stdout(script: str, stdout: int | None, close_first: bool = False) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", 'exec "$@"' + (" >&-" if close_first else ""), "bash", sys.executable, "-c", script],
@@ -74,6 +59,33 @@ def run_with_stdout(script: str, stdout: int | None, close_first: bool = False) 
         text=True,
         cwd=Path(__file__).parents[2],
     )
+
+
+TERMINAL_SCRIPT = f"""
+from chatgot.observe.progress import Progress
+progress = Progress(1000, start_step=200)
+progress.step(201)
+progress.say("a message of its own")
+progress.line(250, {METRICS}, eta_seconds=192)
+progress.close()
+progress.say("afterwards")
+"""
+
+
+@pytest.mark.parametrize("columns", [0, 150])
+def test_a_terminal_gets_a_bar_that_messages_do_not_break(columns):
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    done = run_with_stdout(TERMINAL_SCRIPT, terminal)
+    shown = os.read(controller, 65536).decode()
+    os.close(terminal)
+    os.close(controller)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\n" in shown.split("a message of its own")[1][:3], "the message stands on a line of its own"
+    assert "250/1000" in shown
+    assert "loss 1.4821" in shown
+    assert "ETA 3m12s" in shown
+    assert shown.endswith("afterwards\r\n")
 
 
 SCRIPT = """
@@ -86,6 +98,7 @@ for step in range(1, 4):
     progress.line(step, {"train/loss": 1.0})
     progress.say("message")
 progress.close()
+print("a library that knows nothing of this", flush=True)
 print(len(reasons), "noted", reasons, file=sys.stderr)
 """
 

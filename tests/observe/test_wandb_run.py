@@ -221,6 +221,27 @@ def fake_wandb(tmp_path: Path, environment: dict[str, str], hook: str) -> dict[s
     return {**environment, "PYTHONPATH": f"{tmp_path / 'fake'}:{ROOT}"}
 
 
+def test_with_a_key_and_a_server_the_run_is_online(tmp_path, environment):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        hook = (
+            "import os\nRun.url = 'http://here/ravens/runs/1'\n"
+            "settings = SimpleNamespace(mode='online', base_url=os.environ['WANDB_BASE_URL'], api_key=None)\n"
+            "def setup():\n    return SimpleNamespace(settings=settings)\n"
+            "def init(**kwargs):\n    print('wandb: WARNING mode', kwargs['mode'], file=sys.stderr)\n    return Run()\n"
+        )
+        host = f"127.0.0.1:{server.getsockname()[1]}"
+        online = {**fake_wandb(tmp_path, environment, hook), "WANDB_BASE_URL": f"http://{host}"}
+        without_key = train(online, tmp_path / "a", range(1, 3))
+        (tmp_path / "home" / ".netrc").write_text(f"machine {host}\n  login user\n  password {'k' * 40}\n")
+        with_key = train(online, tmp_path / "b", range(1, 3))
+    assert without_key[0] == "wandb: WARNING mode offline"
+    assert with_key[0] == "wandb: WARNING mode online"
+    assert with_key[1].endswith("online: http://here/ravens/runs/1")
+    assert with_key[2] == "trained online False"
+
+
 def test_a_wandb_that_hangs_in_init_is_given_up(tmp_path, environment):
     lines = train(fake_wandb(tmp_path, environment, "init_hook = forever\n"), tmp_path / "run", range(1, 4), init_timeout=0.7)
     assert lines == [
