@@ -193,6 +193,11 @@ def live_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [live[step] for step in sorted(live)]
 
 
+def newest_step(path: str | os.PathLike) -> int | None:
+    """The highest step ever written, given-up pasts included: what a dashboard that cannot forget has already seen. None: no step."""
+    return max((record["step"] for record in read_journal(path)[0]), default=None)
+
+
 def _finite(value: Any) -> Any:
     """`value` with non-finite floats as strings and paths as text, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):

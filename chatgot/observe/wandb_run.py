@@ -70,8 +70,8 @@ class WandbRun:
             run_config: the resolved configuration, shown by wandb.
             say: prints one line; told once about everything that is not as asked for.
             resumed_from_step: the checkpoint's step; None for a new start.
-            last_step: the newest step in the journal before this start. Steps up to it are in wandb already; trained again after a
-                resume from an older checkpoint, they are not logged a second time.
+            last_step: the highest step ever journaled before this start (journal.newest_step). Steps up to it are in wandb already;
+                trained again after a resume from an older checkpoint, they are not logged a second time.
             init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.
             finish_timeout: seconds granted to the upload at the end.
         """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.observe.journal import METRICS, Events, Journal, live_metrics, read_journal
+from chatgot.observe.journal import METRICS, Events, Journal, live_metrics, newest_step, read_journal
 
 
 def test_records_are_read_back_as_they_were_written(tmp_path):
@@ -168,6 +168,8 @@ def test_live_metrics_drops_the_steps_of_a_past_that_was_given_up(tmp_path):
     for step in (10, 20, 30, 40, 20, 30):
         journal.append({"step": step, "train/loss": 1.0})
     assert [r["step"] for r in live_metrics(tmp_path / "m.jsonl")] == [10, 20, 30]
+    assert newest_step(tmp_path / "m.jsonl") == 40
+    assert newest_step(tmp_path / "none.jsonl") is None
 
 
 def test_train_and_val_records_of_a_step_become_one(tmp_path):
