@@ -128,6 +128,26 @@ def test_a_rank_that_a_signal_ended_is_named_with_the_signal(launch: Launch) -> 
     assert not running(launch.started(0)["pid"])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [(1, signal.SIGKILL, 128 + signal.SIGKILL), (75, signal.SIGTERM, 7)],
+    ids=["killed-rank-before-its-peer-noticed", "failure-before-interruption"],
+)
+def test_the_cause_is_told_from_what_followed(launch: Launch, first: int, second: signal.Signals, code: int) -> None:
+    launch.start(f"0:linger={first}", "1:linger=7")
+    launch.wait_for("start")
+    launch.send(signal.SIGSTOP)  # it then finds both ended at once
+    pids = [launch.started(rank)["pid"] for rank in range(2)]
+    os.kill(pids[0], signal.SIGTERM)
+    wait_until(lambda: not running(pids[0]))
+    os.kill(pids[1], second)
+    wait_until(lambda: not running(pids[1]))
+    launch.send(signal.SIGCONT)
+    found, errors = launch.end()
+    assert found == code, errors
+    assert f"the cause: rank 1 {'was ended by SIGKILL' if code != 7 else 'ended with exit code 7'}" in errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_reaches_all_ranks_before_any_has_ended(launch: Launch, number: signal.Signals) -> None:
     launch.start("*:save", options=("--nproc", "3"))
