@@ -131,9 +131,9 @@ def context_start(length: int, max_seq_length: int) -> int:
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
     """Draw one token from logits (V,) fp32 on the CPU; the settings are those of `generate`."""
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or too small to divide by
         return int(logits.argmax())
-    scaled = (logits - logits.max()) / temperature  # <= 0, so that a tiny temperature underflows instead of overflowing
+    scaled = (logits - logits.max()) / temperature  # <= 0, so that a small temperature underflows instead of overflowing
     if top_k is None and top_p is None:
         return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
     scaled, tokens = scaled.sort(descending=True, stable=True)  # ties: the lower token id first

@@ -27,6 +27,17 @@ def test_cached_tokens_equal_uncached_ones_past_max_seq_length(config: ModelConf
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_greedy_tokens_are_those_of_a_naive_loop(config: ModelConfig):
+    model = random_gpt(config)
+    text = prompt = random_ids(2, 5)
+    with torch.no_grad():
+        for length in range(5, 45):
+            context = text[:, context_start(length, config.max_seq_length) :]
+            text = torch.cat([text, model(context)[:, -1:].argmax(-1)], dim=1)
+    assert generate(model, prompt, 40, temperature=0) == text[:, 5:].tolist()
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 def test_cached_logits_equal_those_of_one_full_forward(config: ModelConfig):
     model = random_gpt(config)
     ids = random_ids(2, config.max_seq_length)
@@ -285,17 +296,23 @@ def test_draws_follow_the_softmax_of_the_settings():
     assert draw(logits, top_k=2) == pytest.approx([0.625, 0, 0.375, 0], abs=0.03)
     assert draw(logits, top_p=0.75) == pytest.approx([0.625, 0, 0.375, 0], abs=0.03)  # 0.5 is not enough, 0.8 is
     assert draw(logits, top_p=0.01) == [1, 0, 0, 0]
-    assert draw(logits, temperature=1e-30) == [1, 0, 0, 0]
+    assert draw([9.0, 99.0, 98.0], temperature=1e-37, count=20) == [0, 1, 0]
+    assert draw([9.0, 99.0, 98.0], temperature=1e-300, count=20) == [0, 1, 0]
     assert draw([0.0, 0.0, 0.0], top_k=2) == pytest.approx([0.5, 0.5, 0], abs=0.03)  # ties: the lower token first
 
 
-def test_bf16_models_sample_in_fp32():
+def test_bf16_models_sample_in_fp32(monkeypatch: pytest.MonkeyPatch):
     model = random_gpt(GROUPED).bfloat16()
-    cache_dtypes = set()
-    model.layers[0].attention.register_forward_hook(lambda module, args, output: cache_dtypes.add(output.dtype))
+    dtypes = set()
+
+    def recording(logits: torch.Tensor, *settings) -> int:
+        dtypes.add(logits.dtype)
+        return sample(logits, *settings)
+
+    monkeypatch.setattr("chatgot.model.generate.sample", recording)
     tokens = generate(model, random_ids(2, 4), 24, seed=1)
     assert [len(row) for row in tokens] == [24, 24]
-    assert cache_dtypes == {torch.bfloat16}
+    assert dtypes == {torch.float32}
 
 
 def count_forwards(model: torch.nn.Module) -> list[int]:

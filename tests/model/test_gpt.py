@@ -24,18 +24,20 @@ each_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 # --- initialisation
 
 
-def test_weights_are_a_function_of_the_seed_and_leave_the_global_rng_alone():
+@each_shape
+def test_weights_are_a_function_of_the_seed_and_leave_the_global_rng_alone(config: ModelConfig):
+    def build(seed: int) -> dict[str, Tensor]:
+        model = GPT(config, VOCAB)
+        model.init_weights(seed)
+        return model.state_dict()
+
     state = torch.get_rng_state()
-    first, same, other = GPT(MODERN, VOCAB), GPT(MODERN, VOCAB), GPT(MODERN, VOCAB)
-    first.init_weights(3)
-    torch.rand(5)
-    torch.set_rng_state(state)
-    same.init_weights(3)
-    other.init_weights(4)
+    first = build(3)
     assert torch.equal(torch.get_rng_state(), state)
-    weights = first.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in same.state_dict().items())
-    assert not torch.equal(weights["embed_tokens.weight"], other.state_dict()["embed_tokens.weight"])
+    torch.rand(5)
+    same, other = build(3), build(4)
+    assert all(torch.equal(weight, same[name]) for name, weight in first.items())
+    assert not torch.equal(first["embed_tokens.weight"], other["embed_tokens.weight"])
 
 
 @each_shape
@@ -226,6 +228,11 @@ def test_rotary_angles_are_fp32_whatever_the_models_dtype():
     full = rope_tables(positions, 64, 10000.0, torch.float32)
     for table, narrow in zip(full, rope_tables(positions, 64, 10000.0, torch.bfloat16), strict=True):
         assert (table - narrow.float()).abs().max().item() <= 2**-8
+
+
+def test_rotating_keeps_the_dtype_that_autocast_chose():
+    tables = rope_tables(torch.arange(3), 8, 10000.0, torch.float32)
+    assert apply_rope(torch.ones(1, 3, 2, 8, dtype=torch.bfloat16), tables).dtype == torch.bfloat16
 
 
 def test_rotated_products_depend_on_the_distance_only():
