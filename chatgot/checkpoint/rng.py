@@ -1,0 +1,44 @@
+"""The random state of one rank: everything that dropout and Python code draw from."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture() -> dict[str, Any]:
+    """State of Python's, numpy's, torch's CPU and (where there is one) this rank's CUDA generator, as plain containers and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore(state: dict[str, Any]) -> list[str]:
+    """Put a captured state back; returns notes on what could not be restored exactly (a CUDA state on a machine without CUDA)."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        if state["cuda"] is None:
+            return ["the checkpoint has no CUDA random state (it was saved on a CPU): dropout continues from this process' seed"]
+        torch.cuda.set_rng_state(state["cuda"])
+    elif state["cuda"] is not None:
+        return ["the checkpoint's CUDA random state is not used on a CPU: dropout draws from the CPU generator"]
+    return []
+
+
+def seed(base: int, rank: int) -> None:
+    """Seed all generators of a rank. Ranks differ, so that dropout does."""
+    mixed = int(np.random.SeedSequence([base, rank]).generate_state(1, dtype=np.uint64)[0])
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed % 2**63)  # seeds every CUDA device too

@@ -1,0 +1,151 @@
+"""Command lines. Nothing here imports torch before the arguments are parsed, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from chatgot import __version__
+from chatgot.config.errors import ChatGoTError, EnvironmentFault
+
+TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
+  model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
+  ds.optimizer.params.lr=3e-4  ds.chatgot.checkpoint.keep_last=5  the DeepSpeed JSON
+
+exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 interrupted and saved"""
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """Arguments of launch/train.py and `chatgot train`."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a GPT on your own text with DeepSpeed.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="how it is run: a DeepSpeed JSON, see ds_configs/")
+    parser.add_argument("--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)")
+    parser.add_argument(
+        "--data",
+        default="wars_of_the_roses",
+        metavar="SPEC",
+        help="a text file, a folder of them, a prepared folder, or a built-in corpus (default: wars_of_the_roses)",
+    )
+    parser.add_argument("--out_dir", required=True, type=Path, help="the run folder")
+    parser.add_argument(
+        "--resume_from",
+        default="auto",
+        metavar="auto|must|never|PATH[@TAG]",
+        help="auto: go on if the run folder has a checkpoint, else start, and say which (default)",
+    )
+    parser.add_argument("--run_name", help="name on the dashboard (default: the run folder's name)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers")
+    parser.add_argument("--deepspeed", action="store_true", help="accepted from stock command lines; the engine is always DeepSpeed's")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, see below")
+    return parser
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """launch/train.py: train, and end the process with the exit code of the run."""
+    arguments = train_parser().parse_args(argv)
+
+    def program() -> int:
+        from chatgot.training.run import TrainArguments, leave, train as run
+
+        code = run(
+            TrainArguments(
+                deepspeed_config=arguments.deepspeed_config,
+                out_dir=arguments.out_dir,
+                config=arguments.config,
+                data=arguments.data,
+                resume_from=arguments.resume_from,
+                overrides=tuple(arguments.overrides),
+                run_name=arguments.run_name,
+                local_rank=arguments.local_rank,
+            )
+        )
+        leave()
+        return code
+
+    sys.exit(guarded(program, arguments.debug))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `chatgot` command."""
+    parser = argparse.ArgumentParser(prog="chatgot", description="Train a GPT on your own text with DeepSpeed, and use it.")
+    parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("train", help="train, in one process; the same as python launch/train.py", add_help=False)
+
+    prepare = commands.add_parser("prepare", help="turn text into tokens on disk")
+    prepare.add_argument("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
+    prepare.add_argument("--out", required=True, type=Path, help="the prepared folder, for --data")
+    prepare.add_argument("--config", default="tiny", metavar="NAME|YAML", help="its data section says how (default: tiny)")
+    prepare.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+
+    sample = commands.add_parser("sample", help="draw text from a run folder")
+    sample.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    sample.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    sample.add_argument("--max_new_tokens", type=int, default=256, help="tokens to draw (default: 256)")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    sample.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    sample.add_argument("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    sample.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    sample.add_argument("--num_samples", type=int, default=1, help="continuations to draw (default: 1)")
+    sample.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    sample.add_argument("--tag", help="checkpoint to use (default: the newest)")
+    sample.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+
+    for command in (prepare, sample):
+        command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        train(argv[1:])
+    arguments = parser.parse_args(argv)
+    programs = {"prepare": _prepare, "sample": _sample}
+    sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from chatgot.config.overrides import parse_overrides
+    from chatgot.config.run import load_run_config
+    from chatgot.data.prepare import prepare
+
+    texts = [text for text in arguments.text if "=" not in text or Path(text).exists()]
+    overrides, _ = parse_overrides([text for text in arguments.text if text not in texts])
+    config = load_run_config(arguments.config, overrides)
+    prepared = prepare(texts, arguments.out, config.data, block_size=config.model.max_seq_length)
+    print(f"prepared {prepared.path}: use it with --data {prepared.path}")
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from chatgot.inference.sample import SampleArguments, sample
+
+    names = SampleArguments.__dataclass_fields__
+    sample(SampleArguments(**{name: value for name, value in vars(arguments).items() if name in names}))
+    return 0
+
+
+def guarded(program: Callable[[], int], debug: bool) -> int:
+    """Run `program`; a refusal becomes one message on rank 0 and its exit code."""
+    try:
+        return program()
+    except ChatGoTError as error:
+        if debug:
+            traceback.print_exc()
+        elif os.environ.get("RANK", "0") == "0" or isinstance(error, EnvironmentFault):
+            print(f"chatgot: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130

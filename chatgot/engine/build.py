@@ -1,0 +1,155 @@
+"""From a JSON and a plain PyTorch model to a DeepSpeedEngine, and the optimizer step on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from chatgot.config.deepspeed_json import EngineConfig
+from chatgot.config.errors import ConfigError, NumericsError
+from chatgot.engine import activation_checkpointing, guards
+from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups
+from chatgot.model.gpt import GPT
+
+
+@dataclass
+class TrainingEngine:
+    """The DeepSpeedEngine with what has to happen around its step. The engine owns steps, optimizer and precision: ask `.engine`."""
+
+    engine: object
+    config: EngineConfig
+    base_lrs: list[float]
+    notes: list[str] = field(default_factory=list)
+    stage0: guards.Stage0Gradients | None = None
+    skips_in_a_row: int = 0
+
+    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Forward and backward of every micro batch, and the optimizer step at the last one.
+
+        Args:
+            micro_batches: as many (input_ids, targets), each (B, T), as there are accumulation steps.
+
+        Returns:
+            This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar, detached, on the device.
+
+        Raises:
+            NumericsError: more consecutive steps were skipped than chatgot.guard.max_consecutive_skips, or fp16's loss scale is at its minimum.
+        """
+        engine = self.engine
+        losses = []
+        for input_ids, targets in micro_batches:
+            loss = engine(input_ids, targets)
+            engine.backward(loss)
+            if self.stage0 is not None and engine.is_gradient_accumulation_boundary():
+                self.stage0.before_step()
+            try:
+                engine.step()
+            except Exception as error:
+                if "Current loss scale already at minimum" not in str(error):
+                    raise
+                raise NumericsError(
+                    f"step {engine.global_steps}: the gradients overflow at the smallest loss scale {self.loss_scale}; "
+                    "try bf16, a lower lr, or a lower fp16.min_loss_scale"
+                ) from error
+            losses.append(loss.detach())
+        self._watch_skips()
+        return torch.stack(losses).mean()
+
+    def _watch_skips(self) -> None:
+        engine = self.engine
+        if engine.was_step_applied():
+            self.skips_in_a_row = 0
+            return
+        scale = self.loss_scale
+        if scale is not None and scale > self.config.deepspeed.get("fp16", {}).get("min_loss_scale", 1):
+            return  # dynamic loss scaling looks for its scale; DeepSpeed ends that search at the minimum
+        self.skips_in_a_row += 1
+        limit = self.config.chatgot.guard.max_consecutive_skips
+        if self.skips_in_a_row >= limit:
+            raise NumericsError(
+                f"step {engine.global_steps}: the gradients were not finite for {self.skips_in_a_row} steps in a row "
+                f"(chatgot.guard.max_consecutive_skips = {limit}); the weights are those before them. Try a lower lr or tighter clipping"
+            )
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Learning rate of the coming step: the JSON's, of each group, times `factor`."""
+        for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs):
+            group["lr"] = base * factor
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate in force of the first parameter group."""
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's gradients before clipping; inf after a skipped step."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """fp16's loss scale; None in other precisions."""
+        if self.config.precision not in ("fp16", "autocast_fp16"):
+            return None
+        scaler = getattr(self.engine, "torch_autocast_z0_gradscaler", None) or getattr(
+            self.engine.optimizer, "torch_autocast_gradscaler", None
+        )
+        if scaler is not None:
+            return float(scaler.get_scale())
+        return float(self.engine.optimizer.loss_scale)
+
+
+def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEngine:
+    """Wrap `model` in a DeepSpeedEngine. The process group must exist.
+
+    Raises:
+        ConfigError: the JSON's optimizer section is missing, or its parameters do not fit the optimizer.
+    """
+    import deepspeed
+
+    if config.optimizer is None:
+        raise ConfigError(f"{config.path}: optimizer: missing; without it there is nothing to train with")
+    notes = [activation_checkpointing.wire(model, config)]
+    groups = parameter_groups(model, float(config.optimizer.params.get("weight_decay", 0.01 if _is_adamw(config) else 0.0)))
+    optimizer, note = build_client_optimizer(config, groups)
+    notes.append(note)
+    given = dict(config.deepspeed)
+    if optimizer is not None:
+        given = {key: value for key, value in given.items() if key != "optimizer"}
+        if config.offload_optimizer != "none" and given.get("zero_force_ds_cpu_optimizer", True):
+            given["zero_force_ds_cpu_optimizer"] = False
+            notes.append("zero_force_ds_cpu_optimizer = false: torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would")
+    guards.quiet_memory_report(config.deepspeed)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=None if optimizer is not None else groups,
+            config=given,
+            dist_init_required=False,
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"{config.path}: DeepSpeed refuses it: {error}") from error
+    if config.chatgot.compile.enabled:
+        engine.compile(compile_kwargs={"mode": config.chatgot.compile.mode})
+        notes.append(f"torch.compile: on (mode {config.chatgot.compile.mode}); the first steps take longer")
+    stage0 = guards.install(engine, is_muon(config))
+    return TrainingEngine(engine, config, base_learning_rates(engine.optimizer), notes, stage0)
+
+
+def _is_adamw(config: EngineConfig) -> bool:
+    assert config.optimizer is not None
+    return config.optimizer.type.lower() in ("adam", "adamw")
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """Mean of a scalar over all ranks, in fp64 on the CPU side. Collective."""
+    value = value.detach().clone().to(torch.float32)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return float(value)

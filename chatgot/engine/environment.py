@@ -1,0 +1,97 @@
+"""Where this process stands among the others, read from whatever launched it. Imports no torch: it runs before the arguments are checked."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from chatgot.config.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank of this process, globally and on its machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    launcher: str
+    """deepspeed or torchrun (both set RANK), slurm, mpi, or python."""
+
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables and fill in those that torch.distributed needs.
+
+    Plain `python` sets none of them, and DeepSpeed would then ask for mpi4py (its comm.mpi_discovery). SLURM and Open MPI
+    have their own names for them.
+
+    Args:
+        local_rank: the --local_rank argument, if the launcher passed one.
+
+    Raises:
+        EnvironmentFault: some of the variables are set and others are missing, or one is not a number.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        if "LOCAL_RANK" not in environ and local_rank is not None and local_rank >= 0:
+            environ["LOCAL_RANK"] = str(local_rank)
+        if environ.get("WORLD_SIZE") == "1":
+            environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            environ.setdefault("MASTER_PORT", str(free_port()))
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
+    elif "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        _copy(environ, {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"})
+        environ.setdefault("MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")))
+        environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
+        launcher = "slurm"
+    elif "OMPI_COMM_WORLD_RANK" in environ:
+        _copy(
+            environ,
+            {"RANK": "OMPI_COMM_WORLD_RANK", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"},
+        )
+        launcher = "mpi"
+    else:
+        environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        launcher = "python"
+    missing = [name for name in _VARIABLES if not environ.get(name)]
+    if missing:
+        raise EnvironmentFault(
+            f"environment: {', '.join(missing)} not set, although another launcher variable is; "
+            f"set all of {', '.join(_VARIABLES)}, or none of them for a single process"
+        )
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        try:
+            numbers[name] = int(environ[name])
+        except ValueError:
+            raise EnvironmentFault(f"environment: {name} = {environ[name]!r}: expected a whole number") from None
+    place = Place(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], launcher)
+    if not 0 <= place.rank < place.world_size:
+        raise EnvironmentFault(f"environment: RANK = {place.rank} is not below WORLD_SIZE = {place.world_size}")
+    return place
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def first_host(node_list: str) -> str:
+    """First host of a SLURM node list: 'gpu[003-007,9],cpu1' -> 'gpu003'."""
+    head = node_list.split(",")[0]
+    prefix, bracket, rest = head.partition("[")
+    if not bracket:
+        return head
+    return prefix + rest.split("]")[0].split("-")[0].split(",")[0]
+
+
+def _copy(environ: MutableMapping[str, str], names: dict[str, str]) -> None:
+    for ours, theirs in names.items():
+        if theirs in environ:
+            environ.setdefault(ours, environ[theirs])

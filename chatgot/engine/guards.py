@@ -1,0 +1,115 @@
+"""Guards around defects of DeepSpeed 0.19.8. Each one is pinned by a test in tests/engine/test_deepspeed_contracts.py."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class Stage0Gradients:
+    """Measures and clips the gradients of an fp32 engine without ZeRO, and refuses non-finite ones.
+
+    DeepSpeed clips there but throws the norm away, measures nothing when clipping is off, and applies NaN to the weights
+    (engine.py, _take_model_step); every ZeRO stage skips such a step. After `before_step` they all behave alike:
+    `engine.get_global_grad_norm()` answers, and a bad step is skipped and counted in `engine.skipped_steps`.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, muon: bool):
+        self.engine = engine
+        self.max_norm = float(engine.gradient_clipping())
+        parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        # Muon's updates have a fixed size; see ClipAdamGroupsOnly, which does the same under ZeRO.
+        self.parameters = [p for p in parameters if not getattr(p, "use_muon", False)] if muon else parameters
+        self.all_parameters = parameters
+        engine.clip_fp32_gradients = lambda: None
+
+    def before_step(self) -> None:
+        """Call once per optimizer step, after the last backward and before engine.step(). The gradients are averaged over ranks by then."""
+        engine = self.engine
+        scaler = engine.torch_autocast_z0_gradscaler
+        if scaler is not None:
+            scaler.unscale_(engine.optimizer)
+        max_norm = self.max_norm if self.max_norm > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        if len(self.parameters) != len(self.all_parameters):
+            rest = torch.nn.utils.get_total_norm([p.grad for p in self.all_parameters if p.grad is not None])
+            finite = bool(torch.isfinite(norm + rest))
+        else:
+            finite = bool(torch.isfinite(norm))
+        engine._global_grad_norm = float(norm) if finite else math.inf
+        if scaler is not None:
+            return  # the scaler skips the step and lowers its scale by itself
+        # engine._take_model_step counts a skipped step where its optimizer says `overflow`; without gradients the update is empty.
+        engine.optimizer.overflow = not finite
+        if not finite:
+            engine.module.zero_grad(set_to_none=True)
+
+
+class ClipAdamGroupsOnly:
+    """Lets Muon learn under ZeRO: clipping applies to the AdamW groups' gradients, by their own norm.
+
+    ZeRO 1-3 orthogonalise Muon's gradients before they clip, so it is the update that gets clipped: with the default of 1.0
+    the first step moves the weights by 5e-5 instead of 1.8e-3. An orthogonalised update has a fixed size and needs no clipping.
+    Raw gradients of Muon's matrices no longer exist at that point, so `optim/grad_norm` is the AdamW groups' norm at every stage.
+    """
+
+    def __init__(self, zero: Any):
+        self.zero = zero
+        self.norms: dict[int, torch.Tensor] = {}
+        self.stage3 = hasattr(zero, "sub_groups_using_muon")
+        self._norm, self._clip = zero.get_grad_norm_direct, zero.unscale_and_clip_grads
+        zero.get_grad_norm_direct = self.get_grad_norm_direct
+        zero.unscale_and_clip_grads = self.unscale_and_clip_grads
+
+    def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> torch.Tensor:
+        """DeepSpeed's norm of one group, remembered. `params` is the very list that the optimizer keeps for the group."""
+        norm = self._norm(gradients, params, norm_type)
+        self.norms[id(params)] = norm
+        return norm
+
+    def adam_norm(self) -> torch.Tensor:
+        """Norm over the AdamW groups of this step, still multiplied by the loss scale."""
+        lists = self.zero.fp16_groups if self.stage3 else self.zero.params_in_partition
+        norms = [self.norms[id(params)] for i, params in enumerate(lists) if not self.uses_muon(i)]
+        return torch.linalg.vector_norm(torch.stack([torch.as_tensor(n, dtype=torch.float32) for n in norms]))
+
+    def uses_muon(self, group: int) -> bool:
+        """Whether the optimizer group (stage 1-2) or sub-group (stage 3) holds Muon's matrices."""
+        if self.stage3:
+            return bool(self.zero.sub_groups_using_muon[group])
+        return bool(self.zero.optimizer.param_groups[group]["use_muon"])
+
+    def unscale_and_clip_grads(self, group: Any, total_norm: torch.Tensor) -> None:
+        """In place of DeepSpeed's: Muon groups are only divided by the loss scale, AdamW groups are clipped by their own norm."""
+        if self.stage3:
+            index = group
+        else:
+            index = next(i for i, flat in enumerate(self.zero.single_partition_of_fp32_groups) if flat.grad is group[0])
+        norm = self.adam_norm()
+        self.zero._global_grad_norm = norm / self.zero.loss_scale
+        self._clip(group, torch.zeros_like(norm) if self.uses_muon(index) else norm)
+
+
+def install(engine: DeepSpeedEngine, muon: bool) -> Stage0Gradients | None:
+    """Put the guards on a new engine; returns the one that the step function must call, where there is one."""
+    if engine.zero_optimization():
+        # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
+        if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
+            ClipAdamGroupsOnly(engine.optimizer)
+        return None
+    return Stage0Gradients(engine, muon)
+
+
+def quiet_memory_report(given: dict[str, Any]) -> None:
+    """The BF16_Optimizer reports memory 16 times at its start, asked or not; print that only where the JSON says memory_breakdown."""
+    from deepspeed.runtime import bf16_optimizer, utils
+
+    def see_memory_usage(message: str, force: bool = False) -> None:
+        utils.see_memory_usage(message, force=force and bool(given.get("memory_breakdown")))
+
+    bf16_optimizer.see_memory_usage = see_memory_usage

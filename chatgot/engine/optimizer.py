@@ -1,0 +1,65 @@
+"""Parameter groups, and the optimizer that the JSON's `optimizer` section names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from chatgot.config.deepspeed_json import EngineConfig
+from chatgot.config.errors import ConfigError
+
+ADAM_NAMES = ("adam", "adamw")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices and embeddings decay; biases and norm gains, all of one dimension, do not (GPT-2, nanoGPT)."""
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    no_decay = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def is_muon(config: EngineConfig) -> bool:
+    """Whether the JSON asks for DeepSpeed's Muon."""
+    return config.optimizer is not None and config.optimizer.type.lower() == "muon"
+
+
+def build_client_optimizer(config: EngineConfig, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer | None, str]:
+    """torch's fused AdamW for the Adam family; None for what DeepSpeed builds itself from the JSON.
+
+    DeepSpeed's FusedAdam and CPUAdam compute the same update but are compiled at the first start, with nvcc or g++.
+    `"torch_adam": false` in the JSON asks for them explicitly and gets them.
+
+    Args:
+        config: with an `optimizer` section.
+        groups: from `parameter_groups`.
+
+    Returns:
+        The optimizer or None, and one line that says what was chosen and why.
+    """
+    assert config.optimizer is not None
+    name, params = config.optimizer.type, dict(config.optimizer.params)
+    if name.lower() not in ADAM_NAMES or params.get("torch_adam") is False:
+        return None, f"optimizer: {name}, built by DeepSpeed from the JSON"
+    # DeepSpeed: "Adam" means AdamW unless adam_w_mode is false (engine.py, _configure_basic_optimizer).
+    decoupled = params.pop("adam_w_mode", True) or name.lower() == "adamw"
+    for theirs in ("torch_adam", "fp32_optimizer_states", "bias_correction"):
+        params.pop(theirs, None)
+    if "foreach" not in params:
+        params.setdefault("fused", True)
+    if "betas" in params:
+        params["betas"] = tuple(params["betas"])
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    try:
+        optimizer = kind(groups, **params)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{config.path}: optimizer.params = {config.optimizer.params}: {error}") from error
+    how = "fused" if params.get("fused") else "not fused"
+    return optimizer, f"optimizer: torch.optim.{kind.__name__} ({how}), the same update as DeepSpeed's, which needs a compiler at start"
+
+
+def base_learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The JSON's learning rate of every parameter group, before any schedule."""
+    return [float(group["lr"]) for group in optimizer.param_groups]

@@ -1,0 +1,1 @@
+"""Using a finished or running run folder: sampling from it."""

@@ -1,0 +1,237 @@
+"""The training loop: step, log, evaluate, sample, save, stop. One generator, so that a benchmark can drive it step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatgot.checkpoint import manifest, rng
+from chatgot.checkpoint.save import prune, save
+from chatgot.config.errors import CheckpointError
+from chatgot.config.run import RunConfig
+from chatgot.data.loader import EvalBatches, TrainBatches
+from chatgot.data.prepared import PreparedData
+from chatgot.engine.build import TrainingEngine, mean_over_ranks
+from chatgot.engine.process_group import ControlGroup
+from chatgot.observe.journal import Events, Journal
+from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
+from chatgot.observe.progress import Progress
+from chatgot.observe.wandb_run import WandbRun
+from chatgot.training import samples, schedule
+from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.stop import StopSignals
+
+
+@dataclass
+class Records:
+    """Rank 0's outputs; None of them on the other ranks but the silent progress."""
+
+    progress: Progress
+    journal: Journal | None = None
+    events: Events | None = None
+    wandb: WandbRun | None = None
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """To events.jsonl, on rank 0."""
+        if self.events is not None:
+            self.events.event(kind, **fields)
+
+
+@dataclass
+class Position:
+    """What the loop knows and the engine does not; saved in every checkpoint."""
+
+    next_sample: int = 0
+    """Global index of the first sample that has not been trained on."""
+    best_val_loss: float | None = None
+    last_save_step: int = 0
+    last_val: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Loop:
+    """One run in one process. The engine owns steps, optimizer and precision; this object only holds what it works with."""
+
+    engine: TrainingEngine
+    config: RunConfig
+    data: PreparedData
+    train_batches: TrainBatches
+    eval_batches: EvalBatches
+    ranks: ControlGroup
+    records: Records
+    out_dir: Path
+    device: torch.device
+    fields: dict[str, Any]
+    """Of the manifest: what identifies the run."""
+    mfu: Mfu
+    prompts: list[str]
+    stop: StopSignals
+    position: Position = field(default_factory=Position)
+    stopped_by: str | None = None
+    meter: Throughput = field(default_factory=Throughput)
+    _last_save: float = field(default_factory=time.monotonic)
+    _failed_saves: int = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.engine.engine.global_steps
+
+    def steps(self) -> Iterator[int]:
+        """Train to train.max_steps or until a signal; yields after every optimizer step, with its number."""
+        train = self.config.train
+        while self.step < train.max_steps and self.stopped_by is None:
+            loss = self._train_step()
+            step, last = self.step, self.step == train.max_steps
+            self.meter.step(self.train_batches.tokens_per_step)
+            if last or step % train.log_every == 0 or step == 1:
+                self._log(step, loss)
+            else:
+                self.records.progress.step(step)
+            improved = False
+            if last or (train.eval_every and step % train.eval_every == 0):
+                improved = self._evaluate(step)
+            if last or (train.sample_every and step % train.sample_every == 0):
+                self._sample(step)
+            signalled, minutes_over = self.ranks.any(self.stop.received is not None, self._minutes_over())
+            if signalled:
+                self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
+            if last or signalled or self._save_due(step, minutes_over, improved):
+                self._save(last or signalled)
+            yield step
+
+    def _train_step(self) -> torch.Tensor:
+        scheduled = self.engine.config.chatgot.schedule
+        if scheduled is not None:
+            self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
+        batches = (
+            (input_ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+            for input_ids, targets in self.train_batches.micro_batches(self.position.next_sample)
+        )
+        loss = self.engine.train_step(batches)
+        self.position.next_sample += self.train_batches.global_batch_size
+        return loss
+
+    def _log(self, step: int, loss: torch.Tensor) -> None:
+        interval = self.meter.interval()
+        mean_loss = mean_over_ranks(loss)
+        peak = max(self.ranks.gather(peak_memory_gib(self.device.type)))
+        if self.records.journal is None or interval is None:
+            return
+        metrics: dict[str, Any] = {
+            "train/loss": mean_loss,
+            "optim/lr": self.engine.learning_rate,
+            "optim/grad_norm": self.engine.grad_norm,
+            "optim/loss_scale": self.engine.loss_scale,
+            "optim/skipped_steps": self.engine.engine.skipped_steps,
+            "perf/tokens_per_sec": interval.tokens_per_sec,
+            "perf/step_ms": interval.step_ms,
+            "perf/mfu": self.mfu(interval.tokens_per_sec),
+            "mem/peak_gib": peak,
+            "data/tokens": self.position.next_sample * self.train_batches.block_size,
+        }
+        self._record(step, metrics)
+        self.records.progress.line(step, metrics, self.meter.eta_seconds(self.config.train.max_steps - step))
+
+    def _record(self, step: int, metrics: dict[str, Any]) -> None:
+        if self.records.journal is not None:
+            self.records.journal.append({"step": step, **metrics})
+        if self.records.wandb is not None:
+            self.records.wandb.log({name: value for name, value in metrics.items() if value is not None}, step)
+
+    def evaluation(self) -> Evaluation:
+        """Loss over the whole validation split. Collective."""
+        with self.meter.paused("eval"):
+            return evaluate(self.engine.engine, self.eval_batches, self.device)
+
+    def _evaluate(self, step: int) -> bool:
+        result = self.evaluation()
+        metrics = {
+            "val/loss": result.loss,
+            "val/bits_per_char": result.bits_per_char(self.data.meta.val.characters / self.data.meta.val.tokens),
+        }
+        improved = self.position.best_val_loss is None or result.loss < self.position.best_val_loss
+        if improved:
+            self.position.best_val_loss = result.loss
+        self.position.last_val = {"step": step, **metrics}
+        self._record(step, metrics)
+        self.records.progress.line(step, metrics)
+        return improved
+
+    def _sample(self, step: int) -> None:
+        with self.meter.paused("sample"):
+            drawn = samples.draw(
+                self.engine.engine, self.prompts, self.data.tokenizer, self.config.train, self.config.model.max_seq_length, self.ranks
+            )
+            if self.ranks.rank == 0:
+                path = samples.write(self.out_dir / "samples", step, drawn)
+                self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
+                self.records.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")
+                if self.records.wandb is not None:
+                    self.records.wandb.log_text("samples", path.read_text(encoding="utf-8"), step)
+
+    def _minutes_over(self) -> bool:
+        minutes = self.engine.config.chatgot.checkpoint.every_minutes
+        return minutes is not None and self.ranks.rank == 0 and time.monotonic() - self._last_save >= 60 * minutes
+
+    def _save_due(self, step: int, minutes_over: bool, improved: bool) -> bool:
+        config = self.engine.config.chatgot.checkpoint
+        by_step = config.every_steps is not None and step % config.every_steps == 0
+        return by_step or minutes_over or (improved and config.keep_best > 0)
+
+    def _save(self, must: bool) -> None:
+        """Save; a failure leaves training going, until it is the last chance or the third in a row."""
+        with self.meter.paused("save"):
+            started = time.monotonic()
+            try:
+                tag = save(self.engine.engine, self.out_dir / "checkpoints", self.client_state(), self._manifest(), self.ranks)
+            except CheckpointError as error:
+                self._failed_saves += 1
+                self.records.event("save_failed", step=self.step, error=str(error), in_a_row=self._failed_saves)
+                if must or self._failed_saves >= 3:
+                    raise
+                self.records.progress.say(f"WARNING: {error}; training goes on, the next save will try again")
+                return
+            self._failed_saves = 0
+            self.position.last_save_step = self.step
+            self._last_save = time.monotonic()
+            if self.ranks.rank == 0:
+                gone = prune(self.out_dir / "checkpoints", self.engine.config.chatgot.checkpoint)
+                self.records.event("saved", step=self.step, tag=tag, seconds=round(time.monotonic() - started, 3), pruned=gone)
+
+    def client_state(self) -> dict[str, Any]:
+        """What DeepSpeed does not save. Every rank's random state is gathered: for ZeRO 0-2 only rank 0's client state is stored. Collective."""
+        return {
+            "format": 1,
+            "next_sample": self.position.next_sample,
+            "best_val_loss": self.position.best_val_loss,
+            "last_val": self.position.last_val,
+            "rng": self.ranks.gather(rng.capture()),
+        }
+
+    def restore(self, client_state: dict[str, Any]) -> list[str]:
+        """Counterpart of `client_state`; returns notes."""
+        self.position = Position(
+            next_sample=client_state["next_sample"],
+            best_val_loss=client_state["best_val_loss"],
+            last_save_step=self.step,
+            last_val=client_state["last_val"],
+        )
+        return rng.restore(client_state["rng"][self.ranks.rank])
+
+    def _manifest(self) -> dict[str, Any]:
+        val = self.position.last_val
+        return {
+            "step": self.step,
+            "tokens": self.position.next_sample * self.train_batches.block_size,
+            "val_loss": val.get("val/loss") if val.get("step") == self.step else None,
+            **self.fields,
+        }
+
+
+__all__ = ["Loop", "Position", "Records", "manifest"]

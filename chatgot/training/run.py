@@ -1,0 +1,297 @@
+"""The whole training program, from arguments to exit code."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from chatgot.checkpoint import load, manifest, rng
+from chatgot.checkpoint.load import Found
+from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
+from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError
+from chatgot.config.overrides import parse_overrides
+from chatgot.config.run import RunConfig, load_run_config
+from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
+from chatgot.data.prepare import prepare_cached
+from chatgot.data.prepared import PreparedData, check_block_size
+from chatgot.engine.build import build
+from chatgot.engine.environment import Place, find_place
+from chatgot.engine.process_group import ControlGroup, device_facts, join
+from chatgot.model.gpt import GPT, count_parameters
+from chatgot.observe.journal import Events, Journal, newest_step
+from chatgot.observe.meters import Mfu, flops_per_token
+from chatgot.observe.progress import Progress, human_count
+from chatgot.observe.wandb_run import WandbRun
+from chatgot.training import run_folder, samples, schedule
+from chatgot.training.loop import Loop, Records
+from chatgot.training.stop import StopSignals
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """The command line of train.py: *which run* is this."""
+
+    deepspeed_config: str
+    out_dir: Path
+    config: str = "tiny"
+    data: str = "wars_of_the_roses"
+    resume_from: str = "auto"
+    overrides: tuple[str, ...] = ()
+    run_name: str | None = None
+    local_rank: int | None = None
+
+
+def train(arguments: TrainArguments) -> int:
+    """Train; returns the exit code. Several calls in one process share the process group.
+
+    Raises:
+        ChatGoTError: every refusal, on all ranks.
+    """
+    place = find_place(arguments.local_rank)
+    loop = prepare_run(arguments, place)
+    with loop.stop:
+        return finish(loop)
+
+
+def finish(loop: Loop) -> int:
+    """Run a prepared loop to its end, closing the records whatever happens."""
+    records, exit_code = loop.records, 1
+    try:
+        for _ in loop.steps():
+            pass
+        exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
+        if loop.stopped_by:
+            records.event("preempted", step=loop.step, signal=loop.stopped_by)
+            records.progress.say(f"stopped by {loop.stopped_by} at step {loop.step}; saved. Run the same command again to go on (exit 75)")
+        else:
+            records.event("finished", **{**loop.position.last_val, "step": loop.step})
+    except ChatGoTError as error:
+        exit_code = error.exit_code
+        records.event("failed", step=loop.step, error=str(error), exit_code=exit_code)
+        raise
+    finally:
+        records.progress.close()
+        if records.wandb is not None:
+            records.wandb.finish(exit_code)
+        if records.events is not None and records.journal is not None:
+            records.events.close()
+            records.journal.close()
+    if exit_code == EXIT_DONE and loop.ranks.rank == 0:
+        _say_what_next(loop)
+    return exit_code
+
+
+def prepare_run(arguments: TrainArguments, place: Place) -> Loop:
+    """Everything before the first step: check, prepare data, build, resume or start, write the run folder."""
+    run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
+    config = load_run_config(arguments.config, run_overrides)
+    facts = device_facts()
+
+    def read(n_params: int | None) -> EngineConfig:
+        return read_engine_config(arguments.deepspeed_config, ds_overrides, world_size=place.world_size, facts=facts, n_params=n_params)
+
+    read(None)  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
+    device = join(place, facts.kind)
+    ranks = ControlGroup()
+    progress = Progress(config.train.max_steps, enabled=place.rank == 0)
+
+    data = _prepare_data(arguments.data, config, place, ranks, progress)
+    n_params = count_parameters(config.model, data.tokenizer.vocab_size)
+    engine_config = read(n_params)
+    model = GPT(config.model, data.tokenizer.vocab_size)
+    fields = manifest_fields(model, config, engine_config, data, place.world_size)
+    found = _choose_checkpoint(arguments, fields, ranks)
+
+    rng.seed(config.train.seed, place.rank)
+    model.init_weights(config.train.seed)
+    engine = build(model, engine_config, device)
+    client_state, load_notes = load.load(engine.engine, found, ranks) if found is not None else (None, [])
+
+    records = Records(progress)
+    prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
+    block = config.model.max_seq_length
+    order = DataOrder(len(data.train), block, config.train.seed)
+    looked_up = (0 if config.model.tie_embeddings else data.tokenizer.vocab_size) + (block if config.model.architecture == "gpt2" else 0)
+    matmul_params = n_params - looked_up * config.model.d_model
+    loop = Loop(
+        engine=engine,
+        config=config,
+        data=data,
+        train_batches=TrainBatches(
+            data.train, order, engine_config.train_batch_size, engine_config.micro_batch_size, place.rank, place.world_size
+        ),
+        eval_batches=EvalBatches(data.val, block, engine_config.micro_batch_size, place.rank, place.world_size),
+        ranks=ranks,
+        records=records,
+        out_dir=arguments.out_dir,
+        device=device,
+        fields=fields,
+        mfu=Mfu(
+            flops_per_token(matmul_params, config.model.n_layers, config.model.d_model, block),
+            facts.name,
+            _mfu_precision(engine_config),
+            place.world_size,
+            progress.say,
+        ),
+        prompts=prompts,
+        stop=StopSignals(),
+    )
+    resume_notes = loop.restore(client_state) if client_state is not None else []
+    _open_records(loop, arguments, found, place)
+    for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
+        progress.say(note)
+    _announce(loop, arguments, found, n_params, load_notes + resume_notes)
+    return loop
+
+
+def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, data: PreparedData, world_size: int) -> dict[str, Any]:
+    """What identifies a run, for the manifest of its checkpoints."""
+    import dataclasses
+
+    import deepspeed
+
+    from chatgot import __version__
+
+    return {
+        "model": {**dataclasses.asdict(config.model), "vocab_size": data.tokenizer.vocab_size},
+        "parameters": manifest.parameter_fingerprint((name, tuple(p.shape)) for name, p in model.named_parameters()),
+        "tokenizer": data.tokenizer.fingerprint,
+        "data": data.fingerprint,
+        "world_size": world_size,
+        "zero_stage": engine_config.zero_stage,
+        "precision": engine_config.precision,
+        "train_batch_size": engine_config.train_batch_size,
+        "versions": {"chatgot": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
+
+
+def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup, progress: Progress) -> PreparedData:
+    """Rank 0 of every machine prepares, the others wait for it as long as it takes; all must end with the same tokens."""
+    patient = None
+    if place.world_size > 1:
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    data, error = None, None
+    for turn in (True, False):
+        if (place.local_rank == 0) == turn and error is None:
+            try:
+                say = progress.say if place.rank == 0 else (lambda message: None)
+                data = prepare_cached(spec, config.data, say=say)
+                check_block_size(data, config.model.max_seq_length)
+            except ChatGoTError as caught:
+                error = caught
+        if patient is not None:
+            dist.barrier(group=patient)
+    ranks.agree(error)
+    assert data is not None
+    fingerprints = ranks.gather(data.fingerprint)
+    if len(set(fingerprints)) > 1:
+        from chatgot.config.errors import DataError
+
+        raise DataError(
+            f"--data {spec}: the ranks see different data (fingerprints {sorted(set(fingerprints))}); give every machine the same files"
+        )
+    return data
+
+
+def _choose_checkpoint(arguments: TrainArguments, fields: dict[str, Any], ranks: ControlGroup) -> Found | None:
+    """Rank 0 decides, all ranks follow; nothing has been written yet."""
+    found, error = None, None
+    if ranks.rank == 0:
+        try:
+            found = load.choose(arguments.resume_from, arguments.out_dir)
+            if found is not None:
+                load.refuse_differences(found, fields)
+            run_folder.check_writable(arguments.out_dir)
+        except ChatGoTError as caught:
+            error = caught
+    ranks.agree(error)
+    return ranks.from_rank_0(found)
+
+
+def _fallback_prompt(data: PreparedData) -> str:
+    start = data.tokenizer.decode(data.val[:64].tolist()).strip()
+    return (start.split("\n")[0] or data.tokenizer.decode(data.val[:1].tolist()))[:24]
+
+
+def _mfu_precision(config: EngineConfig):
+    return {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "autocast_bf16": "bf16", "autocast_fp16": "fp16"}[config.precision]
+
+
+def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, place: Place) -> None:
+    """Rank 0 opens journal, events and wandb, and writes the resolved settings."""
+    if place.rank != 0:
+        return
+    out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
+    run, say = config.to_dict(), loop.records.progress.say
+    changes = run_folder.changed_settings(out, run)
+    extra = {
+        "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
+        "launcher": place.launcher,
+        "world_size": place.world_size,
+    }
+    run_folder.write_settings(out, run, engine_config.to_dict(), run_folder.environment(extra), loop.data.tokenizer)
+    loop.records.journal = Journal(out / "metrics.jsonl")
+    loop.records.events = Events(out / "events.jsonl")
+    for note in (loop.records.journal.note, loop.records.events.note):
+        if note:
+            say(note)
+    for change in changes:
+        say(f"changed since the last start: {change}")
+    loop.records.wandb = WandbRun.start(
+        engine_config.wandb,
+        run_dir=out,
+        run_name=arguments.run_name or out.resolve().name,
+        run_config={"run": run, "deepspeed": engine_config.to_dict()},
+        say=say,
+        resumed_from_step=loop.step if found else None,
+        last_step=newest_step(out / "metrics.jsonl"),
+    )
+    loop.records.event(
+        "resumed" if found else "started",
+        step=loop.step,
+        **({"from": str(found.path)} if found else {}),
+        changes=changes,
+        world_size=place.world_size,
+        zero_stage=engine_config.zero_stage,
+        precision=engine_config.precision,
+    )
+
+
+def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, load_notes: list[str]) -> None:
+    say, engine_config, config = loop.records.progress.say, loop.engine.config, loop.config
+    meta = loop.data.meta
+    say(
+        f"model: {config.model.architecture}, {human_count(n_params)} parameters ({n_params:,}), vocabulary {loop.data.tokenizer.vocab_size}; "
+        f"data: {meta.source}, {human_count(len(loop.data.train))} tokens to train on, {human_count(len(loop.data.val))} to validate"
+    )
+    say(
+        f"engine: {engine_config.precision}, ZeRO stage {engine_config.zero_stage}, {loop.ranks.world_size} rank(s) on {loop.device.type}; "
+        f"batch {engine_config.train_batch_size} x {config.model.max_seq_length} tokens"
+    )
+    if engine_config.chatgot.schedule is not None:
+        say(schedule.describe(config.train.max_steps, engine_config.chatgot.schedule, loop.engine.base_lrs[0]))
+    if found is None:
+        say(f"starting a new run in {arguments.out_dir}")
+    else:
+        say(f"resuming {found.path} at step {loop.step}, sample {loop.position.next_sample}")
+        if loop.step >= config.train.max_steps:
+            say(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {config.train.max_steps})")
+
+
+def _say_what_next(loop: Loop) -> None:
+    val, say = loop.position.last_val, loop.records.progress.say
+    result = f": val/loss {val['val/loss']:.4f} nats, {val['val/bits_per_char']:.3f} bits/char" if val else ""
+    say(f"done at step {loop.step}{result}")
+    say(f"run folder: {loop.out_dir}")
+    say(f'next: chatgot sample {loop.out_dir} --prompt "{loop.prompts[0]}"')
+
+
+def leave() -> None:
+    """Leave the process group, after the last collective of the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

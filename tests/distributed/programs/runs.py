@@ -1,0 +1,113 @@
+"""Drives the real training program for a list of runs, as a launcher would start it, and reports what an outsider could compare.
+
+Each run: {"name", "argv" (of train.py), "abandon_after": step or null, "control": null or what is deliberately not restored}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from chatgot.checkpoint import rng
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.weights import fp32_weights
+from chatgot.cli import train_parser
+from chatgot.data.loader import TrainBatches
+from chatgot.engine.environment import find_place
+from chatgot.observe.journal import live_metrics
+from chatgot.training import run, schedule
+from chatgot.training.loop import Loop
+
+TRACE: list[list[int]] = []
+
+
+def record_samples() -> None:
+    original = TrainBatches.indices
+
+    def indices(self, first_sample):
+        found = original(self, first_sample)
+        TRACE.append([int(i) for i in self._order.starts(found)])
+        return found
+
+    TrainBatches.indices = indices
+
+
+def sabotage(control: str | None) -> None:
+    """Negative controls: leave out one part of a resume."""
+    if control == "rng":
+        rng.restore = lambda state: []
+    elif control == "position":
+        original = Loop.restore
+
+        def restore(self, client_state):
+            notes = original(self, client_state)
+            self.position.next_sample = 0
+            return notes
+
+        Loop.restore = restore
+    elif control == "schedule":
+        factor = schedule.factor
+        schedule.factor = lambda step, max_steps, config: factor(step % (max_steps // 2), max_steps, config)  # starts again at half-way
+
+
+def weights_digest(out_dir: Path) -> str:
+    found = find(out_dir / "checkpoints")
+    assert found is not None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(fp32_weights(found).items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    place = find_place()
+    record_samples()
+    results = {}
+    for item in plan:
+        sabotage(item.get("control"))
+        arguments = train_parser().parse_args(item["argv"])
+        loop = run.prepare_run(
+            run.TrainArguments(
+                deepspeed_config=arguments.deepspeed_config,
+                out_dir=arguments.out_dir,
+                config=arguments.config,
+                data=arguments.data,
+                resume_from=arguments.resume_from,
+                overrides=tuple(arguments.overrides),
+            ),
+            place,
+        )
+        TRACE.clear()
+        started_at = loop.step
+        if item.get("abandon_after") is None:
+            with loop.stop:
+                run.finish(loop)
+        else:
+            for step in loop.steps():
+                if step == item["abandon_after"]:
+                    break  # as if killed: nothing is closed or saved
+        loop.ranks.barrier()
+        traces = loop.ranks.gather(list(TRACE))
+        if place.rank == 0:
+            metrics = live_metrics(arguments.out_dir / "metrics.jsonl")
+            results[item["name"]] = {
+                "started_at": started_at,
+                "losses": {r["step"]: float.hex(r["train/loss"]) for r in metrics if "train/loss" in r},
+                "lr": {r["step"]: float.hex(r["optim/lr"]) for r in metrics if "optim/lr" in r},
+                "grad_norm": {r["step"]: float.hex(float(r["optim/grad_norm"])) for r in metrics if "optim/grad_norm" in r},
+                "trace": traces,
+                "weights": weights_digest(arguments.out_dir) if item.get("abandon_after") is None else None,
+            }
+        loop.engine.engine.destroy()
+    if place.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    run.leave()
+
+
+if __name__ == "__main__":
+    main()

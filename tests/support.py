@@ -1,0 +1,175 @@
+"""What several tests need: a small text, a small configuration, and ranks as real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+WORDS = tuple("the night is dark and full of terrors winter came for house after house with fire ice crown sword raven wolf".split(" "))
+
+TINY_MODEL = {
+    "architecture": "modern",
+    "d_model": 32,
+    "n_layers": 2,
+    "n_head": 2,
+    "d_hid": 48,
+    "max_seq_length": 16,
+    "dropout": 0.0,
+}
+
+
+def write_text(path: Path, characters: int = 20_000, seed: int = 0) -> Path:
+    """A deterministic text of words in sentences, some characters beyond ASCII among them."""
+    draw = random.Random(seed)
+    lines: list[str] = []
+    size = 0
+    while size < characters:
+        line = " ".join(draw.choices(WORDS, k=draw.randint(3, 9))).capitalize() + draw.choice([".", "…", ", ē’á!", "?"])
+        lines.append(line)
+        size += len(line) + 1
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def write_run_yaml(path: Path, *, model: dict[str, Any] | None = None, **train: Any) -> Path:
+    """A run YAML with the tiny model."""
+    import yaml
+
+    tree = {
+        "model": {**TINY_MODEL, **(model or {})},
+        "train": {
+            "max_steps": 6,
+            "log_every": 1,
+            "eval_every": None,
+            "sample_every": None,
+            "sample_prompts": ["The night"],
+            "sample_max_new_tokens": 8,
+            **train,
+        },
+    }
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def engine_json(
+    stage: int = 0,
+    precision: str = "fp32",
+    batch: int = 8,
+    micro: int = 4,
+    offload: bool = False,
+    activation_checkpointing: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    chatgot: dict[str, Any] | None = None,
+    **top_level: Any,
+) -> dict[str, Any]:
+    """A DeepSpeed JSON of the kind that ds_configs/ ships, small."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000}
+    if stage == 3:
+        # Otherwise every small parameter would stay whole on every rank, and nothing would be gathered.
+        zero.update(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=50_000)
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    tree: dict[str, Any] = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_clipping": 1.0,
+        "optimizer": optimizer
+        or {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True}},
+        "zero_optimization": zero,
+        "chatgot": {
+            "schedule": {"type": "cosine", "warmup_steps": 2, "min_lr_ratio": 0.1},
+            "checkpoint": {"every_steps": None, "every_minutes": None, "keep_best": 0},
+            **(chatgot or {}),
+        },
+        **top_level,
+    }
+    if precision == "bf16":
+        tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        tree["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision == "fp16":
+        tree["fp16"] = {"enabled": True, "initial_scale_power": 10}
+    elif precision == "autocast_bf16":
+        tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if activation_checkpointing is not None:
+        tree["activation_checkpointing"] = activation_checkpointing
+    return tree
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(tree, indent=2))
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Of a rank on the CPU: one thread, no dashboard, this checkout on the path."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "WANDB_MODE": "disabled",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        **extra,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(
+    program: list[str], world_size: int, timeout: float = 300.0, check: bool = True, **env: str
+) -> list[subprocess.CompletedProcess]:
+    """Run `python program` as `world_size` real processes joined by gloo; returns them in rank order.
+
+    With `check`, a rank that fails or outlives `timeout` fails the test with every rank's output.
+    """
+    port = str(free_port())
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
+        # Files and not pipes: a pipe that nobody reads yet would stop its rank, and with it all the others.
+        logs = [[files.enter_context(open(Path(folder) / f"{rank}.{k}", "w+")) for k in ("out", "err")] for rank in range(world_size)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *program],
+                env=environment(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env
+                ),
+                cwd=ROOT,
+                stdout=logs[rank][0],
+                stderr=logs[rank][1],
+            )
+            for rank in range(world_size)
+        ]
+        deadline = time.monotonic() + timeout
+        late = False
+        for process in processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late = True
+                for other in processes:
+                    other.kill()
+        done = []
+        for process, log in zip(processes, logs):
+            process.wait()
+            for file in log:
+                file.seek(0)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, log[0].read(), log[1].read()))
+    if late or (check and any(p.returncode for p in done)):
+        raise AssertionError(
+            f"{program}: {'did not end in time' if late else 'failed'}\n"
+            + "\n".join(f"--- rank {i} ended with {p.returncode}\n{p.stdout[-3000:]}\n{p.stderr[-6000:]}" for i, p in enumerate(done))
+        )
+    return done
