@@ -19,7 +19,7 @@ lint: $(VENV)/.development
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.development
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 imports: $(VENV)/.development
 	$(BIN)/lint-imports

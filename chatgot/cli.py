@@ -55,7 +55,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     arguments = train_parser().parse_args(argv)
 
     def program() -> int:
-        from chatgot.training.run import TrainArguments, leave, train as run
+        from chatgot.training.run import TrainArguments, leave
+        from chatgot.training.run import train as run
 
         code = run(
             TrainArguments(

@@ -16,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-WORDS = tuple("the night is dark and full of terrors winter came for house after house with fire ice crown sword raven wolf".split(" "))
+_SENTENCE = "the night is dark and full of terrors winter came for house after house with fire ice crown sword raven wolf"
+WORDS = tuple(_SENTENCE.split(" "))
 
 TINY_MODEL = {
     "architecture": "modern",

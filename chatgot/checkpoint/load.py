@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.ranks import Ranks
 from chatgot.checkpoint.save import published
 from chatgot.config.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -108,7 +105,7 @@ def refuse_differences(found: Found, now: dict[str, Any]) -> None:
         )
 
 
-def load(engine: DeepSpeedEngine, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
+def load(engine: Any, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
     """Load weights, optimizer and counters, and put the JSON's hyper-parameters back. Collective.
 
     DeepSpeed returns (None, None) with a warning where there is nothing to load, and its resumed optimizer has the checkpoint's learning
@@ -135,7 +132,7 @@ def load(engine: DeepSpeedEngine, found: Found, ranks: Ranks) -> tuple[dict[str,
     return client_state, _reapply(engine, wished)
 
 
-def _reapply(engine: DeepSpeedEngine, wished: list[dict[str, Any]]) -> list[str]:
+def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
     notes = []
     for index, (group, ours) in enumerate(zip(engine.optimizer.param_groups, wished)):
         for key, value in ours.items():

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.ranks import Ranks
 from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 UNFINISHED = ".unfinished-"
 """Prefix of folders that are being written; never loaded, and swept at the next save."""
@@ -24,7 +21,7 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(engine: DeepSpeedEngine, folder: Path, client_state: dict[str, Any], fields: dict[str, Any], ranks: Ranks) -> str:
+def save(engine: Any, folder: Path, client_state: dict[str, Any], fields: dict[str, Any], ranks: Ranks) -> str:
     """Save a checkpoint after the current step, publish it, and point `latest` to it. Collective.
 
     DeepSpeed writes `latest` before the other ranks have finished (engine.py, save_checkpoint), so it is told not to; the folder is

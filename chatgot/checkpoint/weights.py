@@ -34,7 +34,7 @@ def fp32_weights(found: Found) -> dict[str, torch.Tensor]:
 
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress to both
             return get_fp32_state_dict_from_zero_checkpoint(str(found.folder), tag=found.tag)
-    except Exception as error:  # noqa: BLE001 - AssertionError, KeyError, EOFError, RuntimeError, ...: each means "does not load"
+    except Exception as error:
         raise CheckpointError(f"{found.path}: the weights cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from chatgot.model.gpt import GPT
 class TrainingEngine:
     """The DeepSpeedEngine with what has to happen around its step. The engine owns steps, optimizer and precision: ask `.engine`."""
 
-    engine: object
+    engine: Any
+    """The DeepSpeedEngine; untyped, because torch's Module answers any attribute."""
     config: EngineConfig
     base_lrs: list[float]
     notes: list[str] = field(default_factory=list)
@@ -36,7 +38,7 @@ class TrainingEngine:
             This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar, detached, on the device.
 
         Raises:
-            NumericsError: more consecutive steps were skipped than chatgot.guard.max_consecutive_skips, or fp16's loss scale is at its minimum.
+            NumericsError: chatgot.guard.max_consecutive_skips steps in a row were skipped, or fp16's loss scale is at its minimum.
         """
         engine = self.engine
         losses = []

@@ -1,4 +1,4 @@
-"""Where this process stands among the others, read from whatever launched it. Imports no torch: it runs before the arguments are checked."""
+"""Where this process stands among the others, read from whatever launched it. Imports no torch."""
 
 from __future__ import annotations
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 class Stage0Gradients:
@@ -19,7 +16,7 @@ class Stage0Gradients:
     `engine.get_global_grad_norm()` answers, and a bad step is skipped and counted in `engine.skipped_steps`.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, muon: bool):
+    def __init__(self, engine: Any, muon: bool):
         self.engine = engine
         self.max_norm = float(engine.gradient_clipping())
         parameters = [p for p in engine.module.parameters() if p.requires_grad]
@@ -95,7 +92,7 @@ class ClipAdamGroupsOnly:
         self._clip(group, torch.zeros_like(norm) if self.uses_muon(index) else norm)
 
 
-def install(engine: DeepSpeedEngine, muon: bool) -> Stage0Gradients | None:
+def install(engine: Any, muon: bool) -> Stage0Gradients | None:
     """Put the guards on a new engine; returns the one that the step function must call, where there is one."""
     if engine.zero_optimization():
         # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.

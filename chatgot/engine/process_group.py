@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from chatgot import __version__
 from chatgot.config.device import DeviceFacts
 from chatgot.config.errors import ChatGoTError, EnvironmentFault
 from chatgot.engine.environment import Place
@@ -65,6 +66,13 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
     return device
 
 
+def versions() -> dict[str, str]:
+    """Of what computes: part of every checkpoint's manifest."""
+    import deepspeed
+
+    return {"chatgot": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+
+
 class ControlGroup:
     """Small decisions shared by all ranks over gloo, so that no GPU is synchronised for them."""
 
@@ -72,7 +80,7 @@ class ControlGroup:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         alone = self.world_size == 1
-        self._group = None if alone else (dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+        self._group: Any = None if alone else (dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any rank raised it. Collective."""

@@ -64,8 +64,8 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[G
     return model.to(chosen).eval(), tokenizer
 
 
-def sample(arguments: SampleArguments, out: TextIO | None = None) -> list[str]:
-    """Write continuations of the prompt to `out` as they are drawn, and return them.
+def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
+    """Write continuations of the prompt to `to` (default: stdout) as they are drawn, and return them.
 
     Several samples are drawn as one batch: the first streams, the others follow when they are complete.
 
@@ -73,7 +73,7 @@ def sample(arguments: SampleArguments, out: TextIO | None = None) -> list[str]:
         ConfigError: a prompt with unseen characters, or a setting out of range.
         CheckpointError: see `load_run`.
     """
-    out = out or sys.stdout
+    out: TextIO = sys.stdout if to is None else to
     if arguments.num_samples < 1:
         raise ConfigError(f"--num_samples {arguments.num_samples}: must be >= 1")
     model, tokenizer = load_run(arguments.run, arguments.tag, arguments.device)

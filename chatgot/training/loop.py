@@ -205,7 +205,7 @@ class Loop:
                 self.records.event("saved", step=self.step, tag=tag, seconds=round(time.monotonic() - started, 3), pruned=gone)
 
     def client_state(self) -> dict[str, Any]:
-        """What DeepSpeed does not save. Every rank's random state is gathered: for ZeRO 0-2 only rank 0's client state is stored. Collective."""
+        """What DeepSpeed does not save. Collective: for ZeRO 0-2 only rank 0's client state is stored, so it holds every rank's RNG."""
         return {
             "format": 1,
             "next_sample": self.position.next_sample,

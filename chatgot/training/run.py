@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from chatgot.checkpoint import load, manifest, rng
 from chatgot.checkpoint.load import Found
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
-from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError
+from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, DataError
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
@@ -21,10 +21,10 @@ from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
-from chatgot.engine.process_group import ControlGroup, device_facts, join
+from chatgot.engine.process_group import ControlGroup, device_facts, join, versions
 from chatgot.model.gpt import GPT, count_parameters
 from chatgot.observe.journal import Events, Journal, newest_step
-from chatgot.observe.meters import Mfu, flops_per_token
+from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, samples, schedule
@@ -151,12 +151,6 @@ def prepare_run(arguments: TrainArguments, place: Place) -> Loop:
 
 def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, data: PreparedData, world_size: int) -> dict[str, Any]:
     """What identifies a run, for the manifest of its checkpoints."""
-    import dataclasses
-
-    import deepspeed
-
-    from chatgot import __version__
-
     return {
         "model": {**dataclasses.asdict(config.model), "vocab_size": data.tokenizer.vocab_size},
         "parameters": manifest.parameter_fingerprint((name, tuple(p.shape)) for name, p in model.named_parameters()),
@@ -166,13 +160,13 @@ def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, 
         "zero_stage": engine_config.zero_stage,
         "precision": engine_config.precision,
         "train_batch_size": engine_config.train_batch_size,
-        "versions": {"chatgot": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "versions": versions(),
     }
 
 
 def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup, progress: Progress) -> PreparedData:
     """Rank 0 of every machine prepares, the others wait for it as long as it takes; all must end with the same tokens."""
-    patient = None
+    patient: Any = None
     if place.world_size > 1:
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     data, error = None, None
@@ -190,8 +184,6 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
     assert data is not None
     fingerprints = ranks.gather(data.fingerprint)
     if len(set(fingerprints)) > 1:
-        from chatgot.config.errors import DataError
-
         raise DataError(
             f"--data {spec}: the ranks see different data (fingerprints {sorted(set(fingerprints))}); give every machine the same files"
         )
@@ -218,8 +210,8 @@ def _fallback_prompt(data: PreparedData) -> str:
     return (start.split("\n")[0] or data.tokenizer.decode(data.val[:1].tolist()))[:24]
 
 
-def _mfu_precision(config: EngineConfig):
-    return {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "autocast_bf16": "bf16", "autocast_fp16": "fp16"}[config.precision]
+def _mfu_precision(config: EngineConfig) -> Precision:
+    return "bf16" if config.precision.endswith("bf16") else "fp16" if config.precision.endswith("fp16") else "fp32"
 
 
 def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, place: Place) -> None:
@@ -234,7 +226,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         "launcher": place.launcher,
         "world_size": place.world_size,
     }
-    run_folder.write_settings(out, run, engine_config.to_dict(), run_folder.environment(extra), loop.data.tokenizer)
+    run_folder.write_settings(out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer)
     loop.records.journal = Journal(out / "metrics.jsonl")
     loop.records.events = Events(out / "events.jsonl")
     for note in (loop.records.journal.note, loop.records.events.note):
@@ -266,9 +258,10 @@ def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_para
     say, engine_config, config = loop.records.progress.say, loop.engine.config, loop.config
     meta = loop.data.meta
     say(
-        f"model: {config.model.architecture}, {human_count(n_params)} parameters ({n_params:,}), vocabulary {loop.data.tokenizer.vocab_size}; "
-        f"data: {meta.source}, {human_count(len(loop.data.train))} tokens to train on, {human_count(len(loop.data.val))} to validate"
+        f"model: {config.model.architecture}, {human_count(n_params)} parameters ({n_params:,}), "
+        f"vocabulary {loop.data.tokenizer.vocab_size}"
     )
+    say(f"data: {meta.source}, {human_count(len(loop.data.train))} tokens to train on, {human_count(len(loop.data.val))} to validate")
     say(
         f"engine: {engine_config.precision}, ZeRO stage {engine_config.zero_stage}, {loop.ranks.world_size} rank(s) on {loop.device.type}; "
         f"batch {engine_config.train_batch_size} x {config.model.max_seq_length} tokens"

@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from chatgot import __version__
 from chatgot.config.errors import ConfigError
 
 
@@ -31,16 +30,11 @@ def check_writable(folder: Path) -> None:
 
 
 def environment(extra: dict[str, Any]) -> dict[str, Any]:
-    """Versions, machine and command of this start."""
-    import deepspeed
+    """Machine and command of this start, with `extra` (versions, data)."""
     import numpy
-    import torch
 
     return {
-        "chatgot": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
         "numpy": numpy.__version__,
         "platform": platform.platform(),
         "host": socket.gethostname(),
