@@ -9,6 +9,7 @@ from chatgot.config.deepspeed_values import Problems, Values
 TOTAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
+_LARGEST_ADVISED = 4096
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def resolve_batch(values: Values, world_size: int, problems: Problems, notes: li
     assert total is not None
     assert micro is not None
     assert accumulation is not None
-    if total != micro * accumulation * world_size or not micro or not accumulation:
+    if total != micro * accumulation * world_size:
         problems.add(TOTAL, total, _mismatch(known, world_size))
         return None
     ranks = _ranks(world_size)
@@ -69,28 +70,30 @@ def resolve_batch(values: Values, world_size: int, problems: Problems, notes: li
 def _mismatch(known: dict[str, int], world_size: int) -> str:
     """What the numbers break, and the nearest ones that fit."""
     total, micro, accumulation = known[TOTAL], known.get(MICRO), known.get(ACCUMULATION)
-    factors = [f"{MICRO} {micro}" if micro else "", f"{ACCUMULATION} {accumulation}" if accumulation else "", _ranks(world_size)]
+    ranks = _ranks(world_size)
+    factors = [f"{name} {known[name]}" for name in (MICRO, ACCUMULATION) if name in known]
     product = (micro or 1) * (accumulation or 1) * world_size
-    relation = "equal" if micro and accumulation else "be a multiple of"
-    options = []
-    if relation == "equal":
-        options.append(f"{TOTAL} = {product}")
+    per_rank = total // world_size if total % world_size == 0 else 0  # samples; 0: the total cannot be shared out evenly
+    if micro and accumulation:
+        relation, options = "equal", [f"{TOTAL} = {product}"]
+        if per_rank and per_rank % accumulation == 0:
+            options.append(f"{MICRO} = {per_rank // accumulation}")
+        if per_rank and per_rank % micro == 0:
+            options.append(f"{ACCUMULATION} = {per_rank // micro}")
     else:
-        options.append(" or ".join(f"{TOTAL} = {n}" for n in (total // product * product, (total // product + 1) * product) if n))
-    if micro and not total % (accumulation or 1):
-        share, rest = divmod(total // (accumulation or 1), world_size)
-        fitting = [m for m in range(1, share + 1) if share % m == 0] if not rest and not accumulation else [share] if not rest else []
-        nearest = sorted(fitting, key=lambda m: (abs(m - micro), m))[:3]
-        options.extend(f"{MICRO} = {m}" for m in sorted(nearest) if m != micro)
-    if accumulation:
-        share, rest = divmod(total, (micro or 1) * world_size)
-        if not rest and micro:
-            options.append(f"{ACCUMULATION} = {share}")
-        elif not micro:
-            per_rank, rest = divmod(total, world_size)
-            fitting = [a for a in range(1, per_rank + 1) if per_rank % a == 0] if not rest else []
-            options.extend(f"{ACCUMULATION} = {a}" for a in sorted(sorted(fitting, key=lambda a: (abs(a - accumulation), a))[:3]))
-    return f"must {relation} {' x '.join(filter(None, factors))} = {product}; for {_ranks(world_size)} use {', or '.join(options)}"
+        relation = "be a multiple of"
+        options = [f"{TOTAL} = {n}" for n in (total // product * product, (total // product + 1) * product) if n]
+        if micro:
+            options += [f"{MICRO} = {n}" for n in _nearest_divisors(per_rank, micro)]
+        elif accumulation:
+            options += [f"{ACCUMULATION} = {n}" for n in _nearest_divisors(per_rank, accumulation)]
+    return f"must {relation} {' x '.join([*factors, ranks])} = {product}; for {ranks} use {' or '.join(options)}"
+
+
+def _nearest_divisors(number: int, wished: int) -> list[int]:
+    """Up to three divisors of `number` next to `wished`, in order; none of 0."""
+    divisors = [n for n in range(1, min(number, _LARGEST_ADVISED) + 1) if number % n == 0]
+    return sorted(sorted(divisors, key=lambda n: (abs(n - wished), n))[:3])
 
 
 def _ranks(world_size: int) -> str:

@@ -46,7 +46,7 @@ def _check_unsupported(values: Values, tree: dict[str, Any], problems: Problems)
         if dotted in schema.NODES and isinstance(schema.NODES[dotted], schema.Section):
             if dotted in values:
                 problems.add(values.name(dotted), "{...}", reason)
-        elif dotted in values and not any(values[dotted] == value and type(values[dotted]) is type(value) for value in allowed):
+        elif dotted in values and values[dotted] not in allowed:
             _refuse(problems, values, dotted, reason)
     if "weight_quantization" in values and "weight_quantization.enabled" not in values:
         problems.add("weight_quantization", tree["weight_quantization"], schema.UNSUPPORTED["weight_quantization.enabled"][1])
@@ -78,27 +78,28 @@ def _check_precision(values: Values, facts: DeviceFacts, problems: Problems) -> 
     if autocast:
         _check_autocast(values, facts, device, problems)
     _check_data_types(values, bool(bf16), bool(fp16), problems)
-    if bf16 and values["bf16.bf16_optimizer_states"] and not values["bf16.bf16_master_weights_and_grads"]:
-        _refuse(problems, values, "bf16.bf16_optimizer_states", "needs bf16.bf16_master_weights_and_grads = true")
-    offloaded = values["zero_optimization.offload_optimizer.device"] != "none" or values["zero_optimization.cpu_offload"]
-    if bf16 and values["bf16.bf16_master_weights_and_grads"] and not values["bf16.bf16_optimizer_states"] and not offloaded:
-        _refuse(
-            problems,
-            values,
-            "bf16.bf16_master_weights_and_grads",
-            'needs bf16.bf16_optimizer_states = true, or zero_optimization.offload_optimizer.device = "cpu" with an adam optimizer',
-        )
-    if fp16 and values["fp16.fp16_master_weights_and_grads"] and not offloaded:
-        _refuse(
-            problems,
-            values,
-            "fp16.fp16_master_weights_and_grads",
-            'needs zero_optimization.offload_optimizer.device = "cpu" with an adam optimizer',
-        )
+    _check_master_weights(values, problems)
     if fp16 and values["fp16.loss_scale"] == 0:  # runtime/precision_config.py, _validate_dynamic_loss_scale_params
         for name in ("loss_scale_window", "min_loss_scale"):
             if values[f"fp16.{name}"] <= 0:
                 _refuse(problems, values, f"fp16.{name}", "must be > 0 with dynamic loss scaling (fp16.loss_scale = 0)")
+
+
+def _check_master_weights(values: Values, problems: Problems) -> None:
+    """16-bit master weights and states; DeepSpeed checks these whether or not bf16 or fp16 is enabled (config.py, base_optimizer.py)."""
+    masters, states = values["bf16.bf16_master_weights_and_grads"], values["bf16.bf16_optimizer_states"]
+    offloaded = values["zero_optimization.offload_optimizer.device"] != "none" or values["zero_optimization.cpu_offload"]
+    adam_on_cpu = 'zero_optimization.offload_optimizer.device = "cpu" with an adam optimizer'
+    for dotted in ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states", "fp16.fp16_master_weights_and_grads"):
+        if values[dotted] and values["zero_optimization.stage"] == 0:
+            _refuse(problems, values, dotted, "needs ZeRO stage 1, 2 or 3")
+    if states and not masters:
+        _refuse(problems, values, "bf16.bf16_optimizer_states", "needs bf16.bf16_master_weights_and_grads = true")
+    if masters and not states and not offloaded:
+        message = f"needs bf16.bf16_optimizer_states = true, or {adam_on_cpu}"
+        _refuse(problems, values, "bf16.bf16_master_weights_and_grads", message)
+    if values["fp16.fp16_master_weights_and_grads"] and not offloaded:
+        _refuse(problems, values, "fp16.fp16_master_weights_and_grads", f"needs {adam_on_cpu}")
 
 
 def _check_autocast(values: Values, facts: DeviceFacts, device: str, problems: Problems) -> None:
@@ -236,7 +237,7 @@ def _check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, p
         problems.add("optimizer.type", kind, f"unknown optimizer; known are {', '.join(known)}{nearest(kind, known)}")
         return
     section = tree.get("optimizer")
-    params = section.get("params", {}) if isinstance(section, dict) else {}
+    params = (section.get("params") or {}) if isinstance(section, dict) else {}
     if not isinstance(params, dict):
         return
     stage = values["zero_optimization.stage"]

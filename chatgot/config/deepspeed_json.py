@@ -160,7 +160,7 @@ def build_engine_config(
         offload_param="cpu" if values["zero_optimization.cpu_offload_param"] else values["zero_optimization.offload_param.device"],
         optimizer=None
         if optimizer is None
-        else OptimizerConfig(optimizer["type"], plain_copy(optimizer.get("params", {})), bool(optimizer.get("legacy_fusion", False))),
+        else OptimizerConfig(optimizer["type"], plain_copy(optimizer.get("params") or {}), bool(optimizer.get("legacy_fusion", False))),
         scheduler=plain_copy(scheduler),
         gradient_clipping=float(values["gradient_clipping"]),
         activation_checkpointing=plain_copy(deepspeed.get("activation_checkpointing")),

@@ -52,6 +52,8 @@ class Key:
     auto: bool = False
     """Whether ChatGoT resolves the value "auto"."""
     required: bool = False
+    no_flag: bool = False
+    """Whether true and false are refused for a number even where pydantic would convert them."""
 
     def allowed(self) -> str:
         """What may stand here, in words."""
@@ -75,6 +77,8 @@ class Key:
         if value is None:
             if self.null:
                 return None
+            raise ValueError
+        if self.no_flag and isinstance(value, bool):
             raise ValueError
         value = _READERS[self.kind](value, typed)
         if self.choices:
@@ -160,6 +164,12 @@ def _read_text(value: Any, typed: bool) -> str:
     raise ValueError
 
 
+def _read_path(value: Any, typed: bool) -> str:
+    if isinstance(value, str) and (value or typed):
+        return value
+    raise ValueError
+
+
 def _read_words(value: Any, typed: bool) -> list[str]:
     return [value] if isinstance(value, str) else _read_texts(value, typed)
 
@@ -195,7 +205,7 @@ _READERS = {
     "int": _read_int,
     "float": _read_float,
     "text": _read_text,
-    "path": _read_text,
+    "path": _read_path,
     "texts": _read_texts,
     "words": _read_words,
     "betas": _read_betas,
@@ -375,12 +385,12 @@ FP16 = Section(
     keys={
         "enabled": _flag(False, "Turn it on.", auto=True),
         "auto_cast": _flag(False, "Cast floating-point inputs to fp16."),
-        "loss_scale": _float(0.0, "0: dynamic loss scaling; else this scale.", low=0.0),
+        "loss_scale": _float(0.0, "0: dynamic loss scaling; else this scale.", low=0.0, no_flag=True),
         "initial_scale_power": _int(16, "The first dynamic scale is 2 to this power."),
-        "loss_scale_window": _int(1000, "Steps without overflow before the scale doubles."),
+        "loss_scale_window": _int(1000, "Steps without overflow before the scale doubles.", no_flag=True),
         "hysteresis": _int(2, "Overflows before the scale halves."),
         "consecutive_hysteresis": _flag(False, "Count only overflows in a row."),
-        "min_loss_scale": _int(1, "The scale never falls below this."),
+        "min_loss_scale": _int(1, "The scale never falls below this.", no_flag=True),
         "fp16_master_weights_and_grads": _flag(False, "No fp32 master weights (CPU offload only)."),
     },
 )
@@ -390,7 +400,7 @@ TORCH_AUTOCAST = Section(
     keys={
         "enabled": _flag(False, "Turn it on.", null=True),
         "dtype": _text(None, "16-bit type; must be given when enabled.", choices=BF16_NAMES + FP16_NAMES, null=True),
-        "lower_precision_safe_modules": Key("texts", None, "Classes whose gradients travel in 16 bits.", null=True),
+        "lower_precision_safe_modules": Key("texts", None, "Classes whose gradients travel in 16 bits."),
     },
 )
 
@@ -747,7 +757,7 @@ ROOT = Section(
             help="Optimizer and its arguments.",
             keys={
                 "type": _text(None, "adam, adamw, adagrad, lamb, lion, muon (any case) or a torch.optim class.", required=True),
-                "params": Section(open=True, help="Arguments: lr, betas, eps, weight_decay, ..."),
+                "params": Section(open=True, null=True, help="Arguments: lr, betas, eps, weight_decay, ..."),
                 "legacy_fusion": _flag(False, "Old fp16 wrapper of FusedAdam.", null=True),
             },
         ),
@@ -838,8 +848,10 @@ _GPT_DATA = "not supported by ChatGoT, which reads its own data"
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hybrid_engine.enabled": ((False,), "not supported by ChatGoT, which does no RLHF"),
     "tensor_parallel.autotp_size": ((0, 1), _PARALLEL),
+    "tensor_parallel.dtype": ((), "DeepSpeed takes no text here, and ChatGoT does not use the section; delete it"),
     "tensor_parallel.tensor_parallel.tp_size": ((1,), _PARALLEL),
     "expert_parallel.enabled": ((False, None), "not supported by ChatGoT, whose model has no experts"),
+    "expert_parallel.load_balance_coeff": ((None,), "DeepSpeed refuses every value but null; delete it"),
     "zero_optimization.zenflow": ((None,), "not supported by ChatGoT: ZenFlow changes the number of accumulation steps by itself"),
     "data_efficiency.enabled": ((False, None), _GPT_DATA),
     "data_efficiency.data_sampling.enabled": ((False, None), _GPT_DATA),

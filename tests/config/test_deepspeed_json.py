@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chatgot.config.deepspeed_json import OptimizerConfig, WandbConfig, read_engine_config
+from chatgot.config.deepspeed_json import OptimizerConfig, WandbConfig, build_engine_config, read_engine_config
 from chatgot.config.errors import ConfigError
 from tests.config.conftest import CPU, GPU, OLD_GPU, VALID, with_keys
 
@@ -242,6 +242,7 @@ def test_all_problems_come_in_one_message(refused) -> None:
 def test_known_optimizers_are_accepted(read, kind: str) -> None:
     config = read({"optimizer": {"type": kind, "params": {"lr": 0.1}}, "zero_allow_untested_optimizer": True})
     assert config.optimizer == OptimizerConfig(kind, {"lr": 0.1})
+    assert read({"optimizer": {"type": "Adam", "params": None}}).optimizer == OptimizerConfig("Adam", {})
 
 
 @pytest.mark.parametrize(
@@ -352,6 +353,7 @@ def test_derived_batch_is_explained(read) -> None:
             "micro_batch_size_per_gpu = 12",
         ),
         ({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4}, 2, "train_micro_batch_size_per_gpu = 2"),
+        ({"train_batch_size": 10**15, "train_micro_batch_size_per_gpu": 3}, 1, "train_micro_batch_size_per_gpu = 4"),
     ],
 )
 def test_batch_that_does_not_fit_is_refused_with_numbers_that_do(refused, read, keys: dict, ranks: int, said: str) -> None:
@@ -413,6 +415,9 @@ def test_auto_precision_follows_the_device(read, bf16, fp16, facts, precision) -
         ({"data_types.param_dtype": "bf16"}, GPU, "must equal the training precision"),
         ({"data_types.grad_accum_dtype": "bf16", "zero_optimization.stage": 0}, GPU, "at ZeRO stage 0"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, GPU, "bf16_master_weights_and_grads"),
+        ({"bf16.bf16_master_weights_and_grads": True, "zero_optimization.stage": 0}, GPU, "needs ZeRO stage 1, 2 or 3"),
+        ({"bf16.bf16_master_weights_and_grads": True}, GPU, "needs bf16.bf16_optimizer_states = true, or"),
+        ({"fp16.fp16_master_weights_and_grads": True}, GPU, "offload_optimizer.device"),
         ({"fp16": {"enabled": True, "loss_scale_window": 0}}, GPU, "must be > 0"),
     ],
 )
@@ -651,6 +656,16 @@ def test_invariant_11_nothing_stated_in_the_file_is_changed(read, write) -> None
     assert config.deepspeed["zero_optimization"]["overlap_comm"] == "false"
     added = set(config.deepspeed) - set(stated)
     assert added == {"gradient_accumulation_steps"} - set(stated)
+
+
+def test_stated_numbers_keep_their_form_and_the_callers_tree_is_left_alone() -> None:
+    tree = with_keys({"train_batch_size": 8.0, "bf16.enabled": "auto"})
+    config = build_engine_config(tree, "ds.json", {"optimizer.params.lr": 0.5}, world_size=1, facts=GPU)
+    assert isinstance(config.deepspeed["train_batch_size"], float)
+    assert isinstance(config.train_batch_size, int)
+    assert tree == with_keys({"train_batch_size": 8.0, "bf16.enabled": "auto"})
+    tree["optimizer"]["params"]["lr"] = 7
+    assert config.source["optimizer"]["params"]["lr"] == 1e-3
 
 
 def test_caller_may_change_what_it_got(read) -> None:
