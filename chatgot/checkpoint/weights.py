@@ -33,7 +33,7 @@ def fp32_weights(found: Found) -> dict[str, torch.Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress to both
-            return get_fp32_state_dict_from_zero_checkpoint(str(found.folder), tag=found.tag)
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(found.folder), tag=found.tag) or {})
     except Exception as error:
         raise CheckpointError(f"{found.path}: the weights cannot be read: {type(error).__name__}: {error}") from error
 

@@ -22,7 +22,7 @@ def ranged(default: Any, low: float | None = None, high: float | None = None, ab
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(word: object, known: typing.Iterable[str]) -> str:
     """'; did you mean 'x'?' for the closest known word, or an empty string."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""

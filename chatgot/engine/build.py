@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -130,7 +130,7 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            model_parameters=None if optimizer is not None else groups,
+            model_parameters=None if optimizer is not None else cast(Any, groups),  # annotated as a Module, takes groups
             config=given,
             dist_init_required=False,
         )

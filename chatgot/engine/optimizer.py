@@ -60,6 +60,6 @@ def build_client_optimizer(config: EngineConfig, groups: list[dict[str, Any]]) -
     return optimizer, f"optimizer: torch.optim.{kind.__name__} ({how}), the same update as DeepSpeed's, which needs a compiler at start"
 
 
-def base_learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+def base_learning_rates(optimizer: Any) -> list[float]:
     """The JSON's learning rate of every parameter group, before any schedule."""
     return [float(group["lr"]) for group in optimizer.param_groups]

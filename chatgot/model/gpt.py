@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class GPT(nn.Module):
         self.lm_head = _Linear(config.d_model, vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self._checkpoint: Callable[[BlockCall, Tensor], Tensor] | None = None
+        self._checkpoint: Callable[[BlockCall, Tensor], Any] | None = None
         self._checkpoint_every = 1
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class GPT(nn.Module):
             else:
                 parameter.fill_(1.0)
 
-    def set_activation_checkpointing(self, checkpoint: Callable[[BlockCall, Tensor], Tensor] | None, every_n_layers: int = 1) -> None:
+    def set_activation_checkpointing(self, checkpoint: Callable[[BlockCall, Tensor], Any] | None, every_n_layers: int = 1) -> None:
         """Recompute every n-th block in the backward pass, beginning with the first; None turns it off.
 
         Args:
