@@ -522,6 +522,8 @@ def test_defaults_that_changed_are_stated(read) -> None:
         {"hybrid_engine.enabled": True},
         {"tensor_parallel.autotp_size": 2},
         {"tensor_parallel.tp.tp_size": 2},
+        {"tensor_parallel.dtype": "float16"},
+        {"expert_parallel.load_balance_coeff": 0.1},
         {"expert_parallel.enabled": True},
         {"data_efficiency.enabled": True},
         {"data_efficiency.data_routing.random_ltd.enabled": True},
