@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,9 @@ def save(engine: Any, folder: Path, client_state: dict[str, Any], fields: dict[s
         except OSError as caught:
             error = _refusal(folder, caught)
     ranks.agree(error)
-    try:
+    with _failures_noted(engine) as failures:
         engine.save_checkpoint(str(folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False)
-    except (OSError, RuntimeError) as caught:
-        error = _refusal(unfinished, caught)
-    ranks.agree(error)
+    ranks.agree(_refusal(unfinished, failures[0]) if failures else None)
     if ranks.rank == 0:
         try:
             manifest.write(unfinished, fields)
@@ -63,6 +63,35 @@ def save(engine: Any, folder: Path, client_state: dict[str, Any], fields: dict[s
             error = _refusal(folder / tag, caught)
     ranks.agree(error)
     return tag
+
+
+@contextlib.contextmanager
+def _failures_noted(engine: DeepSpeedEngine) -> Iterator[list[OSError | RuntimeError]]:
+    """Let this rank's file operations note their failure instead of raising it.
+
+    DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank that raised before would
+    leave them waiting there until the process group's timeout. torch.save reports a full disk as a RuntimeError.
+    """
+    failures: list[OSError | RuntimeError] = []
+
+    def noted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return operation(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        return attempt
+
+    files: Any = engine.checkpoint_engine
+    wrapped: list[tuple[Any, str]] = [(files, "save"), (files, "makedirs"), (engine, "_copy_recovery_script")]
+    for owner, name in wrapped:
+        setattr(owner, name, noted(getattr(owner, name)))
+    try:
+        yield failures
+    finally:
+        for owner, name in wrapped:
+            delattr(owner, name)
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

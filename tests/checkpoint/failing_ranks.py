@@ -1,0 +1,51 @@
+"""Two real ranks, one of which cannot write during some saves: the kernel refuses to let its files grow (RLIMIT_FSIZE).
+
+Arguments: a JSON of runs {"name", "argv" (of train.py), "fail_at": steps at whose save rank 1 must not write}, and where to report.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from chatgot.config.errors import ChatGoTError
+from chatgot.engine.environment import find_place
+from chatgot.training import loop as loop_module
+from chatgot.training import run
+from tests.training.in_process import arguments
+
+UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+
+def main() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    place = find_place()
+    save = loop_module.save
+    fail_at: set[int] = set()
+
+    def save_with_a_full_disk(engine, *rest):
+        full = place.rank == 1 and engine.global_steps in fail_at
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, UNLIMITED[1]) if full else UNLIMITED)
+        try:
+            return save(engine, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
+
+    loop_module.save = save_with_a_full_disk
+    results = {}
+    for item in json.loads(Path(sys.argv[1]).read_text()):
+        fail_at = set(item["fail_at"])
+        try:
+            code = run.train(arguments(item["argv"]))
+        except ChatGoTError as error:
+            code = error.exit_code
+        results[item["name"]] = code
+    Path(f"{sys.argv[2]}.{place.rank}").write_text(json.dumps(results))
+    run.leave()
+
+
+if __name__ == "__main__":
+    main()

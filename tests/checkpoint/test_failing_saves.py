@@ -1,0 +1,102 @@
+"""A save that fails publishes nothing and leaves training going; the third in a row, or the last chance, ends the run with 4."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.weights import fp32_weights
+from chatgot.config.errors import CheckpointError
+from chatgot.training import run
+from tests.support import engine_json, run_ranks, write_json, write_run_yaml
+from tests.training import in_process
+
+RUNS = {"recovers": [2, 4], "three in a row": [2, 4, 6], "the last one": [10]}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, text_file) -> tuple[Path, list[dict[str, int]]]:
+    """(folder of run folders, exit codes by rank). Rank 1 cannot write at the steps of RUNS."""
+    folder: Path = tmp_path_factory.mktemp("full")
+    config = write_run_yaml(folder / "run.yaml", max_steps=10)
+    saving = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_last": 9, "keep_best": 0}}
+    plan = []
+    for stage in (1, 3):
+        engine = write_json(folder / f"engine{stage}.json", engine_json(stage, micro=2, chatgot=saving))
+        for name, steps in RUNS.items():
+            out = folder / f"{name} {stage}"
+            plan.append({"name": out.name, "argv": in_process.argv(engine, out, config, text_file), "fail_at": steps})
+    (folder / "plan.json").write_text(json.dumps(plan))
+    run_ranks(["-m", "tests.checkpoint.failing_ranks", str(folder / "plan.json"), str(folder / "result")], 2, timeout=120)
+    return folder, [json.loads((folder / f"result.{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(params=[1, 3], ids=["stage 1", "stage 3"])
+def two_ranks(request, launched):
+    """Given a run's name: its folder and the exit code of every rank."""
+    folder, codes = launched
+    return lambda name: (folder / f"{name} {request.param}", [code[f"{name} {request.param}"] for code in codes])
+
+
+def test_invariant_14_latest_changes_only_after_all_ranks_wrote(two_ranks):
+    out, codes = two_ranks("recovers")
+    assert codes == [0, 0]
+    assert in_process.tags(out) == [6, 8, 10], "what rank 1 could not write was not published"
+    assert (out / "checkpoints" / "latest").read_text() == "step-00000010"
+    assert [(e["step"], e["in_a_row"]) for e in in_process.events(out, "save_failed")] == [(2, 1), (4, 2)]
+    assert "rank 1" in in_process.events(out, "save_failed")[0]["error"]
+    assert sorted(in_process.series(out, "train/loss")) == list(range(1, 11))
+    assert not list((out / "checkpoints").glob(".*")), "what was left unfinished is swept at the next save"
+
+
+def test_third_failure_in_a_row_ends_every_rank_with_4(two_ranks):
+    out, codes = two_ranks("three in a row")
+    assert codes == [4, 4]
+    assert in_process.tags(out) == []
+    assert not (out / "checkpoints" / "latest").exists()
+    assert max(in_process.series(out, "train/loss")) == 6
+    assert in_process.events(out)[-1]["event"] == "failed"
+
+
+def test_failed_last_save_ends_with_4_and_keeps_the_earlier_checkpoints(two_ranks):
+    out, codes = two_ranks("the last one")
+    assert codes == [4, 4]
+    assert in_process.tags(out) == [2, 4, 6, 8]
+    found = find(out / "checkpoints")
+    assert found is not None
+    assert found.tag == (out / "checkpoints" / "latest").read_text() == "step-00000008"
+    assert fp32_weights(found)
+
+
+def test_a_file_in_the_way_is_reported_and_the_next_save_tries_again(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
+    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 2}}))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoints").write_text("in the way")
+    loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
+    for step in loop.steps():
+        if step == 3:
+            (out / "checkpoints").unlink()
+    assert in_process.tags(out) == [4, 6]
+    said = capsys.readouterr().out
+    assert "WARNING" in said
+    assert "training goes on" in said
+    [failure] = in_process.events(out, "save_failed")
+    assert failure["step"] == 2
+
+
+def test_the_run_ends_with_4_when_nothing_could_ever_be_saved(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=3)
+    engine = write_json(tmp_path / "engine.json", engine_json())
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoints").write_text("in the way")
+    loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
+    with pytest.raises(CheckpointError, match="could not be saved"):
+        run.finish(loop)
+    assert in_process.events(out)[-1] | {"event": "failed", "exit_code": 4} == in_process.events(out)[-1]
+    assert (out / "checkpoints").read_text() == "in the way"

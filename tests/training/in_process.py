@@ -1,0 +1,93 @@
+"""The training program inside the test's own process: everything that a process of its own would not add to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chatgot import cli
+from chatgot.engine.environment import find_place
+from chatgot.observe.journal import live_metrics, read_journal
+from chatgot.training import run
+from chatgot.training.loop import Loop
+
+
+@contextlib.contextmanager
+def cpu_environment() -> Iterator[None]:
+    """One rank on the CPU, no dashboard; afterwards os.environ as it was, because other tests start processes with it."""
+    before = dict(os.environ)
+    os.environ.update(DS_ACCELERATOR="cpu", WANDB_MODE="disabled")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def argv(json: Path, out: Path, config: Path | str, data: Path | str, *more: str) -> list[str]:
+    """The command line of train.py."""
+    return ["--deepspeed_config", str(json), "--config", str(config), "--data", str(data), "--out_dir", str(out), *more]
+
+
+def arguments(command_line: list[str]) -> run.TrainArguments:
+    parsed = cli.train_parser().parse_args(command_line)
+    return run.TrainArguments(
+        deepspeed_config=parsed.deepspeed_config,
+        out_dir=parsed.out_dir,
+        config=parsed.config,
+        data=parsed.data,
+        resume_from=parsed.resume_from,
+        overrides=tuple(parsed.overrides),
+        run_name=parsed.run_name,
+    )
+
+
+def train(command_line: list[str]) -> int:
+    """Train to the end; the exit code, or the refusal as an exception."""
+    with cpu_environment():
+        return run.train(arguments(command_line))
+
+
+def prepare(command_line: list[str]) -> Loop:
+    """A loop before its first step; end it with run.finish, or abandon it as a kill would."""
+    with cpu_environment():
+        return run.prepare_run(arguments(command_line), find_place())
+
+
+def abandon_after(step: int, command_line: list[str]) -> None:
+    """Train until `step` and leave everything as a kill would: nothing is closed, saved or reported."""
+    for done in prepare(command_line).steps():
+        if done == step:
+            break
+
+
+def refused(command_line: list[str]) -> int:
+    """train.py's exit code for a command line that it refuses; what it says is on the streams."""
+    with cpu_environment():
+        try:
+            cli.train(command_line)
+        except SystemExit as end:
+            return int(end.code or 0)
+    raise AssertionError("cli.train returned")
+
+
+def series(out: Path, metric: str) -> dict[int, float]:
+    """{step: value} of a metric in the run as it stands."""
+    return {record["step"]: record[metric] for record in live_metrics(out / "metrics.jsonl") if metric in record}
+
+
+def events(out: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    return [record for record in read_journal(out / "events.jsonl")[0] if kind in (None, record["event"])]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def tags(out: Path) -> list[int]:
+    """Steps of the published checkpoints."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*/manifest.json"))
