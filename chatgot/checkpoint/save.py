@@ -66,7 +66,7 @@ def save(engine: Any, folder: Path, client_state: dict[str, Any], fields: dict[s
 
 
 @contextlib.contextmanager
-def _failures_noted(engine: DeepSpeedEngine) -> Iterator[list[OSError | RuntimeError]]:
+def _failures_noted(engine: Any) -> Iterator[list[OSError | RuntimeError]]:
     """Let this rank's file operations note their failure instead of raising it.
 
     DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank that raised before would
@@ -83,7 +83,7 @@ def _failures_noted(engine: DeepSpeedEngine) -> Iterator[list[OSError | RuntimeE
 
         return attempt
 
-    files: Any = engine.checkpoint_engine
+    files = engine.checkpoint_engine
     wrapped: list[tuple[Any, str]] = [(files, "save"), (files, "makedirs"), (engine, "_copy_recovery_script")]
     for owner, name in wrapped:
         setattr(owner, name, noted(getattr(owner, name)))

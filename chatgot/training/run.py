@@ -86,8 +86,12 @@ def finish(loop: Loop) -> int:
     return exit_code
 
 
-def prepare_run(arguments: TrainArguments, place: Place) -> Loop:
-    """Everything before the first step: check, prepare data, build, resume or start, write the run folder."""
+def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | None = None) -> Loop:
+    """Everything before the first step: check, prepare data, build, resume or start, write the run folder.
+
+    Args:
+        progress: where rank 0 speaks; default: stdout.
+    """
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
     facts = device_facts()
@@ -98,7 +102,7 @@ def prepare_run(arguments: TrainArguments, place: Place) -> Loop:
     read(None)  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
     device = join(place, facts.kind)
     ranks = ControlGroup()
-    progress = Progress(config.train.max_steps, enabled=place.rank == 0)
+    progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
 
     data = _prepare_data(arguments.data, config, place, ranks, progress)
     n_params = count_parameters(config.model, data.tokenizer.vocab_size)
@@ -220,7 +224,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         return
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
     run, say = config.to_dict(), loop.records.progress.say
-    changes = run_folder.changed_settings(out, run)
+    changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,
@@ -233,7 +237,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         if note:
             say(note)
     for change in changes:
-        say(f"changed since the last start: {change}")
+        say(f"changed since the checkpoint's run: {change}")
     loop.records.wandb = WandbRun.start(
         engine_config.wandb,
         run_dir=out,
@@ -257,6 +261,8 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
 def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, load_notes: list[str]) -> None:
     say, engine_config, config = loop.records.progress.say, loop.engine.config, loop.config
     meta = loop.data.meta
+    for line in run_folder.describe(config.to_dict(), engine_config.to_dict()):
+        say(line)
     say(
         f"model: {config.model.architecture}, {human_count(n_params)} parameters ({n_params:,}), "
         f"vocabulary {loop.data.tokenizer.vocab_size}"

@@ -15,16 +15,19 @@ from chatgot.config.errors import ConfigError
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and try to write in it.
+    """Try to write in the folder, and leave no trace, because the run may still be refused.
 
     Raises:
         ConfigError: it is a file, or cannot be made or written to.
     """
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
+        for path in made:
+            path.rmdir()
     except OSError as error:
         raise ConfigError(f"--out_dir {folder}: cannot be written to: {error}") from error
 
@@ -45,26 +48,52 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any], environ: dict[str, Any], tokenizer) -> None:
-    """run.yaml, ds_config.json, environment.json and tokenizer.json. Rank 0 only."""
+    """run.yaml, ds_config.json, environment.json and tokenizer.json, in a folder that is made here. Rank 0 only."""
     import yaml
 
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / "ds_config.json").write_text(json.dumps(engine, indent=2) + "\n", encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environ, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
 
 
-def changed_settings(folder: Path, run: dict[str, Any]) -> list[str]:
-    """One line per key of run.yaml that differs from the folder's: 'train.max_steps: 1000 -> 2000'."""
+def changed_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
+    """One line per key of run.yaml and ds_config.json that differs from the folder's: 'train.max_steps: 1000 -> 2000'.
+
+    Keys of the JSON are named as overrides name them: 'ds.optimizer.params.lr: 0.003 -> 0.001'. No files there: no lines.
+    """
     import yaml
 
-    path = folder / "run.yaml"
-    if not path.is_file():
-        return []
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before: dict[str, Any] = {}
+    for name, prefix, read in (("run.yaml", "", yaml.safe_load), ("ds_config.json", "ds.", json.loads)):
+        path = folder / name
+        if not path.is_file():
+            return []
+        try:
+            before |= flattened(read(path.read_text(encoding="utf-8")), prefix)
+        except (ValueError, yaml.YAMLError) as error:
+            return [f"{path} cannot be read, so that changes since then are not known: {error}"]
+    now = flattened(run) | flattened(engine, "ds.")
     return [
-        f"{section}.{key}: {before.get(section, {}).get(key)!r} -> {value!r}"
-        for section, keys in run.items()
-        for key, value in keys.items()
-        if before.get(section, {}).get(key) != value
+        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key, "absent") != now.get(key, "absent")
+    ]
+
+
+def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted name; an empty mapping is a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def describe(run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
+    """The resolved settings as lines for the log, one per section of run.yaml and one for the JSON."""
+    sections = [*((name, section) for name, section in run.items()), ("ds", engine)]
+    return [
+        f"settings: {name}: " + ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flattened(section).items())
+        for name, section in sections
     ]

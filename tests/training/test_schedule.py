@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -33,13 +34,13 @@ def test_cosine_is_half_way_down_in_the_middle_and_flat_at_its_ends():
     down = rates("cosine", max_steps=25)[4:]  # 21 steps, so that number 10 is the middle
     assert down[10] == pytest.approx(0.55)
     assert down[5] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    steps = [a - b for a, b in zip(down, down[1:])]
+    steps = [a - b for a, b in itertools.pairwise(down)]
     assert steps[0] < steps[9] > steps[-1]
 
 
 def test_linear_falls_by_the_same_amount_every_step():
     down = rates("linear")[4:]
-    assert [a - b for a, b in zip(down, down[1:])] == pytest.approx([0.9 / 15] * 15)
+    assert [a - b for a, b in itertools.pairwise(down)] == pytest.approx([0.9 / 15] * 15)
 
 
 def test_wsd_stays_at_the_peak_until_its_share_of_the_steps_is_left():
@@ -65,7 +66,7 @@ def test_every_rate_is_between_the_minimum_and_the_peak_and_never_zero_in_warmup
     assert all(0 < rate <= 1 for rate in found[:warmup])
     assert all(low - 1e-12 <= rate <= 1 + 1e-12 for rate in found[warmup:])
     after = found[warmup:]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:])), "after the warm-up the rate never rises"
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after)), "after the warm-up the rate never rises"
 
 
 def test_description_names_first_peak_and_last_rate():
