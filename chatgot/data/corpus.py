@@ -152,10 +152,6 @@ def _folder(root: Path) -> Source:
     if not files:
         raise DataError(f"--data {root}: no text files ({endings}) in this folder" + (f", only {left_out}" if others else ""))
     files.sort(key=lambda f: f.name)
-    for file in files:
-        mode = _mode(file.path)
-        if not stat.S_ISREG(mode):
-            raise DataError(f"--data {root}: {file.path} is {describe_mode(mode)}, not a regular file")
     notes = (f"{root}: reading {len(files)} text files ({endings}); left out: {left_out}",) if others else ()
     return Source("folder", root.resolve().name, root, tuple(files), notes)
 
@@ -172,13 +168,6 @@ def _built_in(name: str) -> Source:
     if missing or not names:
         raise DataError(f"--data {name}: {root / (missing[0] if missing else '*.txt')} is missing; {entry.install} --force-reinstall")
     return Source("builtin", name, None, tuple(SourceFile(root / n, n) for n in names))
-
-
-def _mode(path: Path) -> int:
-    try:
-        return path.stat().st_mode
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _cannot_list(error: OSError) -> None:

@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]
 IGNORE_INDEX = -100
 """Target that cross entropy leaves out (torch's default)."""
 
-_FEISTEL_ROUNDS = 6
+_FEISTEL_ROUNDS = 8
 
 
 class DataOrder:
@@ -64,7 +64,7 @@ class DataOrder:
         mask = (np.uint64(1) << half) - np.uint64(1)
         left, right = values >> half, values & mask
         for round_number in range(1, _FEISTEL_ROUNDS + 1):
-            left, right = right, left ^ (_mix(keys + _mix(right + (np.uint64(round_number) << np.uint64(40)))) & mask)
+            left, right = right, left ^ (_mix(right ^ (keys + np.uint64(round_number << 40))) & mask)
         return (left << half) | right
 
 

@@ -164,7 +164,10 @@ def cache_key(source: Source, config: DataConfig) -> str:
         del settings["bpe_vocab_size"]
     files = []
     for file in source.files:
-        status = file.path.stat()
+        try:
+            status = file.path.stat()
+        except OSError as error:
+            raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
         files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
     key = json.dumps([FORMAT_VERSION, source.name, files, settings], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:32]

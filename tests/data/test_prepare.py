@@ -279,8 +279,13 @@ def test_special_files_are_refused_without_waiting_for_them(tmp_path):
         prepare("/dev/zero", tmp_path / "out", config())
     write(tmp_path / "in" / "a.txt", prose(50))
     (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "pipe.txt")
-    with pytest.raises(DataError, match="a FIFO"):
+    with pytest.raises(DataError, match=r"b\.txt: a FIFO, not a regular file"):
         prepare(tmp_path / "in", tmp_path / "out", config())
+    (tmp_path / "pipe.txt").unlink()
+    for attempt in (prepare, prepare_cached):
+        arguments = (tmp_path / "in", tmp_path / "out", config()) if attempt is prepare else (tmp_path / "in", config(), tmp_path / "cache")
+        with pytest.raises(DataError, match=r"b\.txt: cannot be read: No such file"):
+            attempt(*arguments)
 
 
 @pytest.mark.parametrize("later", [prose(301), prose(299), prose(300, seed=1), prose(300) + "Ж"])
@@ -353,7 +358,7 @@ def test_damaged_prepared_folder_is_a_data_error(damage, message, prepared):
     with pytest.raises(DataError, match=message) as refusal:
         open_prepared(prepared)
     assert refusal.value.exit_code == 3
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=message):
         prepare_cached(prepared, config(), prepared.parent / "cache")  # and it is not mistaken for a folder of texts
 
 
