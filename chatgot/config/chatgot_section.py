@@ -13,7 +13,7 @@ class ScheduleConfig:
     """Learning-rate schedule: a pure function of the optimizer step over train.max_steps, multiplying the JSON's lr."""
 
     type: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """cosine and linear fall from the peak to min_lr_ratio; wsd stays at the peak and falls over the last decay_fraction; constant stays."""
+    """cosine, linear: from the peak down to min_lr_ratio; wsd: stays at the peak, falls over the last decay_fraction; constant: stays."""
     warmup_steps: int = ranged(100, low=0)
     """Steps over which the rate rises linearly to its peak; the first step already has lr / warmup_steps."""
     min_lr_ratio: float = ranged(0.1, low=0.0, high=1.0)
@@ -43,7 +43,7 @@ class ActivationCheckpointingConfig:
     """Refines the DeepSpeed section activation_checkpointing, whose presence turns recomputation on."""
 
     backend: Literal["auto", "torch", "deepspeed"] = "auto"
-    """torch: torch.utils.checkpoint, non-reentrant; deepspeed: deepspeed.checkpointing; auto: torch unless the section asks for what only DeepSpeed does."""
+    """torch: torch.utils.checkpoint (non-reentrant); deepspeed: deepspeed.checkpointing; auto: torch, unless only DeepSpeed can do it."""
     every_n_layers: int = ranged(1, low=1)
     """Recompute every n-th block (1: all of them)."""
 

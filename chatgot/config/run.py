@@ -74,7 +74,7 @@ class DataConfig:
     test_fraction: float = ranged(0.0, low=0.0, high=0.9)
     """Share of the text, after the validation part, that is never looked at in training."""
     split_by: Literal["auto", "position", "file"] = "auto"
-    """position: cut the concatenated text; file: whole files go to one side; auto: by file where the nearest boundary is within 20 % of the wished size."""
+    """position: cut the joined text; file: whole files; auto: by file where a boundary is within 20 % of the wished size."""
     encoding: str = "utf-8"
     """Encoding of the text files."""
 
