@@ -17,8 +17,11 @@ from chatgot.training.loop import Loop
 
 @contextlib.contextmanager
 def cpu_environment() -> Iterator[None]:
-    """One rank on the CPU, no dashboard; afterwards os.environ as it was, because other tests start processes with it."""
-    before = dict(os.environ)
+    """One rank on the CPU, no dashboard; afterwards os.environ as it was, because other tests start processes with it.
+
+    LOCAL_RANK stays: ZeRO-3 reads it while it trains (deepspeed/runtime/zero/utils.py), and a process that is started sets its own.
+    """
+    before = {**os.environ, "LOCAL_RANK": "0"}
     os.environ.update(DS_ACCELERATOR="cpu", WANDB_MODE="disabled")
     try:
         yield

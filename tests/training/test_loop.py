@@ -1,0 +1,139 @@
+"""What the loop reports, and that looking at a run does not change it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from chatgot.checkpoint import rng
+from chatgot.data.loader import DataOrder
+from chatgot.inference.sample import load_run
+from chatgot.model.gpt import GPT
+from chatgot.observe.meters import Throughput
+from chatgot.training import loop as loop_module
+from chatgot.training import run
+from chatgot.training.loop import Loop
+from tests.support import engine_json, write_json, write_run_yaml
+from tests.training import in_process
+from tests.training.in_process import argv, series
+
+QUIET = {"checkpoint": {"every_steps": None, "every_minutes": None, "keep_best": 0}}
+BUSY = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 1}}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_invariant_13_evaluation_sampling_and_saving_leave_the_random_state_and_the_mode_untouched(stage, tmp_path, text_file):
+    def drive(name: str, chatgot: dict, **train) -> tuple[list[torch.Tensor], dict[int, float]]:
+        config = write_run_yaml(tmp_path / f"{name}.yaml", max_steps=7, model={"dropout": 0.2}, **train)
+        engine = write_json(tmp_path / f"{name}.json", engine_json(stage, chatgot=chatgot))
+        loop = in_process.prepare(argv(engine, tmp_path / name, config, text_file))
+        states = []
+        for _ in loop.steps():
+            states.append(rng.capture()["torch"])
+            assert all(module.training for module in loop.engine.engine.module.modules())
+        return states, series(tmp_path / name, "train/loss")
+
+    states, losses = drive("quiet", QUIET)
+    busy_states, busy_losses = drive("busy", BUSY, eval_every=1, sample_every=1)
+    assert busy_losses == losses
+    assert all(torch.equal(a, b) for a, b in zip(states, busy_states, strict=True))
+    assert len(list((tmp_path / "busy" / "samples").iterdir())) == 7
+    assert not torch.equal(states[0], states[1]), "dropout draws, so that the comparison can fail"
+
+
+def test_loss_is_the_undivided_mean_over_micro_batches(tmp_path, text_file):
+    found = {}
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=4)
+    for micro in (8, 2):
+        engine = write_json(tmp_path / f"{micro}.json", engine_json(1, micro=micro))
+        assert in_process.train(argv(engine, tmp_path / f"micro{micro}", config, text_file)) == 0
+        found[micro] = series(tmp_path / f"micro{micro}", "train/loss")
+    assert found[2] == pytest.approx(found[8], rel=1e-5)
+
+
+def test_first_loss_is_that_of_the_initial_weights_on_the_first_global_batch(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=1)
+    loop = in_process.prepare(argv(write_json(tmp_path / "e.json", engine_json(2, micro=2)), tmp_path / "out", config, text_file))
+    model = GPT(loop.config.model, loop.data.tokenizer.vocab_size)
+    model.init_weights(loop.config.train.seed)
+    run.finish(loop)
+    starts = DataOrder(len(loop.data.train), 16, loop.config.train.seed).starts(np.arange(8))
+    rows = torch.from_numpy(np.stack([loop.data.train[s : s + 17] for s in starts]).astype(np.int64))
+    expected = model(rows[:, :-1], rows[:, 1:]).item()
+    assert series(tmp_path / "out", "train/loss")[1] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_validation_is_token_weighted_over_the_whole_split_and_bits_are_per_character(tokenizer, tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=3)
+    engine = write_json(tmp_path / "engine.json", engine_json(1))
+    words = [*argv(engine, tmp_path / "out", config, text_file), f"data.tokenizer={tokenizer}", "data.bpe_vocab_size=300"]
+    loop = in_process.prepare(words)
+    run.finish(loop)
+    tokens = torch.from_numpy(np.asarray(loop.data.val, dtype=np.int64))
+    assert (len(tokens) - 1) % 16, "the last window is a short one, so that a mean of means would differ"
+    model, loaded = load_run(tmp_path / "out", device="cpu")
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 16):
+            span = tokens[start : start + 17]
+            logits = model(span[None, :-1])[0].double()
+            nats += float(torch.nn.functional.cross_entropy(logits, span[1:], reduction="sum"))
+    reported = series(tmp_path / "out", "val/loss")[3]
+    assert reported == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+    characters = len(loaded.decode(tokens.numpy()))
+    assert series(tmp_path / "out", "val/bits_per_char")[3] == pytest.approx(reported * len(tokens) / characters / math.log(2), rel=1e-6)
+    if tokenizer == "bpe":
+        assert len(tokens) < 0.8 * characters
+
+
+def test_invariant_15_speed_and_memory_per_interval_without_evaluation_sampling_and_saving(tmp_path, text_file, monkeypatch):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=8, log_every=2, eval_every=3, sample_every=3)
+    engine = write_json(tmp_path / "engine.json", engine_json(1, chatgot=BUSY))
+    loop = in_process.prepare(argv(engine, tmp_path / "out", config, text_file))
+    now = [0.0]
+
+    def takes(seconds: float, function):
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return timed
+
+    loop.meter = Throughput(clock=lambda: now[0])
+    monkeypatch.setattr(Loop, "_train_step", takes(2.0, Loop._train_step))
+    monkeypatch.setattr(loop_module, "evaluate", takes(100.0, loop_module.evaluate))
+    monkeypatch.setattr(loop_module.samples, "draw", takes(1000.0, loop_module.samples.draw))
+    monkeypatch.setattr(loop_module, "save", takes(10_000.0, loop_module.save))
+    run.finish(loop)
+    out = tmp_path / "out"
+    assert series(out, "perf/step_ms") == dict.fromkeys([1, 2, 4, 6, 8], 2000.0)
+    assert series(out, "perf/tokens_per_sec") == dict.fromkeys([1, 2, 4, 6, 8], 8 * 16 / 2.0)
+    assert all(0.01 < gib < 64 for gib in series(out, "mem/peak_gib").values())
+    assert sorted(series(out, "mem/peak_gib")) == [1, 2, 4, 6, 8]
+    saves = len(in_process.events(out, "saved"))
+    assert loop.meter.paused_seconds == {"eval": 300.0, "sample": 3000.0, "save": 10_000.0 * saves}
+    assert loop.meter.active_seconds == 16.0
+
+
+def test_first_and_last_step_are_always_logged_evaluated_and_sampled(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=7, log_every=4)
+    loop = in_process.prepare(argv(write_json(tmp_path / "e.json", engine_json()), tmp_path / "out", config, text_file))
+    run.finish(loop)
+    assert sorted(series(tmp_path / "out", "train/loss")) == [1, 4, 7]
+    assert sorted(series(tmp_path / "out", "val/loss")) == [7]
+    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["step-000007.txt"]
+    assert in_process.tags(tmp_path / "out") == [7]
+
+
+def test_prompt_with_characters_the_text_never_had_is_replaced_aloud(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=1, sample_prompts=["The night", "Ω!", ""])
+    assert in_process.train(argv(write_json(tmp_path / "e.json", engine_json()), tmp_path / "out", config, text_file)) == 0
+    said = capsys.readouterr().out
+    assert "train.sample_prompts: 'Ω!' is replaced by" in said
+    assert "'Ω' (U+03A9)" in said
+    written = (tmp_path / "out" / "samples" / "step-000001.txt").read_text(encoding="utf-8")
+    assert written.count("=== ") == 2
