@@ -122,10 +122,13 @@ def published(folder: Path) -> list[tuple[int, str]]:
 def prune(folder: Path, config: CheckpointConfig) -> list[str]:
     """Delete what the retention rules no longer keep; returns the deleted tags. Rank 0 only, after publishing.
 
-    Kept: the newest keep_last, the keep_best with the lowest val/loss, and every multiple of keep_every_steps.
+    Kept: the newest keep_last, the keep_best with the lowest val/loss, every multiple of keep_every_steps, and the one that `latest`
+    names: after a resume from an older checkpoint it is not among those with the highest steps.
     """
     tags = published(folder)
     keep = {tag for _, tag in tags[-config.keep_last :]}
+    if (folder / "latest").is_file():
+        keep.add((folder / "latest").read_text(encoding="utf-8").strip())
     scored = [(loss, tag) for _, tag in tags if (loss := manifest.read(folder / tag).get("val_loss")) is not None]
     keep |= {tag for _, tag in sorted(scored)[: config.keep_best]}
     if config.keep_every_steps:

@@ -201,7 +201,11 @@ class Loop:
             self.position.last_save_step = self.step
             self._last_save = time.monotonic()
             if self.ranks.rank == 0:
-                gone = prune(self.out_dir / "checkpoints", self.engine.config.chatgot.checkpoint)
+                gone: list[str] = []
+                try:
+                    gone = prune(self.out_dir / "checkpoints", self.engine.config.chatgot.checkpoint)
+                except (OSError, CheckpointError) as error:  # the new checkpoint is safe; the old ones are tried again after the next save
+                    self.records.progress.say(f"WARNING: old checkpoints could not be deleted: {error}")
                 self.records.event("saved", step=self.step, tag=tag, seconds=round(time.monotonic() - started, 3), pruned=gone)
 
     def client_state(self) -> dict[str, Any]:

@@ -100,3 +100,19 @@ def test_the_run_ends_with_4_when_nothing_could_ever_be_saved(tmp_path, text_fil
         run.finish(loop)
     assert in_process.events(out)[-1] | {"event": "failed", "exit_code": 4} == in_process.events(out)[-1]
     assert (out / "checkpoints").read_text() == "in the way"
+
+
+def test_old_checkpoints_that_cannot_be_deleted_are_reported_and_training_goes_on(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
+    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}))
+    out = tmp_path / "out"
+    damaged = out / "checkpoints" / "step-00000001" / "manifest.json"
+    loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
+    for step in loop.steps():
+        if step == 1:
+            whole = damaged.read_text()
+            damaged.write_text("{")
+        if step == 4:
+            damaged.write_text(whole)
+    assert "WARNING: old checkpoints could not be deleted" in capsys.readouterr().out
+    assert in_process.tags(out) == [5, 6]

@@ -1,0 +1,141 @@
+"""A resumed run uses what the JSON says now, says what changed, and does nothing where nothing is left to do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from chatgot.training import run
+from tests.support import engine_json, write_json, write_run_yaml
+from tests.training import in_process
+from tests.training.in_process import argv, contents, events, series, tags
+
+STEPS = 4
+CHANGES = {
+    "ds.optimizer.params.lr": 1e-3,
+    "ds.optimizer.params.weight_decay": 0.3,
+    "ds.optimizer.params.betas": [0.8, 0.99],
+    "ds.gradient_clipping": 0.25,
+}
+STAGES = [(stage, "fp32") for stage in range(4)] + [(1, "bf16"), (2, "bf16")]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, text_file):
+    """Given stage and precision: a folder with run.yaml, engine.json and a run in out/ that was left after step 4 of 8."""
+    made: dict[tuple[int, str], Path] = {}
+
+    def get(stage: int, precision: str, into: Path) -> Path:
+        if (stage, precision) not in made:
+            folder = tmp_path_factory.mktemp(f"{precision}{stage}")
+            config = write_run_yaml(folder / "run.yaml", max_steps=2 * STEPS)
+            saving = {"checkpoint": {"every_steps": STEPS, "every_minutes": None, "keep_best": 0}}
+            engine = write_json(folder / "engine.json", engine_json(stage, precision, chatgot=saving))
+            in_process.abandon_after(STEPS, argv(engine, folder / "out", config, text_file))
+            made[stage, precision] = folder
+        shutil.copytree(made[stage, precision], into, dirs_exist_ok=True)
+        return into
+
+    return get
+
+
+def words(folder: Path, text: Path, *more: str) -> list[str]:
+    return argv(folder / "engine.json", folder / "out", folder / "run.yaml", text, *more)
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_changed_hyper_parameters_are_in_force_and_announced(stage, precision, half, tmp_path, text_file, capsys):
+    folder = half(stage, precision, tmp_path)
+    capsys.readouterr()
+    overrides = [f"{key}={value}" for key, value in CHANGES.items()]
+    loop = in_process.prepare(words(folder, text_file, "--resume_from", "must", *overrides))
+    said = capsys.readouterr().out
+    assert "ds.optimizer.params.lr: 0.003 -> 0.001" in said
+    assert "ds.optimizer.params.weight_decay: 0.1 -> 0.3" in said
+    assert "ds.optimizer.params.betas: [0.9, 0.95] -> [0.8, 0.99]" in said
+    assert "ds.gradient_clipping: 1" in said
+    steps = loop.steps()
+    assert next(steps) == STEPS + 1
+    decay, plain = loop.engine.engine.optimizer.param_groups
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert [list(group["betas"]) for group in (decay, plain)] == [[0.8, 0.99]] * 2
+    unchanged = in_process.prepare(words(half(stage, precision, tmp_path / "same"), text_file, "--resume_from", "must"))
+    assert "changed since" not in capsys.readouterr().out
+    assert next(unchanged.steps()) == STEPS + 1
+    assert decay["lr"] == pytest.approx(unchanged.engine.learning_rate / 3)
+    assert series(folder / "out", "optim/lr")[STEPS + 1] == pytest.approx(decay["lr"])
+    assert events(folder / "out", "resumed")[0]["changes"]
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_changed_clipping_decides_the_size_of_the_next_step(stage, precision, half, tmp_path, text_file):
+    """AdamW hardly notices clipping, so the step is compared with the one of another clipping that must differ."""
+    found = {}
+    for name, clipping in (("same", 1.0), ("tight", 1e-6)):
+        folder = half(stage, precision, tmp_path / name)
+        loop = in_process.prepare(words(folder, text_file, "--resume_from", "must", f"ds.gradient_clipping={clipping}"))
+        for step in loop.steps():
+            if step == STEPS + 2:
+                break
+        found[name] = series(folder / "out", "train/loss")
+    assert found["same"][STEPS + 1] == found["tight"][STEPS + 1]
+    assert found["same"][STEPS + 2] != found["tight"][STEPS + 2]
+
+
+def test_extended_max_steps_goes_on_and_the_schedule_stretches(half, tmp_path, text_file, capsys):
+    folder = half(1, "fp32", tmp_path)
+    assert in_process.train(words(folder, text_file)) == 0
+    end = series(folder / "out", "optim/lr")[8]
+    capsys.readouterr()
+    assert in_process.train(words(folder, text_file, "train.max_steps=12")) == 0
+    assert "train.max_steps: 8 -> 12" in capsys.readouterr().out
+    rates = series(folder / "out", "optim/lr")
+    assert sorted(series(folder / "out", "train/loss")) == list(range(1, 13))
+    assert rates[9] > end == pytest.approx(rates[12])
+    assert [event["step"] for event in events(folder / "out", "resumed")] == [4, 8]
+
+
+def test_resume_at_the_final_step_has_nothing_to_do(half, tmp_path, text_file, capsys):
+    folder = half(2, "fp32", tmp_path)
+    assert in_process.train(words(folder, text_file)) == 0
+    out = folder / "out"
+    before = contents(out)
+    capsys.readouterr()
+    for mode in ("auto", "must"):
+        assert in_process.train(words(folder, text_file, "--resume_from", mode)) == 0
+    said = capsys.readouterr().out
+    assert said.count("nothing to do: the run is complete at step 8 (train.max_steps = 8)") == 2
+    after = contents(out)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed <= {"events.jsonl", "environment.json"}
+    assert after.keys() == before.keys()
+
+
+def test_another_run_folder_can_be_gone_on_from_and_stays_as_it_is(half, tmp_path, text_file):
+    folder = half(3, "fp32", tmp_path)
+    before = contents(folder / "out")
+    engine, config = folder / "engine.json", folder / "run.yaml"
+    fork = tmp_path / "fork"
+    assert in_process.train([*argv(engine, fork, config, text_file), "--resume_from", str(folder / "out")]) == 0
+    assert contents(folder / "out") == before
+    assert sorted(series(fork, "train/loss")) == [5, 6, 7, 8]
+    assert tags(fork) == [8]
+    assert in_process.train(words(folder, text_file)) == 0
+    assert {step: series(folder / "out", "train/loss")[step] for step in range(5, 9)} == series(fork, "train/loss")
+
+
+def test_run_left_before_its_first_checkpoint_starts_again(tmp_path, text_file, capsys):
+    write_run_yaml(tmp_path / "run.yaml", max_steps=4)
+    write_json(tmp_path / "engine.json", engine_json(1))
+    in_process.abandon_after(3, words(tmp_path, text_file))
+    first = series(tmp_path / "out", "train/loss")
+    assert sorted(first) == [1, 2, 3]
+    capsys.readouterr()
+    loop = in_process.prepare(words(tmp_path, text_file))
+    assert "starting a new run" in capsys.readouterr().out
+    run.finish(loop)
+    again = series(tmp_path / "out", "train/loss")
+    assert sorted(again) == [1, 2, 3, 4]
+    assert {step: again[step] for step in first} == first

@@ -1,0 +1,146 @@
+"""When a checkpoint is saved, which ones are kept, and that stock DeepSpeed can read them."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatgot.checkpoint import manifest
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.save import prune, published, tag_of
+from chatgot.checkpoint.weights import fp32_weights
+from chatgot.config.chatgot_section import CheckpointConfig
+from chatgot.training import loop as loop_module
+from chatgot.training import run
+from tests.support import engine_json, write_json, write_run_yaml
+from tests.training import in_process
+from tests.training.in_process import argv, events, series, tags
+
+
+def saving(tmp_path: Path, **keys) -> Path:
+    checkpoint = {"every_steps": None, "every_minutes": None, "keep_best": 0, "keep_last": 99, **keys}
+    return write_json(tmp_path / "engine.json", engine_json(1, chatgot={"checkpoint": checkpoint}))
+
+
+def test_every_n_steps_and_at_the_end(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=8)
+    assert in_process.train(argv(saving(tmp_path, every_steps=3), tmp_path / "out", config, text_file)) == 0
+    assert tags(tmp_path / "out") == [3, 6, 8]
+    assert [event["step"] for event in events(tmp_path / "out", "saved")] == [3, 6, 8]
+
+
+def test_every_m_minutes_since_the_last_save(tmp_path, text_file, monkeypatch):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=8)
+    loop = in_process.prepare(argv(saving(tmp_path, every_minutes=2.0), tmp_path / "out", config, text_file))
+    monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(monotonic=lambda: 50.0 * loop.step))
+    loop._last_save = 0.0
+    run.finish(loop)
+    assert tags(tmp_path / "out") == [3, 6, 8]  # 150 s, 150 s, the end
+
+
+def test_invariant_14_rotation_keeps_latest_and_best(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=14, eval_every=1)
+    engine = saving(tmp_path, every_steps=1, keep_last=2, keep_best=1, keep_every_steps=7)
+    # A rate that rises and wrecks the model: the best checkpoint is an old one.
+    words = [*argv(engine, tmp_path / "out", config, text_file), "ds.optimizer.params.lr=2.0", "ds.chatgot.schedule.warmup_steps=100"]
+    assert in_process.train(words) == 0
+    val = series(tmp_path / "out", "val/loss")
+    best = min(val, key=lambda step: val[step])
+    assert best not in (7, 13, 14), f"the test needs a best step of its own, not {best}"
+    assert tags(tmp_path / "out") == sorted({best, 7, 13, 14})
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == tag_of(14)
+    assert manifest.read(tmp_path / "out" / "checkpoints" / tag_of(best))["val_loss"] == val[best]
+    assert not list((tmp_path / "out" / "checkpoints").glob(".*"))
+
+
+def test_best_model_so_far_is_saved_when_it_is_found(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=5, eval_every=2)
+    assert in_process.train(argv(saving(tmp_path, keep_best=1), tmp_path / "out", config, text_file)) == 0
+    assert tags(tmp_path / "out") == [2, 4, 5]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    losses=st.dictionaries(st.integers(1, 40), st.none() | st.floats(0.1, 9.0), min_size=1, max_size=12),
+    keep_last=st.integers(2, 4),
+    keep_best=st.integers(0, 3),
+    every=st.none() | st.integers(1, 10),
+)
+def test_rotation_keeps_what_its_rules_name_and_nothing_else(tmp_path_factory, losses, keep_last, keep_best, every):
+    folder = tmp_path_factory.mktemp("rotation")
+    for step, loss in losses.items():
+        (folder / tag_of(step)).mkdir()
+        manifest.write(folder / tag_of(step), {"step": step, "val_loss": loss})
+    gone = prune(folder, CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every_steps=every))
+    kept = {step for step, _ in published(folder)}
+    newest = set(sorted(losses)[-keep_last:])
+    scored = {step: loss for step, loss in losses.items() if loss is not None}
+    best = set(sorted(scored, key=lambda step: (scored[step], step))[:keep_best])
+    multiples = {step for step in losses if every and step % every == 0}
+    assert kept == newest | best | multiples
+    assert set(gone) == {tag_of(step) for step in losses.keys() - kept}
+    assert {path.name for path in folder.iterdir()} == {tag_of(step) for step in kept}
+
+
+def test_the_same_step_saved_again_replaces_its_checkpoint(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=4)
+    words = argv(saving(tmp_path, every_steps=2), tmp_path / "out", config, text_file)
+    assert in_process.train(words) == 0
+    checkpoints = tmp_path / "out" / "checkpoints"
+    before = manifest.read(checkpoints / tag_of(4))
+    # From step 2 again, with another rate: step 4 is another model now.
+    assert in_process.train([*words, "--resume_from", f"{tmp_path / 'out'}@{tag_of(2)}", "ds.optimizer.params.lr=1e-4"]) == 0
+    assert tags(tmp_path / "out") == [2, 4]
+    assert manifest.read(checkpoints / tag_of(4))["val_loss"] != before["val_loss"]
+    assert not list(checkpoints.glob(".*"))
+
+
+def test_invariant_14_latest_is_kept_when_a_resume_went_back_behind_newer_checkpoints(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=9)
+    words = argv(saving(tmp_path, every_steps=2, keep_last=2), tmp_path / "out", config, text_file)
+    assert in_process.train([*words, "ds.chatgot.checkpoint.keep_every_steps=2"]) == 0
+    assert tags(tmp_path / "out") == [2, 4, 6, 8, 9]
+    in_process.abandon_after(4, [*words, "--resume_from", f"{tmp_path / 'out'}@{tag_of(2)}"])
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == tag_of(4)
+    assert tags(tmp_path / "out") == [4, 8, 9]
+    assert in_process.prepare(words).step == 4, "the run goes on from where it was left, not from the past that was given up"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stock_deepspeed_reads_the_checkpoint_through_latest(stage, tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=3)
+    engine = write_json(tmp_path / "engine.json", engine_json(stage))
+    assert in_process.train(argv(engine, tmp_path / "out", config, text_file)) == 0
+    loop = in_process.prepare(argv(engine, tmp_path / "other", config, text_file))
+    with in_process.cpu_environment():
+        path, _ = loop.engine.engine.load_checkpoint(str(tmp_path / "out" / "checkpoints"))
+    assert Path(path).parent == tmp_path / "out" / "checkpoints" / tag_of(3)
+    assert loop.step == 3
+    loop._save(must=True)
+    trained, read = (fp32_weights(find(tmp_path / name / "checkpoints")) for name in ("out", "other"))
+    assert trained.keys() == read.keys()
+    assert all(torch.equal(trained[name], read[name]) for name in trained)
+
+
+def test_newest_published_checkpoint_stands_in_for_a_pointer_that_is_lost_or_wrong(tmp_path):
+    assert find(tmp_path) is None
+    for step in (3, 12):
+        (tmp_path / tag_of(step)).mkdir()
+        manifest.write(tmp_path / tag_of(step), {"step": step})
+    (tmp_path / ".unfinished-step-00000020").mkdir()
+    (tmp_path / tag_of(15)).mkdir()  # no manifest: was never completed
+    for pointer in (None, tag_of(15), "../elsewhere", ""):
+        if pointer is not None:
+            (tmp_path / "latest").write_text(pointer)
+        found = find(tmp_path)
+        assert found is not None
+        assert found.tag == tag_of(12)
+    (tmp_path / "latest").write_text(tag_of(3) + "\n")
+    found = find(tmp_path)
+    assert found is not None
+    assert found.tag == tag_of(3)
