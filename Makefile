@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: quickstart test test-full test-gpu lint types imports clean
 
 quickstart: $(VENV)/.runtime
-	$(PYTHON) launch/run --python $(BIN)/python -- --deepspeed_config ds_configs/fp32_zero0.json --config tiny --out_dir $(RUN)
+	$(PYTHON) launch/run --python $(BIN)/python -- --deepspeed_config ds_configs/fp32_zero0_muon.json --config tiny --out_dir $(RUN)
 	$(BIN)/chatgot sample $(RUN) --prompt "KING RICHARD:" --max_new_tokens 300
 
 test: $(VENV)/.development lint types imports
