@@ -12,7 +12,7 @@ import torch.distributed as dist
 from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.errors import ConfigError, NumericsError
 from chatgot.engine import activation_checkpointing, guards
-from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups
+from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups, weight_decay
 from chatgot.model.gpt import GPT
 
 
@@ -65,8 +65,9 @@ class TrainingEngine:
         if engine.was_step_applied():
             self.skips_in_a_row = 0
             return
-        scale = self.loss_scale
-        if scale is not None and scale > self.config.deepspeed.get("fp16", {}).get("min_loss_scale", 1):
+        scale, fp16 = self.loss_scale, self.config.deepspeed.get("fp16", {})
+        static = self.config.precision == "fp16" and fp16.get("loss_scale", 0) != 0
+        if scale is not None and not static and scale > fp16.get("min_loss_scale", 1):
             return  # dynamic loss scaling looks for its scale; DeepSpeed ends that search at the minimum
         self.skips_in_a_row += 1
         limit = self.config.chatgot.guard.max_consecutive_skips
@@ -116,7 +117,7 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     if config.optimizer is None:
         raise ConfigError(f"{config.path}: optimizer: missing; without it there is nothing to train with")
     notes = [activation_checkpointing.wire(model, config)]
-    groups = parameter_groups(model, float(config.optimizer.params.get("weight_decay", 0.01 if _is_adamw(config) else 0.0)))
+    groups = parameter_groups(model, weight_decay(config))
     optimizer, note = build_client_optimizer(config, groups)
     notes.append(note)
     given = dict(config.deepspeed)
@@ -125,6 +126,8 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         if config.offload_optimizer != "none" and given.get("zero_force_ds_cpu_optimizer", True):
             given["zero_force_ds_cpu_optimizer"] = False
             notes.append("zero_force_ds_cpu_optimizer = false: torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would")
+    if is_muon(config):
+        notes.extend(_prepare_muon(given, device))
     guards.quiet_memory_report(config.deepspeed)
     try:
         engine, *_ = deepspeed.initialize(
@@ -143,9 +146,19 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     return TrainingEngine(engine, config, base_learning_rates(engine.optimizer), notes, stage0)
 
 
-def _is_adamw(config: EngineConfig) -> bool:
-    assert config.optimizer is not None
-    return config.optimizer.type.lower() in ("adam", "adamw")
+def _prepare_muon(given: dict[str, Any], device: torch.device) -> list[str]:
+    """Spare Muon the compilers: its Adam half becomes torch's, and on a CPU its Newton-Schulz iteration runs in eager PyTorch."""
+    notes = []
+    params = given["optimizer"].get("params") or {}
+    if "torch_adam" not in params:
+        given["optimizer"] = {**given["optimizer"], "params": {**params, "torch_adam": True}}
+        notes.append(
+            "optimizer.params.torch_adam = true: Muon's Adam half is torch's; DeepSpeed's is the same update, but needs a compiler"
+        )
+    if device.type == "cpu":
+        guards.run_muon_uncompiled()
+        notes.append("Muon: not compiled on a CPU, where compiling takes longer than it saves")
+    return notes
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:

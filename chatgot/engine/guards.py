@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -23,28 +24,34 @@ class Stage0Gradients:
         # Muon's updates have a fixed size; see ClipAdamGroupsOnly, which does the same under ZeRO.
         self.parameters = [p for p in parameters if not getattr(p, "use_muon", False)] if muon else parameters
         self.all_parameters = parameters
-        engine.clip_fp32_gradients = lambda: None
+        engine.clip_fp32_gradients = self.measure_and_clip
+        engine.optimizer.overflow = False
+        self._apply = engine.optimizer.step
+        engine.optimizer.step = self.step
 
     def before_step(self) -> None:
         """Call once per optimizer step, after the last backward and before engine.step(). The gradients are averaged over ranks by then."""
-        engine = self.engine
-        scaler = engine.torch_autocast_z0_gradscaler
+        if self.max_norm > 0:
+            return  # DeepSpeed unscales the gradients (torch_autocast with fp16) and then calls clip_fp32_gradients
+        scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler is not None:
-            scaler.unscale_(engine.optimizer)
-        max_norm = self.max_norm if self.max_norm > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+            scaler.unscale_(self.engine.optimizer)
+        self.measure_and_clip()
+
+    def measure_and_clip(self) -> None:
+        """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be skipped."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm if self.max_norm > 0 else math.inf)
+        total = norm
         if len(self.parameters) != len(self.all_parameters):
-            rest = torch.nn.utils.get_total_norm([p.grad for p in self.all_parameters if p.grad is not None])
-            finite = bool(torch.isfinite(norm + rest))
-        else:
-            finite = bool(torch.isfinite(norm))
-        engine._global_grad_norm = float(norm) if finite else math.inf
-        if scaler is not None:
-            return  # the scaler skips the step and lowers its scale by itself
-        # engine._take_model_step counts a skipped step where its optimizer says `overflow`; without gradients the update is empty.
-        engine.optimizer.overflow = not finite
-        if not finite:
-            engine.module.zero_grad(set_to_none=True)
+            total = torch.nn.utils.get_total_norm([p.grad for p in self.all_parameters if p.grad is not None])
+        finite = bool(torch.isfinite(total))
+        self.engine._global_grad_norm = float(norm) if finite else math.inf
+        # engine._take_model_step counts a skipped step where its optimizer says `overflow`.
+        self.engine.optimizer.overflow = not finite
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer's step, unless the gradients were not finite. Without gradients Muon would still apply its momentum."""
+        return None if self.engine.optimizer.overflow else self._apply(*args, **kwargs)
 
 
 class ClipAdamGroupsOnly:
@@ -110,3 +117,18 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
         utils.see_memory_usage(message, force=force and bool(given.get("memory_breakdown")))
 
     bf16_optimizer.see_memory_usage = see_memory_usage
+
+
+def run_muon_uncompiled() -> None:
+    """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU, where torch.compile needs a C++ compiler and about a minute.
+
+    DeepSpeed decorates it while the module is imported (zero/muon/original_muon.py), so this works before the first import only.
+    """
+    from deepspeed.runtime import compiler
+
+    compiled = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiled

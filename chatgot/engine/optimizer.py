@@ -11,6 +11,8 @@ from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.errors import ConfigError
 
 ADAM_NAMES = ("adam", "adamw")
+ONLY_DEEPSPEED = ("bias_correction", "fp32_optimizer_states")
+"""Arguments of DeepSpeed's Adam whose value false torch's does not know."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,11 +28,30 @@ def is_muon(config: EngineConfig) -> bool:
     return config.optimizer is not None and config.optimizer.type.lower() == "muon"
 
 
+def weight_decay(config: EngineConfig) -> float:
+    """The optimizer section's; not stated, the default of the optimizer that DeepSpeed would build (0.01 for torch's AdamW, else 0)."""
+    assert config.optimizer is not None
+    params = config.optimizer.params
+    torchs = _is_adam(config) and bool(params.get("torch_adam")) and _decoupled(config)
+    return float(params.get("weight_decay", 0.01 if torchs else 0.0))
+
+
+def _is_adam(config: EngineConfig) -> bool:
+    assert config.optimizer is not None
+    return config.optimizer.type.lower() in ADAM_NAMES
+
+
+def _decoupled(config: EngineConfig) -> bool:
+    """DeepSpeed: "Adam" means AdamW unless adam_w_mode is false (engine.py, _configure_basic_optimizer)."""
+    assert config.optimizer is not None
+    return config.optimizer.type.lower() == "adamw" or bool(config.optimizer.params.get("adam_w_mode", True))
+
+
 def build_client_optimizer(config: EngineConfig, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer | None, str]:
     """torch's fused AdamW for the Adam family; None for what DeepSpeed builds itself from the JSON.
 
     DeepSpeed's FusedAdam and CPUAdam compute the same update but are compiled at the first start, with nvcc or g++.
-    `"torch_adam": false` in the JSON asks for them explicitly and gets them.
+    `"torch_adam": false` in the JSON asks for them explicitly and gets them; so does false for an argument that only they have.
 
     Args:
         config: with an `optimizer` section.
@@ -41,11 +62,11 @@ def build_client_optimizer(config: EngineConfig, groups: list[dict[str, Any]]) -
     """
     assert config.optimizer is not None
     name, params = config.optimizer.type, dict(config.optimizer.params)
-    if name.lower() not in ADAM_NAMES or params.get("torch_adam") is False:
+    own = params.get("torch_adam") is False or (not params.get("torch_adam") and any(params.get(key) is False for key in ONLY_DEEPSPEED))
+    if not _is_adam(config) or own:
         return None, f"optimizer: {name}, built by DeepSpeed from the JSON"
-    # DeepSpeed: "Adam" means AdamW unless adam_w_mode is false (engine.py, _configure_basic_optimizer).
-    decoupled = params.pop("adam_w_mode", True) or name.lower() == "adamw"
-    for theirs in ("torch_adam", "fp32_optimizer_states", "bias_correction"):
+    decoupled = _decoupled(config)
+    for theirs in ("torch_adam", "adam_w_mode", "set_grad_none", *ONLY_DEEPSPEED):
         params.pop(theirs, None)
     if "foreach" not in params:
         params.setdefault("fused", True)

@@ -1,0 +1,169 @@
+"""Steps with non-finite gradients on one rank, at every stage and precision; and torch_autocast. Started once per world size by a test."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from chatgot.checkpoint import rng
+from chatgot.config.deepspeed_json import build_engine_config
+from chatgot.config.errors import NumericsError
+from chatgot.config.run import ModelConfig
+from chatgot.data.loader import DataOrder, TrainBatches
+from chatgot.engine import guards
+from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
+from chatgot.engine.environment import Place, find_place
+from chatgot.engine.process_group import device_facts, join
+from chatgot.model.gpt import GPT
+from tests.distributed.programs.plain import tokens
+from tests.support import TINY_MODEL, engine_json
+
+
+class Poison:
+    """Makes one rank's gradients non-finite while `armed`, in its first micro batch."""
+
+    def __init__(self, model: GPT, kind: str, place: Place):
+        self.armed = False
+        self.here = place.rank == place.world_size - 1
+        if kind == "loss":
+            model.register_forward_hook(lambda _module, _arguments, loss: loss * math.nan if self._now() else loss)
+        else:
+            model.norm.register_forward_hook(self._gradient)
+
+    def _gradient(self, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        """The loss stays finite, and so does lm_head's gradient; everything before it gets inf."""
+        if self._now():
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    def _now(self) -> bool:
+        due, self.armed = self.armed and self.here, False
+        return due
+
+
+def own_state(engine: TrainingEngine) -> str:
+    """Digest of all that a step can move on this rank: parameters (stage 3: its shards), fp32 partitions, moments, momenta, counters."""
+    digest = hashlib.sha256()
+    optimizer = engine.engine.optimizer
+    tensors = [getattr(p, "ds_tensor", p) for p in engine.engine.module.parameters()]
+    partitions = getattr(optimizer, "fp32_partitioned_groups_flat", None) or getattr(optimizer, "single_partition_of_fp32_groups", [])
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    values = [value for state in states for _, value in sorted(state.items())]
+    for value in [*tensors, *partitions, *values]:
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def weights(engine: TrainingEngine) -> str:
+    """Digest of all fp32 master weights. Collective."""
+    digest = hashlib.sha256()
+    zero = engine.engine.zero_optimization()
+    for parameter in engine.engine.module.parameters():
+        full = safe_get_full_fp32_param(parameter) if zero else parameter.detach()
+        digest.update(full.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def shared(value: Any, place: Place) -> list[Any]:
+    values: list[Any] = [None] * place.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[TrainingEngine, TrainBatches, Poison]:
+    tree = engine_json(**case["json"])
+    tree["zero_optimization"].update(case.get("zero", {}))
+    config = build_engine_config(tree, "case.json", world_size=place.world_size, facts=device_facts(), n_params=30_000)
+    model = GPT(ModelConfig(**TINY_MODEL), 64)
+    rng.seed(1, place.rank)
+    model.init_weights(1)
+    poison = Poison(model, case.get("kind", "loss"), place)
+    engine = build(model, config, device)
+    if case.get("without_guard") and engine.stage0 is not None:
+        engine.stage0 = None
+        del engine.engine.clip_fp32_gradients, engine.engine.optimizer.step  # the guard's; DeepSpeed's and torch's own come back
+    order = DataOrder(len(tokens()), TINY_MODEL["max_seq_length"], seed=1)
+    batches = TrainBatches(tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+    return engine, batches, poison
+
+
+def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device) -> dict[str, Any]:
+    """`schedule`: one letter per step, g(ood) or b(ad). A bad step does not consume its batch: leaving it out gives the same good steps."""
+    engine, batches, poison = start(case, place, device)
+    found: dict[str, Any] = {"error": None, "steps": []}
+    sample = 0
+    for letter in schedule:
+        poison.armed = letter == "b"
+        engine.set_learning_rate(1.0)
+        try:
+            loss = engine.train_step(batches.micro_batches(sample))
+        except NumericsError as error:
+            found["error"] = {"text": str(error), "exit_code": error.exit_code}
+            loss = torch.tensor(math.nan)
+        if letter == "g":
+            sample += batches.global_batch_size
+        found["steps"].append(
+            {
+                "letter": letter,
+                "loss": mean_over_ranks(loss),
+                "applied": engine.engine.was_step_applied(),
+                "global_steps": engine.engine.global_steps,
+                "skipped_steps": engine.engine.skipped_steps,
+                "grad_norm": engine.grad_norm,
+                "lr": engine.learning_rate,
+                "state": own_state(engine),
+            }
+        )
+    found["weights"] = weights(engine)
+    engine.engine.destroy()
+    return found
+
+
+def autocast_losses(case: dict[str, Any], steps: int, place: Place, device: torch.device) -> dict[str, Any]:
+    engine, batches, _ = start(case, place, device)
+    losses = []
+    dtypes: set[str] = set()
+    engine.engine.module.layers[0].attention.qkv.register_forward_hook(lambda _m, _a, output: dtypes.add(str(output.dtype)))
+    for step in range(steps):
+        warm = 2
+        rate = (step + 1) / warm if step < warm else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - 1 - warm)))
+        engine.set_learning_rate(rate)
+        losses.append(mean_over_ranks(engine.train_step(batches.micro_batches(step * batches.global_batch_size))))
+    masters = {str(p.dtype) for p in engine.engine.module.parameters()}
+    engine.engine.destroy()
+    return {"losses": losses, "computes_in": sorted(dtypes), "parameters": sorted(masters)}
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(200, exit=True)
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    place = find_place()
+    device = join(place, "cpu")
+    guards.run_muon_uncompiled()
+    results: dict[str, Any] = {"poisoned": {}, "clean": {}, "autocast": {}}
+    for name, case in plan["poisoned"].items():
+        print(name, flush=True)
+        results["poisoned"][name] = shared(run(case, plan["schedule"], place, device), place)
+        if not case.get("without_guard"):
+            results["clean"][name] = shared(run(case, plan["schedule"].replace("b", ""), place, device), place)
+    for name, case in plan["autocast"].items():
+        print(name, flush=True)
+        results["autocast"][name] = autocast_losses(case, plan["steps"], place, device)
+    if place.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Muon learns at every ZeRO stage although clipping is on, and its momentum survives a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import run_ranks
+
+BATCH, STEPS = 8, 20
+OPTIMIZER = {"type": "Muon", "params": {"lr": 0.02, "muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1}}
+MATRICES_ONLY = {"type": "Muon", "params": {**OPTIMIZER["params"], "adam_lr": 0.0}}
+
+
+def settings(world_size: int, stage: int, **extra: Any) -> dict[str, Any]:
+    keys = {"stage": stage, "batch": BATCH, "micro": BATCH // world_size // 2, "optimizer": OPTIMIZER}
+    for key in ("precision", "gradient_clipping", "optimizer"):
+        if key in extra:
+            keys[key] = extra.pop(key)
+    return {"json": keys, "zero": {"reduce_scatter": stage != 3}, **extra}
+
+
+def runs(world_size: int) -> dict[str, dict[str, Any]]:
+    return {
+        **{f"stage {stage}": settings(world_size, stage) for stage in range(4)},
+        **{f"stage {stage} unclipped": settings(world_size, stage, gradient_clipping=0.0) for stage in (0, 1, 3)},
+        **{f"stage {stage} tight": settings(world_size, stage, gradient_clipping=0.1) for stage in (0, 1, 3)},
+        **{f"bf16 stage {stage}": settings(world_size, stage, precision="bf16") for stage in (1, 2, 3)},
+        "matrices only": settings(world_size, 1, optimizer=MATRICES_ONLY),
+        "control": settings(world_size, 1, optimizer=MATRICES_ONLY, without_guard=True),
+    }
+
+
+def resumes(world_size: int) -> dict[str, dict[str, Any]]:
+    return {
+        **{f"stage {stage}": settings(world_size, stage) for stage in range(4)},
+        "bf16 stage 1": settings(world_size, 1, precision="bf16"),
+        "control": settings(world_size, 1, forget_momentum=True),
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp(f"muon{request.param}")
+    plan, out = folder / "plan.json", folder / "results.json"
+    plan.write_text(json.dumps({"steps": STEPS, "runs": runs(request.param), "resumes": resumes(request.param)}))
+    # An empty cache and no compiler: nothing of Muon may be compiled on a CPU.
+    env = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "CXX": "/nonexistent"}
+    run_ranks(["-m", "tests.distributed.programs.muon", str(plan), str(out)], request.param, **env)
+    built = [str(path) for name in ("extensions", "inductor") for path in folder.glob(f"{name}/**/*") if path.is_file()]
+    return {**json.loads(out.read_text()), "built": built}
+
+
+def worst(losses: list[float], reference: list[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
+
+
+@pytest.mark.parametrize("clipping", ["", " tight", " unclipped"])
+def test_fp32_stages_agree_and_learn(results, clipping):
+    reference = results["runs"][f"stage 0{clipping}"]
+    assert reference["losses"][-1] < 0.9 * reference["losses"][0]
+    for stage in (1, 3) if clipping else (1, 2, 3):
+        found = results["runs"][f"stage {stage}{clipping}"]
+        assert worst(found["losses"], reference["losses"]) <= 1e-4, stage
+        if not clipping.endswith("unclipped"):
+            assert worst(found["grad_norms"], reference["grad_norms"]) <= 1e-3, stage
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_learns_like_fp32(results, stage):
+    found = results["runs"][f"bf16 stage {stage}"]
+    assert found["optimizer"] == {1: "BF16_Optimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}[stage]
+    assert worst(found["losses"], results["runs"]["stage 0"]["losses"]) <= 2e-2
+
+
+def test_clipping_leaves_muon_alone_and_still_clips_adam(results):
+    runs = results["runs"]
+    fall = {name: runs[name]["losses"][0] - runs[name]["losses"][-1] for name in ("stage 1", "stage 1 unclipped", "stage 1 tight")}
+    assert fall["stage 1"] > 0.9 * fall["stage 1 unclipped"]
+    assert runs["stage 1 tight"]["losses"] != runs["stage 1 unclipped"]["losses"]
+
+
+def test_control_without_the_guard_muon_hardly_learns(results):
+    guarded, stock = results["runs"]["matrices only"]["losses"], results["runs"]["control"]["losses"]
+    assert guarded[0] - guarded[-1] > 5 * (stock[0] - stock[-1])
+
+
+def test_muon_needs_no_compiler_on_a_cpu_and_says_so(results):
+    assert results["built"] == []
+    for found in results["runs"].values():
+        assert found["adam"] == "AdamW"
+        assert any("not compiled on a CPU" in note for note in found["notes"])
+        assert any("optimizer.params.torch_adam = true" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("name", [*(f"stage {stage}" for stage in range(4)), "bf16 stage 1"])
+def test_muons_momentum_resumes_bit_for_bit(results, name):
+    found = results["resumes"][name]
+    assert found["loaded_state"] == found["saved_state"]
+    assert found["resumed"] == found["whole"]
+    assert found["resumed_state"] == found["whole_state"]
+
+
+def test_control_a_resume_without_momentum_is_noticed(results):
+    found = results["resumes"]["control"]
+    assert found["loaded_state"] != found["saved_state"]
+    assert found["resumed"][0] == found["whole"][0]
+    assert found["resumed"][1:] != found["whole"][1:]

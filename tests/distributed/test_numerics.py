@@ -1,0 +1,116 @@
+"""Non-finite gradients: the step is skipped on every rank, nothing of it stays, and a run that only skips ends. And torch_autocast."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatgot.config.errors import EXIT_NUMERICS
+from tests.distributed.programs.plain import plain_losses
+from tests.support import run_ranks
+
+BATCH, STEPS, LIMIT = 8, 20, 3
+SCHEDULE = "ggbgbbggbbb"
+"""One letter per step, g(ood) or b(ad): three bad ones in a row, the limit, only at the end."""
+
+MUON = {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1}}
+GUARD = {"chatgot": {"guard": {"max_consecutive_skips": LIMIT}}}
+
+
+def poisoned(world_size: int) -> dict[str, dict[str, Any]]:
+    common = {"batch": BATCH, "micro": BATCH // world_size // 2, **GUARD}
+    found: dict[str, dict[str, Any]] = {}
+    for stage in range(4):
+        if stage != 2:  # the code path of stage 1
+            found[f"fp32 stage {stage} loss, no clipping"] = {"kind": "loss", "json": {"stage": stage, "gradient_clipping": 0.0, **common}}
+        found[f"fp32 stage {stage} gradient"] = {"kind": "gradient", "json": {"stage": stage, **common}}
+        if stage:
+            found[f"bf16 stage {stage} gradient"] = {"kind": "gradient", "json": {"stage": stage, "precision": "bf16", **common}}
+        found[f"fp32 stage {stage} gradient Muon"] = {
+            "kind": "gradient",
+            "json": {"stage": stage, "optimizer": MUON, **common},
+            "zero": {"reduce_scatter": stage != 3},
+        }
+    found["control stage 0"] = {"kind": "gradient", "without_guard": True, "json": {"stage": 0, **common}}
+    return found
+
+
+def autocast(world_size: int) -> dict[str, dict[str, Any]]:
+    common = {"precision": "autocast_bf16", "batch": BATCH, "micro": BATCH // world_size}
+    return {f"stage {stage}": {"json": {"stage": stage, **common}} for stage in range(4)}
+
+
+NAMES = [name for name in poisoned(1) if not name.startswith("control")]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp(f"numerics{request.param}")
+    plan, out = folder / "plan.json", folder / "results.json"
+    cases = {"poisoned": poisoned(request.param), "autocast": autocast(request.param), "schedule": SCHEDULE, "steps": STEPS}
+    plan.write_text(json.dumps(cases))
+    run_ranks(["-m", "tests.distributed.programs.numerics", str(plan), str(out)], request.param)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_non_finite_gradients_of_one_rank_skip_the_step_on_all_ranks(results, name):
+    for rank in results["poisoned"][name]:
+        steps = rank["steps"]
+        for index, step in enumerate(steps):
+            assert step["global_steps"] == index + 1
+            assert step["skipped_steps"] == SCHEDULE[: index + 1].count("b")
+            assert step["lr"] == steps[0]["lr"]
+            if step["letter"] == "b":
+                assert step["applied"] is False
+                assert step["state"] == steps[index - 1]["state"]
+                assert math.isinf(step["grad_norm"])
+            else:
+                assert step["applied"] is True
+                assert index == 0 or step["state"] != steps[index - 1]["state"]
+                assert math.isfinite(step["grad_norm"])
+                assert step["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(results, name):
+    """Bit for bit: no moment, momentum or step counter of the optimizer has seen the bad gradients."""
+    for rank, clean in zip(results["poisoned"][name], results["clean"][name], strict=True):
+        good = [step for step in rank["steps"] if step["letter"] == "g"]
+        for quantity in ("state", "loss", "grad_norm"):
+            assert [s[quantity] for s in good] == [s[quantity] for s in clean["steps"]], quantity
+        assert clean["error"] is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_invariant_12_overflows_in_a_row_abort_with_exit_5(results, name):
+    for rank in results["poisoned"][name]:
+        assert len(rank["steps"]) == len(SCHEDULE), "it ended before the limit of skips in a row"
+        assert rank["error"]["exit_code"] == EXIT_NUMERICS == 5
+        assert f"max_consecutive_skips = {LIMIT}" in rank["error"]["text"]
+        assert "step 11" in rank["error"]["text"]
+
+
+def test_all_ranks_end_with_the_same_weights(results):
+    for name in NAMES:
+        assert len({rank["weights"] for rank in results["poisoned"][name]}) == 1, name
+        assert results["poisoned"][name][0]["weights"] == results["clean"][name][0]["weights"], name
+
+
+def test_control_without_the_stage_0_guard_the_weights_are_lost(results):
+    for rank in results["poisoned"]["control stage 0"]:
+        assert all(math.isnan(step["loss"]) for step in rank["steps"][3:])
+        assert rank["steps"][-1]["skipped_steps"] == 0
+
+
+def test_torch_autocast_trains_near_plain_fp32(results):
+    reference = plain_losses(STEPS, BATCH)
+    for name, found in results["autocast"].items():
+        assert found["computes_in"] == ["torch.bfloat16"], name
+        assert found["parameters"] == ["torch.float32"], name
+        assert max(abs(a - b) / b for a, b in zip(found["losses"], reference, strict=True)) <= 2e-2, name
+        assert found["losses"] != reference, "autocast had no effect"
