@@ -8,9 +8,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from chatgot import __version__
-from chatgot.config.errors import ChatGoTError, EnvironmentFault
+from chatgot.config.errors import EXIT_CONFIG, ChatGoTError, EnvironmentFault
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
@@ -19,9 +20,18 @@ TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
 exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 interrupted and saved"""
 
 
+class _RankParser(argparse.ArgumentParser):
+    """Every rank refuses a wrong command line, and rank 0 says why."""
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(EXIT_CONFIG)
+        super().error(message)
+
+
 def train_parser() -> argparse.ArgumentParser:
     """Arguments of launch/train.py and `chatgot train`."""
-    parser = argparse.ArgumentParser(
+    parser = _RankParser(
         prog="train.py",
         description="Train a GPT on your own text with DeepSpeed.",
         epilog=TRAIN_EPILOG,

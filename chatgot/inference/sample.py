@@ -76,6 +76,8 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     out: TextIO = sys.stdout if to is None else to
     if arguments.num_samples < 1:
         raise ConfigError(f"--num_samples {arguments.num_samples}: must be >= 1")
+    if not 0 <= arguments.seed < 2**63:
+        raise ConfigError(f"--seed {arguments.seed}: must be >= 0 and below 2**63")
     model, tokenizer = load_run(arguments.run, arguments.tag, arguments.device)
     ids = tokenizer.encode_prompt(arguments.prompt)
     if len(ids) == 0:
@@ -83,13 +85,15 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     device = next(model.parameters()).device
     input_ids = torch.from_numpy(ids.astype("int64"))[None].repeat(arguments.num_samples, 1).to(device)
     decoder = tokenizer.stream()
+    before = arguments.prompt  # written with the first token, when every setting has been accepted
 
     def stream(row: int, token: int) -> None:
+        nonlocal before
         if row == 0:
-            out.write(decoder.push(token))
+            out.write(before + decoder.push(token))
             out.flush()
+            before = ""
 
-    out.write(arguments.prompt)
     try:
         rows = generate(
             model,

@@ -1,0 +1,233 @@
+"""`chatgot sample` from any run folder: every stage and precision, in one process, with nothing but the folder."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from chatgot import cli
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.weights import fp32_weights
+from chatgot.data.loader import EvalBatches
+from chatgot.data.prepared import PreparedData
+from chatgot.inference.sample import SampleArguments, load_run, sample
+from chatgot.model.generate import generate
+from chatgot.training import run
+from tests.support import ROOT, TINY_MODEL, engine_json, environment, write_json, write_run_yaml, write_text
+from tests.training import in_process
+from tests.training.in_process import argv, contents, series
+
+COMMAND = [sys.executable, "-c", "from chatgot.cli import main; main()", "sample"]
+KINDS = [(stage, "fp32") for stage in range(4)] + [(stage, "bf16") for stage in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[dict[tuple[int, str], Path], PreparedData]:
+    """Run folders of every kind, moved away from where they were trained; the text is deleted."""
+    folder = tmp_path_factory.mktemp("sampling")
+    text = write_text(folder / "text.txt")
+    config = write_run_yaml(folder / "run.yaml", max_steps=12)
+    runs = {}
+    for stage, precision in KINDS:
+        engine = write_json(folder / "engine.json", engine_json(stage, precision))
+        out = folder / "trained" / f"{precision}-{stage}"
+        loop = in_process.prepare(argv(engine, out, config, text))
+        run.finish(loop)
+        runs[stage, precision] = folder / "moved" / out.name
+    shutil.move(folder / "trained", folder / "moved")
+    text.unlink()
+    config.unlink()
+    return runs, loop.data
+
+
+@pytest.fixture
+def runs(trained) -> dict[tuple[int, str], Path]:
+    return trained[0]
+
+
+@pytest.fixture
+def folder(runs) -> Path:
+    return runs[1, "fp32"]
+
+
+def text_of(folder: Path, **settings) -> str:
+    [text] = sample(SampleArguments(folder, **{"device": "cpu", "max_new_tokens": 40, **settings}), io.StringIO())
+    return text
+
+
+@pytest.mark.parametrize(("stage", "precision"), KINDS)
+def test_weights_of_every_stage_are_those_that_were_trained(stage, precision, trained):
+    runs, data = trained
+    model, _ = load_run(runs[stage, precision], device="cpu")
+    assert not model.training
+    nats = tokens = 0.0
+    with torch.no_grad():
+        for input_ids, targets in EvalBatches(data.val, TINY_MODEL["max_seq_length"], 64, 0, 1):
+            nats += float(model(input_ids, targets, reduction="sum"))
+            tokens += int((targets != -100).sum())
+    tolerance = 1e-5 if precision == "fp32" else 2e-3
+    assert nats / tokens == pytest.approx(series(runs[stage, precision], "val/loss")[12], rel=tolerance)
+    found = find(runs[stage, precision] / "checkpoints")
+    assert found is not None
+    weights = fp32_weights(found)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    if stage < 3:
+        trained = torch.load(found.path / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        assert all(torch.equal(weights[name].to(trained[name].dtype), trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize(("stage", "precision"), KINDS)
+def test_greedy_text_equals_the_text_without_a_cache_also_beyond_the_context(stage, precision, runs):
+    folder = runs[stage, precision]
+    model, tokenizer = load_run(folder, device="cpu")
+    prompt = "The night"
+    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
+    [uncached] = generate(model, ids, 40, temperature=0.0, use_cache=False)
+    assert len(ids[0]) + 40 > 2 * TINY_MODEL["max_seq_length"]
+    assert text_of(folder, prompt=prompt, greedy=True) == prompt + tokenizer.decode(uncached)
+
+
+def test_greedy_text_is_the_same_after_every_fp32_stage(runs):
+    assert len({text_of(runs[stage, "fp32"], prompt="The night", greedy=True) for stage in range(4)}) == 1
+
+
+def test_prompt_longer_than_the_context_is_continued(folder):
+    prompt = "The night is dark and full of terrors. "
+    assert len(prompt) > 2 * TINY_MODEL["max_seq_length"]
+    text = text_of(folder, prompt=prompt)
+    assert text.startswith(prompt)
+    assert len(text) == len(prompt) + 40
+
+
+def test_same_seed_same_text_and_another_seed_another(folder):
+    assert text_of(folder, seed=5) == text_of(folder, seed=5)
+    assert text_of(folder, seed=5) != text_of(folder, seed=6)
+    assert text_of(folder, seed=5, temperature=0.0) == text_of(folder, seed=6, greedy=True)
+    assert text_of(folder, seed=5, top_k=1) == text_of(folder, seed=6, greedy=True)
+    assert text_of(folder, seed=5, top_p=1e-6) == text_of(folder, seed=6, greedy=True)
+
+
+def test_several_samples_are_those_of_the_following_seeds(folder):
+    out = io.StringIO()
+    texts = sample(SampleArguments(folder, prompt="The", num_samples=3, seed=7, max_new_tokens=10, device="cpu"), out)
+    assert texts == [text_of(folder, prompt="The", seed=7 + i, max_new_tokens=10) for i in range(3)]
+    assert out.getvalue() == f"{texts[0]}\n\n--- sample 2\n{texts[1]}\n\n--- sample 3\n{texts[2]}\n"
+
+
+def test_text_streams_as_it_is_drawn(folder):
+    class Recorder(io.StringIO):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lengths: list[int] = []
+
+        def flush(self) -> None:
+            self.lengths.append(len(self.getvalue()))
+
+    out = Recorder()
+    sample(SampleArguments(folder, prompt="The", max_new_tokens=6, device="cpu"), out)
+    assert out.lengths[:6] == [4, 5, 6, 7, 8, 9]
+
+
+def test_older_checkpoint_can_be_named(tmp_path, text_file):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=4)
+    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 2}}))
+    assert in_process.train(argv(engine, tmp_path / "out", config, text_file)) == 0
+    older, _ = load_run(tmp_path / "out", "step-00000002", "cpu")
+    newest, _ = load_run(tmp_path / "out", device="cpu")
+    assert not torch.equal(older.embed_tokens.weight, newest.embed_tokens.weight)
+
+
+def command(*words: str | Path) -> int:
+    try:
+        cli.main(["sample", *map(str, words), "--device", "cpu"])
+    except SystemExit as end:
+        return int(end.code or 0)
+    raise AssertionError("cli.main returned")
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        (["--prompt", "Ωmega ☃"], ["'Ω' (U+03A9)", "'☃' (U+2603)"]),
+        (["--prompt", ""], ["--prompt", "empty"]),
+        (["--temperature", "-1"], ["temperature = -1.0", ">= 0"]),
+        (["--temperature", "nan"], ["temperature = nan"]),
+        (["--top_p", "0"], ["top_p = 0.0"]),
+        (["--top_p", "1.5"], ["top_p = 1.5"]),
+        (["--top_k", "0"], ["top_k = 0"]),
+        (["--max_new_tokens", "0"], ["max_new_tokens = 0"]),
+        (["--num_samples", "0"], ["--num_samples 0"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--seed", str(2**70)], ["--seed"]),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_2_and_nothing_is_printed(settings, fragments, folder, capsys):
+    assert command(folder, *settings) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("chatgot: ")
+    assert len(err.splitlines()) == 1
+    assert all(fragment in err for fragment in fragments), err
+
+
+def test_missing_and_damaged_run_folders_are_refused_with_4(folder, tmp_path, capsys):
+    def refused(path: Path, *more: str) -> str:
+        assert command(path, *more) == 4
+        out, err = capsys.readouterr()
+        assert (out, err[:9], len(err.splitlines())) == ("", "chatgot: ", 1)
+        return err
+
+    assert "no complete checkpoint" in refused(tmp_path / "none")
+    assert "no complete checkpoint" in refused(tmp_path)
+    assert "step-00000099" in refused(folder, "--tag", "step-00000099")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    [shard] = (copy / "checkpoints").glob("step-*/*optim_states.pt")
+    shard.write_bytes(b"")
+    assert "cannot be read" in refused(copy)
+    shutil.copy(write_byte_tokenizer(tmp_path), copy / "tokenizer.json")
+    assert "is not the tokenizer" in refused(copy)
+
+
+def write_byte_tokenizer(folder: Path) -> Path:
+    from chatgot.data.tokenizer import ByteTokenizer
+
+    ByteTokenizer().save(folder / "byte.json")
+    return folder / "byte.json"
+
+
+def test_the_command_prints_the_text_and_writes_nothing(folder):
+    before = contents(folder)
+    done = subprocess.run(
+        [*COMMAND, str(folder), "--prompt", "The night", "--greedy", "--max_new_tokens", "40"],
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.stderr == b""
+    assert done.returncode == 0
+    assert done.stdout.decode("utf-8") == text_of(folder, prompt="The night", greedy=True) + "\n"
+    assert contents(folder) == before
+
+
+def test_reader_that_goes_away_is_no_error(folder):
+    process = subprocess.Popen(
+        [*COMMAND, str(folder), "--max_new_tokens", "3000", "--device", "cpu"],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(5)
+    process.stdout.close()
+    assert (process.wait(timeout=120), process.stderr.read()) == (0, b"")
+    process.stderr.close()
