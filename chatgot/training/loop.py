@@ -99,7 +99,7 @@ class Loop:
             if last or (train.sample_every and step % train.sample_every == 0):
                 self._sample(step)
             signalled, minutes_over = self.ranks.any(self.stop.received is not None, self._minutes_over())
-            if signalled:
+            if signalled and not last:
                 self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
             if last or signalled or self._save_due(step, minutes_over, improved):
                 self._save(last or signalled)

@@ -16,13 +16,17 @@ from chatgot.training.loop import Loop
 
 
 @contextlib.contextmanager
-def cpu_environment() -> Iterator[None]:
+def cpu_environment(**more: str | None) -> Iterator[None]:
     """One rank on the CPU, no dashboard; afterwards os.environ as it was, because other tests start processes with it.
 
     LOCAL_RANK stays: ZeRO-3 reads it while it trains (deepspeed/runtime/zero/utils.py), and a process that is started sets its own.
     """
     before = {**os.environ, "LOCAL_RANK": "0"}
-    os.environ.update(DS_ACCELERATOR="cpu", WANDB_MODE="disabled")
+    for name, value in {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", **more}.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     try:
         yield
     finally:
@@ -48,9 +52,9 @@ def arguments(command_line: list[str]) -> run.TrainArguments:
     )
 
 
-def train(command_line: list[str]) -> int:
-    """Train to the end; the exit code, or the refusal as an exception."""
-    with cpu_environment():
+def train(command_line: list[str], **environment: str | None) -> int:
+    """Train to the end; the exit code, or the refusal as an exception. A variable that is None is unset."""
+    with cpu_environment(**environment):
         return run.train(arguments(command_line))
 
 

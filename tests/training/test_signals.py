@@ -1,0 +1,148 @@
+"""A signal ends a run with 75 and a checkpoint of that very step; the run then goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from chatgot.observe.journal import newest_step
+from chatgot.training.loop import Loop
+from tests.distributed.programs.runs import weights_digest
+from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
+from tests.training import in_process
+from tests.training.in_process import argv, events, series, tags
+
+BOUND = 120  # seconds: a hang is a failure
+
+
+@pytest.fixture
+def endless(tmp_path, text_file) -> list[str]:
+    """The command line of a run that only a signal ends, with a rate that doesn't depend on its length."""
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=1_000_000, model={"dropout": 0.1})
+    engine = write_json(
+        tmp_path / "engine.json",
+        engine_json(2, micro=2, chatgot={"schedule": {"type": "constant", "warmup_steps": 2}}),
+    )
+    return argv(engine, tmp_path / "out", config, text_file)
+
+
+def start(command_line: list[str], world_size: int) -> list[subprocess.Popen]:
+    """The ranks; those of more than one find each other as under a launcher."""
+    port = str(free_port())
+    ranks = []
+    for rank in range(world_size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "launch" / "train.py"), *command_line],
+                env=environment(**(place if world_size > 1 else {})),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return ranks
+
+
+def wait_for_step(out: Path, step: int, ranks: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + BOUND
+    while (newest_step(out / "metrics.jsonl") or 0) < step:
+        assert time.monotonic() < deadline, "no step was made"
+        assert all(rank.poll() is None for rank in ranks), "a rank has ended"
+        time.sleep(0.02)
+
+
+def end(ranks: list[subprocess.Popen]) -> list[str]:
+    """What every rank said; kills those that do not end."""
+    try:
+        return [rank.communicate(timeout=BOUND)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_terminated_run_saves_and_goes_on_bit_for_bit(endless, tmp_path):
+    out = tmp_path / "out"
+    ranks = start(endless, 1)
+    wait_for_step(out, 5, ranks)
+    ranks[0].send_signal(signal.SIGTERM)
+    [said] = end(ranks)
+    assert ranks[0].returncode == 75, said
+    assert "Run the same command again to go on (exit 75)" in said
+    stopped = newest_step(out / "metrics.jsonl")
+    assert stopped is not None
+    assert stopped >= 5
+    assert tags(out) == [stopped]
+    [event] = events(out, "preempted")
+    assert (event["step"], event["signal"]) == (stopped, "SIGTERM")
+
+    length = f"train.max_steps={stopped + 3}"
+    assert in_process.train([*endless, length]) == 0
+    whole = [word if word != str(out) else str(tmp_path / "whole") for word in endless]
+    assert in_process.train([*whole, length]) == 0
+    for metric in ("train/loss", "optim/lr", "optim/grad_norm", "val/loss"):
+        assert series(out, metric) == series(tmp_path / "whole", metric)
+    assert weights_digest(out) == weights_digest(tmp_path / "whole")
+
+
+def test_signal_to_one_rank_of_two_stops_and_saves_both(endless, tmp_path):
+    out = tmp_path / "out"
+    ranks = start(endless, 2)
+    wait_for_step(out, 3, ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    said = end(ranks)
+    assert [rank.returncode for rank in ranks] == [75, 75], said
+    assert tags(out) == [newest_step(out / "metrics.jsonl")]
+    assert len(events(out, "preempted")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_each_signal_stops_after_the_step_in_which_it_came(number, endless, tmp_path, monkeypatch):
+    step = Loop._train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    monkeypatch.setattr(Loop, "_train_step", interrupted)
+    before = signal.getsignal(number)
+    assert in_process.train(endless) == 75
+    assert tags(tmp_path / "out") == [3]
+    assert events(tmp_path / "out")[-1]["signal"] == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_signal_in_the_last_step_changes_nothing(endless, tmp_path, monkeypatch):
+    step = Loop._train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(Loop, "_train_step", interrupted)
+    assert in_process.train([*endless, "train.max_steps=3"]) == 0
+    assert events(tmp_path / "out")[-1]["event"] == "finished"
+
+
+def test_second_interrupt_ends_at_once_with_130():
+    program = """
+import os, signal
+from chatgot.training.stop import StopSignals
+with StopSignals() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    print(stop.received, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stdout) == (130, "SIGINT\n")
