@@ -69,6 +69,10 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
             numbers[name] = int(environ[name])
         except ValueError:
             raise EnvironmentFault(f"environment: {name} = {environ[name]!r}: expected a whole number") from None
+    if not 0 < numbers["MASTER_PORT"] < 65536:
+        raise EnvironmentFault(
+            f"environment: MASTER_PORT = {numbers['MASTER_PORT']}: expected 1..65535; the ranks would wait for each other for ever"
+        )
     place = Place(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], launcher)
     if not 0 <= place.rank < place.world_size:
         raise EnvironmentFault(f"environment: RANK = {place.rank} is not below WORLD_SIZE = {place.world_size}")
