@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -122,13 +121,12 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
 def run_muon_uncompiled() -> None:
     """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU, where torch.compile needs a C++ compiler and about a minute.
 
-    DeepSpeed decorates it while the module is imported (zero/muon/original_muon.py), so this works before the first import only.
+    DeepSpeed decorates its functions while the module is imported (zero/muon/original_muon.py), and every ZeRO engine imports it.
     """
-    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
-    compiled = compiler.compile
-    compiler.compile = lambda: compiler.dummy_decorator
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = compiled
+    for module in (original_muon, muon_optimizer):
+        for name, value in list(vars(module).items()):
+            eager = getattr(value, "_torchdynamo_orig_callable", None)
+            if eager is not None:
+                setattr(module, name, eager)
