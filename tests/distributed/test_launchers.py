@@ -1,0 +1,93 @@
+"""The same training under every launcher: the same losses, and the exit code that was meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
+from tests.training.in_process import argv, contents, events, series
+
+BIN = Path(sys.executable).parent
+TRAIN = str(ROOT / "launch" / "train.py")
+LAUNCHERS = {
+    "python": [sys.executable, TRAIN],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "{port}", TRAIN],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}", TRAIN],
+    "launch/run": [str(ROOT / "launch" / "run"), "--nproc", "2", "--"],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    write_run_yaml(folder / "run.yaml", max_steps=10, eval_every=5)
+    saving = {"checkpoint": {"every_steps": 5, "every_minutes": None, "keep_best": 0}}
+    write_json(folder / "engine.json", engine_json(1, micro=2, chatgot=saving))
+    return folder
+
+
+def launch(name: str, files: Path, text: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [word.format(port=free_port()) for word in LAUNCHERS[name]]
+    process = subprocess.Popen(
+        [*command, *argv(files / "engine.json", files / out, files / "run.yaml", text, *more)],
+        env=environment(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}"),
+        cwd=files,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too, which a killed launcher would leave behind
+        raise AssertionError(f"{command} did not end: {process.communicate()}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+@pytest.fixture(scope="module")
+def alone(files, text_file) -> Path:
+    """The run folder of plain python, the reference."""
+    done = launch("python", files, text_file, "python")
+    assert done.returncode == 0, done.stderr
+    return files / "python"
+
+
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed", "launch/run"])
+def test_losses_under_a_launcher_are_those_of_plain_python(name, files, alone, text_file):
+    done = launch(name, files, text_file, name.replace("/", "-"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = files / name.replace("/", "-")
+    expected = series(alone, "train/loss")
+    assert len(expected) == 10
+    for metric in ("train/loss", "val/loss", "optim/grad_norm"):
+        assert series(out, metric) == pytest.approx(series(alone, metric), rel=1e-5)
+    assert series(out, "optim/lr") == series(alone, "optim/lr")
+    assert series(out, "data/tokens") == series(alone, "data/tokens")
+    assert json.loads((out / "environment.json").read_text())["world_size"] == 2
+    assert [event["event"] for event in events(out)] == [event["event"] for event in events(alone)]
+    assert done.stdout.count("done at step 10") == 1, "rank 0 speaks, the other is silent"
+
+
+def test_resume_with_another_number_of_ranks_is_refused_by_every_rank_with_one_message(files, alone, text_file):
+    before = contents(alone)
+    done = launch("launch/run", files, text_file, "python", "--resume_from", "must")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.stderr.count("does not fit this run (checkpoint | now)") == 1
+    assert "\n  world_size: 1 | 2\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(alone) == before
+
+
+def test_wrong_command_line_is_refused_once_by_two_ranks(files, text_file):
+    done = launch("launch/run", files, text_file, "refused", "train.max_step=3")
+    assert done.returncode == 2
+    assert done.stderr.count("chatgot: override train.max_step=3: no such key; did you mean 'train.max_steps'?") == 1
+    assert not (files / "refused").exists()
