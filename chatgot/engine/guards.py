@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 class Stage0Gradients:
@@ -27,6 +28,9 @@ class Stage0Gradients:
         engine.optimizer.overflow = False
         self._apply = engine.optimizer.step
         engine.optimizer.step = self.step
+        # DeepSpeed flattens, reduces and copies back every gradient even where there is nobody to share it with.
+        if dist.get_world_size() == 1:
+            engine.enable_backward_allreduce = False
 
     def before_step(self) -> None:
         """Call once per optimizer step, after the last backward and before engine.step(). The gradients are averaged over ranks by then."""
