@@ -102,7 +102,7 @@ def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[Tra
 def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device) -> dict[str, Any]:
     """`schedule`: one letter per step, g(ood) or b(ad). A bad step does not consume its batch: leaving it out gives the same good steps."""
     engine, batches, poison = start(case, place, device)
-    found: dict[str, Any] = {"error": None, "steps": []}
+    found: dict[str, Any] = {"errors": [], "steps": []}
     sample = 0
     for letter in schedule:
         poison.armed = letter == "b"
@@ -110,7 +110,7 @@ def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device)
         try:
             loss = engine.train_step(batches.micro_batches(sample))
         except NumericsError as error:
-            found["error"] = {"text": str(error), "exit_code": error.exit_code}
+            found["errors"].append({"step": engine.engine.global_steps, "text": str(error), "exit_code": error.exit_code})
             loss = torch.tensor(math.nan)
         if letter == "g":
             sample += batches.global_batch_size
