@@ -20,8 +20,9 @@ from chatgot.engine.environment import Place
 def device_facts() -> DeviceFacts:
     """What this machine's accelerator can compute in."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        # fp16 needs tensor cores to be worth it, but every CUDA device computes it.
-        return DeviceFacts(kind="cuda", bf16=torch.cuda.is_bf16_supported(), fp16=True, name=torch.cuda.get_device_name())
+        # fp16 needs tensor cores to be worth it, but every CUDA device computes it. Emulated bf16 (before Ampere) is slower than fp32.
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return DeviceFacts(kind="cuda", bf16=bf16, fp16=True, name=torch.cuda.get_device_name())
     return DeviceFacts(kind="cpu", bf16=True, fp16=bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()), name="cpu")
 
 
