@@ -152,4 +152,5 @@ def fp32_parameters(engine: TrainingEngine) -> dict[str, torch.Tensor]:
     named = engine.engine.module.named_parameters()
     if engine.config.zero_stage == 0:
         return {name: p.detach().float().cpu().clone() for name, p in named}
-    return {name: safe_get_full_fp32_param(p).detach().float().cpu().clone() for name, p in named}
+    found = {name: safe_get_full_fp32_param(p) for name, p in named}
+    return {name: weight.detach().float().cpu().clone() for name, weight in found.items() if weight is not None}
