@@ -129,6 +129,7 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     if is_muon(config):
         notes.extend(_prepare_muon(given, device))
     guards.quiet_memory_report(config.deepspeed)
+    guards.forget_autocast()
     try:
         engine, *_ = deepspeed.initialize(
             model=model,

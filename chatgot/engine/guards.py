@@ -134,3 +134,14 @@ def run_muon_uncompiled() -> None:
             eager = getattr(value, "_torchdynamo_orig_callable", None)
             if eager is not None:
                 setattr(module, name, eager)
+
+
+def forget_autocast() -> None:
+    """Call before every initialize: an engine with torch_autocast leaves its mark on the whole process (runtime/torch_autocast.py).
+
+    A later ZeRO engine without autocast would scale its loss and communicate in the former one's dtype.
+    """
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    torch_autocast.TORCH_AUTOCAST_DTYPE = None

@@ -164,6 +164,18 @@ def test_bf16_optimizer_always_reports_memory(monkeypatch):
     assert any(calls)
 
 
+def test_autocast_outlives_its_engine():
+    stock(0, torch_autocast={"enabled": True, "dtype": "float16"}).destroy()
+    engine = stock(1)
+    scaled = engine.optimizer.torch_autocast_gradscaler is not None
+    engine.destroy()
+    guards.forget_autocast()
+    assert scaled, mended("an engine's autocast ends with it", "guards.forget_autocast")
+    engine = stock(1)
+    assert engine.optimizer.torch_autocast_gradscaler is None
+    engine.destroy()
+
+
 # -------------------------------------------------------------------------------------------------------- activation checkpointing
 
 
