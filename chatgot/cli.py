@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from chatgot import __version__
-from chatgot.config.errors import EXIT_CONFIG, ChatGoTError, EnvironmentFault
+from chatgot.config.errors import EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, EnvironmentFault
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
@@ -83,7 +83,14 @@ def train(argv: Sequence[str] | None = None) -> None:
         leave()
         return code
 
-    sys.exit(guarded(program, arguments.debug))
+    code = guarded(program, arguments.debug)
+    if code not in (EXIT_DONE, EXIT_INTERRUPTED) and os.environ.get("WORLD_SIZE", "1") != "1":
+        # The process group is still joined. Torn down by the interpreter while other ranks go away, gloo's threads abort it (SIGABRT)
+        # in place of the exit code, and NCCL waits for the others; destroying the group needs all ranks, which an error does not have.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

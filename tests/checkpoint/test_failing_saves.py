@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from chatgot.checkpoint.load import find
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.config.errors import CheckpointError
 from chatgot.training import run
-from tests.support import engine_json, run_ranks, write_json, write_run_yaml
+from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 
 RUNS = {"recovers": [2, 4], "three in a row": [2, 4, 6], "the last one": [10]}
@@ -69,6 +70,23 @@ def test_failed_last_save_ends_with_4_and_keeps_the_earlier_checkpoints(two_rank
     assert found is not None
     assert found.tag == (out / "checkpoints" / "latest").read_text() == "step-00000008"
     assert fp32_weights(found)
+
+
+def test_part_that_does_not_load_on_one_rank_is_refused_by_both(two_ranks, launched, tmp_path, text_file):
+    out, _ = two_ranks("recovers")
+    stage = out.name[-1]
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    [part] = (copy / "checkpoints" / "step-00000010").glob("*zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    part.write_bytes(part.read_bytes()[:2000])
+    before = in_process.contents(copy)
+    words = in_process.argv(launched[0] / f"engine{stage}.json", copy, launched[0] / "run.yaml", text_file, "--resume_from", "must")
+    ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, timeout=120, check=False)
+    assert [rank.returncode for rank in ranks] == [4, 4]
+    assert ranks[0].stderr.startswith("chatgot: rank 1: ")
+    assert "cannot be loaded" in ranks[0].stderr
+    assert ranks[1].stderr == ""
+    assert in_process.contents(copy) == before
 
 
 def test_a_file_in_the_way_is_reported_and_the_next_save_tries_again(tmp_path, text_file, capsys):

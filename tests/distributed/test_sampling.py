@@ -1,4 +1,4 @@
-"""Sampling while training on two ranks, where under ZeRO-3 every forward is a collective; and sampling in one process from what they leave."""
+"""Sampling on two ranks, where under ZeRO-3 every forward is a collective, and sampling in one process from what they leave."""
 
 from __future__ import annotations
 
