@@ -12,7 +12,7 @@ import torch
 
 from tests.gpu import program
 from tests.gpu.machine import DRY_RUN
-from tests.gpu.tiny import json_tree, micro_batches, tiny_engine, worst
+from tests.gpu.tiny import ADAMW, json_tree, micro_batches, tiny_engine, worst
 from tests.support import write_json, write_run_yaml
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +21,7 @@ COMPILE = {"chatgot": {"compile": {"enabled": True}}}
 MODEL = {"n_layers": 2} if DRY_RUN else {"d_model": 512, "n_layers": 4, "n_head": 8, "d_hid": 1408, "max_seq_length": 512, "init_std": 0.02}
 BATCH = 8 if DRY_RUN else 16
 STEPS = 10
+OPTIMIZER = {"type": "AdamW", "params": {**ADAMW["params"], "lr": 5e-4}}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def _fresh_compiler():
 def run(folder: Path, device: torch.device, case: dict[str, Any]) -> tuple[list[float], float, float]:
     """Losses, milliseconds of a step once all is compiled, and seconds of the first one."""
     losses, seconds = [], []
-    with tiny_engine(folder, device, MODEL, batch=BATCH, micro=BATCH, gradient_clipping=1.0, **case) as engine:
+    with tiny_engine(folder, device, MODEL, batch=BATCH, micro=BATCH, gradient_clipping=1.0, optimizer=OPTIMIZER, **case) as engine:
         block = engine.engine.module.config.max_seq_length
         for step in range(STEPS):
             started = time.perf_counter()
