@@ -77,15 +77,6 @@ def tiny_engine(folder: Path, device: torch.device, model: dict[str, Any] | None
         yield engine
     finally:
         engine.engine.destroy()
-        forget_autocast()
-
-
-def forget_autocast() -> None:
-    """DeepSpeed 0.19.8 keeps "torch_autocast is on" in a module's globals, where the process's next engine would find it."""
-    from deepspeed.runtime import torch_autocast
-
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-    torch_autocast.TORCH_AUTOCAST_DTYPE = None
 
 
 def micro_batches(step: int, device: torch.device, block: int, batch: int, micro: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
