@@ -69,6 +69,7 @@ def engine_json(
     batch: int = 8,
     micro: int = 4,
     offload: bool = False,
+    offload_param: bool = False,
     activation_checkpointing: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     chatgot: dict[str, Any] | None = None,
@@ -81,6 +82,8 @@ def engine_json(
         zero.update(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=50_000)
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if offload_param:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     tree: dict[str, Any] = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,

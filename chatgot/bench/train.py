@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     place = find_place()
     print(describe_machine())
-    print(
-        "| layers x width | ZeRO stage | plain ms/step | program ms/step | program / plain speed | 10 % .. 90 % |\n|---|---|---|---|---|---|"
-    )
+    print("| layers x width | ZeRO stage | plain ms/step | program ms/step | program / plain speed | 10 % .. 90 % |")
+    print("|---|---|---|---|---|---|")
     for shape in arguments.shapes:
         for stage in arguments.stages:
             with tempfile.TemporaryDirectory() as folder:
@@ -122,10 +121,7 @@ def _program(shape: str, stage: int, arguments: argparse.Namespace, folder: Path
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": batch,
         "gradient_clipping": 1.0,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True, "fused": True},
-        },
+        "optimizer": {"type": "AdamW", "params": adamw},
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "timers": {"throughput": {"enabled": False}},
         "chatgot": {"schedule": {"type": "cosine"}, "checkpoint": {"every_steps": None, "every_minutes": None}},

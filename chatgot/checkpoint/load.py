@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +123,8 @@ def load(engine: Any, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[
     error: CheckpointError | None = None
     client_state: dict[str, Any] = {}
     try:
-        path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag)
+        with contextlib.redirect_stdout(io.StringIO()):  # the BF16_Optimizer prints keys of the file
+            path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag)
         if path is None or "chatgot" not in (loaded or {}):
             error = CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
         else:

@@ -110,6 +110,9 @@ def _check_autocast(values: Values, facts: DeviceFacts, device: str, problems: P
         _refuse(problems, values, "torch_autocast.dtype", f"bf16 is not supported on this device ({device})")
     elif dtype in schema.FP16_NAMES and not facts.fp16:
         _refuse(problems, values, "torch_autocast.dtype", f"fp16 is not supported on this device ({device})")
+    elif dtype in schema.FP16_NAMES and values["zero_optimization.stage"]:
+        message = "works at ZeRO stage 0 only: the others clip gradients still multiplied by the loss scale; use fp16, or bfloat16"
+        _refuse(problems, values, "torch_autocast.dtype", message)
     for name in ("bf16", "fp16"):
         if values[f"{name}.enabled"]:
             _refuse(

@@ -46,11 +46,13 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
     device = torch.device("cpu")
     if kind == "cuda":
-        if place.local_rank >= torch.cuda.device_count():
-            raise EnvironmentFault(
-                f"local rank {place.local_rank}: this machine has {torch.cuda.device_count()} CUDA devices; start fewer ranks per machine"
-            )
-        device = torch.device("cuda", place.local_rank)
+        devices, index = torch.cuda.device_count(), place.local_rank
+        if place.launcher in ("slurm", "mpi") and devices == 1:
+            index = 0  # the scheduler shows every task its own device (srun --gpus-per-task 1); DeepSpeed reads LOCAL_RANK
+            os.environ["LOCAL_RANK"] = "0"
+        if index >= devices:
+            raise EnvironmentFault(f"local rank {index}: this machine has {devices} CUDA devices; start fewer ranks per machine")
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint.save import prune, save
-from chatgot.config.errors import CheckpointError
+from chatgot.config.errors import CheckpointError, NumericsError
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
@@ -120,6 +121,11 @@ class Loop:
     def _log(self, step: int, loss: torch.Tensor) -> None:
         interval = self.meter.interval()
         mean_loss = mean_over_ranks(loss)
+        if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
+            raise NumericsError(
+                f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The JSON has switched its "
+                "check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false); resume from the last checkpoint"
+            )
         peak = max(self.ranks.gather(peak_memory_gib(self.device.type)))
         if self.records.journal is None or interval is None:
             return

@@ -45,23 +45,23 @@ def draw(engine, prompts: list[str], tokenizer: Tokenizer, config: TrainConfig, 
     """
     was_training = engine.module.training
     engine.module.eval()
-    device = next(engine.module.parameters()).device
     mine: list[tuple[int, Sample]] = []
     for first in range(0, len(prompts), ranks.world_size):
         index = first + ranks.rank
         prompt = prompts[index] if index < len(prompts) else None
         ids = np.zeros(1, dtype=np.int64) if prompt is None else tokenizer.encode_prompt(prompt).astype(np.int64)
-        [new] = generate(
-            engine.module,
-            torch.from_numpy(ids)[None].to(device),
-            config.sample_max_new_tokens if prompt is not None else 1,
-            temperature=config.sample_temperature,
-            top_k=config.sample_top_k,
-            seed=config.sample_seed + index,
-            stop=_stop(tokenizer, config.sample_stop),
-            agree=lambda done: not ranks.any(not done)[0],
-            max_seq_length=max_seq_length,
-        )
+        with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled anew for every length of the cache
+            [new] = generate(
+                engine.module,
+                torch.from_numpy(ids)[None].to(engine.device),
+                config.sample_max_new_tokens if prompt is not None else 1,
+                temperature=config.sample_temperature,
+                top_k=config.sample_top_k,
+                seed=config.sample_seed + index,
+                stop=_stop(tokenizer, config.sample_stop),
+                agree=lambda done: not ranks.any(not done)[0],
+                max_seq_length=max_seq_length,
+            )
         if prompt is not None:
             mine.append((index, Sample(prompt, tokenizer.decode(new))))
     engine.module.train(was_training)

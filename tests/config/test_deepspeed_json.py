@@ -428,7 +428,13 @@ def test_precision_that_cannot_work_is_refused(refused, keys: dict, facts, said:
 def test_autocast_is_allowed_at_stage_0(read) -> None:
     config = read({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization.stage": 0})
     assert config.precision == "autocast_bf16"
-    assert read({"torch_autocast": {"enabled": True, "dtype": "half"}}).precision == "autocast_fp16"
+    assert read({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization.stage": 0}).precision == "autocast_fp16"
+
+
+def test_fp16_autocast_is_refused_where_deepspeed_clips_scaled_gradients(refused) -> None:
+    said = "\n".join(refused({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization.stage": 1}))
+    assert "torch_autocast.dtype" in said
+    assert "stage 0 only" in said
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- ZeRO

@@ -25,6 +25,10 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
                 found[f"fp32 stage {stage} accumulation {accumulation} offload {offload}"] = {
                     "json": {"stage": stage, "batch": BATCH, "micro": micro, "offload": offload}
                 }
+        if stage == 3:
+            found["fp32 stage 3 parameters and optimizer offloaded"] = {
+                "json": {"stage": 3, "batch": BATCH, "micro": BATCH // world_size, "offload": True, "offload_param": True}
+            }
         if stage:
             found[f"bf16 stage {stage}"] = {"json": {"stage": stage, "batch": BATCH, "micro": BATCH // world_size, "precision": "bf16"}}
     return found
@@ -50,7 +54,7 @@ def worst(losses: list[float], reference: list[float]) -> float:
 
 def test_invariant_08_accumulation_and_fp32_stages_equal_a_plain_loop(engine_losses, reference):
     deviations = {name: worst(losses, reference) for name, losses in engine_losses.items() if name.startswith("fp32")}
-    assert len(deviations) == 14
+    assert len(deviations) == 15
     assert max(deviations.values()) <= 1e-5, deviations
 
 
@@ -61,6 +65,6 @@ def test_bf16_stays_near_the_plain_fp32_loop_from_the_first_step(engine_losses, 
 
 
 def test_control_another_clipping_or_rate_is_noticed(reference):
-    assert worst(plain_losses(STEPS, BATCH, max_norm=0.0), reference) > 1e-5
+    assert worst(plain_losses(STEPS, BATCH, max_norm=0.5), reference) > 1e-5
     assert worst(plain_losses(STEPS, BATCH, lr=2.9e-3), reference) > 1e-5
     assert reference[-1] < 0.9 * reference[0]
