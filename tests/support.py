@@ -79,7 +79,12 @@ def engine_json(
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000}
     if stage == 3:
         # Otherwise every small parameter would stay whole on every rank, and nothing would be gathered.
-        zero.update(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=50_000)
+        zero.update(
+            stage3_param_persistence_threshold=0,
+            stage3_prefetch_bucket_size=50_000,
+            stage3_max_live_parameters=0,
+            stage3_max_reuse_distance=0,
+        )
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if offload_param:

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from chatgot.checkpoint.manifest import write_atomically
 from chatgot.config.errors import ConfigError
 
 
@@ -52,9 +53,9 @@ def write_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any], en
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / "ds_config.json").write_text(json.dumps(engine, indent=2) + "\n", encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environ, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "run.yaml", yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
+    write_atomically(folder / "ds_config.json", json.dumps(engine, indent=2) + "\n")
+    write_atomically(folder / "environment.json", json.dumps(environ, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
 
 
