@@ -90,6 +90,8 @@ class Loop:
             loss = self._train_step()
             step, last = self.step, self.step == train.max_steps
             self.meter.step(self.train_batches.tokens_per_step)
+            if not self.engine.engine.was_step_applied():
+                self.records.event("skipped_step", step=step, loss_scale=self.engine.loss_scale)
             if last or step % train.log_every == 0 or step == 1:
                 self._log(step, loss)
             else:
@@ -119,8 +121,8 @@ class Loop:
         return loss
 
     def _log(self, step: int, loss: torch.Tensor) -> None:
+        mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval below counts what has really been computed
         interval = self.meter.interval()
-        mean_loss = mean_over_ranks(loss)
         if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
             raise NumericsError(
                 f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The JSON has switched its "
