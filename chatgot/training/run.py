@@ -291,6 +291,7 @@ def _say_what_next(loop: Loop) -> None:
 
 
 def leave() -> None:
-    """Leave the process group, after the last collective of the process."""
+    """Leave the process group together, after the last collective: a rank that goes early can make another abort."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

@@ -45,7 +45,8 @@ class Launch:
     def start(self, *actions: str, options: tuple[str, ...] = ("--nproc", "2"), env: dict[str, str] | None = None, **popen: Any) -> None:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}
         command = [sys.executable, str(ROOT / "launch" / "run"), "--script", str(PROGRAM), *options, "--", str(self.marks), *actions]
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **popen)
+        hears = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731 - also where the tests run under nohup
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hears, **popen)
 
     def end(self) -> tuple[int, str]:
         assert self.process is not None

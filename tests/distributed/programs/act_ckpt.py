@@ -31,6 +31,7 @@ from chatgot.engine.process_group import device_facts, join
 from chatgot.model.generate import generate
 from chatgot.model.gpt import GPT, Block
 from chatgot.training.evaluate import evaluate
+from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json
 
@@ -175,6 +176,7 @@ def main() -> None:
         results["explosions"][name] = explode(case, at, place, device, forwards)
     if place.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from chatgot.engine.build import build, mean_over_ranks
 from chatgot.engine.environment import find_place
 from chatgot.engine.process_group import device_facts, join
 from chatgot.model.gpt import GPT
+from chatgot.training.run import leave
 from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, write_json
@@ -51,6 +52,7 @@ def main() -> None:
         results[name] = losses_of(case, cases_path.parent, plan["steps"], place, device)
     if place.rank == 0:
         out_path.write_text(json.dumps(results))
+    leave()
 
 
 if __name__ == "__main__":

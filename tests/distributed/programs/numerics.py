@@ -25,6 +25,7 @@ from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.process_group import device_facts, join
 from chatgot.model.gpt import GPT
+from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json
 
@@ -163,6 +164,7 @@ def main() -> None:
         results["autocast"][name] = autocast_losses(case, plan["steps"], place, device)
     if place.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    leave()
 
 
 if __name__ == "__main__":
