@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,10 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[G
         CheckpointError: not a run folder, no complete checkpoint in it, or files that cannot be read.
         ConfigError: cuda was asked for and is not there.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    os.environ.setdefault("DS_ACCELERATOR", chosen)  # reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself
     found = find(run / "checkpoints", tag)
     if found is None:
         raise CheckpointError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; is it a run folder of train.py?")
@@ -58,9 +63,6 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[G
         model.load_state_dict(fp32_weights(found), strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{found.path}: the weights do not fit the model in its manifest: {error}") from error
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     return model.to(chosen).eval(), tokenizer
 
 
