@@ -137,10 +137,13 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
     """Environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
 
     glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are 4 to 14 % faster.
+    libgomp's threads spin for each other; where another program takes a core, spinning less makes a step half as long (BENCHMARKS.md).
     """
     defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
     if not on_gpu:
         defaults |= {"MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_MMAP_THRESHOLD_": "10000000000"}
+        if "OMP_WAIT_POLICY" not in environ:
+            defaults["GOMP_SPINCOUNT"] = "10000"
     return {
         **defaults,
         **environ,

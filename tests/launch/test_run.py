@@ -105,6 +105,7 @@ def test_the_cores_of_the_process_are_divided_and_the_allocator_keeps_memory_on_
     found = launch.started(0)["env"]
     assert found["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // nproc))
     assert (found["MALLOC_TRIM_THRESHOLD_"], found["MALLOC_MMAP_THRESHOLD_"]) == ("10000000000", "123")
+    assert found["GOMP_SPINCOUNT"] == "10000"
 
 
 def test_one_process_replaces_the_launcher(launch: Launch) -> None:
