@@ -267,7 +267,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         last_step=newest_step(out / "metrics.jsonl"),
     )
     for note in found.notes if found else ():
-        loop.records.event("checkpoint_damaged", message=note)
+        loop.records.event("resume_warning", message=note)
     loop.records.event(
         "resumed" if found else "started",
         step=loop.step,

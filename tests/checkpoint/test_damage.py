@@ -107,7 +107,7 @@ def test_run_goes_back_says_so_and_goes_on(copy, text_file, capsys):
     assert in_process.contents(copy) == {name: data for name, data in before.items() if not name.endswith(".lock")}
     assert in_process.train(words(copy, text_file)) == 0
     assert f"{file.name}: its contents have changed" in capsys.readouterr().out
-    [damaged] = events(copy / "out", "checkpoint_damaged")
+    [damaged] = events(copy / "out", "resume_warning")
     assert file.name in damaged["message"]
     assert events(copy / "out", "resumed")[-1]["step"] == 2
     found = find(checkpoints)
