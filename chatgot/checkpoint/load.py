@@ -1,4 +1,4 @@
-"""Finding a checkpoint and loading it into an engine. A requested resume that fails is an error, never a fresh start."""
+"""Finding a whole checkpoint and loading it into an engine. A requested resume that fails is an error, never a fresh start."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatgot.checkpoint import manifest
+from chatgot.checkpoint import manifest, pickles
 from chatgot.checkpoint.ranks import Ranks
-from chatgot.checkpoint.save import published
 from chatgot.config.errors import CheckpointError, ConfigError
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+_TAG_OF_STEP = re.compile(r"step-(\d+)")
+
+
 @dataclass(frozen=True)
 class Found:
-    """A published checkpoint."""
+    """A published checkpoint whose files are those of its manifest."""
 
     folder: Path
     """The `checkpoints` folder."""
     tag: str
     manifest: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    """What the user must hear: newer checkpoints that are damaged, a `latest` that leads nowhere."""
 
     @property
     def path(self) -> Path:
@@ -33,20 +37,51 @@ class Found:
 
 
 def find(folder: Path, tag: str | None = None) -> Found | None:
-    """The named checkpoint, or the one `latest` points to, or the newest published one; None where there is none at all.
+    """The named checkpoint, or the one that was published last of those that are whole; None where there is none at all.
+
+    Every file is compared with the manifest's size and hash before anything is loaded. `latest` is a hint for stock DeepSpeed: where it
+    disagrees with the manifests, they decide.
 
     Raises:
-        CheckpointError: the named tag is missing, not a plain name, or incomplete.
+        CheckpointError: the named checkpoint is missing, damaged, or not a plain name; without a name: there are checkpoints, none whole.
     """
     if tag is not None:
         return _open(folder, tag)
-    tags = published(folder) if folder.is_dir() else []
-    if not tags:
-        return None
-    pointer = folder / "latest"
-    wanted = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-    names = [name for _, name in tags]
-    return _open(folder, wanted if wanted in names else names[-1])
+    damaged: list[tuple[str, int | None, str]] = []
+    candidates: list[tuple[int, int, str]] = []
+    for name in _tags(folder):
+        try:
+            fields = _manifest(folder / name)
+            candidates.append((int(fields["sequence"]), int(fields["step"]), name))
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            damaged.append((name, _step_in(name), str(error)))
+    for _, step, name in sorted(candidates, reverse=True):
+        try:
+            found = _open(folder, name)
+        except CheckpointError as error:
+            damaged.append((name, step, str(error)))
+            continue
+        return Found(folder, name, found.manifest, tuple(_notes(folder, name, step, damaged)))
+    if damaged:
+        raise CheckpointError(f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged))
+    return None
+
+
+def _tags(folder: Path) -> list[str]:
+    """Names of what is, or should be, a published checkpoint: a manifest in it, or the name of one."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if TAG.fullmatch(path.name) and (path.is_dir() or path.is_symlink())]
+    return sorted(name for name in names if _TAG_OF_STEP.fullmatch(name) or (folder / name / manifest.NAME).is_file())
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if path.is_symlink():
+        raise CheckpointError(f"checkpoint {path} is damaged: it is a symbolic link, and a checkpoint is a folder of its own")
+    try:
+        return manifest.read(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: file {manifest.NAME}: {error}") from error
 
 
 def _open(folder: Path, tag: str) -> Found:
@@ -54,9 +89,36 @@ def _open(folder: Path, tag: str) -> Found:
         raise CheckpointError(f"{folder}: tag {tag!r} is not the plain name of a checkpoint folder")
     path = folder / tag
     if not path.is_dir():
-        names = ", ".join(name for _, name in published(folder)) if folder.is_dir() else ""
-        raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {names or 'none'})")
-    return Found(folder, tag, manifest.read(path))
+        raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(_tags(folder)) or 'none'})")
+    fields = _manifest(path)
+    try:
+        manifest.verify(path, fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    return Found(folder, tag, fields)
+
+
+def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | None, str]]) -> list[str]:
+    notes = []
+    for _, lost, reason in damaged:
+        behind = f", {lost - step} steps are lost" if lost is not None and lost > step else ""
+        notes.append(f"{reason}; going back to {tag}{behind}")
+    pointer = folder / "latest"
+    if pointer.is_symlink():
+        notes.append(f"{pointer} is a symbolic link and was not followed; using {tag}, the newest whole checkpoint")
+        return notes
+    try:
+        named = pointer.read_bytes()[:200]
+    except OSError:
+        named = b""  # a kill right before it was first written
+    if named and named != tag.encode() and not any(named == name.encode() for name, _, _ in damaged):
+        notes.append(f"{pointer} says {named.decode('utf-8', 'replace')!r}; using {tag}, the newest whole checkpoint")
+    return notes
+
+
+def _step_in(name: str) -> int | None:
+    match = _TAG_OF_STEP.fullmatch(name)
+    return int(match.group(1)) if match else None
 
 
 def choose(resume_from: str, out_dir: Path) -> Found | None:
@@ -71,7 +133,7 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
     """
     own = out_dir / "checkpoints"
     if resume_from == "never":
-        if own.is_dir() and published(own):
+        if _tags(own):
             raise ConfigError(
                 f"--resume_from never: {own} has checkpoints, and a new run would mix with them; choose another --out_dir or remove it"
             )
@@ -123,14 +185,15 @@ def load(engine: Any, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[
     error: CheckpointError | None = None
     client_state: dict[str, Any] = {}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the BF16_Optimizer prints keys of the file
+        # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
+        with contextlib.redirect_stdout(io.StringIO()), pickles.weights_only():
             path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag)
         if path is None or "chatgot" not in (loaded or {}):
             error = CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
         else:
             client_state = loaded["chatgot"]
     except Exception as caught:  # noqa: BLE001 - AssertionError, KeyError, EOFError, RuntimeError, ...: each means "does not load"
-        error = CheckpointError(f"{found.path}: cannot be loaded: {type(caught).__name__}: {caught}")
+        error = CheckpointError(f"{found.path}: cannot be loaded: {pickles.explained(caught)}")
     ranks.agree(error)
     return client_state, _reapply(engine, wished)
 

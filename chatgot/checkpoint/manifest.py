@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from pathlib import Path
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from chatgot.config.errors import CheckpointError
 
 NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MUST_MATCH = ("model", "parameters", "tokenizer", "data", "world_size", "zero_stage", "precision", "train_batch_size")
 """Fields of the manifest that a resumed run must share with its checkpoint."""
@@ -24,23 +25,35 @@ def parameter_fingerprint(named_shapes: Iterable[tuple[str, tuple[int, ...]]]) -
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write(folder: Path, fields: dict[str, Any]) -> None:
-    """Write manifest.json into a checkpoint folder and flush it to the disk. Rank 0 only, last of all files."""
-    write_atomically(folder / NAME, json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2) + "\n")
+def write(folder: Path, fields: dict[str, Any], before: Callable[[str], None] = lambda operation: None) -> None:
+    """Write manifest.json into a checkpoint folder and flush it to the disk. Rank 0 only, last of all files.
+
+    Args:
+        before: is called with the name of each file operation, right before it.
+    """
+    fields = {"format_version": FORMAT_VERSION, **fields}
+    write_atomically(folder / NAME, json.dumps({**fields, "sha256": _digest(fields)}, indent=2), before)
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    """sha256 over what the manifest says, so that a damaged manifest is noticed too."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(fields)), sort_keys=True).encode()).hexdigest()
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: missing, unreadable, or of a newer format.
+        CheckpointError: missing, unreadable, damaged, or of another format.
     """
     path = folder / NAME
     try:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a symbolic link; a checkpoint's files are its own")
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {NAME}: the checkpoint is incomplete, or was not written by ChatGoT") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
         raise CheckpointError(f"{path}: not a manifest (no format_version)")
@@ -48,7 +61,67 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: format version {fields['format_version']}, this ChatGoT reads up to {FORMAT_VERSION}; install the newer ChatGoT"
         )
+    if fields["format_version"] < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {fields['format_version']} has no hashes, so that nobody can tell whether the files are whole; "
+            f"this ChatGoT reads version {FORMAT_VERSION}"
+        )
+    if fields.pop("sha256", None) != _digest(fields):
+        raise CheckpointError(f"{path}: damaged: its own sha256 does not fit what it says")
     return fields
+
+
+def listed(folder: Path) -> list[str]:
+    """Every file below a checkpoint folder by its relative name ('/' between folders), the manifest left out."""
+    names = []
+    for parent, _, files in os.walk(folder):
+        names += [(Path(parent) / name).relative_to(folder).as_posix() for name in files]
+    return sorted(name for name in names if name != NAME)
+
+
+def measure(path: Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def verify(folder: Path, fields: dict[str, Any]) -> None:
+    """Compare every file of a checkpoint with its manifest: names and sizes first, because they cost nothing, then the contents.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, not listed, a link, of another size, or of other contents.
+    """
+    files = fields.get("files")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{folder / NAME}: lists no files")
+    present = set(listed(folder))
+    root = os.path.realpath(folder)
+    for name, expected in files.items():
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"file {name}: leads out of the checkpoint")
+        if os.path.realpath(folder / name) != os.path.join(root, *relative.parts):
+            raise CheckpointError(f"file {name}: is, or is reached through, a symbolic link")
+        if name not in present:
+            raise CheckpointError(f"file {name}: is missing")
+        status = os.lstat(folder / name)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"file {name}: is not a regular file")
+        if status.st_size != expected["bytes"]:
+            raise CheckpointError(f"file {name}: has {status.st_size} bytes, not {expected['bytes']}")
+    if unlisted := sorted(present - files.keys()):
+        raise CheckpointError(f"file {unlisted[0]}: is not in the manifest")
+    for name, expected in files.items():
+        try:
+            found = measure(folder / name)["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"file {name}: cannot be read: {error}") from error
+        if found != expected["sha256"]:
+            raise CheckpointError(f"file {name}: its contents have changed (sha256 {found[:12]}…, not {expected['sha256'][:12]}…)")
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -65,20 +138,27 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: readers see the old file or the new one, never a part."""
+def write_atomically(path: Path, text: str, before: Callable[[str], None] = lambda operation: None) -> None:
+    """Replace `path` by `text`: readers see the old file or the new one, never a part.
+
+    Args:
+        before: is called with the name of each file operation, right before it.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    before(f"write a new {path.name}")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    before(f"rename it to {path.name}")
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    before(f"flush the folder of {path.name}")
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries (new names, renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file's contents, or a folder's entries (new names, renames), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

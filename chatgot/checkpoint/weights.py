@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatgot.checkpoint import pickles
 from chatgot.checkpoint.load import Found
 from chatgot.config.errors import CheckpointError
 
@@ -26,23 +27,24 @@ def fp32_weights(found: Found) -> dict[str, torch.Tensor]:
     """
     try:
         if found.manifest["zero_stage"] == 0:
-            return {name: tensor.float() for name, tensor in _read(found.path / "mp_rank_00_model_states.pt")["module"].items()}
+            return {name: tensor.float() for name, tensor in pickles.read(found.path / "mp_rank_00_model_states.pt")["module"].items()}
         shards = sorted(found.path.glob("*_optim_states.pt"), key=_rank)
-        if shards and "zero_stage" not in (state := _read(shards[0])["optimizer_state_dict"]):
-            return _join_bf16_optimizer(found.path, [state, *(_read(path)["optimizer_state_dict"] for path in shards[1:])])
+        if shards and "zero_stage" not in (state := pickles.read(shards[0])["optimizer_state_dict"]):
+            return _join_bf16_optimizer(found.path, [state, *(pickles.read(path)["optimizer_state_dict"] for path in shards[1:])])
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress to both
+        # It prints its progress to both streams.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), pickles.weights_only():
             return dict(get_fp32_state_dict_from_zero_checkpoint(str(found.folder), tag=found.tag) or {})
     except Exception as error:
-        raise CheckpointError(f"{found.path}: the weights cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{found.path}: the weights cannot be read: {pickles.explained(error)}") from error
 
 
 def _join_bf16_optimizer(folder: Path, states: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Every parameter group is one flat tensor, cut into equal parts by rank, its parameters in the order of `param_shapes`."""
     import torch
 
-    model = _read(folder / "mp_rank_00_model_states.pt")
+    model = pickles.read(folder / "mp_rank_00_model_states.pt")
     if len(states) != model["dp_world_size"]:
         raise FileNotFoundError(f"{len(states)} optimizer shards of {model['dp_world_size']}")
     weights: dict[str, torch.Tensor] = {}
@@ -55,12 +57,6 @@ def _join_bf16_optimizer(folder: Path, states: list[dict[str, Any]]) -> dict[str
     for copy, original in model["shared_params"].items():
         weights[copy] = weights[original]
     return weights
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import torch
-
-    return torch.load(path, map_location="cpu", weights_only=False)
 
 
 def _rank(path: Path) -> int:

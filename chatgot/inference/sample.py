@@ -54,6 +54,8 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[G
     found = find(run / "checkpoints", tag)
     if found is None:
         raise CheckpointError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; is it a run folder of train.py?")
+    for note in found.notes:
+        print(f"WARNING: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     if tokenizer.fingerprint != found.manifest["tokenizer"]:
         raise CheckpointError(f"{run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with (fingerprints differ)")

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from chatgot.checkpoint import load, manifest, rng
+from chatgot.checkpoint import faults, load, manifest, rng
 from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.save import take_back
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
 from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, DataError
 from chatgot.config.overrides import parse_overrides
@@ -27,7 +28,7 @@ from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import run_folder, samples, schedule
+from chatgot.training import run_folder, run_lock, samples, schedule
 from chatgot.training.loop import Loop, Records
 from chatgot.training.stop import StopSignals
 
@@ -81,6 +82,8 @@ def finish(loop: Loop) -> int:
         if records.events is not None and records.journal is not None:
             records.events.close()
             records.journal.close()
+        if loop.ranks.rank == 0:
+            run_lock.release(loop.out_dir)
     if exit_code == EXIT_DONE and loop.ranks.rank == 0:
         _say_what_next(loop)
     return exit_code
@@ -92,6 +95,15 @@ def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | No
     Args:
         progress: where rank 0 speaks; default: stdout.
     """
+    try:
+        return _prepared(arguments, place, progress)
+    except BaseException:
+        if place.rank == 0:
+            run_lock.release(arguments.out_dir)
+        raise
+
+
+def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None) -> Loop:
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
     facts = device_facts()
@@ -103,13 +115,15 @@ def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | No
     device = join(place, facts.kind)
     ranks = ControlGroup()
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
+    if rehearsal := faults.arm(place.rank):
+        progress.say(rehearsal)
 
     data = _prepare_data(arguments.data, config, place, ranks, progress)
     n_params = count_parameters(config.model, data.tokenizer.vocab_size)
     engine_config = read(n_params)
     model = GPT(config.model, data.tokenizer.vocab_size)
     fields = manifest_fields(model, config, engine_config, data, place.world_size)
-    found = _choose_checkpoint(arguments, fields, ranks)
+    found = _choose_checkpoint(arguments, fields, ranks, progress)
 
     rng.seed(config.train.seed, place.rank)
     model.init_weights(config.train.seed)
@@ -194,15 +208,20 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
     return data
 
 
-def _choose_checkpoint(arguments: TrainArguments, fields: dict[str, Any], ranks: ControlGroup) -> Found | None:
-    """Rank 0 decides, all ranks follow; nothing has been written yet."""
+def _choose_checkpoint(arguments: TrainArguments, fields: dict[str, Any], ranks: ControlGroup, progress: Progress) -> Found | None:
+    """Rank 0 takes the run folder's lock and decides, all ranks follow; nothing else has been written yet."""
     found, error = None, None
     if ranks.rank == 0:
         try:
+            run_folder.check_writable(arguments.out_dir)
+            if note := run_lock.acquire(arguments.out_dir):
+                progress.say(note)
+            take_back(arguments.out_dir / "checkpoints")
             found = load.choose(arguments.resume_from, arguments.out_dir)
             if found is not None:
+                for note in found.notes:
+                    progress.say(f"WARNING: {note}")
                 load.refuse_differences(found, fields)
-            run_folder.check_writable(arguments.out_dir)
         except ChatGoTError as caught:
             error = caught
     ranks.agree(error)
@@ -247,6 +266,8 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         resumed_from_step=loop.step if found else None,
         last_step=newest_step(out / "metrics.jsonl"),
     )
+    for note in found.notes if found else ():
+        loop.records.event("resume_warning", message=note)
     loop.records.event(
         "resumed" if found else "started",
         step=loop.step,

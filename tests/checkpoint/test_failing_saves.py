@@ -79,6 +79,7 @@ def test_part_that_does_not_load_on_one_rank_is_refused_by_both(two_ranks, launc
     shutil.copytree(out, copy)
     [part] = (copy / "checkpoints" / "step-00000010").glob("*zero_pp_rank_1_mp_rank_00_optim_states.pt")
     part.write_bytes(part.read_bytes()[:2000])
+    in_process.rehash(part.parent)  # so that only the loading itself can notice
     before = in_process.contents(copy)
     words = in_process.argv(launched[0] / f"engine{stage}.json", copy, launched[0] / "run.yaml", text_file, "--resume_from", "must")
     ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, timeout=120, check=False)

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatgot.checkpoint import manifest
+from chatgot.checkpoint import save as save_module
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.save import prune, published, tag_of
+from chatgot.checkpoint.save import prune, published, tag_of, take_back, writer
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.config.chatgot_section import CheckpointConfig
+from chatgot.config.errors import CheckpointError
 from chatgot.training import loop as loop_module
 from chatgot.training import run
 from tests.support import engine_json, write_json, write_run_yaml
@@ -107,7 +109,7 @@ def test_invariant_14_latest_is_kept_when_a_resume_went_back_behind_newer_checkp
     assert tags(tmp_path / "out") == [2, 4, 6, 8, 9]
     in_process.abandon_after(4, [*words, "--resume_from", f"{tmp_path / 'out'}@{tag_of(2)}"])
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == tag_of(4)
-    assert tags(tmp_path / "out") == [4, 8, 9]
+    assert tags(tmp_path / "out") == [4, 9], "the two that were published last"
     assert in_process.prepare(words).step == 4, "the run goes on from where it was left, not from the past that was given up"
 
 
@@ -127,20 +129,132 @@ def test_stock_deepspeed_reads_the_checkpoint_through_latest(stage, tmp_path, te
     assert all(torch.equal(trained[name], read[name]) for name in trained)
 
 
-def test_newest_published_checkpoint_stands_in_for_a_pointer_that_is_lost_or_wrong(tmp_path):
-    assert find(tmp_path) is None
-    for step in (3, 12):
-        (tmp_path / tag_of(step)).mkdir()
-        manifest.write(tmp_path / tag_of(step), {"step": step})
-    (tmp_path / ".unfinished-step-00000020").mkdir()
-    (tmp_path / tag_of(15)).mkdir()  # no manifest: was never completed
-    for pointer in (None, tag_of(15), "../elsewhere", ""):
-        if pointer is not None:
-            (tmp_path / "latest").write_text(pointer)
-        found = find(tmp_path)
+def publish(folder: Path, step: int, sequence: int) -> None:
+    """A whole checkpoint, as far as files go."""
+    (folder / tag_of(step)).mkdir()
+    (folder / tag_of(step) / "mp_rank_00_model_states.pt").write_bytes(b"weights %d" % step)
+    files = {name: manifest.measure(folder / tag_of(step) / name) for name in manifest.listed(folder / tag_of(step))}
+    manifest.write(folder / tag_of(step), {"step": step, "sequence": sequence, "files": files})
+
+
+def test_pointer_that_is_lost_or_wrong_is_never_followed(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "checkpoints"
+    for made in (outside, folder):
+        made.mkdir()
+    publish(outside, 50, 9)
+    assert find(folder) is None
+    publish(folder, 3, 1)
+    publish(folder, 12, 2)
+    (folder / ".unfinished-step-00000020").mkdir()
+    pointers = [
+        tag_of(3),
+        tag_of(77),
+        "",
+        "../outside/step-00000050",
+        str(outside / tag_of(50)),
+        f"{tag_of(12)}\r\n",
+        "step-3\nstep-12",
+        "\udcff",
+    ]
+    for pointer in pointers:
+        (folder / "latest").write_bytes(pointer.encode("utf-8", "surrogateescape"))
+        found = find(folder)
         assert found is not None
-        assert found.tag == tag_of(12)
-    (tmp_path / "latest").write_text(tag_of(3) + "\n")
+        assert (found.tag, found.path) == (tag_of(12), folder / tag_of(12))
+        assert len(found.notes) == (1 if pointer else 0), found.notes
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to(outside / tag_of(50) / "manifest.json")
+    found = find(folder)
+    assert found is not None
+    assert found.tag == tag_of(12)
+    assert "not followed" in found.notes[0]
+    for name in ("../outside/step-00000050", str(outside / tag_of(50)), "..", "", ".unfinished-step-00000020", tag_of(12) + "\n"):
+        with pytest.raises(CheckpointError):
+            find(folder, name)
+
+
+def test_links_do_not_lead_out_of_the_folder(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "checkpoints"
+    for made in (outside, folder):
+        made.mkdir()
+    publish(folder, 3, 1)
+    publish(outside, 50, 9)
+    (folder / tag_of(50)).symlink_to(outside / tag_of(50))
+    publish(folder, 12, 2)
+    file = folder / tag_of(12) / "mp_rank_00_model_states.pt"
+    file.rename(outside / "weights.pt")
+    file.symlink_to(outside / "weights.pt")
+    found = find(folder)
+    assert found is not None
+    assert found.tag == tag_of(3)
+    said = "\n".join(found.notes)
+    assert f"{folder / tag_of(50)} is damaged: it is a symbolic link" in said
+    assert f"{folder / tag_of(12)} is damaged: file mp_rank_00_model_states.pt: is, or is reached through, a symbolic link" in said
+    for step in (50, 12):
+        with pytest.raises(CheckpointError, match="symbolic link"):
+            find(folder, tag_of(step))
+
+
+@pytest.mark.parametrize("name", ["../outside.pt", "/etc/hostname", "a/../../outside.pt"])
+def test_manifest_cannot_name_files_outside(name, tmp_path):
+    publish(tmp_path, 3, 1)
+    fields = manifest.read(tmp_path / tag_of(3))
+    (tmp_path / "outside.pt").write_bytes(b"x")
+    fields["files"][name] = {"bytes": 1, "sha256": "0"}
+    manifest.write(tmp_path / tag_of(3), fields)
+    with pytest.raises(CheckpointError, match="leads out of the checkpoint"):
+        find(tmp_path)
+
+
+def test_checkpoint_that_made_way_for_another_one_is_taken_back_if_that_one_never_came(tmp_path):
+    publish(tmp_path, 3, 1)
+    (tmp_path / tag_of(3)).rename(tmp_path / f".replaced-{tag_of(3)}")
+    assert find(tmp_path) is None
+    take_back(tmp_path)
     found = find(tmp_path)
     assert found is not None
     assert found.tag == tag_of(3)
+
+
+def test_manifest_of_a_version_without_hashes_is_refused(tmp_path):
+    publish(tmp_path, 3, 1)
+    (tmp_path / tag_of(3) / "manifest.json").write_text('{"format_version": 1, "step": 3}')
+    with pytest.raises(CheckpointError, match="format version 1 has no hashes"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("mp_rank_00_model_states.pt", 0),
+        ("zero_pp_rank_3_mp_rank_00_model_states.pt", 3),
+        ("bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt", 12),
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", 1),
+        ("offloaded_tensors/rank5/x.tensor.swp", 5),
+        ("something_new.pt", 0),
+    ],
+)
+def test_every_file_has_one_rank_that_answers_for_it(name, rank):
+    assert writer(name) == rank
+
+
+class RanksOfDifferentMachines:
+    """Rank 0 of two that gets to hear of a file which it does not see."""
+
+    rank, world_size = 0, 2
+
+    def agree(self, error):
+        if error is not None:
+            raise error
+
+    def gather(self, value):
+        return [value, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": {"bytes": 1, "sha256": "0"}}]
+
+
+def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_module, "VISIBLE_WITHIN_S", 0.0)
+    (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match=r"rank 1 wrote zero_pp_rank_1_.*do not share this file system"):
+        save_module._flush_and_hash(tmp_path, RanksOfDifferentMachines())
+    (tmp_path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"1")
+    assert len(save_module._flush_and_hash(tmp_path, RanksOfDifferentMachines())) == 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from chatgot import cli
+from chatgot.checkpoint import manifest
 from chatgot.engine.environment import find_place
 from chatgot.observe.journal import live_metrics, read_journal
 from chatgot.training import run
@@ -98,3 +100,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def tags(out: Path) -> list[int]:
     """Steps of the published checkpoints."""
     return sorted(int(path.parent.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*/manifest.json"))
+
+
+def rehash(checkpoint: Path) -> None:
+    """Make the manifest fit the files as they are now, as whoever forges a checkpoint would."""
+    fields = json.loads((checkpoint / manifest.NAME).read_text())
+    fields.pop("sha256")
+    manifest.write(checkpoint, {**fields, "files": {name: manifest.measure(checkpoint / name) for name in manifest.listed(checkpoint)}})

@@ -156,7 +156,7 @@ def test_files_that_do_not_load_are_refused(capsys, trained, text_file, tmp_path
     [shard] = (copy / "checkpoints").glob("step-*/*optim_states.pt")
     shard.write_bytes(shard.read_bytes()[:1000])
     before = contents(copy)
-    check(capsys, resume(trained, text_file, out=copy), 4, "step-00000002", "cannot be loaded")
+    check(capsys, resume(trained, text_file, out=copy), 4, "step-00000002", "is damaged", shard.name)
     (copy / "checkpoints" / "step-00000002" / "manifest.json").write_text("{")
     check(capsys, resume(trained, text_file, out=copy), 4, "manifest.json")
     assert contents(copy) == {**before, "checkpoints/step-00000002/manifest.json": b"{"}

@@ -1,0 +1,79 @@
+"""Rehearsing a disaster: CHATGOT_FAULT makes one file operation of saving fail, hang or kill its process.
+
+    CHATGOT_FAULT=save:N:KIND[:RANK]
+
+At the N-th file operation of saving (counted from 1 over all saves of the process) on rank RANK (default 0; `all`: each at its own N-th):
+`kill9` (the process is gone), `sigstop` (it hangs), `enospc` and `eio` (the operation fails as on a full or broken disk), `delay=SECONDS`.
+`save:0:list[:RANK]` harms nothing and prints the operations with their numbers on stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+from chatgot.config.errors import ConfigError
+
+VARIABLE = "CHATGOT_FAULT"
+_FORM = re.compile(r"save:(?P<number>\d+):(?P<kind>kill9|sigstop|enospc|eio|list|delay=(?P<seconds>\d+(\.\d+)?))(:(?P<rank>\d+|all))?")
+
+
+@dataclass
+class Rehearsal:
+    """What this process was asked to suffer, and how many file operations it has begun."""
+
+    number: int
+    kind: str
+    seconds: float
+    begun: int = 0
+
+
+_rehearsal: Rehearsal | None = None
+
+
+def arm(rank: int) -> str | None:
+    """Read CHATGOT_FAULT at the start of a run and begin to count; returns a note where a fault is planned.
+
+    Raises:
+        ConfigError: the variable has another form.
+    """
+    global _rehearsal
+    _rehearsal = None
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{VARIABLE}={text}: must be save:N:kill9|sigstop|enospc|eio|delay=SECONDS|list[:RANK|:all]; unset it to train")
+    if match["rank"] in ("all", str(rank)) or (match["rank"] is None and rank == 0):
+        _rehearsal = Rehearsal(int(match["number"]), match["kind"].partition("=")[0], float(match["seconds"] or 0))
+    return f"rehearsal: {VARIABLE}={text}"
+
+
+def operation(what: str) -> None:
+    """To be called right before every file operation of saving.
+
+    Raises:
+        OSError: if that is the fault that was asked for.
+    """
+    if _rehearsal is None:
+        return
+    _rehearsal.begun += 1
+    if _rehearsal.kind == "list":
+        print(f"{VARIABLE}: operation {_rehearsal.begun}: {what}", file=sys.stderr, flush=True)
+    if _rehearsal.begun != _rehearsal.number:
+        return
+    if _rehearsal.kind == "delay":
+        time.sleep(_rehearsal.seconds)
+    elif _rehearsal.kind == "kill9":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif _rehearsal.kind == "sigstop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif _rehearsal.kind in ("enospc", "eio"):
+        number = errno.ENOSPC if _rehearsal.kind == "enospc" else errno.EIO
+        raise OSError(number, f"{os.strerror(number)} (asked for by {VARIABLE})", what)

@@ -1,0 +1,169 @@
+"""Damage to any file of a checkpoint is found before it is used, and the one before it is taken; a checkpoint never runs code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from chatgot.checkpoint import manifest
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.weights import fp32_weights
+from chatgot.config.errors import CheckpointError
+from tests.support import engine_json, write_json, write_run_yaml
+from tests.training import in_process
+from tests.training.in_process import argv, events
+
+NEWEST, BEFORE = "step-00000004", "step-00000002"
+VARIANTS = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=[f"{precision} stage {stage}" for stage, precision in VARIANTS])
+def trained(request, tmp_path_factory, text_file) -> Path:
+    """A folder with run.yaml, engine.json and a run in out/ with the checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_run_yaml(folder / "run.yaml", max_steps=5)
+    saving = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 0}}
+    engine = write_json(folder / "engine.json", engine_json(*request.param, chatgot=saving))
+    in_process.abandon_after(4, argv(engine, folder / "out", config, text_file))
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def words(folder: Path, text: Path, *more: str) -> list[str]:
+    return argv(folder / "engine.json", folder / "out", folder / "run.yaml", text, *more)
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+DAMAGE = {
+    "missing": lambda data: None,
+    "zero bytes": lambda data: b"",
+    "truncated": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "first bit": lambda data: flipped(data, 0),
+    "bit in the middle": lambda data: flipped(data, len(data) // 2),
+    "last byte": lambda data: flipped(data, len(data) - 1),
+}
+
+
+def test_whole_checkpoint_is_taken_without_a_word(copy):
+    found = find(copy / "out" / "checkpoints")
+    assert found is not None
+    assert (found.tag, found.notes) == (NEWEST, ())
+    on_disk = {path.name for path in found.path.iterdir()} - {manifest.NAME}
+    assert found.manifest["files"].keys() == on_disk
+    assert len(on_disk) == (1 if found.manifest["zero_stage"] == 0 else 2)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_before_use_and_the_previous_one_is_taken(copy, kind):
+    checkpoints = copy / "out" / "checkpoints"
+    for path in sorted((checkpoints / NEWEST).iterdir()):
+        whole = path.read_bytes()
+        damaged = DAMAGE[kind](whole)
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        found = find(checkpoints)
+        assert found is not None
+        assert found.tag == BEFORE, path.name
+        [note] = found.notes
+        assert f"checkpoint {checkpoints / NEWEST} is damaged: file {path.name}: " in note
+        assert note.endswith(f"; going back to {BEFORE}, 2 steps are lost")
+        with pytest.raises(CheckpointError, match=path.name):
+            find(checkpoints, NEWEST)
+        path.write_bytes(whole)
+    found = find(checkpoints)
+    assert found is not None
+    assert found.tag == NEWEST
+
+
+def test_file_that_the_manifest_does_not_know_is_damage(copy):
+    checkpoints = copy / "out" / "checkpoints"
+    (checkpoints / NEWEST / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"zero_pp_rank_7_mp_rank_00_optim_states\.pt: is not in the manifest"):
+        find(checkpoints, NEWEST)
+
+
+def test_run_goes_back_says_so_and_goes_on(copy, text_file, capsys):
+    checkpoints = copy / "out" / "checkpoints"
+    file = max((checkpoints / NEWEST).glob("*.pt"))
+    file.write_bytes(flipped(file.read_bytes(), 1000))
+    before = in_process.contents(copy)
+    named = words(copy, text_file, "--resume_from", f"{copy / 'out'}@{NEWEST}")
+    assert in_process.refused(named) == 4
+    assert f"is damaged: file {file.name}: its contents have changed" in capsys.readouterr().err
+    assert in_process.contents(copy) == {name: data for name, data in before.items() if not name.endswith(".lock")}
+    assert in_process.train(words(copy, text_file)) == 0
+    assert f"{file.name}: its contents have changed" in capsys.readouterr().out
+    [damaged] = events(copy / "out", "resume_warning")
+    assert file.name in damaged["message"]
+    assert events(copy / "out", "resumed")[-1]["step"] == 2
+    found = find(checkpoints)
+    assert found is not None
+    assert (found.tag, found.notes) == ("step-00000005", ())
+
+
+def test_no_whole_checkpoint_is_an_error_and_never_a_fresh_start(copy, text_file, capsys):
+    for path in (copy / "out" / "checkpoints").glob("step-*/*.pt"):
+        path.write_bytes(b"")
+    assert in_process.refused(words(copy, text_file)) == 4
+    said = capsys.readouterr().err
+    assert "no checkpoint is whole" in said
+    assert NEWEST in said
+    assert BEFORE in said
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+def test_code_in_any_file_is_never_run(copy, text_file, tmp_path, capsys):
+    checkpoints, mark = copy / "out" / "checkpoints", tmp_path / "ran"
+    for path in sorted((checkpoints / NEWEST).glob("*.pt")):
+        whole = path.read_bytes()
+        state = torch.load(path, weights_only=False)
+        torch.save({**state, "extra": Payload(mark)}, path)
+        in_process.rehash(path.parent)
+        assert in_process.refused(words(copy, text_file)) == 4, path.name
+        assert "holds more than tensors and plain values (posix.system)" in capsys.readouterr().err
+        assert not mark.exists()
+        found = find(checkpoints)
+        assert found is not None
+        assert found.tag == NEWEST, "files and manifest agree: only the reader can notice"
+        with pytest.raises(CheckpointError, match=r"posix\.system"):
+            fp32_weights(found)
+        assert not mark.exists()
+        torch.load(path, weights_only=False)  # the control: the payload works
+        assert mark.exists()
+        mark.unlink()
+        path.write_bytes(whole)
+        in_process.rehash(path.parent)
+    assert in_process.train(words(copy, text_file)) == 0
+
+
+def test_every_bit_of_a_manifest_counts(trained, tmp_path):
+    text = (trained / "out" / "checkpoints" / NEWEST / manifest.NAME).read_bytes()
+    (tmp_path / manifest.NAME).write_bytes(text)
+    manifest.read(tmp_path)
+    for position in range(len(text)):
+        (tmp_path / manifest.NAME).write_bytes(text[:position] + bytes([text[position] ^ 1 << position % 7]) + text[position + 1 :])
+        with pytest.raises(CheckpointError):
+            manifest.read(tmp_path)
