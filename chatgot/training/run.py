@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from chatgot.checkpoint import load, manifest, rng
 from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.resume import layout, resume
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
 from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, DataError
 from chatgot.config.overrides import parse_overrides
@@ -114,7 +115,7 @@ def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | No
     rng.seed(config.train.seed, place.rank)
     model.init_weights(config.train.seed)
     engine = build(model, engine_config, device)
-    client_state, load_notes = load.load(engine.engine, found, ranks) if found is not None else (None, [])
+    client_state, load_notes = resume(engine.engine, found, fields, ranks) if found is not None else (None, [])
 
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
@@ -163,6 +164,7 @@ def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, 
         "world_size": world_size,
         "zero_stage": engine_config.zero_stage,
         "precision": engine_config.precision,
+        "layout": layout(engine_config.deepspeed),
         "train_batch_size": engine_config.train_batch_size,
         "versions": versions(),
     }
