@@ -15,7 +15,7 @@ from chatgot.config.errors import CheckpointError
 NAME = "manifest.json"
 FORMAT_VERSION = 2
 
-MUST_MATCH = ("model", "parameters", "tokenizer", "data", "world_size", "zero_stage", "precision", "train_batch_size")
+MUST_MATCH = ("model", "parameters", "tokenizer", "data", "train_batch_size")
 """Fields of the manifest that a resumed run must share with its checkpoint."""
 
 

@@ -36,9 +36,24 @@ def restore(state: dict[str, Any]) -> list[str]:
     return []
 
 
-def seed(base: int, rank: int) -> None:
-    """Seed all generators of a rank. Ranks differ, so that dropout does."""
-    mixed = int(np.random.SeedSequence([base, rank]).generate_state(1, dtype=np.uint64)[0])
+def resume(states: list[dict[str, Any]], base: int, rank: int, world_size: int, step: int) -> list[str]:
+    """Put back the state of this rank out of those of all ranks; another number of ranks than now gets new seeds. Returns notes."""
+    if len(states) == world_size:
+        return restore(states[rank])
+    seed(base, rank, step)
+    return [
+        f"random state: {len(states)} rank(s) saved it, there are {world_size} now; seeded anew from seed {base}, rank and step {step}, "
+        "so that dropout is not the uninterrupted run's"
+    ]
+
+
+def seed(base: int, rank: int, *more: int) -> None:
+    """Seed all generators of a rank. Ranks differ, so that dropout does.
+
+    Args:
+        more: whatever else the numbers shall depend on: the step of a resume.
+    """
+    mixed = int(np.random.SeedSequence([base, rank, *more]).generate_state(1, dtype=np.uint64)[0])
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.manual_seed(mixed % 2**63)  # seeds every CUDA device too

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from chatgot.checkpoint import manifest, rng
+from chatgot.checkpoint.portable_write import parameter_groups
 from chatgot.checkpoint.save import prune, save
 from chatgot.config.errors import CheckpointError, NumericsError
 from chatgot.config.run import RunConfig
@@ -224,6 +225,7 @@ class Loop:
             "best_val_loss": self.position.best_val_loss,
             "last_val": self.position.last_val,
             "rng": self.ranks.gather(rng.capture()),
+            "parameter_groups": parameter_groups(self.engine.engine),
         }
 
     def restore(self, client_state: dict[str, Any]) -> list[str]:
@@ -234,7 +236,7 @@ class Loop:
             last_save_step=self.step,
             last_val=client_state["last_val"],
         )
-        return rng.restore(client_state["rng"][self.ranks.rank])
+        return rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
 
     def _manifest(self) -> dict[str, Any]:
         val = self.position.last_val

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from chatgot.checkpoint import faults, load, manifest, rng
 from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.resume import layout, resume
 from chatgot.checkpoint.save import take_back
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
 from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, DataError
@@ -128,7 +129,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     rng.seed(config.train.seed, place.rank)
     model.init_weights(config.train.seed)
     engine = build(model, engine_config, device)
-    client_state, load_notes = load.load(engine.engine, found, ranks) if found is not None else (None, [])
+    client_state, load_notes = resume(engine.engine, found, fields, ranks) if found is not None else (None, [])
 
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
@@ -177,6 +178,7 @@ def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, 
         "world_size": world_size,
         "zero_stage": engine_config.zero_stage,
         "precision": engine_config.precision,
+        "layout": layout(engine_config.deepspeed),
         "train_batch_size": engine_config.train_batch_size,
         "versions": versions(),
     }
