@@ -76,12 +76,12 @@ def test_losses_under_a_launcher_are_those_of_plain_python(name, files, alone, t
     assert done.stdout.count("done at step 10") == 1, "rank 0 speaks, the other is silent"
 
 
-def test_resume_with_another_number_of_ranks_is_refused_by_every_rank_with_one_message(files, alone, text_file):
+def test_resume_with_another_model_is_refused_by_every_rank_with_one_message(files, alone, text_file):
     before = contents(alone)
-    done = launch("launch/run", files, text_file, "python", "--resume_from", "must")
+    done = launch("launch/run", files, text_file, "python", "--resume_from", "must", "model.d_hid=64")
     assert done.returncode == 4, done.stdout + done.stderr
     assert done.stderr.count("does not fit this run (checkpoint | now)") == 1
-    assert "\n  world_size: 1 | 2\n" in done.stderr
+    assert "\n  model.d_hid: 48 | 64\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert contents(alone) == before
 
