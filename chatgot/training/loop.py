@@ -13,7 +13,8 @@ import torch
 
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint.portable_write import parameter_groups
-from chatgot.checkpoint.save import prune, save
+from chatgot.checkpoint.retention import prune
+from chatgot.checkpoint.save import save
 from chatgot.config.errors import CheckpointError, NumericsError
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
