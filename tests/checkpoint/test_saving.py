@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint import save as save_module
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.save import prune, published, tag_of, take_back, writer
+from chatgot.checkpoint.retention import prune, published
+from chatgot.checkpoint.save import tag_of, take_back, writer
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.errors import CheckpointError
