@@ -46,16 +46,20 @@ class Snapshots:
         Raises:
             ValueError: a tensor in it is not dense.
         """
-        copies: dict[tuple[torch.device, int], torch.Tensor] = {}
+        copies: dict[int, torch.Tensor] = {}
         tensors: list[torch.Tensor] = []
+        queued = False
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal queued
             storage = tensor.untyped_storage()
-            key = (storage.device, storage.data_ptr())
+            key = storage._cdata  # what torch.save knows a storage by
             if key not in copies:
                 whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-                copies[key] = self._buffer(whole.numel(), pinned=storage.device.type == "cuda")
+                on_cuda = storage.device.type == "cuda"
+                copies[key] = self._buffer(whole.numel(), pinned=on_cuda)
                 copies[key].copy_(whole, non_blocking=True)
+                queued = queued or on_cuda
             return torch.empty(0, dtype=tensor.dtype).set_(
                 copies[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
             )
@@ -68,7 +72,7 @@ class Snapshots:
 
         file = io.BytesIO()
         _Pickler(file, keep).dump(state)
-        if any(device.type == "cuda" for device, _ in copies):
+        if queued:
             torch.cuda.synchronize()
         return Snapshot(file.getvalue(), tuple(tensors))
 
@@ -83,9 +87,12 @@ class Snapshots:
 
 
 def _like(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """`copy` with what torch.save writes of a tensor besides its values; DeepSpeed marks some with a number (ds_id)."""
     if isinstance(original, torch.nn.Parameter):
-        return torch.nn.Parameter(copy, requires_grad=original.requires_grad)
-    return copy.requires_grad_(original.requires_grad)
+        copy = torch.nn.Parameter(copy, requires_grad=original.requires_grad)
+    copy.requires_grad_(original.requires_grad)
+    copy.__dict__.update(vars(original))
+    return copy
 
 
 class _Pickler(pickle.Pickler):
