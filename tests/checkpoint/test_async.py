@@ -102,6 +102,7 @@ def test_next_save_waits_for_the_one_before(tmp_path, text_file):
     list(steps)
     assert [event["step"] for event in events(out, "saved")] == [2, 4, 6, 8]
     assert (out / "checkpoints" / "latest").read_text() == "step-00000008"
+    assert len(loop.saver._snapshots._buffers) == loop.saver._snapshots._used, "one copy, whatever the number of saves"
 
 
 def test_run_that_diverges_still_publishes_what_it_was_saving(tmp_path, text_file):
