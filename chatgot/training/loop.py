@@ -13,7 +13,7 @@ import torch
 
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint.portable_write import parameter_groups
-from chatgot.checkpoint.retention import prune
+from chatgot.checkpoint.retention import Pruned, expected_bytes, make_room, prune
 from chatgot.checkpoint.save import save
 from chatgot.config.errors import CheckpointError, NumericsError
 from chatgot.config.run import RunConfig
@@ -74,6 +74,10 @@ class Loop:
     mfu: Mfu
     prompts: list[str]
     stop: StopSignals
+    estimated_bytes: int
+    """Of a checkpoint, until one shows it."""
+    damaged: set[str] = field(default_factory=set)
+    """Tags of checkpoints in the run folder that are known not to be whole."""
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -199,6 +203,7 @@ class Loop:
         with self.meter.paused("save"):
             started = time.monotonic()
             try:
+                made = self._make_room()
                 tag = save(self.engine.engine, self.out_dir / "checkpoints", self.client_state(), self._manifest(), self.ranks)
             except CheckpointError as error:
                 self._failed_saves += 1
@@ -211,12 +216,34 @@ class Loop:
             self.position.last_save_step = self.step
             self._last_save = time.monotonic()
             if self.ranks.rank == 0:
-                gone: list[str] = []
-                try:
-                    gone = prune(self.out_dir / "checkpoints", self.engine.config.chatgot.checkpoint)
-                except (OSError, CheckpointError) as error:  # the new checkpoint is safe; the old ones are tried again after the next save
-                    self.records.progress.say(f"WARNING: old checkpoints could not be deleted: {error}")
+                self.damaged.discard(tag)
+                pruned = prune(self.out_dir / "checkpoints", self.engine.config.chatgot.checkpoint, self.damaged)
+                self._say_pruned(pruned)
+                gone = [*made.tags, *pruned.tags]
                 self.records.event("saved", step=self.step, tag=tag, seconds=round(time.monotonic() - started, 3), pruned=gone)
+
+    def _make_room(self) -> Pruned:
+        """Rank 0 looks whether another checkpoint fits, all ranks follow. Collective.
+
+        Raises:
+            CheckpointError: on all ranks; it does not.
+        """
+        made, error = Pruned(), None
+        if self.ranks.rank == 0:
+            folder = self.out_dir / "checkpoints"
+            try:
+                expected = expected_bytes(folder, self.fields, self.estimated_bytes, self.damaged)
+                made = make_room(folder, self.engine.config.chatgot.checkpoint, expected, self.damaged)
+                self._say_pruned(made)
+            except CheckpointError as caught:
+                error = caught
+        self.ranks.agree(error)
+        return made
+
+    def _say_pruned(self, pruned: Pruned) -> None:
+        for warning in pruned.warnings:
+            self.records.progress.say(f"WARNING: {warning}")
+        self.damaged.update(pruned.damaged)
 
     def client_state(self) -> dict[str, Any]:
         """What DeepSpeed does not save. Collective: for ZeRO 0-2 only rank 0's client state is stored, so it holds every rank's RNG."""
