@@ -27,7 +27,7 @@ def preflight(
         CheckpointError: not even one fits, or the folder cannot be looked at.
     """
     needed, limit = retention.needed(expected_bytes), retention.budget(config)
-    two = expected_bytes + needed
+    two = 2 * needed  # the margin of the second one holds DeepSpeed's recovery scripts, 40 kB beside the checkpoints
     if limit is not None and limit < two:
         raise ConfigError(
             f"{json}: chatgot.checkpoint.disk_budget_gb = {config.disk_budget_gb:g} ({size.shown(limit)}): must have room for two "
@@ -62,8 +62,8 @@ def preflight(
     space = room.free + held
     if at_most > fitting(space):  # the one being written is among them: room is made for it before
         lines.append(
-            f"WARNING: the checkpoints that are kept need {size.shown(at_most * expected_bytes)}, and there are {size.shown(space)} for them: "
-            "saves will fail; make room, or lower chatgot.checkpoint.keep_last, keep_best or keep_every_steps, or set disk_budget_gb"
+            f"WARNING: the checkpoints that are kept need {size.shown(at_most * expected_bytes)}, and there are {size.shown(space)} for "
+            "them: saves will fail; make room, or lower chatgot.checkpoint.keep_last, keep_best or keep_every_steps, or set disk_budget_gb"
         )
     return lines
 

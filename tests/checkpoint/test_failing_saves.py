@@ -131,7 +131,7 @@ def test_damaged_checkpoint_is_named_once_left_alone_and_no_hindrance_to_deletin
         if step == 1:
             (out / "checkpoints" / "step-00000001" / "manifest.json").write_text("{")
         if step == 4:
-            [*(out / "checkpoints" / "step-00000003").glob("*.pt")][0].write_bytes(b"short")
+            next((out / "checkpoints" / "step-00000003").glob("*.pt")).write_bytes(b"short")
     said = capsys.readouterr().out
     assert said.count("WARNING") == 2
     for tag in ("step-00000001", "step-00000003"):
