@@ -164,11 +164,11 @@ def test_checkpoints_folder_of_a_run_never_exceeds_its_budget(tmp_path, text_fil
 
 def test_budget_without_room_for_two_is_refused_before_anything_is_written(tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml")
-    engine = budgeted(tmp_path, 0.0004)
+    engine = budgeted(tmp_path, 0.0006)
     out = tmp_path / "out"
     assert in_process.refused(in_process.argv(engine, out, config, text_file)) == 2
     error = capsys.readouterr().err
-    assert f"{engine}: chatgot.checkpoint.disk_budget_gb = 0.0004 (400 kB): must have room for two checkpoints" in error
+    assert f"{engine}: chatgot.checkpoint.disk_budget_gb = 0.0006 (600 kB): must have room for two checkpoints" in error
     assert not list(out.rglob("*"))
     found = re.search(r"give at least ([\d.]+)", error)
     assert found is not None
