@@ -21,12 +21,13 @@ from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.engine.build import TrainingEngine, mean_over_ranks
 from chatgot.engine.process_group import ControlGroup
-from chatgot.observe.journal import Events, Journal
+from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import samples, schedule
 from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
 
 
@@ -38,6 +39,11 @@ class Records:
     journal: Journal | None = None
     events: Events | None = None
     wandb: WandbRun | None = None
+    samples: Patient = field(init=False)
+    """Writes the files of samples/."""
+
+    def __post_init__(self) -> None:
+        self.samples = Patient("samples", self.progress.say)
 
     def event(self, kind: str, **fields: Any) -> None:
         """To events.jsonl, on rank 0."""
@@ -74,6 +80,7 @@ class Loop:
     mfu: Mfu
     prompts: list[str]
     stop: StopSignals
+    proof: Proof
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -90,6 +97,8 @@ class Loop:
         train = self.config.train
         while self.step < train.max_steps and self.stopped_by is None:
             loss = self._train_step()
+            # The one collective a step, before any line of this step: those of metrics.jsonl never go back within a run.
+            signalled, minutes_over = self.share(loss, self.stop.received is not None, self._minutes_over())
             step, last = self.step, self.step == train.max_steps
             self.meter.step(self.train_batches.tokens_per_step)
             if not self.engine.engine.was_step_applied():
@@ -98,19 +107,26 @@ class Loop:
                 self._log(step, loss)
             else:
                 self.records.progress.step(step)
-            improved = False
-            if last or (train.eval_every and step % train.eval_every == 0):
+            improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
+            sampled = last or (train.sample_every is not None and step % train.sample_every == 0)
+            if evaluated:
                 improved = self._evaluate(step)
-            if last or (train.sample_every and step % train.sample_every == 0):
+            if sampled:
                 self._sample(step)
-            signalled, minutes_over = self.ranks.any(self.stop.received is not None, self._minutes_over())
+            if evaluated or sampled:  # a signal may have come meanwhile
+                signalled = self.ranks.any(signalled or self.stop.received is not None)[0]
             if signalled and not last:
                 self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
             if last or signalled or self._save_due(step, minutes_over, improved):
                 self._save(last or signalled)
             yield step
 
+    def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
+        """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
+        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags)
+
     def _train_step(self) -> torch.Tensor:
+        self.proof.begin_step()
         scheduled = self.engine.config.chatgot.schedule
         if scheduled is not None:
             self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
@@ -179,11 +195,12 @@ class Loop:
                 self.engine.engine, self.prompts, self.data.tokenizer, self.config.train, self.config.model.max_seq_length, self.ranks
             )
             if self.ranks.rank == 0:
-                path = samples.write(self.out_dir / "samples", step, drawn)
-                self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
+                path, text = samples.path(self.out_dir / "samples", step), samples.as_text(drawn)
+                if self.records.samples.attempt(lambda: samples.write(path, text)):
+                    self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
                 self.records.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")
                 if self.records.wandb is not None:
-                    self.records.wandb.log_text("samples", path.read_text(encoding="utf-8"), step)
+                    self.records.wandb.log_text("samples", text, step)
 
     def _minutes_over(self) -> bool:
         minutes = self.engine.config.chatgot.checkpoint.every_minutes
@@ -196,6 +213,7 @@ class Loop:
 
     def _save(self, must: bool) -> None:
         """Save; a failure leaves training going, until it is the last chance or the third in a row."""
+        self.proof.flush()
         with self.meter.paused("save"):
             started = time.monotonic()
             try:
