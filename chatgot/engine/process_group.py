@@ -78,10 +78,8 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What decides how a sum is rounded: the GPU's name, or the CPU's vector unit and number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    """What decides how a sum is rounded, beside the number of threads: the GPU's name, or the CPU's vector unit ('cpu AVX512')."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def deterministic(device: torch.device) -> bool:

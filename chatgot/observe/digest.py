@@ -141,7 +141,7 @@ def terms(before: Setup | None, now: Setup | None) -> Terms:
     if before is None or now is None:
         return Terms(("batch",), why="events.jsonl does not tell the settings of one of them")
     if before.numbers != now.numbers:
-        what = "; ".join(now.changes or before.changes) or "see the changes in events.jsonl"
+        what = "; ".join(now.changes) or "see the changes in events.jsonl"
         return Terms(("batch",) if before.seed == now.seed else (), why=f"settings were changed ({what})")
     keys = sorted(before.topology.keys() | now.topology.keys())
     changed = [key for key in keys if before.topology.get(key) != now.topology.get(key)]

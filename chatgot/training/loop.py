@@ -122,6 +122,10 @@ class Loop:
                 self._save(last or signalled)
             yield step
 
+    def advance(self) -> None:
+        """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
+        self.share(self._train_step())
+
     def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
         return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags)

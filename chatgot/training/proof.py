@@ -78,6 +78,7 @@ def setup(
         changes: lines of run_folder.changed_settings.
     """
     settings = flattened(config.to_dict()) | flattened(engine.to_dict(), "ds.")
+    settings = {name: value for name, value in settings.items() if not name.endswith(".nvme_path")}
     numbers = {name: value for name, value in settings.items() if changes_numbers(name)}
     if engine.chatgot.schedule is None or engine.chatgot.schedule.type == "constant":
         numbers.pop("train.max_steps")  # the rate does not depend on how long the run will be
@@ -89,6 +90,7 @@ def setup(
         "micro_batch": engine.micro_batch_size,
         "compile": engine.chatgot.compile.enabled,
         "device": device,
+        "threads": torch.get_num_threads() if device.startswith("cpu") else None,
         "torch": versions["torch"],
         "deepspeed": versions["deepspeed"],
         "layout": _hash({name: value for name, value in settings.items() if name.startswith(_ROUNDING)}),
@@ -208,14 +210,24 @@ class Overlap:
         self._event = event
         self._say = say
         self._terms = {name: digest.terms(known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}}
-        reasons = [terms.describe() for terms in self._terms.values() if not terms.exact]
-        self.exact = not reasons
-        self.compares = "; ".join(dict.fromkeys(reasons)) or "bit for bit"
+        self._used: dict[str, digest.Terms] = {}
+        self.compares_anything = any(terms.exactly for terms in self._terms.values())
         self._open = True
         if not self.expected:
             self._nothing("the journal ends at the checkpoint")
-        elif not any(terms.exactly for terms in self._terms.values()):
-            self._nothing(f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: {self.compares}")
+        elif not self.compares_anything:
+            why = _describe(self._terms)
+            self._nothing(f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: {why}")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the steps so far were compared bit for bit."""
+        return all(terms.exact for terms in self._used.values())
+
+    @property
+    def compares(self) -> str:
+        """What of them was compared, and why not more; 'bit for bit'."""
+        return _describe(self._used)
 
     def _nothing(self, why: str) -> None:
         self._open = False
@@ -227,6 +239,7 @@ class Overlap:
             return
         journal = self.expected.get(step)
         if journal is not None:
+            self._used[journal.setup] = self._terms[journal.setup]
             found = digest.first_difference(journal, now, self._terms[journal.setup], step - self.from_step)
             if found is not None:
                 self._differs(step, found)
@@ -264,7 +277,13 @@ class Overlap:
             return
         self._open = False
         self._event("resume_verified", ended_first=True, **self._counts())
-        self._say(f"resume verified {self.compared}/{len(self.expected)} ({self.compares}); the run ended first")
+        how = f" ({self.compares})" if self.compared else ""
+        self._say(f"resume verified {self.compared}/{len(self.expected)}{how}; the run ended first")
+
+
+def _describe(terms: dict[str, digest.Terms]) -> str:
+    reasons = [one.describe() for one in terms.values() if not one.exact]
+    return "; ".join(dict.fromkeys(reasons)) or "bit for bit"
 
 
 def _sent(value: Any) -> Any:
