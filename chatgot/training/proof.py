@@ -137,7 +137,8 @@ class Proof:
         self.journal: Journal | None = None
         """Rank 0's, with the id of the setup; both are set before the first step."""
         self._ranks = ranks
-        self._lags = device.type == "cuda"
+        self.lags = device.type == "cuda"
+        """Whether a digest follows one step after its own."""
         self._late: _Step | None = None
         self._rng = 0
 
@@ -154,9 +155,11 @@ class Proof:
             loss: this rank's, a scalar on the device.
         """
         done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, None)
-        if self._lags:
-            done.loss, done.grad_norm, done.arrived = _sent(loss), _sent(done.grad_norm), torch.cuda.Event()
-            done.arrived.record()
+        if self.lags:
+            done.loss, done.grad_norm = _sent(loss), _sent(done.grad_norm)
+            if loss.is_cuda:
+                done.arrived = torch.cuda.Event()
+                done.arrived.record()
             done, self._late = self._late, done
         return self._share(done, flags)
 

@@ -57,6 +57,22 @@ def test_lines_of_the_journal_never_go_back_within_a_run(tmp_path, text_file):
     assert len(steps) == 3 * STEPS
 
 
+def test_digests_that_lag_a_step_behind_are_the_same_and_none_is_missing_at_a_checkpoint(tmp_path, text_file, monkeypatch):
+    """As on a GPU, where reading a loss at once would wait for the step."""
+    for name in ("plain", "late"):
+        (tmp_path / name).mkdir()
+        line = [*words(tmp_path / name, text_file), "train.log_every=1"]
+        loop = in_process.prepare(line)
+        loop.proof.lags = name == "late"
+        for step in loop.steps():
+            known = max(digest.history(tmp_path / name / "out").digests, default=0)
+            assert known == (step if name == "plain" or step in (SAVE, 2 * SAVE, STEPS) else step - 1)
+    late, plain = (digest.history(tmp_path / name / "out").digests for name in ("late", "plain"))
+    assert late == plain
+    steps = [record["step"] for record in read_journal(tmp_path / "late" / "out" / "metrics.jsonl")[0]]
+    assert steps == sorted(steps)
+
+
 def test_an_interrupted_comparison_says_how_far_it_came(tmp_path, text_file, capsys):
     line = left(tmp_path, text_file)
     assert in_process.train([*line, f"train.max_steps={SAVE + 1}", "ds.chatgot.schedule.type=constant"]) == 0
