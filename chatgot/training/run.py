@@ -69,6 +69,7 @@ def finish(loop: Loop) -> int:
     try:
         for _ in loop.steps():
             pass
+        loop.proof.end()
         exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
         if loop.stopped_by:
             records.event("preempted", step=loop.step, signal=loop.stopped_by)
