@@ -229,11 +229,19 @@ def _write_and_hash(
         for name in manifest.listed(folder):
             if writer(name) % ranks.world_size == ranks.rank:
                 faults.operation(f"flush and hash {name}")
-                manifest.sync(folder / name)
-                own[name] = manifest.measure(folder / name)
+                own[name] = _flushed_and_measured(folder / name)
     except (OSError, RuntimeError) as caught:  # torch.save reports a full disk as a RuntimeError
         return {}, _refusal(folder, caught)
     return own, None
+
+
+def _flushed_and_measured(path: Path) -> dict[str, Any]:
+    """Hashes the file out of the page cache while the disk still writes it."""
+    with ThreadPoolExecutor(1) as thread:
+        flushed = thread.submit(manifest.sync, path)
+        measured = manifest.measure(path)
+        flushed.result()
+    return measured
 
 
 def _not_the_same_folder(folder: Path, gathered: list[Measured]) -> CheckpointError | None:

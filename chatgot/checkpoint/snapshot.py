@@ -91,7 +91,8 @@ def _like(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     if isinstance(original, torch.nn.Parameter):
         copy = torch.nn.Parameter(copy, requires_grad=original.requires_grad)
     copy.requires_grad_(original.requires_grad)
-    copy.__dict__.update(vars(original))
+    for name, value in vars(original).items():
+        setattr(copy, name, value)
     return copy
 
 

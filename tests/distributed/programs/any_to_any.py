@@ -31,7 +31,7 @@ from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json
 
-STEPS, MORE = 3, 10
+STEPS, MORE = 3, 20
 
 
 def start(case: dict[str, Any], place: Place, device: torch.device, seed: int) -> tuple[TrainingEngine, TrainBatches, dict[str, Any]]:
