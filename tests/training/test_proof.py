@@ -233,3 +233,12 @@ def test_numbers_of_the_journal_are_the_bits(tmp_path, text_file):
     raw = (out / "metrics.jsonl").read_text().splitlines()
     for line in raw:
         assert json.dumps(json.loads(line)) == line
+
+
+def test_exchanged_random_states_of_two_ranks_are_noticed():
+    rng.seed(1, 0)
+    first, second = rng.fingerprint(0), rng.fingerprint(1)
+    assert first != second
+    assert rng.fingerprint(0) == first
+    torch.rand(1)
+    assert rng.fingerprint(0) != first
