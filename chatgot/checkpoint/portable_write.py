@@ -65,7 +65,7 @@ def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
         for piece in owned:
             flat = piece.tensor.data.view(-1)
             for f in piece.fragments:
-                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.flatten()[f.start : f.start + f.numel]
+                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.read(f.start, f.numel)
         for name, buffer in engine.module.named_buffers():
             if name in state.buffers:
                 buffer.copy_(state.buffers[name])
@@ -196,7 +196,7 @@ def _write_optimizer_state(engine: Any, piece: Owned, state: PortableState) -> N
     for key in kept:
         flat = target[key].view(-1)
         for f in piece.momentum if key == MOMENTUM else piece.fragments:
-            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].flatten()[f.start : f.start + f.numel]
+            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].read(f.start, f.numel)
     scalars = state.parameters[piece.fragments[0].name].scalars
     for key, value in scalars.items():
         if isinstance(target.get(key), torch.Tensor):
