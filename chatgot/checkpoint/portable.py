@@ -53,7 +53,6 @@ class PortableState:
     global_samples: int
     loss_scaler: dict[str, float | int] | None
     """LOSS_SCALER_FIELDS of fp16's dynamic loss scaler; None where there was none."""
-    lr_scheduler: dict[str, Any] | None
     client_state: dict[str, Any]
 
 
@@ -96,7 +95,6 @@ def _read_portable(found: Found) -> PortableState:
         skipped_steps=model["skipped_steps"],
         global_samples=model["global_samples"],
         loss_scaler=loss_scaler,
-        lr_scheduler=model.get("lr_scheduler"),
         client_state=model["chatgot"],
     )
 
