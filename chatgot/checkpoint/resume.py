@@ -26,12 +26,13 @@ def layout(deepspeed: dict[str, Any]) -> dict[str, Any]:
     """What else, besides stage, ranks and precision, decides the layout of DeepSpeed's files: of a resolved JSON, for the manifest."""
     zero = deepspeed.get("zero_optimization")
     stated = {key: zero[key] for key in _LAYOUT if zero.get(key) is not None} if isinstance(zero, dict) else {}
+    ratio = stated.get("offload_optimizer", {}).get("ratio", 1.0)
     for key in ("offload_optimizer", "offload_param"):
         if key in stated:
             stated[key] = stated[key].get("device", "none")
-    stated["grad_accum_dtype"] = (deepspeed.get("data_types") or {}).get("grad_accum_dtype")
-    if stated.get("offload_optimizer") == "cpu" and (ratio := zero["offload_optimizer"].get("ratio", 1.0)) < 1:
+    if stated.get("offload_optimizer") == "cpu" and ratio < 1:
         stated["offload_optimizer.ratio"] = ratio
+    stated["grad_accum_dtype"] = (deepspeed.get("data_types") or {}).get("grad_accum_dtype")
     return {key: value for key, value in stated.items() if value not in (None, "none", False)}
 
 
