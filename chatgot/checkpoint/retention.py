@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from chatgot.checkpoint import faults, manifest
-from chatgot.checkpoint.save import UNFINISHED
+from chatgot.checkpoint.publish import UNFINISHED
 from chatgot.config.chatgot_section import CheckpointConfig
 
 

@@ -5,7 +5,6 @@ DeepSpeed gets what the file states, value for value, plus what was derived; Cha
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from chatgot.config.deepspeed_file import plain_copy, read_tree
 from chatgot.config.deepspeed_values import Problems, Values, read_values, shown
 from chatgot.config.device import DeviceFacts
 from chatgot.config.errors import ConfigError
-from chatgot.config.fields import read_section
+from chatgot.config.fields import read_section, to_plain
 from chatgot.config.overrides import apply_overrides
 
 Precision = Literal["fp32", "bf16", "fp16", "autocast_bf16", "autocast_fp16"]
@@ -75,10 +74,10 @@ class EngineConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal EngineConfig."""
-        chatgot = dataclasses.asdict(self.chatgot)
+        chatgot = to_plain(self.chatgot)
         if self.activation_checkpointing is None:
             del chatgot["activation_checkpointing"]  # would do nothing without the DeepSpeed section, and is refused
-        return {**plain_copy(self.deepspeed), "wandb": dataclasses.asdict(self.wandb), "chatgot": chatgot}
+        return {**plain_copy(self.deepspeed), "wandb": to_plain(self.wandb), "chatgot": chatgot}
 
 
 def read_engine_config(

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from chatgot.checkpoint import faults, load, manifest, rng
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import Difference
+from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
-from chatgot.checkpoint.save import take_back
+from chatgot.checkpoint.save import Saver
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
-from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, DataError
+from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError, DataError
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
@@ -76,8 +77,9 @@ def finish(loop: Loop) -> int:
             records.progress.say(f"stopped by {loop.stopped_by} at step {loop.step}; saved. Run the same command again to go on (exit 75)")
         else:
             records.event("finished", **{**loop.position.last_val, "step": loop.step})
-    except ChatGoTError as error:
+    except ChatGoTError as error:  # of all ranks together
         exit_code = error.exit_code
+        _finish_saving(loop)
         records.event("failed", step=loop.step, error=str(error), exit_code=exit_code)
         raise
     finally:
@@ -92,6 +94,14 @@ def finish(loop: Loop) -> int:
     if exit_code == EXIT_DONE and loop.ranks.rank == 0:
         _say_what_next(loop)
     return exit_code
+
+
+def _finish_saving(loop: Loop) -> None:
+    """A run that ends with an error leaves the checkpoint that it was saving in the background."""
+    try:
+        loop.finish_saving()
+    except CheckpointError as error:
+        loop.records.progress.say(f"WARNING: {error}")
 
 
 def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | None = None) -> Loop:
@@ -166,6 +176,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         ),
         prompts=prompts,
         stop=StopSignals(),
+        saver=Saver(arguments.out_dir / "checkpoints", engine_config.chatgot.checkpoint, ranks),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
     _open_records(loop, arguments, found, place, [note.removeprefix(CHANGED) for note in load_notes])
