@@ -52,6 +52,12 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="auto|must|never|PATH[@TAG]",
         help="auto: go on if the run folder has a checkpoint, else start, and say which (default)",
     )
+    parser.add_argument(
+        "--allow_data_change",
+        action="store_true",
+        help="resume with other data, or with another train.seed, which orders them; the run goes on at the same sample number",
+    )
+    parser.add_argument("--allow_batch_change", action="store_true", help="resume with another train_batch_size")
     parser.add_argument("--run_name", help="name on the dashboard (default: the run folder's name)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers")
@@ -75,6 +81,8 @@ def train(argv: Sequence[str] | None = None) -> None:
                 config=arguments.config,
                 data=arguments.data,
                 resume_from=arguments.resume_from,
+                allow_data_change=arguments.allow_data_change,
+                allow_batch_change=arguments.allow_batch_change,
                 overrides=tuple(arguments.overrides),
                 run_name=arguments.run_name,
                 local_rank=arguments.local_rank,

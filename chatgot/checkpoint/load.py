@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatgot.checkpoint import manifest, pickles
+from chatgot.checkpoint import lr_scheduler, manifest, pickles
+from chatgot.checkpoint.manifest import Difference
 from chatgot.checkpoint.ranks import Ranks
 from chatgot.config.errors import CheckpointError, ConfigError
 
@@ -156,19 +158,34 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
     return found
 
 
-def refuse_differences(found: Found, now: dict[str, Any]) -> None:
+def refuse_differences(found: Found, now: dict[str, Any], allowed: Collection[str] = ()) -> list[Difference]:
     """Compare the manifest with what this run would be, before an engine is built.
 
+    Args:
+        now: the manifest's fields of this run.
+        allowed: switches of train.py that were given (manifest.MUST_MATCH).
+
+    Returns:
+        The differences that the switches allow.
+
     Raises:
-        CheckpointError: with one line per difference.
+        CheckpointError: with a table of all others, and the switches that would allow them.
     """
-    lines = manifest.differences(found.manifest, now)
-    if lines:
+    different = manifest.differences(found.manifest, now, manifest.MUST_MATCH)
+    refused = [one for one in different if manifest.MUST_MATCH[one.field] not in allowed]
+    if refused:
+        rows = [("", "checkpoint", "this run", ""), *((d.name, d.before, d.now, manifest.MUST_MATCH[d.field] or "") for d in refused)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            f"  {name:{widths[0]}}  {before:{widths[1]}} | {after:{widths[2]}}" + (f"  allowed by {switch}" if switch else "")
+            for name, before, after, switch in rows
+        ]
         raise CheckpointError(
-            f"{found.path}: does not fit this run (checkpoint | now):\n  "
-            + "\n  ".join(lines)
+            f"{found.path}: does not fit this run:\n"
+            + "\n".join(line.rstrip() for line in lines)
             + "\nGive the same settings, or start a new run in another --out_dir"
         )
+    return different
 
 
 def load(engine: Any, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
@@ -189,7 +206,7 @@ def load(engine: Any, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[
     try:
         # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
         with contextlib.redirect_stdout(io.StringIO()), pickles.weights_only():
-            path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag)
+            path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
         if path is None or "chatgot" not in (loaded or {}):
             error = CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
         else:
@@ -197,7 +214,9 @@ def load(engine: Any, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[
     except Exception as caught:  # noqa: BLE001 - AssertionError, KeyError, EOFError, RuntimeError, ...: each means "does not load"
         error = CheckpointError(f"{found.path}: cannot be loaded: {pickles.explained(caught)}")
     ranks.agree(error)
-    return client_state, _reapply(engine, wished)
+    notes = _reapply(engine, wished)
+    lr_scheduler.go_on(engine)
+    return client_state, notes
 
 
 def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
@@ -205,12 +224,10 @@ def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
     for index, (group, ours) in enumerate(zip(engine.optimizer.param_groups, wished)):
         for key, value in ours.items():
             theirs = group.get(key)
-            if _plain(theirs) != _plain(value) and key not in ("lr", "initial_lr"):  # the schedule sets lr before every step
+            if _plain(theirs) != _plain(value) and key not in lr_scheduler.moved(engine):
                 notes.append(f"optimizer group {index}: {key} was {theirs!r}, is now {value!r} (from the JSON)")
             group[key] = value
     if hasattr(engine.optimizer, "clip_grad"):
-        if engine.optimizer.clip_grad != engine.gradient_clipping():
-            notes.append(f"gradient_clipping was {engine.optimizer.clip_grad!r}, is now {engine.gradient_clipping()!r} (from the JSON)")
         engine.optimizer.clip_grad = engine.gradient_clipping()
     return notes
 

@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import stat
+import string
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,8 +18,35 @@ from chatgot.config.errors import CheckpointError
 NAME = "manifest.json"
 FORMAT_VERSION = 2
 
-MUST_MATCH = ("model", "parameters", "tokenizer", "data", "train_batch_size")
-"""Fields of the manifest that a resumed run must share with its checkpoint."""
+MUST_MATCH: dict[str, str | None] = {
+    "model": None,
+    "parameters": None,
+    "tokenizer": None,
+    "optimizer": None,
+    "data": "--allow_data_change",
+    "train": "--allow_data_change",
+    "train_batch_size": "--allow_batch_change",
+}
+"""Fields of the manifest that a resumed run must share with its checkpoint -> the switch of train.py that lets them differ, if any."""
+
+HASHING_THREADS = 4
+"""Files that are hashed at once; hashlib lets other threads run meanwhile."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A value of the manifest that is another one now."""
+
+    field: str
+    """Of the manifest."""
+    name: str
+    """The field, or field.key where it has keys."""
+    before: str
+    """As shown: fingerprints are shortened."""
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} -> {self.now}"
 
 
 def parameter_fingerprint(named_shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
@@ -120,27 +150,38 @@ def verify(folder: Path, fields: dict[str, Any], contents: bool = True) -> None:
         raise CheckpointError(f"file {unlisted[0]}: is not in the manifest")
     if not contents:
         return
-    for name, expected in files.items():
-        try:
-            found = measure(folder / name)["sha256"]
-        except OSError as error:
-            raise CheckpointError(f"file {name}: cannot be read: {error}") from error
-        if found != expected["sha256"]:
-            raise CheckpointError(f"file {name}: its contents have changed (sha256 {found[:12]}…, not {expected['sha256'][:12]}…)")
+    executor = ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="hash")
+    try:
+        measured = [(name, executor.submit(measure, folder / name)) for name in files]
+        for name, future in measured:  # in the manifest's order, whichever is done first
+            try:
+                found = future.result()["sha256"]
+            except OSError as error:
+                raise CheckpointError(f"file {name}: cannot be read: {error}") from error
+            if found != (expected := files[name]["sha256"]):
+                raise CheckpointError(f"file {name}: its contents have changed (sha256 {found[:12]}…, not {expected[:12]}…)")
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line per field of MUST_MATCH that differs: 'field: checkpoint | now'. Nested fields are compared key by key."""
-    lines = []
-    for field in MUST_MATCH:
+def differences(saved: dict[str, Any], now: dict[str, Any], fields: Iterable[str]) -> list[Difference]:
+    """What differs in the given fields between a checkpoint's manifest and another one; fields with keys are compared key by key."""
+    found = []
+    for field in fields:
         before, after = saved.get(field), now.get(field)
         if isinstance(before, dict) and isinstance(after, dict):
-            for key in sorted(before.keys() | after.keys()):
-                if before.get(key) != after.get(key):
-                    lines.append(f"{field}.{key}: {before.get(key)!r} | {after.get(key)!r}")
-        elif before != after:
-            lines.append(f"{field}: {before!r} | {after!r}")
-    return lines
+            pairs = {f"{field}.{key}": (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
+        else:
+            pairs = {field: (before, after)}
+        found += [Difference(field, name, _shown(a), _shown(b)) for name, (a, b) in pairs.items() if a != b]
+    return found
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 and set(text) <= set(string.hexdigits) else text
 
 
 def write_atomically(path: Path, text: str, before: Callable[[str], None] = lambda operation: None) -> None:

@@ -37,11 +37,17 @@ def weights_only() -> Iterator[None]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One file of a checkpoint, on the CPU."""
+    """One file of a checkpoint. Its tensors are on the CPU and memory-mapped: their elements are read from the file when they are used.
+
+    Only torch's zip format can be mapped; with checkpoint.checkpoint_serialization = false in the JSON, DeepSpeed writes the older one,
+    which is read as a whole.
+    """
     import torch
 
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch/serialization.py, _is_zipfile
     with weights_only():
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def explained(error: Exception) -> str:

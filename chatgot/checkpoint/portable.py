@@ -1,4 +1,7 @@
-"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and precision wrote it."""
+"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and precision wrote it.
+
+Only the layout is read here: the elements stay in the memory-mapped files until somebody asks a StoredTensor for a range of them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from chatgot.checkpoint import pickles
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.shards import Fragment, cut_each, cut_group, whole
+from chatgot.checkpoint.stored_tensor import StoredTensor, join, stored
 from chatgot.config.errors import CheckpointError
 
 MOMENTUM = "momentum_buffer"
@@ -21,13 +25,13 @@ LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 @dataclass
 class PortableParameter:
-    """One parameter. Tensors are on the CPU and have the parameter's shape."""
+    """One parameter. Its tensors have the parameter's shape."""
 
-    weight: torch.Tensor
-    """fp32: the master weight where there is one."""
+    weight: StoredTensor
+    """The fp32 master weight where there is one."""
     group: int
     """Index into PortableState.groups."""
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    moments: dict[str, StoredTensor] = field(default_factory=dict)
     """By the optimizer's own names: exp_avg, exp_avg_sq, momentum_buffer."""
     scalars: dict[str, float | int] = field(default_factory=dict)
     """The optimizer's single numbers for this parameter: step."""
@@ -42,27 +46,28 @@ class PortableState:
     groups: list[dict[str, Any]]
     """Hyper-parameters of the optimizer's parameter groups; empty where zero_optimization.elastic_checkpoint did not keep them."""
     buffers: dict[str, torch.Tensor]
+    tied: dict[str, str]
+    """Other names of parameters in the model's state dict: name -> the parameter's."""
     global_steps: int
     skipped_steps: int
     global_samples: int
     loss_scaler: dict[str, float | int] | None
     """LOSS_SCALER_FIELDS of fp16's dynamic loss scaler; None where there was none."""
-    lr_scheduler: dict[str, Any] | None
     client_state: dict[str, Any]
 
 
 def read_portable(found: Found) -> PortableState:
-    """Read every file of a checkpoint and put the parts together, on the CPU.
+    """Open every file of a checkpoint and find each parameter's pieces in them.
 
     Raises:
-        CheckpointError: a file is missing, cannot be read, or does not fit the others.
+        CheckpointError: a file is missing, cannot be read, or does not fit the others: the pieces must be all elements, each once.
     """
     try:
         return _read_portable(found)
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{found.path}: cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{found.path}: cannot be read: {pickles.explained(error)}") from error
 
 
 def _read_portable(found: Found) -> PortableState:
@@ -79,15 +84,17 @@ def _read_portable(found: Found) -> PortableState:
         shards = [pickles.read(path)["optimizer_state_dict"] for path in paths]
         parameters, groups = (_stage_3 if "fp32_flat_groups" in shards[0] else _flat_groups)(found, model["param_shapes"], shards)
         loss_scaler = _loss_scaler(shards[0].get("loss_scaler"))
+    buffers = {name: model["module"][name] for name in model.get("buffer_names") or [] if name in model["module"]}
+    shared = model.get("shared_params")
     return PortableState(
         parameters=parameters,
         groups=groups,
-        buffers={name: model["module"][name] for name in model.get("buffer_names") or [] if name in model["module"]},
+        buffers=buffers,
+        tied=dict(shared) if shared is not None else _tied(model["module"], parameters, buffers),
         global_steps=model["global_steps"],
         skipped_steps=model["skipped_steps"],
         global_samples=model["global_samples"],
         loss_scaler=loss_scaler,
-        lr_scheduler=model.get("lr_scheduler"),
         client_state=model["chatgot"],
     )
 
@@ -105,12 +112,24 @@ def _without_zero(found: Found, model: dict[str, Any]) -> tuple[dict[str, Portab
     for index, (group, members) in enumerate(zip(names, numbers)):
         for name, number in zip(group, members):
             weight = model["module"][name]
-            parameter = parameters[name] = PortableParameter(weight.float(), index)
+            parameter = parameters[name] = PortableParameter(stored(weight, weight.shape), index)
             for key, value in states.get(number, {}).items():
                 if not _is_scalar(value):
-                    parameter.moments[key] = value.float().reshape(weight.shape)
+                    parameter.moments[key] = stored(value, weight.shape)
             parameter.scalars = _scalars(states.get(number, {}), model["optimizer"]["param_groups"][index])
     return parameters, groups
+
+
+def _tied(module: dict[str, torch.Tensor], parameters: dict[str, PortableParameter], buffers: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Without ZeRO DeepSpeed does not list the names of tied weights; they are the names left over, with the values of a parameter."""
+    tied = {}
+    for name in module.keys() - parameters.keys() - buffers.keys():
+        copy, alike = module[name], [p for p in parameters if module[p].shape == module[name].shape]
+        same = [p for p in alike if module[p].data_ptr() == copy.data_ptr()] or [p for p in alike if torch.equal(module[p], copy)]
+        if not same:
+            raise ValueError(f"{name}: neither a parameter of the optimizer, nor a buffer, nor another name of a parameter")
+        tied[name] = same[0]
+    return tied
 
 
 def _flat_groups(
@@ -207,34 +226,6 @@ def _assemble(
             raise CheckpointError(f"{found.path}: parameter {name} is there twice")
         moments = {key: values[name] for key, values in tensors.items() if key}
         parameters[name] = PortableParameter(tensors[""][name], group, moments, dict(scalars))
-
-
-def join(
-    shapes: dict[str, torch.Size], owned: list[list[Fragment]], held: list[list[Fragment]], parts: list[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Whole fp32 tensors out of every rank's part.
-
-    Args:
-        owned: by rank, the pieces that it is the owner of; together they are all elements, each once.
-        held: by rank, the pieces that its part holds; the owned ones or more.
-        parts: by rank, its flat tensor.
-
-    Raises:
-        ValueError: the pieces are not all elements.
-    """
-    flat = {name: torch.empty(shape.numel(), dtype=torch.float32) for name, shape in shapes.items()}
-    count = dict.fromkeys(shapes, 0)
-    for own, have, part in zip(owned, held, parts):
-        place = {fragment.name: fragment for fragment in have}
-        for piece in own:
-            source = place[piece.name]
-            offset = source.offset + piece.start - source.start
-            flat[piece.name][piece.start : piece.start + piece.numel] = part.detach()[offset : offset + piece.numel]
-            count[piece.name] += piece.numel
-    short = [name for name, shape in shapes.items() if count[name] != shape.numel()]
-    if short:
-        raise ValueError(f"{short[0]}: the shards have {count[short[0]]} of {shapes[short[0]].numel()} elements")
-    return {name: flat[name].view(shape) for name, shape in shapes.items()}
 
 
 def _base_groups(shard: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from chatgot.checkpoint import lr_scheduler
 from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, PortableState
 from chatgot.checkpoint.ranks import Ranks
 from chatgot.checkpoint.shards import Fragment, cut_each, cut_group, whole
 from chatgot.config.errors import CheckpointError
 
-NOT_COMPARED = frozenset(
-    ["lr", "initial_lr", "params", "step", "name", "fused", "foreach", "capturable", "differentiable", "_ds_source_param_group_id"]
-)
-"""Keys of an optimizer group that the schedule sets, or that do not change what is computed."""
+NOT_COMPARED = frozenset(["params", "step", "name", "fused", "foreach", "capturable", "differentiable", "_ds_source_param_group_id"])
+"""Keys of an optimizer group that do not change what is computed."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
         for piece in owned:
             flat = piece.tensor.data.view(-1)
             for f in piece.fragments:
-                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.flatten()[f.start : f.start + f.numel]
+                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.read(f.start, f.numel)
         for name, buffer in engine.module.named_buffers():
             if name in state.buffers:
                 buffer.copy_(state.buffers[name])
@@ -75,8 +74,7 @@ def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
     if scaler is not None and scaler.dynamic and state.loss_scaler is not None:
         for key in LOSS_SCALER_FIELDS:
             setattr(scaler, key, state.loss_scaler[key])
-    if engine.lr_scheduler is not None and state.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(state.lr_scheduler)
+    lr_scheduler.go_on(engine)
 
 
 def hyper_parameter_changes(engine: Any, state: PortableState) -> list[str]:
@@ -86,7 +84,7 @@ def hyper_parameter_changes(engine: Any, state: PortableState) -> list[str]:
     for group, members in zip(*_groups(engine)):
         for parameter in members:
             saved = state.groups[state.parameters[names[id(parameter)]].group] if state.groups else {}
-            for key in saved.keys() & group.keys() - NOT_COMPARED:
+            for key in saved.keys() & group.keys() - NOT_COMPARED - lr_scheduler.moved(engine):
                 before, now = _plain(saved[key]), _plain(group[key])
                 if before != now:
                     label = group.get("name") or f"weight_decay {group.get('weight_decay')!r}"
@@ -197,7 +195,7 @@ def _write_optimizer_state(engine: Any, piece: Owned, state: PortableState) -> N
     for key in kept:
         flat = target[key].view(-1)
         for f in piece.momentum if key == MOMENTUM else piece.fragments:
-            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].flatten()[f.start : f.start + f.numel]
+            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].read(f.start, f.numel)
     scalars = state.parameters[piece.fragments[0].name].scalars
     for key, value in scalars.items():
         if isinstance(target.get(key), torch.Tensor):

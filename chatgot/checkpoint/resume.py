@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatgot.checkpoint import load
+from chatgot.checkpoint import load, manifest
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable_write import hyper_parameter_changes, write_portable
 from chatgot.checkpoint.ranks import Ranks
 from chatgot.config.errors import CheckpointError
 
+CHANGED = "changed since the checkpoint: "
+
 MAY_CHANGE = ("world_size", "zero_stage", "precision", "layout")
 """Fields of the manifest that decide what DeepSpeed's files look like."""
+
+ANNOUNCED = ("learning_rates", "gradient_clipping")
+"""Fields of the manifest that follow the JSON, and that not every stage's files hold as the JSON said them."""
 
 _LAYOUT = ("offload_optimizer", "offload_param", "sub_group_size", "round_robin_gradients", "parameter_alignment", "elastic_checkpoint")
 
@@ -21,29 +26,35 @@ def layout(deepspeed: dict[str, Any]) -> dict[str, Any]:
     """What else, besides stage, ranks and precision, decides the layout of DeepSpeed's files: of a resolved JSON, for the manifest."""
     zero = deepspeed.get("zero_optimization")
     stated = {key: zero[key] for key in _LAYOUT if zero.get(key) is not None} if isinstance(zero, dict) else {}
+    ratio = stated.get("offload_optimizer", {}).get("ratio", 1.0)
     for key in ("offload_optimizer", "offload_param"):
         if key in stated:
             stated[key] = stated[key].get("device", "none")
+    if stated.get("offload_optimizer") == "cpu" and ratio < 1:
+        stated["offload_optimizer.ratio"] = ratio
     stated["grad_accum_dtype"] = (deepspeed.get("data_types") or {}).get("grad_accum_dtype")
     return {key: value for key, value in stated.items() if value not in (None, "none", False)}
 
 
-def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line per field of MAY_CHANGE that differs: 'world_size: 2 -> 1'."""
-    lines = []
-    for field in MAY_CHANGE:
-        before, after = saved.get(field), now.get(field)
-        if isinstance(before, dict) and isinstance(after, dict):
-            for key in sorted(before.keys() | after.keys()):
-                if before.get(key) != after.get(key):
-                    lines.append(f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}")
-        elif before != after:
-            lines.append(f"{field}: {_shown(before)} -> {_shown(after)}")
-    return lines
+def refuse_layouts(found: Found, now: dict[str, Any]) -> None:
+    """Refuse what cannot be read or filled parameter by parameter, before an engine is built.
 
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None else str(value)
+    Raises:
+        CheckpointError: something of MAY_CHANGE differs, and the checkpoint or this run offloads to NVMe or a part of the optimizer only.
+    """
+    changed = manifest.differences(found.manifest, now, MAY_CHANGE)
+    if not changed:
+        return
+    for whose, fields in (("the checkpoint's run", found.manifest), ("this run", now)):
+        kept = fields.get("layout") or {}
+        nvme = [f"zero_optimization.{key}.device = nvme" for key in ("offload_optimizer", "offload_param") if kept.get(key) == "nvme"]
+        part = [f"zero_optimization.{key} = {kept[key]}" for key in ("offload_optimizer.ratio",) if key in kept]
+        if stated := nvme + part:
+            raise CheckpointError(
+                f"{found.path}: {whose} has {stated[0]}, and such a run can be resumed with the same settings only, but different are "
+                + ", ".join(str(one).removeprefix("layout.") for one in changed)
+                + ". Resume with the checkpoint's settings; to be free to move, offload to the CPU, with ratio 1"
+            )
 
 
 def resume(engine: Any, found: Found, now: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
@@ -58,9 +69,11 @@ def resume(engine: Any, found: Found, now: dict[str, Any], ranks: Ranks) -> tupl
     Raises:
         CheckpointError: on all ranks, if any could not load.
     """
-    notes = changes(found.manifest, now)
-    if not notes:
-        return load.load(engine, found, ranks)
+    changed = manifest.differences(found.manifest, now, MAY_CHANGE)
+    told = [f"{CHANGED}{one}" for one in manifest.differences(found.manifest, now, ANNOUNCED)]
+    if not changed:
+        client_state, notes = load.load(engine, found, ranks)
+        return client_state, told + notes
     error, client_state = None, {}
     state = None
     try:
@@ -71,7 +84,7 @@ def resume(engine: Any, found: Found, now: dict[str, Any], ranks: Ranks) -> tupl
     ranks.agree(error)
     assert state is not None
     write_portable(engine, state, ranks)
-    notes = [f"changed since the checkpoint: {line}" for line in notes] + hyper_parameter_changes(engine, state)
+    notes = [CHANGED + str(one).removeprefix("layout.") for one in changed] + told + hyper_parameter_changes(engine, state)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and scaler.dynamic and state.loss_scaler is None:
         notes.append(f"fp16: the checkpoint has no loss scale; starting with {scaler.cur_scale:g}")

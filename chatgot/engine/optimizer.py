@@ -28,6 +28,15 @@ def is_muon(config: EngineConfig) -> bool:
     return config.optimizer is not None and config.optimizer.type.lower() == "muon"
 
 
+def state_kind(config: EngineConfig) -> str:
+    """What decides which state an optimizer keeps for a parameter: optimizers of one kind can go on from each other's checkpoints."""
+    if config.optimizer is None:
+        return "none"
+    if not _is_adam(config):
+        return config.optimizer.type.lower()
+    return "adam with amsgrad" if config.optimizer.params.get("amsgrad") else "adam"
+
+
 def weight_decay(config: EngineConfig) -> float:
     """The optimizer section's; not stated, the default of the optimizer that DeepSpeed would build (0.01 for torch's AdamW, else 0)."""
     assert config.optimizer is not None

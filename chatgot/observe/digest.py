@@ -69,8 +69,9 @@ class Setup:
     id: str
     """8 hex digits over all of it. Equal ids: equal numbers, bit for bit (where the device is deterministic)."""
     numbers: str
-    """8 hex digits over the settings that are meant to change the numbers: rates, clipping, seed, length of the schedule."""
-    seed: int
+    """8 hex digits over the settings that are meant to change the numbers: rates, clipping, data, seed, length of the schedule."""
+    batches: str
+    """8 hex digits over what decides which batch a step sees: data, seed, batch size, length of a sample."""
     dropout: bool
     deterministic: bool
     """Whether the device repeats its own results: a CPU does, a GPU with torch.use_deterministic_algorithms."""
@@ -142,7 +143,7 @@ def terms(before: Setup | None, now: Setup | None) -> Terms:
         return Terms(("batch",), why="events.jsonl does not tell the settings of one of them")
     if before.numbers != now.numbers:
         what = "; ".join(now.changes) or "see the changes in events.jsonl"
-        return Terms(("batch",) if before.seed == now.seed else (), why=f"settings were changed ({what})")
+        return Terms(("batch",) if before.batches == now.batches else (), why=f"settings were changed ({what})")
     keys = sorted(before.topology.keys() | now.topology.keys())
     changed = [key for key in keys if before.topology.get(key) != now.topology.get(key)]
     sixteen = any("16" in str(setup.topology.get("precision")) for setup in (before, now))

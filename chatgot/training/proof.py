@@ -69,17 +69,25 @@ def changes_numbers(name: str) -> bool:
 
 
 def setup(
-    config: RunConfig, engine: EngineConfig, world_size: int, device: str, deterministic: bool, versions: dict[str, str], changes: list[str]
+    config: RunConfig,
+    engine: EngineConfig,
+    data: str,
+    world_size: int,
+    device: str,
+    deterministic: bool,
+    versions: dict[str, str],
+    changes: list[str],
 ) -> Setup:
     """What the numbers of this start depend on.
 
     Args:
+        data: fingerprint of the tokens.
         device: its full name: other chips round differently.
-        changes: lines of run_folder.changed_settings.
+        changes: lines of run_folder.changed_settings, and 'data: ...' where that has changed.
     """
     settings = flattened(config.to_dict()) | flattened(engine.to_dict(), "ds.")
     settings = {name: value for name, value in settings.items() if not name.endswith(".nvme_path")}
-    numbers = {name: value for name, value in settings.items() if changes_numbers(name)}
+    numbers = {"data": data, **{name: value for name, value in settings.items() if changes_numbers(name)}}
     if engine.chatgot.schedule is None or engine.chatgot.schedule.type == "constant":
         numbers.pop("train.max_steps")  # the rate does not depend on how long the run will be
         changes = [line for line in changes if not line.startswith("train.max_steps:")]
@@ -98,7 +106,7 @@ def setup(
     return Setup(
         id=_hash({"numbers": numbers, "topology": topology, "deterministic": deterministic}),
         numbers=_hash(numbers),
-        seed=config.train.seed,
+        batches=_hash({"batches": [data, config.train.seed, engine.train_batch_size, config.model.max_seq_length]}),
         dropout=config.model.dropout > 0,
         deterministic=deterministic,
         topology=topology,

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from chatgot.checkpoint import faults, load, manifest, rng, size
 from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.manifest import Difference
 from chatgot.checkpoint.preflight import preflight
 from chatgot.checkpoint.publish import take_back
-from chatgot.checkpoint.resume import layout, resume
+from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
 from chatgot.checkpoint.retention import expected_bytes
 from chatgot.checkpoint.save import Saver
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
@@ -26,6 +27,7 @@ from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
+from chatgot.engine.optimizer import state_kind
 from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
 from chatgot.model.gpt import GPT, count_parameters
 from chatgot.observe import digest
@@ -48,6 +50,8 @@ class TrainArguments:
     config: str = "tiny"
     data: str = "wars_of_the_roses"
     resume_from: str = "auto"
+    allow_data_change: bool = False
+    allow_batch_change: bool = False
     overrides: tuple[str, ...] = ()
     run_name: str | None = None
     local_rank: int | None = None
@@ -140,12 +144,15 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     engine_config = read(n_params)
     model = GPT(config.model, data.tokenizer.vocab_size)
     fields = manifest_fields(model, config, engine_config, data, place.world_size)
-    found = _choose_checkpoint(arguments, fields, ranks, progress)
+    found, allowed = _choose_checkpoint(arguments, fields, ranks, progress)
 
     rng.seed(config.train.seed, place.rank)
     model.init_weights(config.train.seed)
     engine = build(model, engine_config, device)
     client_state, load_notes = resume(engine.engine, found, fields, ranks) if found is not None else (None, [])
+    load_notes = [f"{CHANGED}{one}" for one in allowed] + load_notes
+    if client_state is not None and any(one.field == "data" for one in allowed):
+        client_state = {**client_state, "best_val_loss": None, "last_val": {}}  # of another validation split
 
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
@@ -187,7 +194,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)
-    _open_records(loop, arguments, found, place)
+    _open_records(loop, arguments, found, place, [note.removeprefix(CHANGED) for note in load_notes])
     for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
         progress.say(note)
     _announce(loop, arguments, found, n_params, disk_notes)
@@ -196,11 +203,16 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
 def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, data: PreparedData, world_size: int) -> dict[str, Any]:
     """What identifies a run, for the manifest of its checkpoints."""
+    optimizer = engine_config.optimizer
     return {
         "model": {**dataclasses.asdict(config.model), "vocab_size": data.tokenizer.vocab_size},
         "parameters": manifest.parameter_fingerprint((name, tuple(p.shape)) for name, p in model.named_parameters()),
         "tokenizer": data.tokenizer.fingerprint,
         "data": data.fingerprint,
+        "train": {"seed": config.train.seed},
+        "optimizer": state_kind(engine_config),
+        "learning_rates": {key: value for key, value in optimizer.params.items() if key.endswith("lr")} if optimizer is not None else {},
+        "gradient_clipping": engine_config.gradient_clipping,
         "world_size": world_size,
         "zero_stage": engine_config.zero_stage,
         "precision": engine_config.precision,
@@ -236,9 +248,16 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
     return data
 
 
-def _choose_checkpoint(arguments: TrainArguments, fields: dict[str, Any], ranks: ControlGroup, progress: Progress) -> Found | None:
-    """Rank 0 takes the run folder's lock and decides, all ranks follow; nothing else has been written yet."""
-    found, error = None, None
+def _choose_checkpoint(
+    arguments: TrainArguments, fields: dict[str, Any], ranks: ControlGroup, progress: Progress
+) -> tuple[Found | None, list[Difference]]:
+    """Rank 0 takes the run folder's lock and decides, all ranks follow; nothing else has been written yet.
+
+    Returns:
+        The checkpoint to go on from, and how it differs from this run as far as the command line allows.
+    """
+    found, allowed, error = None, [], None
+    switches = {"--allow_data_change": arguments.allow_data_change, "--allow_batch_change": arguments.allow_batch_change}
     if ranks.rank == 0:
         try:
             run_folder.check_writable(arguments.out_dir)
@@ -249,11 +268,12 @@ def _choose_checkpoint(arguments: TrainArguments, fields: dict[str, Any], ranks:
             if found is not None:
                 for note in found.notes:
                     progress.say(f"WARNING: {note}")
-                load.refuse_differences(found, fields)
+                allowed = load.refuse_differences(found, fields, [switch for switch, given in switches.items() if given])
+                refuse_layouts(found, fields)
         except ChatGoTError as caught:
             error = caught
     ranks.agree(error)
-    return ranks.from_rank_0(found)
+    return ranks.from_rank_0((found, allowed))
 
 
 def _fallback_prompt(data: PreparedData) -> str:
@@ -265,14 +285,27 @@ def _mfu_precision(config: EngineConfig) -> Precision:
     return "bf16" if config.precision.endswith("bf16") else "fp16" if config.precision.endswith("fp16") else "fp32"
 
 
-def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, place: Place) -> None:
-    """Rank 0 opens journal, events and wandb, and writes the resolved settings."""
+def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, place: Place, since_checkpoint: list[str]) -> None:
+    """Rank 0 opens journal, events and wandb, and writes the resolved settings.
+
+    Args:
+        since_checkpoint: what differs from the checkpoint, a line each; what differs from the settings in its run folder is found here.
+    """
     if place.rank != 0:
         return
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
     run, say = config.to_dict(), loop.records.progress.say
     changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
-    now = setup(config, engine_config, place.world_size, device_name(loop.device), deterministic(loop.device), versions(), changes)
+    now = setup(
+        config,
+        engine_config,
+        loop.data.fingerprint,
+        place.world_size,
+        device_name(loop.device),
+        deterministic(loop.device),
+        versions(),
+        [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
+    )
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,
@@ -302,7 +335,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         "resumed" if found else "started",
         step=loop.step,
         **({"from": str(found.path)} if found else {}),
-        changes=changes,
+        changes=list(dict.fromkeys([*since_checkpoint, *changes])),
         world_size=place.world_size,
         zero_stage=engine_config.zero_stage,
         precision=engine_config.precision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,32 @@ def test_every_bit_of_a_manifest_counts(trained, tmp_path):
         (tmp_path / manifest.NAME).write_bytes(text[:position] + bytes([text[position] ^ 1 << position % 7]) + text[position + 1 :])
         with pytest.raises(CheckpointError):
             manifest.read(tmp_path)
+
+
+def filled(folder: Path, sizes: dict[str, int]) -> dict[str, object]:
+    """A folder of files of these sizes, and its manifest's fields."""
+    folder.mkdir()
+    for name, size in sizes.items():
+        (folder / name).write_bytes(b"x" * size)
+    return {"files": {name: manifest.measure(folder / name) for name in sizes}}
+
+
+def test_first_damaged_file_in_the_manifests_order_is_named_whichever_is_hashed_first(tmp_path):
+    fields = filled(tmp_path / "tag", {"c": 10, "b": 30_000_000, "a": 10})
+    for name in ("b", "a"):  # `a` is hashed long before `b`
+        path = tmp_path / "tag" / name
+        path.write_bytes(b"y" * path.stat().st_size)
+    with pytest.raises(CheckpointError, match="file b: its contents have changed"):
+        manifest.verify(tmp_path / "tag", fields)
+
+
+def test_files_are_hashed_side_by_side(tmp_path, monkeypatch):
+    fields = filled(tmp_path / "tag", {"a": 10, "b": 10})
+    meeting, measure = threading.Barrier(2), manifest.measure
+
+    def met(path: Path) -> dict[str, object]:
+        meeting.wait(20)  # BrokenBarrierError where nobody else comes
+        return measure(path)
+
+    monkeypatch.setattr(manifest, "measure", met)
+    manifest.verify(tmp_path / "tag", fields)

@@ -56,6 +56,8 @@ def test_changed_hyper_parameters_are_in_force_and_announced(stage, precision, h
     assert "ds.optimizer.params.weight_decay: 0.1 -> 0.3" in said
     assert "ds.optimizer.params.betas: [0.9, 0.95] -> [0.8, 0.99]" in said
     assert "ds.gradient_clipping: 1" in said
+    assert "changed since the checkpoint: learning_rates.lr: 0.003 -> 0.001" in said
+    assert "changed since the checkpoint: gradient_clipping: 1.0 -> 0.25" in said
     steps = loop.steps()
     assert next(steps) == STEPS + 1
     decay, plain = loop.engine.engine.optimizer.param_groups
@@ -67,6 +69,83 @@ def test_changed_hyper_parameters_are_in_force_and_announced(stage, precision, h
     assert decay["lr"] == pytest.approx(unchanged.engine.learning_rate / 3)
     assert series(folder / "out", "optim/lr")[STEPS + 1] == pytest.approx(decay["lr"])
     assert events(folder / "out", "resumed")[0]["changes"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_changed_hyper_parameters_are_in_force_and_announced_at_another_stage(stage, half, tmp_path, text_file, capsys):
+    """The same where the resume goes parameter by parameter; nothing of it may depend on the run folder's own files."""
+    folder, now = half(stage, "fp32", tmp_path), (stage + 1) % 4
+    saving = {"checkpoint": {"every_steps": STEPS, "every_minutes": None, "keep_best": 0}}
+    write_json(folder / "engine.json", engine_json(now, chatgot=saving))
+    (folder / "out" / "ds_config.json").unlink()
+    capsys.readouterr()
+    overrides = [f"{key}={value}" for key, value in CHANGES.items()]
+    loop = in_process.prepare(words(folder, text_file, "--resume_from", "must", *overrides))
+    said = capsys.readouterr().out
+    for line in (
+        "learning_rates.lr: 0.003 -> 0.001",
+        "gradient_clipping: 1.0 -> 0.25",
+        "weight_decay was 0.1, is now 0.3",
+        "betas was [0.9, 0.95], is now [0.8, 0.99]",
+    ):
+        assert line in said
+        assert any(line in change for change in events(folder / "out", "resumed")[-1]["changes"])
+    assert next(loop.steps()) == STEPS + 1
+    decay, plain = loop.engine.engine.optimizer.param_groups
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert [list(group["betas"]) for group in (decay, plain)] == [[0.8, 0.99]] * 2
+    assert loop.engine.engine.gradient_clipping() == 0.25
+    assert getattr(loop.engine.engine.optimizer, "clip_grad", 0.25) == 0.25
+    whole = in_process.prepare(words(half(now, "fp32", tmp_path / "same"), text_file, "--resume_from", "must"))
+    assert next(whole.steps()) == STEPS + 1
+    assert [group["lr"] * 3 for group in (decay, plain)] == pytest.approx([whole.engine.learning_rate] * 2)
+
+
+SCHEDULERS = {
+    "WarmupLR": {"warmup_max_lr": 3e-3, "warmup_num_steps": 6, "warmup_type": "linear"},
+    "WarmupCosineLR": {"total_num_steps": 12, "warmup_num_steps": 2},
+    "OneCycle": {"cycle_min_lr": 1e-4, "cycle_max_lr": 3e-3, "cycle_first_step_size": 6},
+    "CosineAnnealingLR": {"T_max": 12},
+}
+
+
+def scheduled(folder: Path, kind: str, stage: int, lr: float = 3e-3) -> Path:
+    tree = engine_json(stage, scheduler={"type": kind, "params": SCHEDULERS[kind]})
+    tree["optimizer"]["params"]["lr"] = lr
+    tree["chatgot"] = {"checkpoint": {"every_steps": STEPS, "every_minutes": None, "keep_best": 0}}
+    return write_json(folder / "engine.json", tree)
+
+
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step..` has been overridden")  # the stage 0 guard has
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [(kind, 0, 0) for kind in SCHEDULERS] + [("WarmupLR", 1, 1), ("OneCycle", 3, 3), ("WarmupLR", 0, 1), ("WarmupCosineLR", 3, 0)],
+)
+def test_stock_scheduler_goes_on_where_it_was(kind, before, after, tmp_path, text_file, capsys):
+    write_run_yaml(tmp_path / "run.yaml", max_steps=2 * STEPS)
+    scheduled(tmp_path, kind, after)
+    assert in_process.train(argv(tmp_path / "engine.json", tmp_path / "whole", tmp_path / "run.yaml", text_file)) == 0
+    scheduled(tmp_path, kind, before)
+    in_process.abandon_after(STEPS, words(tmp_path, text_file))
+    scheduled(tmp_path, kind, after)
+    capsys.readouterr()
+    assert in_process.train(words(tmp_path, text_file)) == 0
+    assert "betas was" not in capsys.readouterr().out
+    for metric in ("optim/lr", "train/loss"):
+        whole, parts = (series(tmp_path / name, metric) for name in ("whole", "out"))
+        assert parts == (whole if before == after else pytest.approx(whole, rel=1e-5)), metric
+
+
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step..` has been overridden")  # the stage 0 guard has
+def test_stock_scheduler_follows_a_changed_rate(tmp_path, text_file):
+    write_run_yaml(tmp_path / "run.yaml", max_steps=2 * STEPS)
+    scheduled(tmp_path, "CosineAnnealingLR", 0)
+    in_process.abandon_after(STEPS, words(tmp_path, text_file))
+    scheduled(tmp_path, "CosineAnnealingLR", 0, lr=1e-3)
+    assert in_process.train(words(tmp_path, text_file)) == 0
+    assert in_process.train(argv(tmp_path / "engine.json", tmp_path / "lower", tmp_path / "run.yaml", text_file)) == 0
+    lower, rates = series(tmp_path / "lower", "optim/lr"), series(tmp_path / "out", "optim/lr")
+    assert all(rates[step] == pytest.approx((3 if step <= STEPS else 1) * lower[step]) for step in lower)
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)

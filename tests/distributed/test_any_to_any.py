@@ -149,6 +149,19 @@ def test_precision_offload_and_layout_change(results, name):
         assert note.startswith(("changed since the checkpoint: ", "fp16: the checkpoint has no loss scale")), note
 
 
+@pytest.mark.parametrize("name", MATRIX_NAMES)
+def test_every_rank_reads_its_own_fragments_and_nothing_else(results, name):
+    """Weight and both moments; DeepSpeed's own load, where nothing but the rank's own files is read, does not count here."""
+    read, parameters, now = results[name]["read"], results[name]["parameters"], name.split(" -> ")[1]
+    if name.split(" -> ")[0] == now:
+        assert sum(read) == 0
+    elif now.startswith("stage0"):
+        assert read == [3 * parameters] * len(read)
+    else:
+        assert sum(read) == 3 * parameters
+        assert max(read) <= 3 * parameters * 0.51 or len(read) == 1
+
+
 def test_files_say_what_the_engine_held(results):
     for name in [f"{name} @{ranks}" for ranks in (1, 2) for name in MATRIX + OTHERS[ranks]]:
         assert {p["step"] for p in results[name]["files"].values() if "step" in p} == {3}

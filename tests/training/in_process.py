@@ -49,6 +49,8 @@ def arguments(command_line: list[str]) -> run.TrainArguments:
         config=parsed.config,
         data=parsed.data,
         resume_from=parsed.resume_from,
+        allow_data_change=parsed.allow_data_change,
+        allow_batch_change=parsed.allow_batch_change,
         overrides=tuple(parsed.overrides),
         run_name=parsed.run_name,
     )

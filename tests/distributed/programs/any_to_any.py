@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable_write import parameter_groups
 from chatgot.checkpoint.save import Saver
+from chatgot.checkpoint.stored_tensor import StoredTensor, stored
 from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
@@ -80,8 +83,8 @@ def in_files(folder: Path) -> dict[str, dict[str, Any]]:
     state = read_portable(found)
     return {
         name: {
-            "weight": digest(p.weight),
-            **{key: digest(value) for key, value in p.moments.items()},
+            "weight": digest(p.weight.whole()),
+            **{key: digest(value.whole()) for key, value in p.moments.items()},
             **p.scalars,
             "weight_decay": state.groups[p.group]["weight_decay"],
         }
@@ -133,8 +136,8 @@ def sabotage(control: str | None, source: Path, folder: Path, ranks: ControlGrou
     def dropped(found):
         state = original(found)
         for parameter in state.parameters.values():
-            for moment in parameter.moments.values():
-                moment.zero_()
+            for key, moment in parameter.moments.items():
+                parameter.moments[key] = stored(torch.zeros(moment.shape), moment.shape)
         return state
 
     resuming.read_portable = dropped if control == "moments" else original
@@ -153,16 +156,36 @@ def sabotage(control: str | None, source: Path, folder: Path, ranks: ControlGrou
     return folder
 
 
+@contextlib.contextmanager
+def elements_read() -> Iterator[list[int]]:
+    """Sizes of all ranges that are read from a checkpoint's files meanwhile, on this rank."""
+    counts: list[int] = []
+    original = StoredTensor.read
+
+    def read(self: StoredTensor, start: int, numel: int) -> torch.Tensor:
+        counts.append(numel)
+        return original(self, start, numel)
+
+    StoredTensor.read = read
+    try:
+        yield counts
+    finally:
+        StoredTensor.read = original
+
+
 def load(item: dict[str, Any], folder: Path, place: Place, device: torch.device) -> dict[str, Any]:
     ranks = ControlGroup()
     engine, batches, fields = start(item["case"], place, device, seed=2)
     source = find(sabotage(item.get("control"), Path(item["from"]), folder / "swapped", ranks))
     assert source is not None
-    _, notes = resuming.resume(engine.engine, source, fields, ranks)
+    with elements_read() as counts:
+        _, notes = resuming.resume(engine.engine, source, fields, ranks)
     if item.get("control") == "groups":  # as DeepSpeed's universal checkpoint does at stage 3
         for group in engine.engine.optimizer.param_groups:
             group["weight_decay"] = engine.engine.optimizer.param_groups[0]["weight_decay"]
     found: dict[str, Any] = {"notes": notes, "step": engine.engine.global_steps, "decays": decays(engine)}
+    found["read"] = ranks.gather(sum(counts))
+    found["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.engine.module.parameters())
     if item.get("files", True):
         store(engine, folder / "again", fields, ranks)
         found["files"] = in_files(folder / "again")
