@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", type=int, default=0, choices=range(4), help="of ZeRO (default: 0)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--turns", type=int, default=7, help="turns of each variant (default: 7)")
-    parser.add_argument("--turn_seconds", type=float, default=0.5, help="length of a turn of `off` (default: 0.5)")
+    parser.add_argument("--turn_seconds", type=float, default=0.3, help="length of a turn of `off` (default: 0.3)")
     parser.add_argument("--data", default="wars_of_the_roses")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler reports every start and stop on stderr otherwise
