@@ -26,7 +26,7 @@ from typing import Any
 from chatgot.checkpoint import faults, manifest
 from chatgot.checkpoint.publish import UNFINISHED, next_sequence, publish, sweep, tag_of
 from chatgot.checkpoint.ranks import Ranks
-from chatgot.checkpoint.retention import prune
+from chatgot.checkpoint.retention import Pruned, expected_bytes, make_room, prune
 from chatgot.checkpoint.snapshot import Snapshot, Snapshots
 from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.errors import CheckpointError
@@ -60,7 +60,9 @@ class _Pending:
     started: float
     fields: dict[str, Any]
     writing: Future[tuple[Measured, CheckpointError | None]]
-    publishing: Future[tuple[tuple[str, ...], tuple[str, ...], CheckpointError | None]] | None = None
+    made_room: tuple[str, ...]
+    """Tags that were deleted for it."""
+    publishing: Future[tuple[Pruned, CheckpointError | None]] | None = None
     stalled: float = 0.0
 
 
@@ -75,8 +77,14 @@ class Saver:
     folder: Path
     config: CheckpointConfig
     ranks: Ranks
+    estimated_bytes: int = 0
+    """Of a checkpoint, until one shows it."""
+    damaged: set[str] = field(default_factory=set)
+    """Tags in the folder that are known not to be whole; known on rank 0."""
     failed_step: int = 0
     """Step of the save that failed last."""
+    _unsaid: list[str] = field(default_factory=list)
+    """Warnings for the next `Saved`."""
     _pending: _Pending | None = None
     _snapshots: Snapshots = field(default_factory=Snapshots)
     _thread: ThreadPoolExecutor | None = None
@@ -112,12 +120,18 @@ class Saver:
             raise ValueError(f"the save of step {self._pending.step} is not finished")
         started, step = time.monotonic(), engine.global_steps
         unfinished = self.folder / f"{UNFINISHED}{tag_of(step)}"
-        error: CheckpointError | None = None
+        error, made_room = None, Pruned()
         if self.ranks.rank == 0:
             try:
+                expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)
+                made_room = make_room(self.folder, self.config, expected, self.damaged)
+                self.damaged.update(made_room.damaged)
+                self._unsaid += made_room.warnings
                 faults.operation("make the folder and sweep leftovers")
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sweep(self.folder)
+            except CheckpointError as caught:
+                error = caught
             except OSError as caught:
                 error = _refusal(self.folder, caught)
         with self._cleared_away(step):
@@ -128,7 +142,7 @@ class Saver:
                 engine.save_checkpoint(str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False)
             self.ranks.agree(_refusal(unfinished, failures[0]) if failures else None)
         writing = self._run(lambda: _write_and_hash(unfinished, engine.checkpoint_engine, snapshots or [], self.ranks))
-        self._pending = _Pending(step, started, {"step": step, **fields}, writing)
+        self._pending = _Pending(step, started, {"step": step, **fields}, writing, made_room.tags)
         self._pending.stalled = time.monotonic() - started
 
     def advance(self) -> Saved | None:
@@ -146,14 +160,16 @@ class Saver:
                 self.ranks.agree(error)
                 gathered = self.ranks.gather(own)
                 alone = self.ranks.rank == 0
-                pending.publishing = self._run(lambda: self._publish(pending, gathered)) if alone else _done(((), (), None))
+                pending.publishing = self._run(lambda: self._publish(pending, gathered)) if alone else _done((Pruned(), None))
                 pending.stalled += time.monotonic() - began
                 return None
-            pruned, notes, error = pending.publishing.result()
+            pruned, error = pending.publishing.result()
             self.ranks.agree(error)
         self._pending = None
+        notes, self._unsaid = (*self._unsaid, *pruned.warnings), []
         now = time.monotonic()
-        return Saved(pending.step, tag_of(pending.step), now - pending.started, pending.stalled + now - began, pruned, notes)
+        tags = (*pending.made_room, *pruned.tags)
+        return Saved(pending.step, tag_of(pending.step), now - pending.started, pending.stalled + now - began, tags, notes)
 
     def finish(self) -> Saved:
         """Wait until the pending save is published. Collective.
@@ -179,14 +195,14 @@ class Saver:
                 shutil.rmtree(self.folder / f"{UNFINISHED}{tag_of(step)}", ignore_errors=True)
             raise
 
-    def _publish(self, pending: _Pending, gathered: list[Measured]) -> tuple[tuple[str, ...], tuple[str, ...], CheckpointError | None]:
-        """Part 3: deleted tags, notes, and the error if there was one. Rank 0 only."""
+    def _publish(self, pending: _Pending, gathered: list[Measured]) -> tuple[Pruned, CheckpointError | None]:
+        """Part 3: what was pruned, and the error if there was one. Rank 0 only."""
         tag = tag_of(pending.step)
         unfinished = self.folder / f"{UNFINISHED}{tag}"
         files = dict(sorted((name, measured) for part in gathered for name, measured in part.items()))
         try:
             if error := _not_the_same_folder(unfinished, gathered):
-                return (), (), error
+                return Pruned(), error
             for parent in sorted({(unfinished / name).parent for name in files} - {unfinished}):
                 manifest.sync(parent)
             fields = {**pending.fields, "sequence": next_sequence(self.folder), "files": files}
@@ -194,11 +210,11 @@ class Saver:
             publish(unfinished, self.folder / tag)
             manifest.write_atomically(self.folder / "latest", tag, faults.operation)
         except OSError as caught:
-            return (), (), _refusal(self.folder / tag, caught)
-        try:
-            return tuple(prune(self.folder, self.config)), (), None
-        except (OSError, CheckpointError) as caught:  # the new checkpoint is safe; the old ones are tried again after the next save
-            return (), (f"old checkpoints could not be deleted: {caught}",), None
+            return Pruned(), _refusal(self.folder / tag, caught)
+        self.damaged.discard(tag)
+        pruned = prune(self.folder, self.config, self.damaged)
+        self.damaged.update(pruned.damaged)
+        return pruned, None
 
 
 def _done(result: Any) -> Future[Any]:

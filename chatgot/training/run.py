@@ -10,11 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from chatgot.checkpoint import faults, load, manifest, rng
+from chatgot.checkpoint import faults, load, manifest, rng, size
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import Difference
+from chatgot.checkpoint.preflight import preflight
 from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
+from chatgot.checkpoint.retention import expected_bytes
 from chatgot.checkpoint.save import Saver
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
 from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError, DataError
@@ -154,6 +156,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     order = DataOrder(len(data.train), block, config.train.seed)
     looked_up = (0 if config.model.tie_embeddings else data.tokenizer.vocab_size) + (block if config.model.architecture == "gpt2" else 0)
     matmul_params = n_params - looked_up * config.model.d_model
+    own = arguments.out_dir / "checkpoints"
     loop = Loop(
         engine=engine,
         config=config,
@@ -176,13 +179,20 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         ),
         prompts=prompts,
         stop=StopSignals(),
-        saver=Saver(arguments.out_dir / "checkpoints", engine_config.chatgot.checkpoint, ranks),
+        saver=Saver(
+            own,
+            engine_config.chatgot.checkpoint,
+            ranks,
+            estimated_bytes=size.estimate(engine.engine, ranks),
+            damaged=set(found.damaged) if found is not None and own.is_dir() and found.folder.samefile(own) else set(),
+        ),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
+    disk_notes = _check_disk(loop)
     _open_records(loop, arguments, found, place, [note.removeprefix(CHANGED) for note in load_notes])
     for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
         progress.say(note)
-    _announce(loop, arguments, found, n_params, load_notes + resume_notes)
+    _announce(loop, arguments, found, n_params, disk_notes)
     return loop
 
 
@@ -316,7 +326,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     )
 
 
-def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, load_notes: list[str]) -> None:
+def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, disk_notes: list[str]) -> None:
     say, engine_config, config = loop.records.progress.say, loop.engine.config, loop.config
     meta = loop.data.meta
     for line in run_folder.describe(config.to_dict(), engine_config.to_dict()):
@@ -332,12 +342,33 @@ def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_para
     )
     if engine_config.chatgot.schedule is not None:
         say(schedule.describe(config.train.max_steps, engine_config.chatgot.schedule, loop.engine.base_lrs[0]))
+    for note in disk_notes:
+        say(note)
     if found is None:
         say(f"starting a new run in {arguments.out_dir}")
     else:
         say(f"resuming {found.path} at step {loop.step}, sample {loop.position.next_sample}")
         if loop.step >= config.train.max_steps:
             say(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {config.train.max_steps})")
+
+
+def _check_disk(loop: Loop) -> list[str]:
+    """Rank 0 looks whether checkpoints fit, before anything is written; all ranks follow. Collective.
+
+    Raises:
+        ConfigError: on all ranks; chatgot.checkpoint.disk_budget_gb is too small.
+        CheckpointError: on all ranks; not even one checkpoint fits.
+    """
+    notes, error = [], None
+    if loop.ranks.rank == 0 and loop.step < loop.config.train.max_steps:
+        saver, config = loop.saver, loop.engine.config
+        try:
+            expected = expected_bytes(saver.folder, loop.fields, saver.estimated_bytes, saver.damaged)
+            notes = preflight(saver.folder, saver.config, expected, loop.config.train.max_steps, config.path, saver.damaged)
+        except ChatGoTError as caught:
+            error = caught
+    loop.ranks.agree(error)
+    return notes
 
 
 def _say_what_next(loop: Loop) -> None:

@@ -15,7 +15,7 @@ from chatgot.checkpoint import manifest
 from chatgot.checkpoint import save as save_module
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.publish import tag_of, take_back
-from chatgot.checkpoint.retention import prune, published
+from chatgot.checkpoint.retention import examine, prune
 from chatgot.checkpoint.save import writer
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.config.chatgot_section import CheckpointConfig
@@ -80,15 +80,18 @@ def test_rotation_keeps_what_its_rules_name_and_nothing_else(tmp_path_factory, l
     folder = tmp_path_factory.mktemp("rotation")
     for step, loss in losses.items():
         (folder / tag_of(step)).mkdir()
-        manifest.write(folder / tag_of(step), {"step": step, "val_loss": loss})
+        (folder / tag_of(step) / "weights").write_text("x")
+        files = {"weights": manifest.measure(folder / tag_of(step) / "weights")}
+        manifest.write(folder / tag_of(step), {"step": step, "sequence": step, "val_loss": loss, "files": files})
     gone = prune(folder, CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every_steps=every))
-    kept = {step for step, _ in published(folder)}
+    assert (gone.warnings, gone.damaged) == ((), ())
+    kept = {checkpoint.step for checkpoint in examine(folder).good}
     newest = set(sorted(losses)[-keep_last:])
     scored = {step: loss for step, loss in losses.items() if loss is not None}
     best = set(sorted(scored, key=lambda step: (scored[step], step))[:keep_best])
     multiples = {step for step in losses if every and step % every == 0}
     assert kept == newest | best | multiples
-    assert set(gone) == {tag_of(step) for step in losses.keys() - kept}
+    assert set(gone.tags) == {tag_of(step) for step in losses.keys() - kept}
     assert {path.name for path in folder.iterdir()} == {tag_of(step) for step in kept}
 
 
