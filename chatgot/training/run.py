@@ -24,7 +24,8 @@ from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.process_group import ControlGroup, device_facts, join, versions
-from chatgot.model.gpt import GPT, count_parameters
+from chatgot.model.gpt import GPT
+from chatgot.model.size import count_parameters
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
