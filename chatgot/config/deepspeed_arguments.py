@@ -72,7 +72,6 @@ def check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, fi
     variant = optimizer_arguments(kind, params, offloaded)
     elsewhere = {
         "max_grad_norm": "DeepSpeed clips by the top-level key gradient_clipping",
-        "learning_rate": "did you mean 'lr'?",
         **({k: "torch.optim.AdamW takes it: add \"torch_adam\": true" for k in ("foreach", "fused", "maximize", "capturable")}
            if variant in ("adam/fused", "adam/cpu") else {}),
     }  # fmt: skip

@@ -48,6 +48,9 @@ _SPECIAL_SWITCHES = {
     "tensor_parallel": "tensor_parallel.autotp_size",
 }
 
+_ON_WHEN_GIVEN = ("activation_checkpointing", "checkpoint.writer", "weight_quantization", "zero_optimization.zenflow")
+"""Sections that do nothing while they stand nowhere, whatever the defaults of their keys."""
+
 _NVME = ("nvme_path", "buffer_count")
 NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{f"{_ZERO}offload_param.{key}": (f"{_ZERO}offload_param.device", ("nvme",)) for key in (*_NVME, "buffer_size", "max_in_cpu")},
@@ -97,10 +100,10 @@ def section_switch(section: str) -> str | None:
 
 def is_off(values: Values, section: str) -> bool:
     """Whether a section does nothing because its switch is off, or because it stands nowhere and has no switch."""
+    if section in NEVER_SECTIONS or (section in _ON_WHEN_GIVEN and section not in values):
+        return True
     switch = section_switch(section)
-    if switch is None:
-        return section in ("activation_checkpointing", "zero_optimization.zenflow", "checkpoint.writer") and section not in values
-    return values[switch] in (None, False, 0, "none")
+    return switch is not None and values[switch] in (None, False, 0, "none")
 
 
 def idle(values: Values, dotted: str) -> str:

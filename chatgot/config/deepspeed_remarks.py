@@ -16,7 +16,7 @@ from chatgot.config.deepspeed_arguments import given_arguments, is_offloaded, op
 from chatgot.config.deepspeed_reach import NEVER_SECTIONS, STAGES, idle, is_off, section_switch
 from chatgot.config.deepspeed_values import Values
 from chatgot.config.device import DeviceFacts
-from chatgot.config.findings import Findings
+from chatgot.config.findings import ABSENT, Findings
 
 _WASTE_WORTH_A_WARNING = 64 * 2**20
 """Bytes of communication buffer beyond the model."""
@@ -109,14 +109,14 @@ def _remark_unstated_defaults(subject: Subject, findings: Findings) -> None:
     for dotted, (now, before) in changed.items():
         if dotted not in values and dotted not in values.spelled:
             why = f"is not stated: {now} since 2026, {before} before; state it, so that the file means the same everywhere"
-            findings.note(values.name(dotted), schema.NODES[dotted].default, why)  # type: ignore[union-attr]
+            findings.note(values.name(dotted), ABSENT, why)
     if (
         subject.batch is not None
         and values["train_batch_size"] in (None, "auto")
         and values["gradient_accumulation_steps"] in (None, "auto")
     ):
-        why = "is not stated: it follows from the number of ranks, and so does what is learned; state it to keep it"
-        findings.note("train_batch_size", subject.batch.total, why)
+        why = f"is not stated: {subject.batch.total} follows from the number of ranks, and so does what is learned; state it to keep it"
+        findings.note("train_batch_size", ABSENT, why)
 
 
 # ----------------------------------------------------------------------------------------------------------------- precision, ZeRO
@@ -125,10 +125,10 @@ def _remark_unstated_defaults(subject: Subject, findings: Findings) -> None:
 def _remark_precision(subject: Subject, findings: Findings) -> None:
     values, batch = subject.values, subject.batch
     bf16, fp16 = values["bf16.enabled"] is True, values["fp16.enabled"] is True
-    accumulated = batch is not None and batch.accumulation > _ACCUMULATION_THAT_ROUNDS
-    if bf16 and accumulated and values["data_types.grad_accum_dtype"] is None:
-        why = f'{batch.accumulation} micro batches are summed in bf16, which rounds; set data_types.grad_accum_dtype = "fp32"'
-        findings.warning(values.name("data_types.grad_accum_dtype"), None, why)
+    accumulation = batch.accumulation if batch is not None else 1
+    if bf16 and accumulation > _ACCUMULATION_THAT_ROUNDS and values["data_types.grad_accum_dtype"] is None:
+        why = f'{accumulation} micro batches are summed in bf16, which rounds; set data_types.grad_accum_dtype = "fp32"'
+        findings.warning(values.name("data_types.grad_accum_dtype"), ABSENT, why)
     if values["bf16.bf16_master_weights_and_grads"]:
         _note(findings, values, "bf16.bf16_master_weights_and_grads", "bf16 master weights lose small updates; compare with fp32 ones")
     if fp16 and values["fp16.loss_scale"]:
@@ -198,7 +198,7 @@ def _remark_optimizer(subject: Subject, findings: Findings) -> None:
     if not {"lr", "muon_lr", "adam_lr"} & set(params):
         node = schema.OPTIMIZER_PARAMS.get(optimizer_arguments(kind, params, is_offloaded(values)), {}).get("lr")
         default = f"{node.default:g}" if node is not None and node.default else "the optimizer's own"
-        findings.note("optimizer.params.lr", None, f"is not stated: the default is {default}")
+        findings.note("optimizer.params.lr", ABSENT, f"is not stated: the default is {default}")
 
 
 def _remark_scheduler(values: Values, findings: Findings) -> None:

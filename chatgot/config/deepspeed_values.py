@@ -136,7 +136,7 @@ def read_arguments(params: dict, known: dict[str, Key], owner: str, where: str, 
         if key not in known:
             advice = elsewhere.get(key, "")
             why = f"{owner} has no such argument, and its constructor fails" + (f"; {advice}" if advice else "")
-            suggestion = "" if advice else meant(key, known)
+            suggestion = "lr" if key == "learning_rate" else "" if advice else meant(key, known)
             findings.error(f"{where}.{key}", value, why, allowed="one of " + ", ".join(known), suggestion=suggestion)
             continue
         try:

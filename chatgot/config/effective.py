@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from chatgot.config import deepspeed_schema as schema
-from chatgot.config.deepspeed_arguments import known_arguments
-from chatgot.config.deepspeed_reach import is_off, section_switch
+from chatgot.config.deepspeed_arguments import given_arguments, known_arguments
+from chatgot.config.deepspeed_reach import idle, is_off, section_switch
 from chatgot.config.inspection import Inspection
 
 VERSION = "0.19.8"
@@ -62,7 +62,7 @@ def effective(seen: Inspection) -> Iterator[Effective]:
             yield _stated(seen, name, values[dotted])
         elif dotted in implied:
             yield Effective(name, implied[dotted][0], "derived", implied[dotted][1])
-        else:
+        elif not idle(values, dotted):
             yield Effective(name, node.default, "default", f"DeepSpeed {VERSION}")
 
 
@@ -81,12 +81,15 @@ def _stated(seen: Inspection, name: str, value: Any) -> Effective:
 
 def _arguments(seen: Inspection, dotted: str) -> Iterator[Effective]:
     """The arguments of the optimizer or scheduler: those given, then the defaults of the others."""
-    kind, params = seen.values[f"{dotted.partition('.')[0]}.type"], seen.tree[dotted.partition(".")[0]].get("params") or {}
+    section = dotted.partition(".")[0]
+    kind, params = seen.values[f"{section}.type"], given_arguments(seen.tree, section)
     for key, value in params.items():
         yield _stated(seen, f"{dotted}.{key}", value)
-    for key, node in known_arguments(seen.values, seen.tree, dotted).items():
-        if key not in params and node.default is not None:
-            yield Effective(f"{dotted}.{key}", node.default, "default", str(kind))
+    decoupled = str(kind).lower() in ("adam", "adamw") and params.get("torch_adam") and params.get("adam_w_mode", True)
+    for key, node in known_arguments(seen.values, seen.tree, section).items():
+        default = 0.01 if key == "weight_decay" and decoupled else node.default  # torch.optim.AdamW's own
+        if key not in params and default is not None:
+            yield Effective(f"{dotted}.{key}", default, "default", str(kind))
 
 
 def _chatgot(seen: Inspection, section: dict[str, Any], where: str) -> Iterator[Effective]:

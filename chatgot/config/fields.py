@@ -73,8 +73,8 @@ def read_fields(cls: type, values: dict[str, Any], where: str, findings: Finding
         if key not in fields:
             findings.error(dotted, value, "unknown key", allowed="one of " + ", ".join(fields), suggestion=meant(key, fields))
             continue
-        nested = next((option for option in _options(hints[key]) if dataclasses.is_dataclass(option)), None)
-        if isinstance(nested, type) and isinstance(value, dict):
+        nested = nested_class(hints[key])
+        if nested is not None and isinstance(value, dict):
             good[key] = read_fields(nested, value, dotted, findings)
             continue
         try:
@@ -82,12 +82,23 @@ def read_fields(cls: type, values: dict[str, Any], where: str, findings: Finding
             _check_range(coerced, fields[key], dotted)
         except ConfigError:
             words = [str(word) for option in _options(hints[key]) for word in typing.get_args(option)]
-            limits = _limits(fields[key])
-            allowed = _describe(hints[key]) + (f" ({limits})" if limits else "")
-            findings.error(dotted, value, "ChatGoT cannot use it", allowed=allowed, suggestion=meant(value, words))
+            findings.error(
+                dotted, value, "ChatGoT cannot use it", allowed=described(fields[key], hints[key]), suggestion=meant(value, words)
+            )
         else:
             good[key] = coerced
     return cls(**good)
+
+
+def nested_class(hint: Any) -> type | None:
+    """The dataclass that a field holds, if it holds one."""
+    return next((option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+
+
+def described(field: dataclasses.Field, hint: Any) -> str:
+    """What a field may hold, in words."""
+    limits = _limits(field)
+    return _describe(hint) + (f" ({limits})" if limits else "")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -65,10 +65,15 @@ class Finding:
         return f"it belongs at {self.suggestion}" if moved else f"did you mean '{self.suggestion}'?"
 
     @property
-    def message(self) -> str:
-        """All of it in one sentence: why, what is allowed, what was meant."""
+    def sentences(self) -> list[str]:
+        """Why, what is allowed unless the list is long and a suggestion says enough, what was meant."""
         allowed = "" if not self.allowed or (self.suggestion and len(self.allowed) > _LONG) else f"expected {self.allowed}"
-        return "; ".join(part for part in (self.why, allowed, self.hint) if part)
+        return [part for part in (self.why, allowed, self.hint) if part]
+
+    @property
+    def message(self) -> str:
+        """All of it in one line."""
+        return "; ".join(self.sentences)
 
     @property
     def text(self) -> str:
