@@ -73,7 +73,7 @@ def _remark_idle(values: Values, findings: Findings) -> None:
             switch = section_switch(dotted)
             if dotted in NEVER_SECTIONS:
                 findings.note(values.name(dotted), "{...}", f"does nothing: {NEVER_SECTIONS[dotted]}")
-            elif switch and switch not in values and not values[switch] and dotted != "zero_optimization.offload_param":
+            elif switch and switch not in values and switch not in values.spelled and values[switch] in (None, False):
                 _note(findings, values, dotted, f"stands here but is off: {switch.rpartition('.')[2]} is not given")
         elif changed and section and is_off(values, section) and dotted != section_switch(section):
             off.setdefault(section, []).append(dotted)

@@ -268,7 +268,12 @@ class _Reader:
     def long_text(self, position: int) -> tuple[str, int]:
         """A text in triple quotes: the indentation of its first line is taken off the others, and the last line break too."""
         text = self.text
-        indent = position - text.rfind("\n", 0, position) - 1
+        line_break = text.rfind("\n", 0, position)
+        if line_break < 0:  # hjson looks for the line break before the quotes, and goes round the beginning of the text
+            line_break = text.rfind("\n") - len(text)
+        if line_break == -1 - len(text):
+            raise JsonSyntaxError("a text in triple quotes needs a line break in the file", position)
+        indent = position - line_break - 1
         begin = position
         position = self._skip_indent(position + 3, len(text))
         if self.at(position) == "\n":

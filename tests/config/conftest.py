@@ -39,7 +39,7 @@ def with_keys(changes: dict[str, Any], base: dict[str, Any] = VALID) -> dict[str
         if value is ...:
             here.pop(key)
         else:
-            here[key] = value
+            here[key] = copy.deepcopy(value)
     return tree
 
 
