@@ -412,7 +412,7 @@ TORCH_AUTOCAST = Section(
     help="torch.autocast around the forward pass; the parameters stay fp32.",
     keys={
         "enabled": _flag(False, "Turn it on.", null=True),
-        "dtype": _text(None, "16-bit type; must be given when enabled.", choices=BF16_NAMES + FP16_NAMES, null=True),
+        "dtype": _text(None, "16-bit type; must be given when enabled.", choices=BF16_NAMES + FP16_NAMES),
         "lower_precision_safe_modules": Key("texts", None, "Classes whose gradients travel in 16 bits."),
     },
 )
