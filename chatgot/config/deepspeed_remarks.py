@@ -106,8 +106,9 @@ def _remark_unstated_defaults(subject: Subject, findings: Findings) -> None:
     for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
         if values[f"{section}.device"] != "none":
             changed[f"{section}.pin_memory"] = ("true", "false")
+    misspelled = {finding.suggestion for finding in findings.at_level("error")}
     for dotted, (now, before) in changed.items():
-        if dotted not in values and dotted not in values.spelled:
+        if dotted not in values and dotted not in values.spelled and dotted not in misspelled:
             why = f"is not stated: {now} since 2026, {before} before; state it, so that the file means the same everywhere"
             findings.note(values.name(dotted), ABSENT, why)
     if (
