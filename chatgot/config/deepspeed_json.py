@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.config import deepspeed_schema as schema
-from chatgot.config.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.config.chatgot_section import ChatGoTSection
 from chatgot.config.deepspeed_file import plain_copy, read_document
 from chatgot.config.deepspeed_values import Values
@@ -125,8 +124,7 @@ def _engine_config(seen: Inspection) -> EngineConfig:
     tree, values, batch = seen.tree, seen.values, seen.batch
     assert batch is not None  # else there was an error
     deepspeed = {key: plain_copy(value) for key, value in tree.items() if key not in ("chatgot", "wandb")}
-    numbers = {TOTAL: batch.total, MICRO: batch.micro, ACCUMULATION: batch.accumulation}
-    for dotted, value in (numbers | seen.derived.resolved()).items():
+    for dotted, value in seen.derived.resolved().items():
         _put(deepspeed, values.name(dotted), value)
     optimizer, scheduler = deepspeed.get("optimizer"), deepspeed.get("scheduler")
     remarks = tuple(seen.findings.at_level("warning", "note"))

@@ -216,7 +216,7 @@ def _field_names(model: Any) -> dict[str, str]:
 
 def test_values_of_a_broken_file_are_shown_as_far_as_they_go(write) -> None:
     found = sources(
-        write(with_keys({"optimizer": {"type": 3, "params": [1]}, "train_batch_size": 9, "scheduler": {"params": 4}, "wandb": 5}))
+        write(with_keys({"optimizer": {"type": 3, "params": {"lr": 1}}, "train_batch_size": 9, "scheduler": {"params": 4}, "wandb": 5}))
     )
     assert found["zero_optimization.stage"].value == 1
     assert "gradient_accumulation_steps" in found

@@ -97,6 +97,10 @@ def test_whatever_hjson_rejects_check_rejects(tmp_path: Path, text: str) -> None
     with pytest.raises(REJECTED):
         DeepSpeedConfig(str(tmp_path / "ds.json"))
     assert report.exit_code == 2
+    said = {
+        finding.why.partition(":")[0].partition(" in ")[0].partition(" {")[0] for finding in report.findings if finding.level == "error"
+    }
+    assert said & {"not valid JSON", "given twice", "expected a JSON object"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
