@@ -1,6 +1,7 @@
-"""python launch/bench.py --suite train | prepare: the figures of BENCHMARKS.md."""
+"""python launch/bench.py --suite train | prepare | checkpoint: the figures of BENCHMARKS.md."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 SUITES = {
     "train": "the whole program against a plain PyTorch loop of the same model, interleaved",
+    "checkpoint": "saving and loading against torch.save and the disk, and the stall of training, at once and in the background",
     "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
 }
 
@@ -19,11 +21,8 @@ def main() -> None:
     )
     parser.add_argument("--suite", required=True, choices=list(SUITES))
     arguments, rest = parser.parse_known_args()
-    if arguments.suite == "train":
-        from chatgot.bench.train import main as suite
-    else:
-        from chatgot.bench.prepare import main as suite
-    sys.exit(suite(rest))
+    suite = importlib.import_module(f"chatgot.bench.{arguments.suite}")
+    sys.exit(suite.main(rest))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ PROGRAMS = {
     "chatgot sample": (None, ("sample",)),
     "chatgot prepare": (None, ("prepare",)),
     "chatgot check": (None, ("check",)),
+    "chatgot verify": (None, ("verify",)),
 }
 
 

@@ -29,6 +29,8 @@ class Found:
     manifest: dict[str, Any]
     notes: tuple[str, ...] = ()
     """What the user must hear: newer checkpoints that are damaged, a `latest` that leads nowhere."""
+    damaged: tuple[str, ...] = ()
+    """Tags in the same folder that were found damaged on the way here."""
 
     @property
     def path(self) -> Path:
@@ -49,7 +51,7 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
         return _open(folder, tag)
     damaged: list[tuple[str, int | None, str]] = []
     candidates: list[tuple[int, int, str]] = []
-    for name in _tags(folder):
+    for name in tags_in(folder):
         try:
             fields = _manifest(folder / name)
             candidates.append((int(fields["sequence"]), int(fields["step"]), name))
@@ -61,13 +63,13 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
         except CheckpointError as error:
             damaged.append((name, step, str(error)))
             continue
-        return Found(folder, name, found.manifest, tuple(_notes(folder, name, step, damaged)))
+        return Found(folder, name, found.manifest, tuple(_notes(folder, name, step, damaged)), tuple(lost for lost, _, _ in damaged))
     if damaged:
         raise CheckpointError(f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged))
     return None
 
 
-def _tags(folder: Path) -> list[str]:
+def tags_in(folder: Path) -> list[str]:
     """Names of what is, or should be, a published checkpoint: a manifest in it, or the name of one."""
     if not folder.is_dir():
         return []
@@ -89,7 +91,7 @@ def _open(folder: Path, tag: str) -> Found:
         raise CheckpointError(f"{folder}: tag {tag!r} is not the plain name of a checkpoint folder")
     path = folder / tag
     if not path.is_dir():
-        raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(_tags(folder)) or 'none'})")
+        raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags_in(folder)) or 'none'})")
     fields = _manifest(path)
     try:
         manifest.verify(path, fields)
@@ -133,7 +135,7 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
     """
     own = out_dir / "checkpoints"
     if resume_from == "never":
-        if _tags(own):
+        if tags_in(own):
             raise ConfigError(
                 f"--resume_from never: {own} has checkpoints, and a new run would mix with them; choose another --out_dir or remove it"
             )

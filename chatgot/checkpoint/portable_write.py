@@ -51,7 +51,7 @@ def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
         CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state is not in memory.
     """
     error = None
-    owned = list(_owned(engine))
+    owned = list(owned_pieces(engine))
     try:
         _check(engine, state)
         if any(parameter.moments or parameter.scalars for parameter in state.parameters.values()):
@@ -130,7 +130,8 @@ def _check(engine: Any, state: PortableState) -> None:
         raise CheckpointError("zero_optimization.offload_optimizer.ratio below 1: a checkpoint of other settings cannot be resumed into it")
 
 
-def _owned(engine: Any) -> Iterator[Owned]:
+def owned_pieces(engine: Any) -> Iterator[Owned]:
+    """The tensors that this rank's optimizer steps, with the pieces of parameters in them."""
     names, zero = _names(engine), engine.optimizer
     if not engine.zero_optimization():
         for group in zero.param_groups:

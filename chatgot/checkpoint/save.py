@@ -1,99 +1,226 @@
-"""Saving: DeepSpeed's own files in a folder that gets its name only when every rank has written its part, hashed and on the disk."""
+"""Saving: DeepSpeed's own files in a folder that gets its name only when every rank has written its part, hashed and on the disk.
+
+A save has three parts, and all ranks leave each of them together:
+
+1. `Saver.begin`: DeepSpeed collects what is to be saved. It is written at once, or, with chatgot.checkpoint.async, copied to memory.
+2. Every rank writes (async), flushes and hashes its own files.
+3. Rank 0 lists all hashes in the manifest, gives the folder its name, replaces `latest`, and prunes.
+
+With chatgot.checkpoint.async, parts 2 and 3 run in a thread of their own while training goes on; `Saver.advance` moves from one to the
+next, when no rank is busy any more. Without it they run right away, in the same order.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chatgot.checkpoint import faults, manifest
+from chatgot.checkpoint.publish import UNFINISHED, next_sequence, publish, sweep, tag_of
 from chatgot.checkpoint.ranks import Ranks
+from chatgot.checkpoint.retention import Pruned, expected_bytes, make_room, prune
+from chatgot.checkpoint.snapshot import Snapshot, Snapshots
+from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.errors import CheckpointError
 
-UNFINISHED = ".unfinished-"
-"""Prefix of folders that are being written or deleted; never loaded, and swept at the next save."""
-REPLACED = ".replaced-"
-"""Prefix of a checkpoint that makes way for another one of the same step, until that one has its name."""
 VISIBLE_WITHIN_S = 60.0
 """How long rank 0 waits until a file that another machine has written shows up in its own listing (NFS keeps listings for a while)."""
 
-
-def tag_of(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:08d}"
+Measured = dict[str, dict[str, Any]]
+"""{file name: {"bytes", "sha256"}}"""
 
 
-def save(engine: Any, folder: Path, client_state: dict[str, Any], fields: dict[str, Any], ranks: Ranks) -> str:
-    """Save a checkpoint after the current step, publish it, and point `latest` to it. Collective.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was published."""
+
+    step: int
+    tag: str
+    seconds: float
+    """From the start of the save until it was published and old ones were pruned."""
+    stalled_seconds: float
+    """Part of it during which training stood still."""
+    pruned: tuple[str, ...] = ()
+    """Tags that were deleted; known on rank 0."""
+    notes: tuple[str, ...] = ()
+    """What the user must hear; known on rank 0."""
+
+
+@dataclass
+class _Pending:
+    step: int
+    started: float
+    fields: dict[str, Any]
+    writing: Future[tuple[Measured, CheckpointError | None]]
+    made_room: tuple[str, ...]
+    """Tags that were deleted for it."""
+    publishing: Future[tuple[Pruned, CheckpointError | None]] | None = None
+    stalled: float = 0.0
+
+
+@dataclass
+class Saver:
+    """Saves the checkpoints of one run into the run folder's `checkpoints`, one at a time. Every rank has one.
 
     DeepSpeed writes `latest` before the other ranks have finished (engine.py, save_checkpoint), so it is told not to; the folder is
     renamed and `latest` replaced here, after all ranks have reported success.
-
-    Args:
-        folder: the run folder's `checkpoints`.
-        client_state: what DeepSpeed does not save, under the single key "chatgot" (any other key could overwrite an engine attribute).
-        fields: of the manifest.
-
-    Returns:
-        The tag.
-
-    Raises:
-        CheckpointError: on all ranks, if any rank could not write. Nothing is published then, unless only the flush after the rename
-            or `latest` failed; what is published is whole in any case.
     """
-    tag = tag_of(engine.global_steps)
-    unfinished = folder / f"{UNFINISHED}{tag}"
-    error: CheckpointError | None = None
-    if ranks.rank == 0:
-        try:
-            faults.operation("make the folder and sweep leftovers")
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
-        except OSError as caught:
-            error = _refusal(folder, caught)
-    ranks.agree(error)
-    try:
-        with _failures_noted(engine) as failures:
-            engine.save_checkpoint(str(folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False)
-        ranks.agree(_refusal(unfinished, failures[0]) if failures else None)
-        files = _flush_and_hash(unfinished, ranks)
-        if ranks.rank == 0:
+
+    folder: Path
+    config: CheckpointConfig
+    ranks: Ranks
+    estimated_bytes: int = 0
+    """Of a checkpoint, until one shows it."""
+    damaged: set[str] = field(default_factory=set)
+    """Tags in the folder that are known not to be whole; known on rank 0."""
+    failed_step: int = 0
+    """Step of the save that failed last."""
+    _unsaid: list[str] = field(default_factory=list)
+    """Warnings for the next `Saved`."""
+    _pending: _Pending | None = None
+    _snapshots: Snapshots = field(default_factory=Snapshots)
+    _thread: ThreadPoolExecutor | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.async_:
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has begun and is not published yet; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still works on the pending save; when no rank is, `advance`."""
+        if self._pending is None:
+            return False
+        return not (self._pending.publishing or self._pending.writing).done()
+
+    def begin(self, engine: Any, client_state: dict[str, Any], fields: dict[str, Any]) -> None:
+        """Begin to save the state after the current step; when this returns, training may change it. Collective.
+
+        Args:
+            client_state: what DeepSpeed does not save, under the single key "chatgot" (any other key could overwrite an engine attribute).
+            fields: of the manifest.
+
+        Raises:
+            CheckpointError: on all ranks, if any could not write; then nothing is pending, and nothing was published.
+            ValueError: another save is pending.
+        """
+        if self._pending is not None:
+            raise ValueError(f"the save of step {self._pending.step} is not finished")
+        started, step = time.monotonic(), engine.global_steps
+        unfinished = self.folder / f"{UNFINISHED}{tag_of(step)}"
+        error, made_room = None, Pruned()
+        if self.ranks.rank == 0:
             try:
-                manifest.write(unfinished, {**fields, "sequence": _next_sequence(folder), "files": files}, faults.operation)
-                _publish(unfinished, folder / tag)
-                manifest.write_atomically(folder / "latest", tag, faults.operation)
+                expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)
+                made_room = make_room(self.folder, self.config, expected, self.damaged)
+                self.damaged.update(made_room.damaged)
+                self._unsaid += made_room.warnings
+                faults.operation("make the folder and sweep leftovers")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sweep(self.folder)
+            except CheckpointError as caught:
+                error = caught
             except OSError as caught:
-                error = _refusal(folder / tag, caught)
-        ranks.agree(error)
-    except CheckpointError:
-        if ranks.rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # makes room at once; what cannot be deleted now is swept at the next save
-        raise
-    return tag
+                error = _refusal(self.folder, caught)
+        with self._cleared_away(step):
+            self.ranks.agree(error)
+            self._snapshots.reuse()
+            snapshots: list[tuple[Path, Snapshot]] | None = [] if self._thread else None
+            with _files_of(engine, snapshots, self._snapshots) as failures:
+                engine.save_checkpoint(str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False)
+            self.ranks.agree(_refusal(unfinished, failures[0]) if failures else None)
+        writing = self._run(lambda: _write_and_hash(unfinished, engine.checkpoint_engine, snapshots or [], self.ranks))
+        self._pending = _Pending(step, started, {"step": step, **fields}, writing, made_room.tags)
+        self._pending.stalled = time.monotonic() - started
+
+    def advance(self) -> Saved | None:
+        """Go on with the pending save, when no rank is busy; what was published, or None if there is more to do. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, if any could not write. Nothing is pending then, and nothing was published, unless only the flush
+                after the rename or `latest` failed; what is published is whole in any case.
+        """
+        assert self._pending is not None
+        began, pending = time.monotonic(), self._pending
+        with self._cleared_away(pending.step):
+            if pending.publishing is None:
+                own, error = pending.writing.result()
+                self.ranks.agree(error)
+                gathered = self.ranks.gather(own)
+                alone = self.ranks.rank == 0
+                pending.publishing = self._run(lambda: self._publish(pending, gathered)) if alone else _done((Pruned(), None))
+                pending.stalled += time.monotonic() - began
+                return None
+            pruned, error = pending.publishing.result()
+            self.ranks.agree(error)
+        self._pending = None
+        notes, self._unsaid = (*self._unsaid, *pruned.warnings), []
+        now = time.monotonic()
+        tags = (*pending.made_room, *pruned.tags)
+        return Saved(pending.step, tag_of(pending.step), now - pending.started, pending.stalled + now - began, tags, notes)
+
+    def finish(self) -> Saved:
+        """Wait until the pending save is published. Collective.
+
+        Raises:
+            CheckpointError: as `advance`.
+        """
+        while (saved := self.advance()) is None:
+            pass
+        return saved
+
+    def _run(self, work: Callable[[], Any]) -> Future[Any]:
+        return self._thread.submit(work) if self._thread is not None else _done(work())
+
+    @contextlib.contextmanager
+    def _cleared_away(self, step: int) -> Iterator[None]:
+        """A save that fails is forgotten, and rank 0 makes room at once; what it cannot delete now is swept at the next save."""
+        try:
+            yield
+        except CheckpointError:
+            self._pending, self.failed_step = None, step
+            if self.ranks.rank == 0:
+                shutil.rmtree(self.folder / f"{UNFINISHED}{tag_of(step)}", ignore_errors=True)
+            raise
+
+    def _publish(self, pending: _Pending, gathered: list[Measured]) -> tuple[Pruned, CheckpointError | None]:
+        """Part 3: what was pruned, and the error if there was one. Rank 0 only."""
+        tag = tag_of(pending.step)
+        unfinished = self.folder / f"{UNFINISHED}{tag}"
+        files = dict(sorted((name, measured) for part in gathered for name, measured in part.items()))
+        try:
+            if error := _not_the_same_folder(unfinished, gathered):
+                return Pruned(), error
+            for parent in sorted({(unfinished / name).parent for name in files} - {unfinished}):
+                manifest.sync(parent)
+            fields = {**pending.fields, "sequence": next_sequence(self.folder), "files": files}
+            manifest.write(unfinished, fields, faults.operation)
+            publish(unfinished, self.folder / tag)
+            manifest.write_atomically(self.folder / "latest", tag, faults.operation)
+        except OSError as caught:
+            return Pruned(), _refusal(self.folder / tag, caught)
+        self.damaged.discard(tag)
+        pruned = prune(self.folder, self.config, self.damaged)
+        self.damaged.update(pruned.damaged)
+        return pruned, None
 
 
-def sweep(folder: Path) -> None:
-    """Clear up after a save that was cut short. Rank 0 only, while nobody else saves here."""
-    take_back(folder)
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{REPLACED}*")):
-        shutil.rmtree(leftover)
-    for leftover in folder.glob(".latest.tmp-*"):
-        leftover.unlink()
-
-
-def take_back(folder: Path) -> None:
-    """A checkpoint that had made way for another one of the same step gets its name back if the other one never got it. Rank 0 only."""
-    for replaced in folder.glob(f"{REPLACED}*"):
-        original = replaced.with_name(replaced.name.removeprefix(REPLACED))
-        if not original.exists():
-            os.rename(replaced, original)
-            manifest.sync(folder)
+def _done(result: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
 
 
 def writer(name: str) -> int:
@@ -102,37 +229,38 @@ def writer(name: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _flush_and_hash(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Every rank flushes its own files to the disk and hashes them; {name: {"bytes", "sha256"}} of all of them. Collective.
+def _write_and_hash(
+    folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]], ranks: Ranks
+) -> tuple[Measured, CheckpointError | None]:
+    """Part 2: this rank's files with their sizes and hashes, and the error if there was one.
 
-    Raises:
-        CheckpointError: on all ranks: a file could not be flushed or read, or rank 0 does not see what another rank wrote.
+    Args:
+        files: the engine's checkpoint engine, which knows how to write a state dict.
     """
-    own: dict[str, dict[str, Any]] = {}
-    error: CheckpointError | None = None
+    own: Measured = {}
     try:
+        for path, snapshot in snapshots:
+            faults.operation(f"save {path.name}")
+            files.save(snapshot.rebuild(), str(path))
         for name in manifest.listed(folder):
             if writer(name) % ranks.world_size == ranks.rank:
                 faults.operation(f"flush and hash {name}")
-                manifest.sync(folder / name)
-                own[name] = manifest.measure(folder / name)
-    except OSError as caught:
-        error = _refusal(folder, caught)
-    ranks.agree(error)
-    gathered = ranks.gather(own)
-    files = {name: measured for part in gathered for name, measured in part.items()}
-    if ranks.rank == 0:
-        error = _not_the_same_folder(folder, gathered)
-        try:
-            for parent in sorted({(folder / name).parent for name in files} - {folder}):
-                manifest.sync(parent)
-        except OSError as caught:
-            error = _refusal(folder, caught)
-    ranks.agree(error)
-    return dict(sorted(files.items()))
+                own[name] = _flushed_and_measured(folder / name)
+    except (OSError, RuntimeError) as caught:  # torch.save reports a full disk as a RuntimeError
+        return {}, _refusal(folder, caught)
+    return own, None
 
 
-def _not_the_same_folder(folder: Path, gathered: list[dict[str, dict[str, Any]]]) -> CheckpointError | None:
+def _flushed_and_measured(path: Path) -> dict[str, Any]:
+    """Hashes the file out of the page cache while the disk still writes it."""
+    with ThreadPoolExecutor(1) as thread:
+        flushed = thread.submit(manifest.sync, path)
+        measured = manifest.measure(path)
+        flushed.result()
+    return measured
+
+
+def _not_the_same_folder(folder: Path, gathered: list[Measured]) -> CheckpointError | None:
     """The error if rank 0 does not see exactly the files that all ranks together have hashed."""
     until = time.monotonic() + VISIBLE_WITHIN_S
     hashed = {name for part in gathered for name in part}
@@ -149,18 +277,9 @@ def _not_the_same_folder(folder: Path, gathered: list[dict[str, dict[str, Any]]]
     return None
 
 
-def _next_sequence(folder: Path) -> int:
-    """One more than any published checkpoint's: which one was published last does not follow from the steps, since a run can go back."""
-    newest = 0
-    for path in folder.glob(f"*/{manifest.NAME}"):
-        with contextlib.suppress(CheckpointError):  # a damaged one is reported where checkpoints are chosen
-            newest = max(newest, int(manifest.read(path.parent).get("sequence", 0)))
-    return newest + 1
-
-
 @contextlib.contextmanager
-def _failures_noted(engine: Any) -> Iterator[list[OSError | RuntimeError]]:
-    """Let this rank's file operations note their failure instead of raising it.
+def _files_of(engine: Any, snapshots: list[tuple[Path, Snapshot]] | None, memory: Snapshots) -> Iterator[list[OSError | RuntimeError]]:
+    """Let this rank's file operations note their failure instead of raising it, and put what is to be written into `snapshots`, if given.
 
     DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank that raised before would
     leave them waiting there until the process group's timeout. torch.save reports a full disk as a RuntimeError.
@@ -178,10 +297,17 @@ def _failures_noted(engine: Any) -> Iterator[list[OSError | RuntimeError]]:
 
         return attempt
 
+    def copied(state_dict: Any, path: str) -> None:
+        try:
+            assert snapshots is not None
+            snapshots.append((Path(path), memory.take(state_dict)))
+        except (RuntimeError, ValueError) as error:  # no memory for the copy
+            failures.append(RuntimeError(f"no copy for saving in the background (chatgot.checkpoint.async): {error}"))
+
     files = engine.checkpoint_engine
     wrapped: list[tuple[Any, str]] = [(files, "save"), (files, "makedirs"), (engine, "_copy_recovery_script")]
     for owner, name in wrapped:
-        setattr(owner, name, noted(getattr(owner, name)))
+        setattr(owner, name, copied if name == "save" and snapshots is not None else noted(getattr(owner, name)))
     try:
         yield failures
     finally:
@@ -195,26 +321,3 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
         with contextlib.suppress(OSError):
             free = f" ({shutil.disk_usage(path.parent).free / 2**30:.2f} GiB free)"
     return CheckpointError(f"{path}: the checkpoint could not be saved: {error}{free}; earlier checkpoints are untouched")
-
-
-def _publish(unfinished: Path, final: Path) -> None:
-    """Give the complete folder its name. One that exists already (the same step, saved again) makes way first, never written into.
-
-    A kill between the two renames leaves it as REPLACED, from where `take_back` fetches it.
-    """
-    replaced = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():
-        faults.operation(f"move the earlier {final.name} away")
-        os.rename(final, replaced)
-    faults.operation(f"publish {final.name}")
-    try:
-        os.rename(unfinished, final)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    faults.operation("flush the folder of checkpoints")
-    manifest.sync(final.parent)
-    if replaced.exists():
-        faults.operation(f"delete the earlier {final.name}")
-        shutil.rmtree(replaced)

@@ -36,6 +36,11 @@ class CheckpointConfig:
     """Checkpoints with the lowest val/loss that are kept besides."""
     keep_every_steps: int | None = ranged(None, low=1)
     """Checkpoints whose step is a multiple of this are kept for ever; null: none."""
+    disk_budget_gb: float | None = ranged(None, above=0.0)
+    """GB (of 1e9 bytes) that the checkpoints folder may hold, the checkpoint being written included; it comes before the keep_ rules.
+    null: no limit."""
+    async_: bool = False
+    """Write while training goes on, from a copy in CPU memory, which every rank keeps; the key in the JSON is "async"."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ DeepSpeed gets what the file states, value for value, plus what was derived; Cha
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from chatgot.config.chatgot_section import ChatGoTSection
 from chatgot.config.deepspeed_file import plain_copy, read_document
 from chatgot.config.deepspeed_values import Values
 from chatgot.config.device import DeviceFacts
+from chatgot.config.fields import to_plain
 from chatgot.config.findings import Finding
 from chatgot.config.inspection import Inspection, inspect
 from chatgot.config.relaxed_json import Document
@@ -75,10 +75,10 @@ class EngineConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal EngineConfig."""
-        chatgot = dataclasses.asdict(self.chatgot)
+        chatgot = to_plain(self.chatgot)
         if self.activation_checkpointing is None:
             del chatgot["activation_checkpointing"]  # would do nothing without the DeepSpeed section, and is refused
-        return {**plain_copy(self.deepspeed), "wandb": dataclasses.asdict(self.wandb), "chatgot": chatgot}
+        return {**plain_copy(self.deepspeed), "wandb": to_plain(self.wandb), "chatgot": chatgot}
 
 
 def read_engine_config(

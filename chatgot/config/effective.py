@@ -10,6 +10,7 @@ from typing import Any, Literal
 from chatgot.config import deepspeed_schema as schema
 from chatgot.config.deepspeed_arguments import given_arguments, known_arguments
 from chatgot.config.deepspeed_reach import idle, is_off, section_switch
+from chatgot.config.fields import to_plain
 from chatgot.config.inspection import Inspection
 
 VERSION = "0.19.8"
@@ -46,7 +47,7 @@ def effective(seen: Inspection) -> Iterator[Effective]:
             if dotted in ("optimizer.params", "scheduler.params") and dotted in values:
                 yield from _arguments(seen, dotted)
             elif dotted == "chatgot":
-                yield from _chatgot(seen, dataclasses.asdict(seen.chatgot), "chatgot")
+                yield from _chatgot(seen, to_plain(seen.chatgot), "chatgot")
             continue
         if node.instead and dotted not in values:
             continue

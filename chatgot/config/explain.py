@@ -17,7 +17,7 @@ from chatgot.config.deepspeed_reach import NEEDS, NEVER, NEVER_SECTIONS, STAGES,
 from chatgot.config.deepspeed_schema import Key, Section
 from chatgot.config.errors import ConfigError
 from chatgot.config.explanations import ARGUMENTS, INTERACTIONS
-from chatgot.config.fields import described, nested_class
+from chatgot.config.fields import described, key_of, nested_class
 from chatgot.config.findings import shown
 from chatgot.config.suggestions import meant
 
@@ -125,12 +125,12 @@ def _fields(cls: type = ChatGoTSection, where: str = "chatgot") -> dict[str, tup
     texts = dict(_texts(cls))
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        dotted = f"{where}.{field.name}"
+        dotted = f"{where}.{key_of(field)}"
         relation = INTERACTIONS.get(dotted, "DeepSpeed never sees it.")
         nested = nested_class(hints[field.name])
         if nested is not None:
             does = (nested.__doc__ or "").strip()
-            keys = ", ".join(f.name for f in dataclasses.fields(nested))
+            keys = ", ".join(map(key_of, dataclasses.fields(nested)))
             found[dotted] = (f"{does} {texts.get(field.name, '')}".strip(), f"Keys: {keys}.", relation)
             found.update(_fields(nested, dotted))
         else:

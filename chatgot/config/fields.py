@@ -29,6 +29,20 @@ def did_you_mean(word: object, known: typing.Iterable[str]) -> str:
     return f"; did you mean '{close}'?" if close else ""
 
 
+def key_of(field: dataclasses.Field) -> str:
+    """The key of a field in YAML and JSON: its name, without the underscore that lets a Python keyword be a name (async_)."""
+    return field.name.rstrip("_")
+
+
+def to_plain(section: Any) -> dict[str, Any]:
+    """The mapping that `read_section` makes an equal `section` of."""
+    plain = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        plain[key_of(field)] = to_plain(value) if dataclasses.is_dataclass(value) else value
+    return plain
+
+
 def read_section(cls: type, values: Any, where: str) -> Any:
     """Build the frozen dataclass `cls` from a mapping.
 
@@ -45,18 +59,18 @@ def read_section(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a mapping of keys, got {values!r}")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {key_of(f): f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key '{key}'{did_you_mean(key, fields)} (known: {', '.join(fields)})")
     kwargs = {}
-    for name, field in fields.items():
-        if name not in values:
+    for key, field in fields.items():
+        if key not in values:
             if field.default is _MISSING and field.default_factory is _MISSING:
-                raise ConfigError(f"{where}: key '{name}' is missing ({_describe(hints[name])})")
+                raise ConfigError(f"{where}: key '{key}' is missing ({_describe(hints[field.name])})")
             continue
-        kwargs[name] = coerce(values[name], hints[name], f"{where}.{name}")
-        _check_range(kwargs[name], field, f"{where}.{name}")
+        kwargs[field.name] = coerce(values[key], hints[field.name], f"{where}.{key}")
+        _check_range(kwargs[field.name], field, f"{where}.{key}")
     try:
         return cls(**kwargs)
     except ValueError as error:  # a dataclass' own __post_init__ check; it knows the keys, we know the place
@@ -66,27 +80,27 @@ def read_section(cls: type, values: Any, where: str) -> Any:
 def read_fields(cls: type, values: dict[str, Any], where: str, findings: Findings) -> Any:
     """As `read_section`, for a dataclass whose fields all have defaults; what is wrong becomes a finding and is left at its default."""
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {key_of(f): f for f in dataclasses.fields(cls)}
     good: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{where}.{key}"
         if key not in fields:
             findings.error(dotted, value, "unknown key", allowed="one of " + ", ".join(fields), suggestion=meant(key, fields))
             continue
-        nested = nested_class(hints[key])
+        name = fields[key].name
+        hint = hints[name]
+        nested = nested_class(hint)
         if nested is not None and isinstance(value, dict):
-            good[key] = read_fields(nested, value, dotted, findings)
+            good[name] = read_fields(nested, value, dotted, findings)
             continue
         try:
-            coerced = coerce(value, hints[key], dotted)
+            coerced = coerce(value, hint, dotted)
             _check_range(coerced, fields[key], dotted)
         except ConfigError:
-            words = [str(word) for option in _options(hints[key]) for word in typing.get_args(option)]
-            findings.error(
-                dotted, value, "ChatGoT cannot use it", allowed=described(fields[key], hints[key]), suggestion=meant(value, words)
-            )
+            words = [str(word) for option in _options(hint) for word in typing.get_args(option)]
+            findings.error(dotted, value, "ChatGoT cannot use it", allowed=described(fields[key], hint), suggestion=meant(value, words))
         else:
-            good[key] = coerced
+            good[name] = coerced
     return cls(**good)
 
 

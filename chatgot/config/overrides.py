@@ -18,6 +18,7 @@ from typing import Any
 from chatgot.config import deepspeed_schema as schema
 from chatgot.config.chatgot_section import ChatGoTSection
 from chatgot.config.errors import ConfigError
+from chatgot.config.fields import key_of
 from chatgot.config.run import RunConfig
 
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -138,9 +139,9 @@ def _fields(cls: type, prefix: str = "") -> Iterator[str]:
     for f in dataclasses.fields(cls):
         nested = next((t for t in _options(hints[f.name]) if dataclasses.is_dataclass(t)), None)
         if nested is None or cls is not RunConfig:
-            yield prefix + f.name
+            yield prefix + key_of(f)
         if isinstance(nested, type):
-            yield from _fields(nested, f"{prefix}{f.name}.")
+            yield from _fields(nested, f"{prefix}{key_of(f)}.")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -13,20 +13,20 @@ import torch
 
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint.portable_write import parameter_groups
-from chatgot.checkpoint.retention import prune
-from chatgot.checkpoint.save import save
+from chatgot.checkpoint.save import Saved, Saver
 from chatgot.config.errors import CheckpointError, NumericsError
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.engine.build import TrainingEngine, mean_over_ranks
 from chatgot.engine.process_group import ControlGroup
-from chatgot.observe.journal import Events, Journal
+from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import samples, schedule
 from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
 
 
@@ -38,6 +38,11 @@ class Records:
     journal: Journal | None = None
     events: Events | None = None
     wandb: WandbRun | None = None
+    samples: Patient = field(init=False)
+    """Writes the files of samples/."""
+
+    def __post_init__(self) -> None:
+        self.samples = Patient("samples", self.progress.say)
 
     def event(self, kind: str, **fields: Any) -> None:
         """To events.jsonl, on rank 0."""
@@ -52,7 +57,6 @@ class Position:
     next_sample: int = 0
     """Global index of the first sample that has not been trained on."""
     best_val_loss: float | None = None
-    last_save_step: int = 0
     last_val: dict[str, float] = field(default_factory=dict)
 
 
@@ -74,6 +78,8 @@ class Loop:
     mfu: Mfu
     prompts: list[str]
     stop: StopSignals
+    saver: Saver
+    proof: Proof
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -90,6 +96,8 @@ class Loop:
         train = self.config.train
         while self.step < train.max_steps and self.stopped_by is None:
             loss = self._train_step()
+            # The one collective a step, before any line of this step: those of metrics.jsonl never go back within a run.
+            signalled, minutes_over, writing = self.share(loss, self.stop.received is not None, self._minutes_over(), self.saver.busy)
             step, last = self.step, self.step == train.max_steps
             self.meter.step(self.train_batches.tokens_per_step)
             if not self.engine.engine.was_step_applied():
@@ -98,19 +106,32 @@ class Loop:
                 self._log(step, loss)
             else:
                 self.records.progress.step(step)
-            improved = False
-            if last or (train.eval_every and step % train.eval_every == 0):
+            improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
+            sampled = last or (train.sample_every is not None and step % train.sample_every == 0)
+            if evaluated:
                 improved = self._evaluate(step)
-            if last or (train.sample_every and step % train.sample_every == 0):
+            if sampled:
                 self._sample(step)
-            signalled, minutes_over = self.ranks.any(self.stop.received is not None, self._minutes_over())
+            if evaluated or sampled:  # a signal may have come meanwhile
+                signalled = self.ranks.any(signalled or self.stop.received is not None)[0]
+            if self.saver.pending and not writing:
+                self._go_on_saving()
             if signalled and not last:
                 self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
             if last or signalled or self._save_due(step, minutes_over, improved):
                 self._save(last or signalled)
             yield step
 
+    def advance(self) -> None:
+        """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
+        self.share(self._train_step())
+
+    def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
+        """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
+        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags)
+
     def _train_step(self) -> torch.Tensor:
+        self.proof.begin_step()
         scheduled = self.engine.config.chatgot.schedule
         if scheduled is not None:
             self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
@@ -179,11 +200,12 @@ class Loop:
                 self.engine.engine, self.prompts, self.data.tokenizer, self.config.train, self.config.model.max_seq_length, self.ranks
             )
             if self.ranks.rank == 0:
-                path = samples.write(self.out_dir / "samples", step, drawn)
-                self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
+                path, text = samples.path(self.out_dir / "samples", step), samples.as_text(drawn)
+                if self.records.samples.attempt(lambda: samples.write(path, text)):
+                    self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
                 self.records.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")
                 if self.records.wandb is not None:
-                    self.records.wandb.log_text("samples", path.read_text(encoding="utf-8"), step)
+                    self.records.wandb.log_text("samples", text, step)
 
     def _minutes_over(self) -> bool:
         minutes = self.engine.config.chatgot.checkpoint.every_minutes
@@ -195,28 +217,57 @@ class Loop:
         return by_step or minutes_over or (improved and config.keep_best > 0)
 
     def _save(self, must: bool) -> None:
-        """Save; a failure leaves training going, until it is the last chance or the third in a row."""
+        """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the last chance."""
+        self.proof.flush()
         with self.meter.paused("save"):
-            started = time.monotonic()
+            self.finish_saving()
             try:
-                tag = save(self.engine.engine, self.out_dir / "checkpoints", self.client_state(), self._manifest(), self.ranks)
+                self.saver.begin(self.engine.engine, self.client_state(), self._manifest())
             except CheckpointError as error:
-                self._failed_saves += 1
-                self.records.event("save_failed", step=self.step, error=str(error), in_a_row=self._failed_saves)
-                if must or self._failed_saves >= 3:
-                    raise
-                self.records.progress.say(f"WARNING: {error}; training goes on, the next save will try again")
+                self._failed(error, must)
                 return
-            self._failed_saves = 0
-            self.position.last_save_step = self.step
             self._last_save = time.monotonic()
-            if self.ranks.rank == 0:
-                gone: list[str] = []
-                try:
-                    gone = prune(self.out_dir / "checkpoints", self.engine.config.chatgot.checkpoint)
-                except (OSError, CheckpointError) as error:  # the new checkpoint is safe; the old ones are tried again after the next save
-                    self.records.progress.say(f"WARNING: old checkpoints could not be deleted: {error}")
-                self.records.event("saved", step=self.step, tag=tag, seconds=round(time.monotonic() - started, 3), pruned=gone)
+            if must or not self.engine.config.chatgot.checkpoint.async_:
+                self.finish_saving(must)
+
+    def _go_on_saving(self) -> None:
+        with self.meter.paused("save"):
+            try:
+                self._published(self.saver.advance())
+            except CheckpointError as error:
+                self._failed(error, must=False)
+
+    def finish_saving(self, must: bool = False) -> None:
+        """Wait until the pending save is published, if there is one. Collective.
+
+        Args:
+            must: a failure ends the run, because it is the last chance.
+
+        Raises:
+            CheckpointError: it failed, and it must not, or two before it have failed too.
+        """
+        if self.saver.pending:
+            try:
+                self._published(self.saver.finish())
+            except CheckpointError as error:
+                self._failed(error, must)
+
+    def _failed(self, error: CheckpointError, must: bool) -> None:
+        """Training goes on after a save that failed, until it is the third in a row."""
+        self._failed_saves += 1
+        self.records.event("save_failed", step=self.saver.failed_step, error=str(error), in_a_row=self._failed_saves)
+        if must or self._failed_saves >= 3:
+            raise error
+        self.records.progress.say(f"WARNING: {error}; training goes on, the next save will try again")
+
+    def _published(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        self._failed_saves = 0
+        for note in saved.notes:
+            self.records.progress.say(f"WARNING: {note}")
+        seconds, stalled = round(saved.seconds, 3), round(saved.stalled_seconds, 3)
+        self.records.event("saved", step=saved.step, tag=saved.tag, seconds=seconds, stalled_seconds=stalled, pruned=list(saved.pruned))
 
     def client_state(self) -> dict[str, Any]:
         """What DeepSpeed does not save. Collective: for ZeRO 0-2 only rank 0's client state is stored, so it holds every rank's RNG."""
@@ -234,7 +285,6 @@ class Loop:
         self.position = Position(
             next_sample=client_state["next_sample"],
             best_val_loss=client_state["best_val_loss"],
-            last_save_step=self.step,
             last_val=client_state["last_val"],
         )
         return rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
@@ -242,7 +292,6 @@ class Loop:
     def _manifest(self) -> dict[str, Any]:
         val = self.position.last_val
         return {
-            "step": self.step,
             "tokens": self.position.next_sample * self.train_batches.block_size,
             "val_loss": val.get("val/loss") if val.get("step") == self.step else None,
             **self.fields,

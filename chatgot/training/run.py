@@ -10,12 +10,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from chatgot.checkpoint import faults, load, manifest, rng
+from chatgot.checkpoint import faults, load, manifest, rng, size
 from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.preflight import preflight
+from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import layout, resume
-from chatgot.checkpoint.save import take_back
+from chatgot.checkpoint.retention import expected_bytes
+from chatgot.checkpoint.save import Saver
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
-from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, DataError
+from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError, DataError
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
@@ -23,15 +26,17 @@ from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
-from chatgot.engine.process_group import ControlGroup, device_facts, join, versions
+from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
 from chatgot.model.gpt import GPT
 from chatgot.model.size import count_parameters
+from chatgot.observe import digest
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, run_lock, samples, schedule
 from chatgot.training.loop import Loop, Records
+from chatgot.training.proof import Overlap, Proof, setup
 from chatgot.training.stop import StopSignals
 
 
@@ -67,17 +72,20 @@ def finish(loop: Loop) -> int:
     try:
         for _ in loop.steps():
             pass
+        loop.proof.end()
         exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
         if loop.stopped_by:
             records.event("preempted", step=loop.step, signal=loop.stopped_by)
             records.progress.say(f"stopped by {loop.stopped_by} at step {loop.step}; saved. Run the same command again to go on (exit 75)")
         else:
             records.event("finished", **{**loop.position.last_val, "step": loop.step})
-    except ChatGoTError as error:
+    except ChatGoTError as error:  # of all ranks together
         exit_code = error.exit_code
+        _finish_saving(loop)
         records.event("failed", step=loop.step, error=str(error), exit_code=exit_code)
         raise
     finally:
+        loop.proof.end()
         records.progress.close()
         if records.wandb is not None:
             records.wandb.finish(exit_code)
@@ -89,6 +97,14 @@ def finish(loop: Loop) -> int:
     if exit_code == EXIT_DONE and loop.ranks.rank == 0:
         _say_what_next(loop)
     return exit_code
+
+
+def _finish_saving(loop: Loop) -> None:
+    """A run that ends with an error leaves the checkpoint that it was saving in the background."""
+    try:
+        loop.finish_saving()
+    except CheckpointError as error:
+        loop.records.progress.say(f"WARNING: {error}")
 
 
 def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | None = None) -> Loop:
@@ -138,6 +154,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     order = DataOrder(len(data.train), block, config.train.seed)
     looked_up = (0 if config.model.tie_embeddings else data.tokenizer.vocab_size) + (block if config.model.architecture == "gpt2" else 0)
     matmul_params = n_params - looked_up * config.model.d_model
+    own = arguments.out_dir / "checkpoints"
     loop = Loop(
         engine=engine,
         config=config,
@@ -160,12 +177,21 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         ),
         prompts=prompts,
         stop=StopSignals(),
+        saver=Saver(
+            own,
+            engine_config.chatgot.checkpoint,
+            ranks,
+            estimated_bytes=size.estimate(engine.engine, ranks),
+            damaged=set(found.damaged) if found is not None and own.is_dir() and found.folder.samefile(own) else set(),
+        ),
+        proof=Proof(ranks, device),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
+    disk_notes = _check_disk(loop)
     _open_records(loop, arguments, found, place)
     for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
         progress.say(note)
-    _announce(loop, arguments, found, n_params, load_notes + resume_notes)
+    _announce(loop, arguments, found, n_params, disk_notes)
     return loop
 
 
@@ -247,14 +273,16 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
     run, say = config.to_dict(), loop.records.progress.say
     changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
+    now = setup(config, engine_config, place.world_size, device_name(loop.device), deterministic(loop.device), versions(), changes)
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,
         "world_size": place.world_size,
     }
+    known = digest.history(found.folder.parent, after=loop.step) if found else None
     run_folder.write_settings(out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer)
-    loop.records.journal = Journal(out / "metrics.jsonl")
-    loop.records.events = Events(out / "events.jsonl")
+    loop.records.journal = Journal(out / "metrics.jsonl", say)
+    loop.records.events = Events(out / "events.jsonl", say=say)
     for note in (loop.records.journal.note, loop.records.events.note):
         if note:
             say(note)
@@ -279,10 +307,14 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         world_size=place.world_size,
         zero_stage=engine_config.zero_stage,
         precision=engine_config.precision,
+        setup=now.to_json(),
     )
+    loop.proof.journal, loop.proof.setup_id = loop.records.journal, now.id
+    if known is not None:
+        loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say)
 
 
-def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, load_notes: list[str]) -> None:
+def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, disk_notes: list[str]) -> None:
     say, engine_config, config = loop.records.progress.say, loop.engine.config, loop.config
     meta = loop.data.meta
     for line in run_folder.describe(config.to_dict(), engine_config.to_dict()):
@@ -298,12 +330,33 @@ def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_para
     )
     if engine_config.chatgot.schedule is not None:
         say(schedule.describe(config.train.max_steps, engine_config.chatgot.schedule, loop.engine.base_lrs[0]))
+    for note in disk_notes:
+        say(note)
     if found is None:
         say(f"starting a new run in {arguments.out_dir}")
     else:
         say(f"resuming {found.path} at step {loop.step}, sample {loop.position.next_sample}")
         if loop.step >= config.train.max_steps:
             say(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {config.train.max_steps})")
+
+
+def _check_disk(loop: Loop) -> list[str]:
+    """Rank 0 looks whether checkpoints fit, before anything is written; all ranks follow. Collective.
+
+    Raises:
+        ConfigError: on all ranks; chatgot.checkpoint.disk_budget_gb is too small.
+        CheckpointError: on all ranks; not even one checkpoint fits.
+    """
+    notes, error = [], None
+    if loop.ranks.rank == 0 and loop.step < loop.config.train.max_steps:
+        saver, config = loop.saver, loop.engine.config
+        try:
+            expected = expected_bytes(saver.folder, loop.fields, saver.estimated_bytes, saver.damaged)
+            notes = preflight(saver.folder, saver.config, expected, loop.config.train.max_steps, config.path, saver.damaged)
+        except ChatGoTError as caught:
+            error = caught
+    loop.ranks.agree(error)
+    return notes
 
 
 def _say_what_next(loop: Loop) -> None:

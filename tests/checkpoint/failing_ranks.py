@@ -13,8 +13,8 @@ from pathlib import Path
 
 from chatgot.config.errors import ChatGoTError
 from chatgot.engine.environment import find_place
-from chatgot.training import loop as loop_module
 from chatgot.training import run
+from chatgot.training.loop import Loop
 from tests.training.in_process import arguments
 
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -23,18 +23,19 @@ UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 def main() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     place = find_place()
-    save = loop_module.save
+    save = Loop._save
     fail_at: set[int] = set()
 
-    def save_with_a_full_disk(engine, *rest):
-        full = place.rank == 1 and engine.global_steps in fail_at
+    def save_with_a_full_disk(self, must):
+        full = place.rank == 1 and self.step in fail_at
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, UNLIMITED[1]) if full else UNLIMITED)
         try:
-            return save(engine, *rest)
+            save(self, must)
+            self.finish_saving()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
 
-    loop_module.save = save_with_a_full_disk
+    Loop._save = save_with_a_full_disk
     results = {}
     for item in json.loads(Path(sys.argv[1]).read_text()):
         fail_at = set(item["fail_at"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatgot.checkpoint.load import find
+from chatgot.checkpoint.retention import PRUNED
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.config.errors import CheckpointError
 from chatgot.training import run
@@ -121,17 +122,80 @@ def test_the_run_ends_with_4_when_nothing_could_ever_be_saved(tmp_path, text_fil
     assert (out / "checkpoints").read_text() == "in the way"
 
 
-def test_old_checkpoints_that_cannot_be_deleted_are_reported_and_training_goes_on(tmp_path, text_file, capsys):
+def test_damaged_checkpoint_is_named_once_left_alone_and_no_hindrance_to_deleting_others(tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
     engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}))
     out = tmp_path / "out"
-    damaged = out / "checkpoints" / "step-00000001" / "manifest.json"
     loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
     for step in loop.steps():
         if step == 1:
-            whole = damaged.read_text()
-            damaged.write_text("{")
+            (out / "checkpoints" / "step-00000001" / "manifest.json").write_text("{")
         if step == 4:
-            damaged.write_text(whole)
-    assert "WARNING: old checkpoints could not be deleted" in capsys.readouterr().out
+            next((out / "checkpoints" / "step-00000003").glob("*.pt")).write_bytes(b"short")
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 2
+    for tag in ("step-00000001", "step-00000003"):
+        assert said.count(f"WARNING: checkpoint {out / 'checkpoints' / tag} is damaged: ") == 1
+    assert "has 5 bytes, not" in said
+    assert in_process.tags(out) == [1, 3, 5, 6], "the two last good ones and the damaged ones"
+    found = find(out / "checkpoints")
+    assert found is not None
+    assert (found.tag, found.damaged) == ("step-00000006", ("step-00000001",)), "step 3 is older, and was not looked at"
+
+
+def test_checkpoint_that_a_resume_found_damaged_counts_for_nothing_until_it_is_written_anew(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=8)
+    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}))
+    out = tmp_path / "out"
+    words = in_process.argv(engine, out, config, text_file)
+    in_process.abandon_after(4, words)
+    assert in_process.tags(out) == [3, 4]
+    weights = max((out / "checkpoints" / "step-00000004").glob("*.pt"), key=lambda path: path.stat().st_size)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")  # which only the hash shows
+    loop = in_process.prepare([*words, "ds.chatgot.checkpoint.every_steps=3"])
+    assert loop.step == 3
+    assert loop.saver.damaged == {"step-00000004"}
+    steps = loop.steps()
+    loop._save(must=False)  # of step 3: at once, before step 4 is written anew
+    assert in_process.tags(out) == [3, 4]
+    assert next(steps) == 4
+    loop._save(must=False)
+    assert loop.saver.damaged == set()
+    for _ in steps:
+        pass
+    assert in_process.tags(out) == [6, 8], "step 4 was whole again, and went as any other"
+    assert capsys.readouterr().out.count("WARNING") == 1  # the resume's
+
+
+def test_checkpoint_that_cannot_be_deleted_is_reported_tried_again_and_no_hindrance(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
+    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}))
+    out = tmp_path / "out"
+    in_the_way = out / "checkpoints" / f"{PRUNED}step-00000001"  # a file: no folder can be renamed to it, nor is it a folder to delete
+    loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
+    for step in loop.steps():
+        if step == 1:
+            in_the_way.write_text("")
+        if step == 4:
+            assert in_process.tags(out) == [1, 3, 4]
+            in_the_way.unlink()
+    said = capsys.readouterr().out
+    assert f"WARNING: {out / 'checkpoints' / 'step-00000001'}: the old checkpoint could not be deleted: [Errno 20] Not a directory" in said
     assert in_process.tags(out) == [5, 6]
+    assert not in_process.events(out, "save_failed")
+
+
+@pytest.mark.parametrize(("operation", "left"), [(18, [1, 2, 3]), (19, [2, 3])], ids=["unpublish", "delete"])
+def test_deletion_that_fails_halfway_is_finished_after_the_next_save(operation, left, tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=4)
+    engine = write_json(
+        tmp_path / "engine.json", engine_json(1, chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}})
+    )
+    out = tmp_path / "out"
+    with in_process.cpu_environment(CHATGOT_FAULT=f"save:{2 * 17 + operation}:eio"):
+        for step in in_process.prepare(in_process.argv(engine, out, config, text_file)).steps():
+            if step == 3:
+                assert in_process.tags(out) == left
+    assert "could not be deleted: [Errno 5] Input/output error (asked for by CHATGOT_FAULT)" in capsys.readouterr().out
+    assert in_process.tags(out) == [3, 4]
+    assert not list((out / "checkpoints").glob(".*"))

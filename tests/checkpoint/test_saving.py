@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint import save as save_module
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.retention import prune, published
-from chatgot.checkpoint.save import tag_of, take_back, writer
+from chatgot.checkpoint.publish import tag_of, take_back
+from chatgot.checkpoint.retention import examine, prune
+from chatgot.checkpoint.save import writer
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.errors import CheckpointError
@@ -78,15 +80,18 @@ def test_rotation_keeps_what_its_rules_name_and_nothing_else(tmp_path_factory, l
     folder = tmp_path_factory.mktemp("rotation")
     for step, loss in losses.items():
         (folder / tag_of(step)).mkdir()
-        manifest.write(folder / tag_of(step), {"step": step, "val_loss": loss})
+        (folder / tag_of(step) / "weights").write_text("x")
+        files = {"weights": manifest.measure(folder / tag_of(step) / "weights")}
+        manifest.write(folder / tag_of(step), {"step": step, "sequence": step, "val_loss": loss, "files": files})
     gone = prune(folder, CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every_steps=every))
-    kept = {step for step, _ in published(folder)}
+    assert (gone.warnings, gone.damaged) == ((), ())
+    kept = {checkpoint.step for checkpoint in examine(folder).good}
     newest = set(sorted(losses)[-keep_last:])
     scored = {step: loss for step, loss in losses.items() if loss is not None}
     best = set(sorted(scored, key=lambda step: (scored[step], step))[:keep_best])
     multiples = {step for step in losses if every and step % every == 0}
     assert kept == newest | best | multiples
-    assert set(gone) == {tag_of(step) for step in losses.keys() - kept}
+    assert set(gone.tags) == {tag_of(step) for step in losses.keys() - kept}
     assert {path.name for path in folder.iterdir()} == {tag_of(step) for step in kept}
 
 
@@ -239,23 +244,12 @@ def test_every_file_has_one_rank_that_answers_for_it(name, rank):
     assert writer(name) == rank
 
 
-class RanksOfDifferentMachines:
-    """Rank 0 of two that gets to hear of a file which it does not see."""
-
-    rank, world_size = 0, 2
-
-    def agree(self, error):
-        if error is not None:
-            raise error
-
-    def gather(self, value):
-        return [value, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": {"bytes": 1, "sha256": "0"}}]
-
-
 def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(save_module, "VISIBLE_WITHIN_S", 0.0)
     (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"weights")
-    with pytest.raises(CheckpointError, match=r"rank 1 wrote zero_pp_rank_1_.*do not share this file system"):
-        save_module._flush_and_hash(tmp_path, RanksOfDifferentMachines())
+    hashed = [{"mp_rank_00_model_states.pt": {}}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": {}}]
+    unseen = save_module._not_the_same_folder(tmp_path, hashed)
+    assert re.search(r"rank 1 wrote zero_pp_rank_1_.*do not share this file system", str(unseen))
     (tmp_path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"1")
-    assert len(save_module._flush_and_hash(tmp_path, RanksOfDifferentMachines())) == 2
+    assert save_module._not_the_same_folder(tmp_path, hashed) is None
+    assert "nobody has written" in str(save_module._not_the_same_folder(tmp_path, hashed[:1]))

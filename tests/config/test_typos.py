@@ -12,7 +12,7 @@ import pytest
 from chatgot.config import deepspeed_schema as schema
 from chatgot.config.chatgot_section import ChatGoTSection
 from chatgot.config.deepspeed_schema import Section
-from chatgot.config.fields import nested_class
+from chatgot.config.fields import key_of, nested_class
 from chatgot.config.inspection import inspect
 from chatgot.config.relaxed_json import Document
 from chatgot.config.suggestions import meant, one_slip_apart
@@ -34,7 +34,7 @@ def slips(word: str) -> set[str]:
 
 def chatgot_sections(cls: type = ChatGoTSection, where: str = "chatgot") -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     fields = dataclasses.fields(cls)
-    yield where, [field.name for field in fields], {}
+    yield where, [key_of(field) for field in fields], {}
     for field in fields:
         nested = nested_class(typing.get_type_hints(cls)[field.name])
         if nested is not None:

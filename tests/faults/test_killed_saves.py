@@ -21,17 +21,17 @@ OPERATIONS = {1: {0: 17, 1: 4}, 3: {0: 17, 1: 6}}
 PUBLISH = 13
 """The operation of rank 0 that gives the checkpoint its name."""
 SHORT = {
-    1: [(PUBLISH, "0"), (PUBLISH + 1, "0"), (6, "all")],
-    3: [(4, "1"), (16, "0")],
+    (1, False): [(PUBLISH, "0"), (PUBLISH + 1, "0"), (6, "all")],
+    (3, True): [(4, "1"), (PUBLISH, "0"), (16, "0")],
 }
 
 
 class Sweep:
     """One run folder that is launched, killed and launched again."""
 
-    def __init__(self, folder: Path, stage: int, text: Path) -> None:
+    def __init__(self, folder: Path, stage: int, text: Path, background: bool) -> None:
         self.out, self.stage, self.rank_0_was_killed = folder / "out", stage, False
-        saving = {"checkpoint": {"every_steps": EVERY, "every_minutes": None, "keep_best": 0, "keep_last": 99}}
+        saving = {"checkpoint": {"every_steps": EVERY, "every_minutes": None, "keep_best": 0, "keep_last": 99, "async": background}}
         engine = write_json(folder / "engine.json", engine_json(stage, micro=2, chatgot=saving))
         config = write_run_yaml(folder / "run.yaml", max_steps=10_000)
         self.words = [str(ROOT / "launch" / "train.py"), *in_process.argv(engine, self.out, config, text)]
@@ -83,19 +83,20 @@ class Sweep:
                 assert lines[PUBLISH - 1] == f"CHATGOT_FAULT: operation {PUBLISH}: publish step-{before + EVERY:08d}"
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_killed_in_a_save_and_started_again(stage, tmp_path, text_file):
-    sweep = Sweep(tmp_path, stage, text_file)
-    for number, rank in SHORT[stage]:
+@pytest.mark.parametrize(("stage", "background"), SHORT)
+def test_killed_in_a_save_and_started_again(stage, background, tmp_path, text_file):
+    sweep = Sweep(tmp_path, stage, text_file, background)
+    for number, rank in SHORT[stage, background]:
         sweep.kill(number, rank)
     sweep.finish()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "async"])
 @pytest.mark.parametrize("who", ["0", "1", "all"])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_killed_at_every_file_operation_of_a_save(stage, who, tmp_path, text_file):
-    sweep = Sweep(tmp_path, stage, text_file)
+def test_killed_at_every_file_operation_of_a_save(stage, who, background, tmp_path, text_file):
+    sweep = Sweep(tmp_path, stage, text_file, background)
     sweep.finish()
     for number in range(1, OPERATIONS[stage][1 if who == "1" else 0] + 1):
         sweep.kill(number, who)

@@ -70,16 +70,19 @@ def test_misspelt_fault_is_refused(fault, tmp_path, text_file, monkeypatch, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "async"])
 @pytest.mark.parametrize("kind", ["enospc", "eio"])
 @pytest.mark.parametrize("number", range(1, OPERATIONS + 1))
-def test_failing_operation_leaves_training_and_the_previous_checkpoint_alone(number, kind, tmp_path, text_file, capsys):
+def test_failing_operation_leaves_training_and_the_previous_checkpoint_alone(number, kind, background, tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
-    saving = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 0, "keep_last": 9}}
+    saving = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 0, "keep_last": 9, "async": background}}
     engine = write_json(tmp_path / "engine.json", engine_json(1, chatgot=saving))
     out = tmp_path / "out"
     with in_process.cpu_environment(CHATGOT_FAULT=f"save:{OPERATIONS + number}:{kind}"):
         loop = in_process.prepare(argv(engine, out, config, text_file))
         for step in loop.steps():
+            if loop.saver.pending:
+                loop.finish_saving()
             if step == 2:
                 first = contents(out / "checkpoints" / "step-00000002")
             if step == 4:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from chatgot.checkpoint import rng
+from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import DataOrder
 from chatgot.inference.sample import load_run
 from chatgot.model.gpt import GPT
@@ -107,7 +108,7 @@ def test_invariant_15_speed_and_memory_per_interval_without_evaluation_sampling_
     monkeypatch.setattr(Loop, "_train_step", takes(2.0, Loop._train_step))
     monkeypatch.setattr(loop_module, "evaluate", takes(100.0, loop_module.evaluate))
     monkeypatch.setattr(loop_module.samples, "draw", takes(1000.0, loop_module.samples.draw))
-    monkeypatch.setattr(loop_module, "save", takes(10_000.0, loop_module.save))
+    monkeypatch.setattr(Saver, "begin", takes(10_000.0, Saver.begin))
     run.finish(loop)
     out = tmp_path / "out"
     assert series(out, "perf/step_ms") == dict.fromkeys([1, 2, 4, 6, 8], 2000.0)

@@ -18,7 +18,8 @@ from chatgot.checkpoint import resume as resuming
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable_write import parameter_groups
-from chatgot.checkpoint.save import save
+from chatgot.checkpoint.save import Saver
+from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
@@ -30,7 +31,7 @@ from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json
 
-STEPS, MORE = 3, 10
+STEPS, MORE = 3, 20
 
 
 def start(case: dict[str, Any], place: Place, device: torch.device, seed: int) -> tuple[TrainingEngine, TrainBatches, dict[str, Any]]:
@@ -63,7 +64,9 @@ def train(engine: TrainingEngine, batches: TrainBatches, steps: int) -> list[flo
 
 def store(engine: TrainingEngine, folder: Path, fields: dict[str, Any], ranks: ControlGroup) -> None:
     state = {"parameter_groups": parameter_groups(engine.engine)}
-    save(engine.engine, folder, state, {"step": engine.engine.global_steps, **fields}, ranks)
+    saver = Saver(folder, CheckpointConfig(), ranks)
+    saver.begin(engine.engine, state, fields)
+    saver.finish()
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -15,7 +15,8 @@ import torch
 
 from chatgot.checkpoint import rng
 from chatgot.checkpoint.load import find, load
-from chatgot.checkpoint.save import save
+from chatgot.checkpoint.save import Saver
+from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
@@ -74,7 +75,9 @@ def resume(case: dict[str, Any], steps: int, folder: Path, place: Place, device:
     engine, batches = start(case, place, device)
     for index in range(steps):
         step(engine, batches, index)
-    save(engine.engine, folder, {}, {"step": steps}, ranks)
+    saver = Saver(folder, CheckpointConfig(), ranks)
+    saver.begin(engine.engine, {}, {})
+    saver.finish()
     saved = own_state(engine)
     whole = [float.hex(step(engine, batches, steps + index)) for index in range(steps)]
     found = {"whole": whole, "whole_state": ranks.gather(own_state(engine)), "saved_state": ranks.gather(saved)}

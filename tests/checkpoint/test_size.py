@@ -1,0 +1,61 @@
+"""The estimate of a checkpoint's size, made before the first step, against what DeepSpeed writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+
+from tests.support import engine_json, run_ranks, write_run_yaml
+
+MUON = {"type": "Muon", "params": {"lr": 0.02, "muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1}}
+SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+PER_PARAMETER = {"0": 12, "1": 16, "1-bf16": 14, "2": 16, "2-bf16": 14, "2-fp16": 14, "3": 12, "3-bf16": 12}
+MUONS = ["0-muon", "1-muon", "1-bf16-muon", "2-muon", "3-muon"]
+CASES = {1: [*PER_PARAMETER, *MUONS, "2-offload", "1-aligned", "0-sgd", "3-amsgrad"], 2: [*PER_PARAMETER, *MUONS]}
+"""By number of ranks."""
+CONSTANT = 64_000
+"""Bytes by which the estimate of the small files may be off."""
+
+
+def case(name: str) -> dict[str, Any]:
+    stage, *words = name.split("-")
+    keys: dict[str, Any] = {"stage": int(stage), "batch": 4, "micro": 2, "offload": "offload" in words}
+    for word in words:
+        if word in ("bf16", "fp16"):
+            keys["precision"] = word
+    if "muon" in words or "sgd" in words:
+        keys["optimizer"] = MUON if "muon" in words else SGD
+    tree = engine_json(**keys)
+    if "amsgrad" in words:
+        tree["optimizer"]["params"]["amsgrad"] = True
+    if "muon" in words and stage == "3":
+        tree["zero_optimization"]["reduce_scatter"] = False
+    if "aligned" in words:
+        tree["zero_optimization"]["parameter_alignment"] = True
+    return tree
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def sizes(request, tmp_path_factory, text_file) -> dict[str, tuple[int, int]]:
+    folder = tmp_path_factory.mktemp("sizes")
+    shutil.copy(text_file, folder / "text.txt")
+    write_run_yaml(folder / "run.yaml", max_steps=1, model={"d_model": 128, "n_layers": 4, "d_hid": 256})
+    (folder / "plan.json").write_text(json.dumps({name: case(name) for name in CASES[request.param]}))
+    run_ranks(["-m", "tests.checkpoint.sizes", str(folder), str(folder / "sizes.json")], request.param, timeout=280)
+    return json.loads((folder / "sizes.json").read_text())
+
+
+def test_estimate_is_within_3_percent_of_every_real_checkpoint(sizes):
+    assert len(sizes) >= len(CASES[2])
+    off = {name: (estimated, written) for name, (estimated, written) in sizes.items() if abs(estimated - written) > 0.03 * written}
+    assert not off
+    assert all(abs(estimated - written) <= CONSTANT for estimated, written in sizes.values()), sizes
+
+
+def test_bytes_per_parameter_are_those_of_stage_and_precision(sizes):
+    parameters = 4 * (4 * 128**2 + 3 * 128 * 256)  # of the matrices; norms and embeddings are 1.2 % more
+    for name, per_parameter in PER_PARAMETER.items():
+        assert per_parameter < sizes[name][1] / parameters < 1.05 * per_parameter, name
