@@ -85,5 +85,5 @@ def test_killed_at_random_times(kills, stage, background, tmp_path, text_file):
     assert last is not None
     assert not in_process.events(out, "resume_differs"), "every resume repeated, bit for bit, what had been journaled behind its checkpoint"
     if kills > 10:
-        assert sum(event["steps"] for event in in_process.events(out, "resume_verified")) >= kills
+        assert sum(event["steps"] for event in in_process.events(out, "resume_verified")) >= kills // 3
     assert in_process.train([*words, f"train.max_steps={last.manifest['step'] + 2}", "ds.train_micro_batch_size_per_gpu=4"]) == 0
