@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from chatgot import __version__
-from chatgot.config.errors import EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, EnvironmentFault
+from chatgot.config.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, EnvironmentFault
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
@@ -128,14 +128,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample.add_argument("--tag", help="checkpoint to use (default: the newest)")
     sample.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
 
-    for command in (prepare, sample):
+    verify = commands.add_parser("verify", help="check a run folder: every checkpoint's files, and that the journal is whole")
+    verify.add_argument("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
+    verify.add_argument(
+        "--replay", type=_steps, metavar="K", help="train K steps from a checkpoint again and compare them with the journal"
+    )
+    verify.add_argument("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
+
+    for command in (prepare, sample, verify):
         command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         train(argv[1:])
     arguments = parser.parse_args(argv)
-    programs = {"prepare": _prepare, "sample": _sample}
+    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify}
     sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
 
 
@@ -158,6 +165,23 @@ def _sample(arguments: argparse.Namespace) -> int:
     names = SampleArguments.__dataclass_fields__
     sample(SampleArguments(**{name: value for name, value in vars(arguments).items() if name in names}))
     return 0
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps from 1 on")
+    return int(text)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from chatgot.training.verify import verify
+
+    whole = verify(arguments.run, arguments.tag)
+    if arguments.replay is not None:
+        from chatgot.training.replay import replay
+
+        whole = replay(arguments.run, arguments.replay, arguments.tag) and whole
+    return EXIT_DONE if whole else EXIT_CHECKPOINT
 
 
 def guarded(program: Callable[[], int], debug: bool) -> int:

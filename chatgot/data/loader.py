@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -95,6 +96,11 @@ class TrainBatches:
         self.block_size = order.block_size
         self.tokens_per_step = global_batch_size * order.block_size
         """Tokens of one optimizer step, over all ranks."""
+        self.batch_hash = 0
+        """Of what `micro_batches` has handed out since it was last called: its samples' 64-bit hashes, added modulo 2**64.
+
+        Added over the ranks it is the global batch's, whatever the number of ranks, micro batch and accumulation.
+        """
         self._micro_batch_size = micro_batch_size
         self._order = order
         self._windows = _windows(tokens, order.block_size + 1)
@@ -107,9 +113,13 @@ class TrainBatches:
 
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
         """The micro-batches of the optimizer step whose global batch is samples first_sample .. first_sample + global_batch_size - 1."""
-        starts = self._order.starts(self.indices(first_sample)).reshape(self.accumulation, self._micro_batch_size)
-        for rows in starts:
-            samples = torch.from_numpy(self._windows[rows].astype(np.int64))  # (B, T + 1)
+        indices = self.indices(first_sample)
+        starts = self._order.starts(indices).reshape(self.accumulation, self._micro_batch_size)
+        self.batch_hash = 0
+        for rows, numbers in zip(starts, indices.reshape(starts.shape)):
+            windows = self._windows[rows]
+            self.batch_hash = (self.batch_hash + _hash_samples(numbers, windows)) % 2**64
+            samples = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
             yield samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
 
 
@@ -151,6 +161,16 @@ class EvalBatches:
             wanted[:targets] = span[1:]
             shape = (self._batch_size, self._block_size)
             yield torch.from_numpy(input_ids.reshape(shape)), torch.from_numpy(wanted.reshape(shape))
+
+
+def _hash_samples(indices: np.ndarray, windows: np.ndarray) -> int:
+    """Sum modulo 2**64 of a hash of each sample's global index (n,) and its tokens (n, T + 1)."""
+    total = 0
+    for index, window in zip(indices.tolist(), windows):
+        digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8)
+        digest.update(window.tobytes())
+        total += int.from_bytes(digest.digest(), "little")
+    return total % 2**64
 
 
 def _windows(tokens: np.ndarray, length: int) -> np.ndarray:

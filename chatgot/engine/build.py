@@ -90,8 +90,13 @@ class TrainingEngine:
     @property
     def grad_norm(self) -> float | None:
         """Global norm of the last step's gradients before clipping; inf after a skipped step."""
-        norm = self.engine.get_global_grad_norm()
+        norm = self.raw_grad_norm
         return None if norm is None else float(norm)
+
+    @property
+    def raw_grad_norm(self) -> torch.Tensor | float | None:
+        """The same as DeepSpeed has it: at some stages a scalar on the device, which float() would wait for."""
+        return self.engine.get_global_grad_norm()
 
     @property
     def loss_scale(self) -> float | None:

@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,16 @@ def versions() -> dict[str, str]:
     return {"chatgot": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
 
 
+def device_name(device: torch.device) -> str:
+    """What decides how a sum is rounded, beside the number of threads: the GPU's name, or the CPU's vector unit ('cpu AVX512')."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def deterministic(device: torch.device) -> bool:
+    """Whether the same step on the same device gives the same bits: CUDA's kernels promise it on request only."""
+    return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+
+
 class ControlGroup:
     """Small decisions shared by all ranks over gloo, so that no GPU is synchronised for them."""
 
@@ -87,11 +98,19 @@ class ControlGroup:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any rank raised it. Collective."""
+        return self.exchange(flags, ())[0]
+
+    def exchange(self, flags: Sequence[bool], sums: Sequence[float]) -> tuple[tuple[bool, ...], tuple[float, ...]]:
+        """For each flag, whether any rank raised it, and each number summed over the ranks in fp64. One collective, for both.
+
+        Whole numbers below 2**32 are summed exactly for up to 2**20 ranks.
+        """
         if self.world_size == 1:
-            return flags
-        shared = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self._group)
-        return tuple(bool(f) for f in shared.tolist())
+            return tuple(flags), tuple(sums)
+        shared = torch.tensor([*map(float, flags), *sums], dtype=torch.float64)
+        dist.all_reduce(shared, group=self._group)
+        found = shared.tolist()
+        return tuple(raised > 0 for raised in found[: len(flags)]), tuple(found[len(flags) :])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. Collective."""

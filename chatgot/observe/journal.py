@@ -1,7 +1,9 @@
 """The run folder's two append-only records: metrics.jsonl (the truth every plot is drawn from) and events.jsonl.
 
-One JSON object a line, ASCII. JSON knows no NaN or infinity, so a non-finite metric is written as the string "nan", "inf" or "-inf",
-and `read_journal` turns it back into a float. A kill leaves at most one broken line, the last: every line is a single O_APPEND write.
+One JSON object a line, ASCII: the metrics of a logged step or of an evaluation, or the digest of a step (observe/digest.py), of which
+every step has one. A number is written with repr, which gives back the same bits when it is read. JSON knows no NaN or infinity, so a
+non-finite metric is written as the string "nan", "inf" or "-inf", and `read_journal` turns it back into a float. A kill leaves at most
+one broken line, the last: every line is a single O_APPEND write.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -32,7 +34,36 @@ METRICS = (
 )
 """Every metric name there is. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over ranks."""
 
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+"""How JSON, which has no words for them, is given numbers that are not finite."""
+
+
+class Patient:
+    """Writing that outlives a disk that is full or ill: training goes on, and what could not be written is counted and said.
+
+    It speaks once when writing begins to fail, and once when it works again.
+    """
+
+    def __init__(self, what: str, say: Callable[[str], None]) -> None:
+        """`what` is counted: 'lines of metrics.jsonl'."""
+        self.what = what
+        self.lost = 0
+        """Since writing began to fail; 0 while it works."""
+        self._say = say
+
+    def attempt(self, write: Callable[[], Any]) -> bool:
+        """Call `write`; whether it worked. An OSError is kept here; anything else is raised."""
+        try:
+            write()
+        except OSError as error:
+            if not self.lost:
+                self._say(f"WARNING: {self.what} cannot be written: {error}; training goes on without them, every further one is tried")
+            self.lost += 1
+            return False
+        if self.lost:
+            self._say(f"{self.what} can be written again; {self.lost} were lost")
+            self.lost = 0
+        return True
 
 
 class LineFile:
@@ -42,15 +73,17 @@ class LineFile:
     terminated, so that the lines that follow can be read; `read_lines` then counts it.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, say: Callable[[str], None] | None = None) -> None:
+        """With `say`, a line that the file system refuses is lost with a warning (`Patient`); without, `append` raises."""
         self.path = Path(path)
+        self._patient = None if say is None else Patient(f"lines of {self.path}", say)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._torn = False
         self.note: str | None = None
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            self._write(b"\n")
+            self._attempt(b"\n")
             self.note = (
                 f"{self.path}: the last line was cut off (the run was killed while it was written); it stays, and new lines follow it"
             )
@@ -60,9 +93,15 @@ class LineFile:
 
         Raises:
             ValueError: closed, or a value that JSON cannot hold.
-            OSError: the file system refused (full, read-only); the next append starts on a fresh line.
+            OSError: there is no `say`, and the file system refused (full, read-only). The next append starts on a fresh line.
         """
-        self._write(json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n")
+        self._attempt(json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n")
+
+    def _attempt(self, line: bytes) -> None:
+        if self._patient is None:
+            self._write(line)
+        else:
+            self._patient.attempt(lambda: self._write(line))
 
     def _write(self, line: bytes) -> None:
         if self._fd is None:
@@ -83,8 +122,9 @@ class LineFile:
 class Journal:
     """metrics.jsonl. Rank 0 owns it."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self._lines = LineFile(path)
+    def __init__(self, path: str | os.PathLike, say: Callable[[str], None] | None = None) -> None:
+        """With `say`, an ill disk costs lines and not the run; see `LineFile`."""
+        self._lines = LineFile(path, say)
         self.note = self._lines.note
         """None, or the report of a broken last line found on opening."""
 
@@ -108,22 +148,29 @@ class Journal:
             line[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
         self._lines.append(line)
 
+    def digest(self, step: int, digest: Mapping[str, Any]) -> None:
+        """Write the digest of one optimizer step (observe.digest.Digest.to_json), on a line of its own."""
+        self._lines.append({"step": int(step), "digest": digest})
+
     def close(self) -> None:
         """Idempotent."""
         self._lines.close()
 
 
 class Events:
-    """events.jsonl: started, resumed, saved, skipped step, preempted, finished. Rank 0 owns it.
+    """events.jsonl: started, resumed, saved, skipped step, preempted, finished, ... Rank 0 owns it.
 
     `time` is UTC for people; `seconds_since_start` counts from this object's construction on the monotonic clock, because the
     wall clock may jump.
     """
 
-    def __init__(self, path: str | os.PathLike, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: str | os.PathLike, clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] | None = None
+    ) -> None:
+        """With `say`, an ill disk costs lines and not the run; see `LineFile`."""
         self._clock = clock
         self._start = clock()
-        self._lines = LineFile(path)
+        self._lines = LineFile(path, say)
         self.note = self._lines.note
         """None, or the report of a broken last line found on opening."""
 
@@ -147,37 +194,41 @@ class Events:
         self._lines.close()
 
 
-def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
-    """All records of a metrics.jsonl or events.jsonl in the order of writing, and the number of broken lines among them.
+def lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
+    """The records of a metrics.jsonl or events.jsonl one by one, in the order of writing; None for a broken line.
 
-    A broken line is one that a kill cut off (or that a power cut filled with zeros): it is left out of the records and counted.
-    A file that does not exist has no records.
+    A broken line is one that a kill cut off (or that a power cut filled with zeros). A file that does not exist has no lines.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        return [], 0
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            if line == b"\n":
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:  # includes UnicodeDecodeError
+                record = None
+            yield record if isinstance(record, dict) else None
+
+
+def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
+    """All records of a metrics.jsonl or events.jsonl in the order of writing, and the number of broken lines, which are left out."""
     records, broken = [], 0
-    for line in data.split(b"\n"):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:  # includes UnicodeDecodeError
-            record = None
-        if not isinstance(record, dict):
+    for record in lines(path):
+        if record is None:
             broken += 1
             continue
         for name in METRICS:
             value = record.get(name)
-            if isinstance(value, str) and value in _NON_FINITE:
-                record[name] = _NON_FINITE[value]
+            if isinstance(value, str) and value in NON_FINITE:
+                record[name] = NON_FINITE[value]
         records.append(record)
     return records, broken
 
 
 def live_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The history of the run as it stands: one record per step, sorted by step.
+    """The history of the run as it stands: one record per logged step, sorted by step; digests are left out.
 
     Records of the same step are merged, the later value winning. A step lower than the one before it means that the run was
     resumed from an older checkpoint: what had been written from that step on belongs to a past that was given up, and is dropped.
@@ -188,14 +239,18 @@ def live_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         step = record["step"]
         if step < last:
             live = {s: r for s, r in live.items() if s < step}
-        live[step] = {**live.get(step, {}), **record}
         last = step
+        if record.pop("digest", None) is None:
+            live[step] = {**live.get(step, {}), **record}
     return [live[step] for step in sorted(live)]
 
 
 def newest_step(path: str | os.PathLike) -> int | None:
-    """The highest step ever written, given-up pasts included: what a dashboard that cannot forget has already seen. None: no step."""
-    return max((record["step"] for record in read_journal(path)[0]), default=None)
+    """The highest step ever logged, given-up pasts included: what a dashboard that cannot forget has already seen. None: no step.
+
+    Steps with a digest alone are no dashboard's.
+    """
+    return max((record["step"] for record in lines(path) if record is not None and "digest" not in record), default=None)
 
 
 def _finite(value: Any) -> Any:

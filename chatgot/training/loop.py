@@ -20,12 +20,13 @@ from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.engine.build import TrainingEngine, mean_over_ranks
 from chatgot.engine.process_group import ControlGroup
-from chatgot.observe.journal import Events, Journal
+from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import samples, schedule
 from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
 
 
@@ -37,6 +38,11 @@ class Records:
     journal: Journal | None = None
     events: Events | None = None
     wandb: WandbRun | None = None
+    samples: Patient = field(init=False)
+    """Writes the files of samples/."""
+
+    def __post_init__(self) -> None:
+        self.samples = Patient("samples", self.progress.say)
 
     def event(self, kind: str, **fields: Any) -> None:
         """To events.jsonl, on rank 0."""
@@ -73,6 +79,7 @@ class Loop:
     prompts: list[str]
     stop: StopSignals
     saver: Saver
+    proof: Proof
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -89,6 +96,8 @@ class Loop:
         train = self.config.train
         while self.step < train.max_steps and self.stopped_by is None:
             loss = self._train_step()
+            # The one collective a step, before any line of this step: those of metrics.jsonl never go back within a run.
+            signalled, minutes_over, writing = self.share(loss, self.stop.received is not None, self._minutes_over(), self.saver.busy)
             step, last = self.step, self.step == train.max_steps
             self.meter.step(self.train_batches.tokens_per_step)
             if not self.engine.engine.was_step_applied():
@@ -97,12 +106,14 @@ class Loop:
                 self._log(step, loss)
             else:
                 self.records.progress.step(step)
-            improved = False
-            if last or (train.eval_every and step % train.eval_every == 0):
+            improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
+            sampled = last or (train.sample_every is not None and step % train.sample_every == 0)
+            if evaluated:
                 improved = self._evaluate(step)
-            if last or (train.sample_every and step % train.sample_every == 0):
+            if sampled:
                 self._sample(step)
-            signalled, minutes_over, writing = self.ranks.any(self.stop.received is not None, self._minutes_over(), self.saver.busy)
+            if evaluated or sampled:  # a signal may have come meanwhile
+                signalled = self.ranks.any(signalled or self.stop.received is not None)[0]
             if self.saver.pending and not writing:
                 self._go_on_saving()
             if signalled and not last:
@@ -111,7 +122,16 @@ class Loop:
                 self._save(last or signalled)
             yield step
 
+    def advance(self) -> None:
+        """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
+        self.share(self._train_step())
+
+    def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
+        """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
+        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags)
+
     def _train_step(self) -> torch.Tensor:
+        self.proof.begin_step()
         scheduled = self.engine.config.chatgot.schedule
         if scheduled is not None:
             self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
@@ -180,11 +200,12 @@ class Loop:
                 self.engine.engine, self.prompts, self.data.tokenizer, self.config.train, self.config.model.max_seq_length, self.ranks
             )
             if self.ranks.rank == 0:
-                path = samples.write(self.out_dir / "samples", step, drawn)
-                self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
+                path, text = samples.path(self.out_dir / "samples", step), samples.as_text(drawn)
+                if self.records.samples.attempt(lambda: samples.write(path, text)):
+                    self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
                 self.records.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")
                 if self.records.wandb is not None:
-                    self.records.wandb.log_text("samples", path.read_text(encoding="utf-8"), step)
+                    self.records.wandb.log_text("samples", text, step)
 
     def _minutes_over(self) -> bool:
         minutes = self.engine.config.chatgot.checkpoint.every_minutes
@@ -197,6 +218,7 @@ class Loop:
 
     def _save(self, must: bool) -> None:
         """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the last chance."""
+        self.proof.flush()
         with self.meter.paused("save"):
             self.finish_saving()
             try:

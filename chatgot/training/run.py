@@ -28,14 +28,16 @@ from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.optimizer import state_kind
-from chatgot.engine.process_group import ControlGroup, device_facts, join, versions
+from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
 from chatgot.model.gpt import GPT, count_parameters
+from chatgot.observe import digest
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, run_lock, samples, schedule
 from chatgot.training.loop import Loop, Records
+from chatgot.training.proof import Overlap, Proof, setup
 from chatgot.training.stop import StopSignals
 
 
@@ -73,6 +75,7 @@ def finish(loop: Loop) -> int:
     try:
         for _ in loop.steps():
             pass
+        loop.proof.end()
         exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
         if loop.stopped_by:
             records.event("preempted", step=loop.step, signal=loop.stopped_by)
@@ -85,6 +88,7 @@ def finish(loop: Loop) -> int:
         records.event("failed", step=loop.step, error=str(error), exit_code=exit_code)
         raise
     finally:
+        loop.proof.end()
         records.progress.close()
         if records.wandb is not None:
             records.wandb.finish(exit_code)
@@ -186,6 +190,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             estimated_bytes=size.estimate(engine.engine, ranks),
             damaged=set(found.damaged) if found is not None and own.is_dir() and found.folder.samefile(own) else set(),
         ),
+        proof=Proof(ranks, device),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)
@@ -291,14 +296,18 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
     run, say = config.to_dict(), loop.records.progress.say
     changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
+    device, exact = device_name(loop.device), deterministic(loop.device)
+    other_data = [line for line in since_checkpoint if line.startswith("data: ")]
+    now = setup(config, engine_config, loop.data.fingerprint, place.world_size, device, exact, versions(), other_data + changes)
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,
         "world_size": place.world_size,
     }
+    known = digest.history(found.folder.parent, after=loop.step) if found else None
     run_folder.write_settings(out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer)
-    loop.records.journal = Journal(out / "metrics.jsonl")
-    loop.records.events = Events(out / "events.jsonl")
+    loop.records.journal = Journal(out / "metrics.jsonl", say)
+    loop.records.events = Events(out / "events.jsonl", say=say)
     for note in (loop.records.journal.note, loop.records.events.note):
         if note:
             say(note)
@@ -323,7 +332,11 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         world_size=place.world_size,
         zero_stage=engine_config.zero_stage,
         precision=engine_config.precision,
+        setup=now.to_json(),
     )
+    loop.proof.journal, loop.proof.setup_id = loop.records.journal, now.id
+    if known is not None:
+        loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say)
 
 
 def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, disk_notes: list[str]) -> None:

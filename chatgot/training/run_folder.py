@@ -44,6 +44,7 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
+        "cwd": os.getcwd(),
         **extra,
     }
 

@@ -69,12 +69,20 @@ def draw(engine, prompts: list[str], tokenizer: Tokenizer, config: TrainConfig, 
     return [Sample(prompt, text) for _, prompt, text in found]
 
 
-def write(folder: Path, step: int, samples: list[Sample]) -> Path:
+def path(folder: Path, step: int) -> Path:
     """samples/step-000500.txt of the run folder."""
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:06d}.txt"
-    path.write_text("\n\n".join(f"=== {s.prompt!r}\n{s.prompt}{s.text}" for s in samples) + "\n", encoding="utf-8")
-    return path
+    return folder / f"step-{step:06d}.txt"
+
+
+def as_text(samples: list[Sample]) -> str:
+    """What the file holds."""
+    return "\n\n".join(f"=== {s.prompt!r}\n{s.prompt}{s.text}" for s in samples) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write the file, and its folder if need be. Raises OSError."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _stop(tokenizer: Tokenizer, text: str | None):

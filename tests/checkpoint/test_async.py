@@ -147,7 +147,7 @@ def test_failed_save_is_of_the_step_that_it_saved_and_the_next_one_tries_again(t
 
 
 def test_third_failure_in_a_row_ends_the_run(tmp_path, text_file):
-    loop = in_process.prepare(command(tmp_path, text_file))
+    loop = in_process.prepare([*command(tmp_path, text_file), "train.max_steps=20"])
     files = loop.engine.engine.checkpoint_engine
 
     class Broken(type(files)):
@@ -158,7 +158,7 @@ def test_third_failure_in_a_row_ends_the_run(tmp_path, text_file):
     with pytest.raises(CheckpointError, match="unexpected pos"):
         run.finish(loop)
     assert [event["in_a_row"] for event in events(tmp_path / "out", "save_failed")] == [1, 2, 3]
-    assert loop.step < 8
+    assert loop.step <= 8, "the third one is of step 6, and known when the next one begins"
 
 
 def test_key_in_the_json_is_async_and_the_resolved_json_says_so(tmp_path, text_file):

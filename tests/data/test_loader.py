@@ -142,3 +142,24 @@ def test_evaluation_sees_every_target_exactly_once(n, block, batch, world):
 def test_evaluation_without_a_target_is_refused():
     with pytest.raises(ValueError, match="1 tokens hold no target"):
         EvalBatches(np.zeros(1, np.uint8), 4, 2, 0, 1)
+
+
+def test_batch_hash_is_the_same_for_every_split_of_the_batch_and_not_for_another_batch():
+    tokens = np.random.default_rng(0).integers(0, 50, 2000).astype(np.uint8)
+    order = DataOrder(len(tokens), 16, seed=3)
+
+    def total(first: int, micro: int, world_size: int, of: np.ndarray = tokens) -> int:
+        hashes = []
+        for rank in range(world_size):
+            batches = TrainBatches(of, order, 8, micro, rank, world_size)
+            for _ in batches.micro_batches(first):
+                pass
+            hashes.append(batches.batch_hash)
+        return sum(hashes) % 2**64
+
+    one = total(0, 8, 1)
+    assert {total(0, micro, world_size) for micro, world_size in ((8, 1), (2, 1), (4, 2), (1, 2), (1, 8))} == {one}
+    assert total(8, 8, 1) != one
+    changed = tokens.copy()
+    changed[int(order.starts(np.array([5]))[0]) + 7] ^= 1
+    assert total(0, 8, 1, changed) != one

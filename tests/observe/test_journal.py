@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -204,3 +205,42 @@ def test_two_openers_append_whole_lines(tmp_path):
         (a if i % 2 else b).event("tick", i=i)
     assert [r["i"] for r in read_journal(path)[0]] == list(range(20))
     assert os.stat(path).st_size == len(path.read_bytes())
+
+
+def test_digests_are_lines_of_their_own_that_plots_and_dashboards_do_not_see(tmp_path):
+    path = tmp_path / "m.jsonl"
+    journal = Journal(path)
+    for step in (1, 2, 3):
+        journal.digest(step, {"loss": 1 / 3, "grad_norm": math.inf})
+        if step == 2:
+            journal.append({"step": step, "train/loss": 2.0})
+    assert live_metrics(path) == [{"step": 2, "train/loss": 2.0}]
+    assert newest_step(path) == 2
+    assert read_journal(path)[0][0] == {"step": 1, "digest": {"loss": 1 / 3, "grad_norm": "inf"}}
+    journal.digest(2, {"loss": 1.0})  # resumed from step 1
+    assert live_metrics(path) == []
+
+
+def test_writing_that_fails_is_said_once_counted_and_said_again_when_it_works(monkeypatch, tmp_path):
+    said: list[str] = []
+    path = tmp_path / "e.jsonl"
+    events = Events(path, say=said.append)
+    original, full = os.write, [False]
+
+    def write(descriptor, data):
+        if full[0] and len(data) > 10:
+            original(descriptor, bytes(data)[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    for step in range(6):
+        full[0] = step in (2, 3)
+        events.event("tick", step=step)
+    assert len(said) == 2
+    assert said[0].startswith(f"WARNING: lines of {path} cannot be written: [Errno 28] No space left on device; training goes on")
+    assert said[1] == f"lines of {path} can be written again; 2 were lost"
+    assert [record["step"] for record in read_journal(path)[0]] == [0, 1, 4, 5]
+    full[0] = True
+    with pytest.raises(OSError, match="No space"):
+        Journal(tmp_path / "m.jsonl").append({"step": 1, "train/loss": 2.0})

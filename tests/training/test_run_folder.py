@@ -61,8 +61,9 @@ def test_journal_has_a_line_a_step_and_the_documented_metrics(finished):
     assert sorted(series(out, "val/loss")) == sorted(series(out, "val/bits_per_char")) == [3, 6]
     records, broken = read_journal(out / "metrics.jsonl")
     assert broken == 0
-    seen = {name for record in records for name in record} - {"step"}
+    seen = {name for record in records for name in record} - {"step", "digest"}
     assert seen == set(METRICS) - {"optim/loss_scale", "perf/mfu"}, "no loss scale in fp32, and no peak is known for a CPU"
+    assert [record["step"] for record in records if "digest" in record] == list(range(1, STEPS + 1))
     assert series(out, "data/tokens")[STEPS] == STEPS * 8 * 16
     assert list(series(out, "optim/lr").values())[:2] == pytest.approx([1.5e-3, 3e-3])
     assert all(norm > 0 for norm in series(out, "optim/grad_norm").values())

@@ -1,0 +1,213 @@
+"""The digest of an optimizer step: enough to tell whether a step that was trained again is the same step. Imports no torch.
+
+One line of metrics.jsonl for every step: {"step": 7, "digest": {"batch": ..., "loss": ..., ...}}. JSON numbers are written with repr,
+which gives back the same bits, so a loss of the journal *is* the loss, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatgot.observe.journal import NON_FINITE, lines
+
+TOLERANCE = 1e-5
+"""Relative, for each step since the checkpoint: loss and gradient norm after a change of layout, in fp32."""
+TOLERANCE_16_BIT = 2e-2
+"""The same where either side computes in 16 bit."""
+LARGEST_TOLERANCE = 0.1
+
+_SHAPES_DROPOUT = ("world_size", "micro_batch", "device", "compile", "torch")
+"""What decides, besides the random state, which elements dropout drops."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What identifies one optimizer step."""
+
+    batch: str
+    """16 hex digits: the samples (index and tokens) that were fed to the model, whatever ranks, micro batch and accumulation are."""
+    loss: float
+    """Nats per token, mean over ranks in fp64 of each rank's fp32 loss."""
+    grad_norm: float | None
+    """Global norm before clipping; None where DeepSpeed does not measure it."""
+    lr: float
+    """Learning rate of the first parameter group in this step."""
+    rng: str
+    """16 hex digits: the random state of all ranks at the start of the step."""
+    setup: str
+    """Id of the `Setup` that it was computed with."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `Journal.digest`."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(tree: Any) -> Digest | None:
+        """Counterpart of `to_json`; None for what is no digest."""
+        try:
+            grad_norm = tree["grad_norm"]
+            return Digest(
+                batch=str(tree["batch"]),
+                loss=_number(tree["loss"]),
+                grad_norm=None if grad_norm is None else _number(grad_norm),
+                lr=_number(tree["lr"]),
+                rng=str(tree["rng"]),
+                setup=str(tree["setup"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the numbers of a run depend on, besides its state; one start of a run has one. Kept in the `started` or `resumed` event."""
+
+    id: str
+    """8 hex digits over all of it. Equal ids: equal numbers, bit for bit (where the device is deterministic)."""
+    numbers: str
+    """8 hex digits over the settings that are meant to change the numbers: data, rates, clipping, seed, length of the schedule."""
+    batches: str
+    """8 hex digits over what decides the tokens of a step: the data, their order and the global batch."""
+    dropout: bool
+    deterministic: bool
+    """Whether the device repeats its own results: a CPU does, a GPU with torch.use_deterministic_algorithms."""
+    topology: dict[str, Any]
+    """What changes roundings only: world_size, zero_stage, precision, micro_batch, device, ..."""
+    changes: tuple[str, ...] = ()
+    """'ds.optimizer.params.lr: 0.003 -> 0.001': the settings of `numbers` that this start changed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the event."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(tree: Any) -> Setup | None:
+        """Counterpart of `to_json`; None for what is no setup (an event of an earlier ChatGoT)."""
+        try:
+            return Setup(**{**tree, "changes": tuple(tree["changes"]), "topology": dict(tree["topology"])})
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How far two setups let the digests of a step be compared."""
+
+    exactly: tuple[str, ...]
+    """Fields of `Digest` that must be equal."""
+    nearly: tuple[str, ...] = ()
+    """Fields that must agree within `tolerance`."""
+    tolerance: float = 0.0
+    """Relative, for each step since the checkpoint, up to LARGEST_TOLERANCE in all."""
+    why: str = ""
+    """Why not everything is compared bit for bit; empty where it is."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything is compared bit for bit."""
+        return not self.why
+
+    def describe(self) -> str:
+        """'batch and lr; loss and grad_norm within a relative 1e-05 per step: world_size: 2 -> 1'"""
+        if self.exact:
+            return "bit for bit"
+        parts = [" and ".join(self.exactly) or "nothing"]
+        if self.nearly:
+            parts.append(f"{' and '.join(self.nearly)} within a relative {self.tolerance:g} per step")
+        return f"{'; '.join(parts)}, because {self.why}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first field that differs."""
+
+    field: str
+    journal: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.field} was {self.journal!r}, is now {self.now!r}"
+
+
+EVERYTHING = ("batch", "rng", "lr", "loss", "grad_norm")
+"""Fields in the order in which they are compared: the cause comes before its effect."""
+
+
+def terms(before: Setup | None, now: Setup | None) -> Terms:
+    """How digests of `before` and `now` may be compared; None: a setup that no event tells about."""
+    if before is None or now is None:
+        return Terms(("batch",), why="events.jsonl does not tell the settings of one of them")
+    if before.numbers != now.numbers:
+        what = "; ".join(now.changes) or "see the changes in events.jsonl"
+        return Terms(("batch",) if before.batches == now.batches else (), why=f"settings were changed ({what})")
+    keys = sorted(before.topology.keys() | now.topology.keys())
+    changed = [key for key in keys if before.topology.get(key) != now.topology.get(key)]
+    sixteen = any("16" in str(setup.topology.get("precision")) for setup in (before, now))
+    tolerance = TOLERANCE_16_BIT if sixteen else TOLERANCE
+    if not changed:
+        if now.deterministic and before.deterministic:
+            return Terms(EVERYTHING)
+        return Terms(("batch", "rng", "lr"), ("loss", "grad_norm"), tolerance, "this device's kernels do not repeat their own roundings")
+    named = [f"{key}: {before.topology.get(key)} -> {now.topology.get(key)}" for key in changed if key != "layout"]
+    why = ", ".join(named) or "engine settings that change roundings are others"
+    if now.dropout and any(key in changed for key in _SHAPES_DROPOUT):
+        return Terms(("batch", "lr"), why=f"{why}, and dropout draws differently then")
+    same_generators = not any(key in changed for key in ("world_size", "device", "torch"))
+    return Terms(("batch", "rng", "lr") if same_generators else ("batch", "lr"), ("loss", "grad_norm"), tolerance, why)
+
+
+def first_difference(journal: Digest, now: Digest, by: Terms, steps: int) -> Difference | None:
+    """The first field in which two digests of one step differ, `steps` steps after the checkpoint from which it was trained again."""
+    allowed = min(by.tolerance * steps, LARGEST_TOLERANCE)
+    for name in EVERYTHING:
+        before, after = getattr(journal, name), getattr(now, name)
+        if (name in by.exactly and repr(before) != repr(after)) or (name in by.nearly and not _near(before, after, allowed)):
+            return Difference(name, before, after)
+    return None
+
+
+def _near(before: float | None, after: float | None, tolerance: float) -> bool:
+    """Norms that are not measured, or of a step that was skipped (which another precision need not skip), say nothing."""
+    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return True
+    return abs(before - after) <= tolerance * max(abs(before), abs(after))
+
+
+@dataclass
+class History:
+    """The digests of the run as it stands after some step, and the setups that its events tell about."""
+
+    digests: dict[int, Digest] = field(default_factory=dict)
+    """By step, in order."""
+    setups: dict[str, Setup] = field(default_factory=dict)
+
+
+def history(run: Path, after: int = 0) -> History:
+    """Read the latest branch of a run folder: a step lower than the one before it gives up what had been written from that step on."""
+    found: dict[int, Digest] = {}
+    last = -1
+    for record in lines(run / "metrics.jsonl"):
+        step = None if record is None else record.get("step")
+        if record is None or not isinstance(step, int):
+            continue
+        if step < last:
+            found = {s: d for s, d in found.items() if s < step}
+        last = step
+        if step > after and (digest := Digest.from_json(record.get("digest"))) is not None:
+            found[step] = digest
+    return History(dict(sorted(found.items())), setups(lines(run / "events.jsonl")))
+
+
+def setups(events: Iterable[Mapping[str, Any] | None]) -> dict[str, Setup]:
+    """By id, from the `started` and `resumed` events."""
+    found = (Setup.from_json(event["setup"]) for event in events if event is not None and "setup" in event)
+    return {setup.id: setup for setup in found if setup is not None}
+
+
+def _number(value: Any) -> float:
+    """Raises ValueError or TypeError for what is no number."""
+    return NON_FINITE[value] if isinstance(value, str) and value in NON_FINITE else float(value)
