@@ -1,4 +1,4 @@
-"""python launch/bench.py --suite train | prepare | checkpoint: the figures of BENCHMARKS.md."""
+"""python launch/bench.py --suite train | prepare | checkpoint | act_ckpt: the figures of BENCHMARKS.md."""
 
 import argparse
 import importlib
@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 SUITES = {
     "train": "the whole program against a plain PyTorch loop of the same model, interleaved",
     "checkpoint": "saving and loading against torch.save and the disk, and the stall of training, at once and in the background",
+    "act_ckpt": "activation checkpointing: bytes kept for backward, peak memory and step time of every way to recompute, interleaved",
     "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
 }
 

@@ -69,9 +69,9 @@ class Setup:
     id: str
     """8 hex digits over all of it. Equal ids: equal numbers, bit for bit (where the device is deterministic)."""
     numbers: str
-    """8 hex digits over the settings that are meant to change the numbers: data, rates, clipping, seed, length of the schedule."""
+    """8 hex digits over the settings that are meant to change the numbers: rates, clipping, data, seed, length of the schedule."""
     batches: str
-    """8 hex digits over what decides the tokens of a step: the data, their order and the global batch."""
+    """8 hex digits over what decides which batch a step sees: data, seed, batch size, length of a sample."""
     dropout: bool
     deterministic: bool
     """Whether the device repeats its own results: a CPU does, a GPU with torch.use_deterministic_algorithms."""

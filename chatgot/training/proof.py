@@ -81,9 +81,9 @@ def setup(
     """What the numbers of this start depend on.
 
     Args:
-        data: its fingerprint.
+        data: fingerprint of the tokens.
         device: its full name: other chips round differently.
-        changes: lines of run_folder.changed_settings, and that of other data.
+        changes: lines of run_folder.changed_settings, and 'data: ...' where that has changed.
     """
     settings = flattened(config.to_dict()) | flattened(engine.to_dict(), "ds.")
     settings = {name: value for name, value in settings.items() if not name.endswith(".nvme_path")}
@@ -106,7 +106,7 @@ def setup(
     return Setup(
         id=_hash({"numbers": numbers, "topology": topology, "deterministic": deterministic}),
         numbers=_hash(numbers),
-        batches=_hash({"data": data, "seed": config.train.seed, "train_batch_size": engine.train_batch_size}),
+        batches=_hash({"batches": [data, config.train.seed, engine.train_batch_size, config.model.max_seq_length]}),
         dropout=config.model.dropout > 0,
         deterministic=deterministic,
         topology=topology,

@@ -29,7 +29,8 @@ from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.optimizer import state_kind
 from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
-from chatgot.model.gpt import GPT, count_parameters
+from chatgot.model.gpt import GPT
+from chatgot.model.size import count_parameters
 from chatgot.observe import digest
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token
@@ -296,9 +297,16 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
     run, say = config.to_dict(), loop.records.progress.say
     changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
-    device, exact = device_name(loop.device), deterministic(loop.device)
-    other_data = [line for line in since_checkpoint if line.startswith("data: ")]
-    now = setup(config, engine_config, loop.data.fingerprint, place.world_size, device, exact, versions(), other_data + changes)
+    now = setup(
+        config,
+        engine_config,
+        loop.data.fingerprint,
+        place.world_size,
+        device_name(loop.device),
+        deterministic(loop.device),
+        versions(),
+        [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
+    )
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,

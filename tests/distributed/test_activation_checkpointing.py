@@ -12,6 +12,9 @@ from tests.support import run_ranks
 
 LAYERS, BATCH = 6, 4
 BACKENDS = ("torch", "deepspeed")
+EXPLOSIONS = {"forward": 3, "recomputation": LAYERS + 3}
+"""Which forward of a block raises, counted over the whole step."""
+EXPLODING_STAGES = (0, 3)
 
 
 def settings(world_size: int, stage: int, section: dict[str, Any] | None, backend: str = "auto", every: int = 1, **extra: Any) -> dict:
@@ -38,7 +41,8 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
     found["stage 0 synchronize and profile"] = settings(world_size, 0, {"synchronize_checkpoint_boundary": True, "profile": True})
     gpt2 = {"model": {"architecture": "gpt2"}}
     found["gpt2 off"] = settings(world_size, 1, None, **gpt2)
-    found["gpt2 torch"] = settings(world_size, 1, {}, **gpt2)
+    for backend in BACKENDS:
+        found[f"gpt2 {backend}"] = settings(world_size, 1, {}, backend, **gpt2)
     found["control"] = settings(world_size, 0, {}, forget_rng=True)
     return found
 
@@ -46,18 +50,19 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
 def pairs() -> list[tuple[str, str]]:
     """(with, without) recomputation."""
     found = [(name, f"{name[:7]} off") for name in cases(1) if name.startswith("stage") and not name.endswith("off")]
-    return [*found, ("gpt2 torch", "gpt2 off")]
+    return [*found, *((f"gpt2 {backend}", "gpt2 off") for backend in BACKENDS)]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp(f"act_ckpt{request.param}")
     plan, out = folder / "plan.json", folder / "results.json"
-    explosions = {}
-    for backend in BACKENDS:
-        case = settings(request.param, 0, {}, backend)
-        explosions[f"{backend} forward"] = (case, 3)
-        explosions[f"{backend} recomputation"] = (case, LAYERS + 3)
+    explosions = {
+        f"{backend} {where} stage {stage}": (settings(request.param, stage, {}, backend), at)
+        for stage in EXPLODING_STAGES
+        for backend in BACKENDS
+        for where, at in EXPLOSIONS.items()
+    }
     plan.write_text(json.dumps({"cases": cases(request.param), "explosions": explosions}))
     run_ranks(["-m", "tests.distributed.programs.act_ckpt", str(plan), str(out)], request.param)
     return json.loads(out.read_text())
@@ -94,15 +99,28 @@ def test_invariant_07_the_json_decides_which_blocks_are_recomputed_and_that_save
             assert saved >= (0.3 if with_it.endswith("every 2") else 0.6), with_it
 
 
-def test_evaluation_and_sampling_recompute_nothing(results):
+def test_evaluation_and_sampling_never_checkpoint(results):
     for name, ranks in results["cases"].items():
         for found in ranks:
+            asked = 0 if name.endswith("off") else LAYERS // 2 if name.endswith("every 2") else LAYERS
+            if name != "control":  # goes past the engine
+                assert found["checkpoint_calls"] == asked, name
+            assert found["checkpoint_calls_outside_training"] == 0, name
             assert found["evaluation_blocks"] == LAYERS, name
             assert found["sampling_blocks"] == LAYERS, name
 
 
+@pytest.mark.parametrize("stage", EXPLODING_STAGES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_exception_in_a_recomputed_block_arrives_once_and_unchanged(results, backend):
-    for where, at in (("forward", 3), ("recomputation", LAYERS + 3)):
-        seen = results["explosions"][f"{backend} {where}"]
-        assert seen == {"text": "block on fire", "type": "Boom", "chained": False, "at": at}
+@pytest.mark.parametrize("where", EXPLOSIONS)
+def test_exception_in_a_recomputed_block_arrives_once_and_unchanged_on_every_rank(results, where, backend, stage):
+    block = 2 if where == "forward" else LAYERS - 3  # the third one, from the front or from the back
+    for seen in results["explosions"][f"{backend} {where} stage {stage}"]:
+        assert seen == {
+            "raised": 1,
+            "same object": True,
+            "type": "Boom",
+            "args": ["block on fire", block],
+            "chained": False,
+            "blocks run": EXPLOSIONS[where],
+        }

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from chatgot.checkpoint import rng
 from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
+from chatgot.engine import activation_checkpointing
 from chatgot.engine.build import TrainingEngine, build
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.process_group import device_facts, join
@@ -43,18 +44,40 @@ class Boom(Exception):
     """Raised by a block on purpose."""
 
 
+class Checkpoints:
+    """Counts the calls of both backends' checkpoint(), which the engine wires into the model."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        activation_checkpointing.torch_checkpoint = self._counted(activation_checkpointing.torch_checkpoint)
+        deepspeed.checkpointing.checkpoint = self._counted(deepspeed.checkpointing.checkpoint)
+
+    def _counted(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return checkpoint(*args, **kwargs)
+
+        return counted
+
+    def take(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
 class Forwards:
     """Counts the forwards of all blocks, and can make one of them raise."""
 
     def __init__(self) -> None:
         self.count = 0
         self.raise_at: int | None = None
+        self.raised: list[Boom] = []
         original = Block.forward
 
         def forward(block: Block, *args: Any, **kwargs: Any) -> torch.Tensor:
             self.count += 1
             if self.count == self.raise_at:
-                raise Boom("block on fire")
+                self.raised.append(Boom("block on fire", block.attention.index))
+                raise self.raised[-1]
             return original(block, *args, **kwargs)
 
         Block.forward = forward
@@ -105,11 +128,12 @@ def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[Tra
     return engine, model, TrainBatches(tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
 
 
-def run(case: dict[str, Any], place: Place, device: torch.device, forwards: Forwards) -> dict[str, Any]:
+def run(case: dict[str, Any], place: Place, device: torch.device, forwards: Forwards, checkpoints: Checkpoints) -> dict[str, Any]:
     engine, model, batches = start(case, place, device)
     sizes: list[int] = []
     found: dict[str, Any] = {"losses": [], "gradients": [], "blocks": [], "note": engine.notes[0], "keys": sorted(model.state_dict())}
     forwards.take()
+    checkpoints.take()
     for step in range(STEPS):
         engine.set_learning_rate(1.0)
         for input_ids, targets in batches.micro_batches(step * batches.global_batch_size):
@@ -127,35 +151,40 @@ def run(case: dict[str, Any], place: Place, device: torch.device, forwards: Forw
     masters = {name: safe_get_full_fp32_param(p) if zero else p for name, p in model.named_parameters()}
     found["weights"] = digest(masters)
 
+    found["checkpoint_calls"] = checkpoints.take() / STEPS
     evaluation = EvalBatches(tokens()[:200], MODEL["max_seq_length"], 2, place.rank, place.world_size)
     evaluate(engine.engine, evaluation, device)
     found["evaluation_blocks"] = forwards.take() / len(evaluation)
     engine.engine.train()
     generate(engine.engine, torch.zeros(1, 3, dtype=torch.long), 4)
     found["sampling_blocks"] = forwards.take() / 4
+    found["checkpoint_calls_outside_training"] = checkpoints.take()
     engine.engine.destroy()
     deepspeed.checkpointing.reset()
     return found
 
 
 def explode(case: dict[str, Any], at: int, place: Place, device: torch.device, forwards: Forwards) -> dict[str, Any]:
-    """What arrives outside when the `at`-th forward of a block raises."""
+    """What arrives outside of the train step when the `at`-th forward of a block raises."""
     engine, _, batches = start(case, place, device)
-    [(input_ids, targets)] = batches.micro_batches(0)
     forwards.take()
     forwards.raise_at = at
+    forwards.raised.clear()
     seen: BaseException | None = None
     try:
-        engine.engine.backward(engine.engine(input_ids, targets))
-    except Boom as error:
+        engine.train_step(batches.micro_batches(0))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the test is told
         seen = error
     forwards.raise_at = None
     engine.engine.destroy()
+    deepspeed.checkpointing.reset()
     return {
-        "text": str(seen),
+        "raised": len(forwards.raised),
+        "same object": seen is forwards.raised[0],
         "type": type(seen).__name__,
+        "args": list(seen.args) if seen else None,
         "chained": bool(seen and (seen.__cause__ or seen.__context__)),
-        "at": forwards.take(),
+        "blocks run": forwards.take(),
     }
 
 
@@ -164,16 +193,20 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     place = find_place()
     device = join(place, "cpu")
-    forwards = Forwards()
+    forwards, checkpoints = Forwards(), Checkpoints()
     results: dict[str, Any] = {"cases": {}, "explosions": {}}
+
+    def of_all_ranks(found: dict[str, Any]) -> list[Any]:
+        ranks: list[Any] = [None] * place.world_size
+        dist.all_gather_object(ranks, found)
+        return ranks
+
     for name, case in plan["cases"].items():
         print(name, flush=True)
-        ranks: list[Any] = [None] * place.world_size
-        dist.all_gather_object(ranks, run(case, place, device, forwards))
-        results["cases"][name] = ranks
+        results["cases"][name] = of_all_ranks(run(case, place, device, forwards, checkpoints))
     for name, (case, at) in plan["explosions"].items():
         print(name, flush=True)
-        results["explosions"][name] = explode(case, at, place, device, forwards)
+        results["explosions"][name] = of_all_ranks(explode(case, at, place, device, forwards))
     if place.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     leave()
