@@ -14,7 +14,7 @@ from chatgot.checkpoint import rng
 from chatgot.observe import digest, journal
 from chatgot.observe.journal import read_journal
 from chatgot.training.loop import Loop
-from tests.support import engine_json, write_json, write_run_yaml
+from tests.support import engine_json, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv, contents, events
 
@@ -140,9 +140,24 @@ def test_changed_rate_leaves_the_batches_to_compare_and_says_why(tmp_path, text_
 
 def test_changed_seed_leaves_nothing_to_compare(tmp_path, text_file):
     line = left(tmp_path, text_file)
-    assert in_process.train([*line, "train.seed=5"]) == 0
+    assert in_process.train([*line, "train.seed=5", "--allow_data_change"]) == 0
     [event] = events(tmp_path / "out", "resume_not_compared")
     assert "train.seed: 1337 -> 5" in event["why"]
+
+
+def test_other_data_leave_nothing_to_compare(tmp_path, text_file):
+    line = left(tmp_path, text_file)
+    line[line.index(str(text_file))] = str(write_text(tmp_path / "other.txt", seed=1))
+    assert in_process.train([*line, "--allow_data_change"]) == 0
+    [event] = events(tmp_path / "out", "resume_not_compared")
+    assert "settings were changed (data: " in event["why"]
+
+
+def test_another_global_batch_leaves_nothing_to_compare(tmp_path, text_file):
+    line = left(tmp_path, text_file)
+    assert in_process.train([*line, "ds.train_batch_size=16", "--allow_batch_change"]) == 0
+    [event] = events(tmp_path / "out", "resume_not_compared")
+    assert "ds.train_batch_size: 8 -> 16" in event["why"]
 
 
 def test_what_changes_no_number_does_not_spoil_the_comparison(tmp_path, text_file, capsys):
