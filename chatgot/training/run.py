@@ -25,9 +25,11 @@ from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.process_group import ControlGroup, device_facts, join, versions
-from chatgot.model.gpt import GPT, count_parameters
+from chatgot.model.flops import Precision, flops_per_token
+from chatgot.model.gpt import GPT
+from chatgot.model.shapes import count_matmul_parameters, count_parameters
 from chatgot.observe.journal import Events, Journal, newest_step
-from chatgot.observe.meters import Mfu, Precision, flops_per_token
+from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, run_lock, samples, schedule
@@ -145,8 +147,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
     block = config.model.max_seq_length
     order = DataOrder(len(data.train), block, config.train.seed)
-    looked_up = (0 if config.model.tie_embeddings else data.tokenizer.vocab_size) + (block if config.model.architecture == "gpt2" else 0)
-    matmul_params = n_params - looked_up * config.model.d_model
+    matmul_params = count_matmul_parameters(config.model, data.tokenizer.vocab_size)
     loop = Loop(
         engine=engine,
         config=config,
