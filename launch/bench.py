@@ -1,4 +1,4 @@
-"""python launch/bench.py --suite train | prepare | checkpoint: the figures of BENCHMARKS.md."""
+"""python launch/bench.py --suite train | prepare | checkpoint | plan: the figures of BENCHMARKS.md."""
 
 import argparse
 import importlib
@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 SUITES = {
     "train": "the whole program against a plain PyTorch loop of the same model, interleaved",
     "checkpoint": "saving and loading against torch.save and the disk, and the stall of training, at once and in the background",
+    "plan": "the memory that `chatgot plan` predicts against the memory that runs take, on a grid of configurations",
     "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
 }
 

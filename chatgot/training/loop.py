@@ -26,6 +26,7 @@ from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import samples, schedule
 from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.memory import MemoryCheck
 from chatgot.training.stop import StopSignals
 
 
@@ -73,6 +74,7 @@ class Loop:
     prompts: list[str]
     stop: StopSignals
     saver: Saver
+    memory: MemoryCheck
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -97,6 +99,10 @@ class Loop:
                 self._log(step, loss)
             else:
                 self.records.progress.step(step)
+            if (compared := self.memory.compare(self.ranks)) is not None:
+                fields, line = compared
+                self.records.event("memory", step=step, **fields)
+                self.records.progress.say(line)
             improved = False
             if last or (train.eval_every and step % train.eval_every == 0):
                 improved = self._evaluate(step)

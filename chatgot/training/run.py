@@ -34,6 +34,7 @@ from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, run_lock, samples, schedule
 from chatgot.training.loop import Loop, Records
+from chatgot.training.memory import check_memory
 from chatgot.training.stop import StopSignals
 
 
@@ -171,6 +172,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         prompts=prompts,
         stop=StopSignals(),
         saver=Saver(arguments.out_dir / "checkpoints", engine_config.chatgot.checkpoint, ranks),
+        memory=check_memory(config.model, data.tokenizer.vocab_size, engine, place.world_size, facts, device),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
     _open_records(loop, arguments, found, place)
