@@ -31,7 +31,7 @@ class Activations:
     loss_peak: int
     """Most that logits and loss take at once."""
     workspace: int
-    """Gradients of activations that live while a block is differentiated."""
+    """Gradients of activations that live while a block is differentiated, beyond the activations freed meanwhile."""
     host: int
     """Inputs of recomputed blocks that wait in host memory."""
 
@@ -121,5 +121,5 @@ def _ends(settings: Settings, recomputed: list[bool]) -> int:
 
 def _workspace(settings: Settings) -> int:
     model, e = settings.model, _element(settings)
-    wide = 5 if model.architecture == "modern" else 2
-    return settings.tokens * (2 * model.d_model * _residual(settings) + model.d_model * e + wide * model.d_hid * e)
+    wide = 2 if model.architecture == "modern" else 1  # gradients as wide as the feed-forward layer, less what has been freed by then
+    return settings.tokens * (2 * model.d_model * _residual(settings) + wide * model.d_hid * e)

@@ -107,30 +107,37 @@ def _phases(settings: Settings, states: Memory, kept: Activations) -> Iterator[t
     """Moments of a step at which memory may be at its highest, with what is on the device then."""
     always = {part: size for part, size in states.device.items() if part != "gradients"}
     before, growth = _gradients(settings, states)
-    buffers = always.get("buffers", 0) + _bucket(settings)
-    running = {**always, "buffers": buffers, "gathered": _gathered(settings)}
+    element = settings.parameter_bytes
+    bucket, sharing = _bucket(settings), element * min(settings.reduce_bucket, settings.numel) * _sharing_copies(settings)
+    # A bucket that holds all gradients is reduced once, after the last block.
+    late = settings.stage > 0 and not settings.bf16_optimizer and settings.reduce_bucket >= settings.numel
+    running = {**always, "gathered": _gathered(settings)}
+    own = always.get("buffers", 0)
 
+    # The bucket comes with the first gradient of a pass; ZeRO-1 keeps it until the last pass of the step.
+    waiting = own + (bucket if settings.stage == 1 and settings.accumulation > 1 else 0)
     yield (
         "the loss",
-        running | {"gradients": before, "activations": kept.saved - kept.logits, "logits": kept.loss_peak},
+        running | {"buffers": waiting, "gradients": before, "activations": kept.saved - kept.logits, "logits": kept.loss_peak},
     )
     n_layers = len(kept.blocks)
     for index in reversed(range(n_layers)):
-        done = (n_layers - index) / n_layers
-        earlier = sum(kept.blocks[:index])
+        done = 0.0 if late else (n_layers - index) / n_layers
         # Where the input alone is kept, the block has its activations once more while it is differentiated.
-        own = kept.block + (kept.blocks[index] if kept.blocks[index] != kept.block else 0)
+        again = kept.blocks[index] if kept.blocks[index] != kept.block else 0
         yield (
             f"the backward pass of block {index}",
             running
             | {
+                "buffers": own + bucket,
                 "gradients": before + round(growth * done),
-                "activations": kept.ends + earlier + own,
-                "temporaries": kept.workspace + _reducing(settings),
+                "activations": kept.ends + sum(kept.blocks[:index]) + kept.block + again,
+                "temporaries": kept.workspace + (0 if late else sharing),
             },
         )
     resting = always | {"gradients": states.device.get("gradients", 0)}
-    yield "the reduction of gradients", resting | {"buffers": buffers, "temporaries": _reduction_copy(settings)}
+    reduced = {"buffers": own + bucket, "gradients": before + growth, "temporaries": _reduction_copy(settings) + sharing}
+    yield "the reduction of gradients", always | reduced
     yield "the optimizer step", resting | {"temporaries": _stepping(settings)}
 
 
@@ -163,10 +170,11 @@ def _bucket(settings: Settings) -> int:
     return element * settings.reduce_bucket * (2 if settings.overlap_comm else 1)
 
 
-def _reducing(settings: Settings) -> int:
-    """Copies that reduce-scatter makes of a bucket."""
-    sharing = settings.stage == 3 or (settings.stage in (1, 2) and settings.world_size > 1 and not settings.bf16_optimizer)
-    return settings.parameter_bytes * min(settings.reduce_bucket, settings.numel) if sharing else 0
+def _sharing_copies(settings: Settings) -> int:
+    """Copies that are made of a bucket while it is reduced: two for ZeRO-3's reduce-scatter, one for sending it at stages 1 and 2."""
+    if settings.stage == 3:
+        return 2
+    return int(settings.stage > 0 and settings.world_size > 1 and not settings.bf16_optimizer)
 
 
 def _gathered(settings: Settings) -> int:
