@@ -31,7 +31,7 @@ class Remedy:
 
 
 def find_remedies(request: Request, current: Estimate, limit: int = 5) -> list[Remedy]:
-    """Smallest sets of changes that fit, by predicted speed, then by memory; empty where nothing helps.
+    """Smallest sets of changes that fit, by predicted speed, then by their number; empty where nothing helps.
 
     A change that is refused (16 bit at stage 0, offload with Muon) is left out, and so is a set that contains another one that fits.
     """
@@ -65,8 +65,9 @@ def _best(request: Request, current: Estimate, knobs: list[list[Overrides]]) -> 
     return min(fitting, key=_price, default=None)
 
 
-def _price(remedy: Remedy) -> tuple[float, int, int]:
-    return (-(remedy.speed_ratio or 0.0), len(remedy.overrides), remedy.plan.needed)
+def _price(remedy: Remedy) -> tuple[float, int]:
+    """Speed lost, then the number of changes; equals keep their order, in which the mildest setting of every knob comes first."""
+    return (-(remedy.speed_ratio or 0.0), len(remedy.overrides))
 
 
 def _micro_batches(request: Request, current: Estimate) -> Iterator[Overrides]:
