@@ -179,7 +179,7 @@ def _sharing_copies(settings: Settings) -> int:
 
 def _gathered(settings: Settings) -> int:
     """Whole parameters that ZeRO-3 keeps between their uses, the small ones that always stay whole left out."""
-    if settings.stage < 3 or (settings.world_size == 1 and not settings.offload_param):
+    if not settings.gathers:
         return 0
     large = [numel for group in settings.groups for numel in group.numels if numel > settings.persistence_threshold]
     live = max(settings.max_live_parameters, max(large, default=0)) + settings.prefetch_bucket

@@ -87,6 +87,11 @@ class Settings:
         return self.micro_batch_size * self.model.max_seq_length
 
     @property
+    def gathers(self) -> bool:
+        """Whether ZeRO-3 copies a parameter to use it; a single rank uses its partition, unless that lies in another memory."""
+        return self.stage == 3 and (self.world_size > 1 or (self.offload_param and self.on_cuda))
+
+    @property
     def muon(self) -> bool:
         """Whether Muon is the optimizer."""
         return any(group.muon for group in self.groups)

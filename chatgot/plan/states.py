@@ -125,7 +125,7 @@ def _zero_3(settings: Settings, memory: Memory) -> None:
             memory.add("gradients", settings.master_bytes * sum(shares), host=True)
         for sub_group in _sub_groups(shares, settings.sub_group_size):
             _master_and_moments(settings, memory, group, sum(sub_group), host)
-        if world > 1 or settings.offload_param:
+        if settings.gathers:
             kept = sum(world * share for numel, share in zip(group.numels, shares) if numel <= settings.persistence_threshold)
             memory.add("parameters", settings.parameter_bytes * kept)
 

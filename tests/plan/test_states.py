@@ -48,6 +48,10 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         "json": {"stage": 3, "precision": "bf16", **shared},
         "overrides": {"zero_optimization.stage3_param_persistence_threshold": 1500, "zero_optimization.sub_group_size": 3000},
     }
+    found["bf16 stage 3, parameters offloaded, small ones stay whole"] = {
+        "json": {"stage": 3, "precision": "bf16", "offload": True, "offload_param": True, **shared},
+        "overrides": {"zero_optimization.stage3_param_persistence_threshold": 1500},
+    }
     found["Muon fp32 stage 3"] = {
         "json": {"stage": 3, "optimizer": MUON, **shared},
         "overrides": {"zero_optimization.reduce_scatter": False},
