@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -110,7 +109,6 @@ def in_own_process(index: int, timeout: float = 270.0) -> dict[str, Any]:
 
 def measure(case: Case) -> dict[str, Any]:
     """Bytes predicted and measured, and the relative error of the prediction."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     from chatgot.config.deepspeed_json import read_engine_config

@@ -67,7 +67,8 @@ def predicted(case: dict[str, Any], world_size: int) -> Estimate:
 @pytest.mark.parametrize("world_size", [1, 2], ids=["1 rank", "2 ranks"])
 def test_the_peak_of_a_step(world_size, tmp_path):
     (tmp_path / "cases.json").write_text(json.dumps(cases(world_size)))
-    run_ranks(["-m", "tests.distributed.programs.memory_peak", str(tmp_path / "cases.json"), str(tmp_path / "out.json")], world_size)
+    program = ["-m", "tests.distributed.programs.memory_peak", str(tmp_path / "cases.json"), str(tmp_path / "out.json")]
+    run_ranks(program, world_size, timeout=500)
     measured = json.loads((tmp_path / "out.json").read_text())
     errors, moments = {}, set()
     for name, one in cases(world_size).items():

@@ -82,7 +82,8 @@ def predicted(case: dict[str, Any], world_size: int) -> Settings:
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, list[dict[str, int]]]]:
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     (folder / "cases.json").write_text(json.dumps(cases(request.param)))
-    run_ranks(["-m", "tests.distributed.programs.memory", str(folder / "cases.json"), str(folder / "results.json")], request.param)
+    program = ["-m", "tests.distributed.programs.memory", str(folder / "cases.json"), str(folder / "results.json")]
+    run_ranks(program, request.param, timeout=500)
     return request.param, json.loads((folder / "results.json").read_text())
 
 

@@ -44,6 +44,7 @@ def live_storages() -> dict[int, tuple[int, str]]:
 
 
 def measure(case: dict[str, Any], place: Place, device: torch.device) -> dict[str, Any]:
+    gc.collect()
     before = live_storages()
     shape = ModelConfig(**{**TINY_MODEL, **case.get("model", {})})
     config = build_engine_config(
@@ -61,13 +62,13 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> dict[st
 
     def look() -> None:
         found.update(live_model_states(engine.engine))
-        gc.collect()
+        gc.collect()  # engines are cyclic: the former case's may still be there
         after = live_storages()
         found["all"] = sum(size for pointer, (size, _) in after.items() if pointer not in before and size >= LARGE)
 
     generator = torch.Generator().manual_seed(place.rank)
-    for _ in range(2):
-        engine.before_step = look
+    for step in range(2):
+        engine.before_step = look if step == 1 else None
         ids = torch.randint(VOCABULARY, (config.accumulation, config.micro_batch_size, shape.max_seq_length), generator=generator)
         engine.train_step((row, row) for row in ids)
     engine.engine.destroy()
@@ -75,7 +76,7 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> dict[st
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(250, exit=True)
+    faulthandler.dump_traceback_later(480, exit=True)
     cases = json.loads(Path(sys.argv[1]).read_text())
     place = find_place()
     device = join(place, "cpu")
