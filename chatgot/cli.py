@@ -147,14 +147,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     verify.add_argument("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
 
-    for command in (prepare, sample, verify, check):
+    plan = commands.add_parser("plan", help="memory, speed and checkpoint size of a run, before it starts")
+    plan.add_argument("deepspeed_config", nargs="?", type=Path, metavar="JSON", help="how it is run; with --sweep a folder")
+    plan.add_argument("--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)")
+    plan.add_argument("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    plan.add_argument("--device", default="h200", metavar="NAME|BYTES", help="h200, a100-80, rtx4090, ..., cpu, or 24GiB (default: h200)")
+    plan.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as train.py takes them")
+    plan.add_argument("--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)")
+    plan.add_argument("--sweep", action="store_true", help="a table of all JSONs in ds_configs/, or in the folder given")
+    plan.add_argument("--format", default="text", choices=("text", "json"), help="json: for programs, sizes in bytes (default: text)")
+
+    for command in (prepare, sample, verify, check, plan):
         command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         train(argv[1:])
     arguments = parser.parse_args(argv)
-    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify, "check": _check}
+    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify, "check": _check, "plan": _plan}
     sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
 
 
@@ -186,7 +196,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from chatgot.config.machine import assumed_device
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import load_run_config
-    from chatgot.model.size import count_parameters
+    from chatgot.model.shapes import count_parameters
 
     if arguments.explain is not None:
         print(explain(arguments.explain))
@@ -232,6 +242,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
         whole = replay(arguments.run, arguments.replay, arguments.tag) and whole
     return EXIT_DONE if whole else EXIT_CHECKPOINT
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from chatgot.plan.command import PlanArguments, plan
+
+    names = PlanArguments.__dataclass_fields__
+    print(plan(PlanArguments(**{name: value for name, value in vars(arguments).items() if name in names})))
+    return 0
 
 
 def guarded(program: Callable[[], int], debug: bool) -> int:

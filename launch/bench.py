@@ -1,4 +1,4 @@
-"""python launch/bench.py --suite train | prepare | checkpoint | act_ckpt: the figures of BENCHMARKS.md."""
+"""python launch/bench.py --suite train | prepare | checkpoint | act_ckpt | plan: the figures of BENCHMARKS.md."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ SUITES = {
     "train": "the whole program against a plain PyTorch loop of the same model, interleaved",
     "checkpoint": "saving and loading against torch.save and the disk, and the stall of training, at once and in the background",
     "act_ckpt": "activation checkpointing: bytes kept for backward, peak memory and step time of every way to recompute, interleaved",
+    "plan": "the memory that `chatgot plan` predicts against the memory that runs take, on a grid of configurations",
     "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,6 +27,8 @@ class TrainingEngine:
     notes: list[str] = field(default_factory=list)
     stage0: guards.Stage0Gradients | None = None
     skips_in_a_row: int = 0
+    before_step: Callable[[], None] | None = None
+    """Called when the gradients of all micro batches are reduced and the optimizer has not stepped yet."""
 
     def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Forward and backward of every micro batch, and the optimizer step at the last one.
@@ -47,6 +49,8 @@ class TrainingEngine:
             engine.backward(loss)
             if self.stage0 is not None and engine.is_gradient_accumulation_boundary():
                 self.stage0.before_step()
+            if self.before_step is not None and engine.is_gradient_accumulation_boundary():
+                self.before_step()
             try:
                 engine.step()
             except Exception as error:

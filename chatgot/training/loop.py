@@ -26,6 +26,7 @@ from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import samples, schedule
 from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.memory import MemoryCheck
 from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
 
@@ -80,6 +81,7 @@ class Loop:
     stop: StopSignals
     saver: Saver
     proof: Proof
+    memory: MemoryCheck
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -106,6 +108,10 @@ class Loop:
                 self._log(step, loss)
             else:
                 self.records.progress.step(step)
+            if (compared := self.memory.compare(self.ranks)) is not None:
+                fields, line = compared
+                self.records.event("memory", step=step, **fields)
+                self.records.progress.say(line)
             improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
             sampled = last or (train.sample_every is not None and step % train.sample_every == 0)
             if evaluated:

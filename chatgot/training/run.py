@@ -29,15 +29,17 @@ from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.optimizer import state_kind
 from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
+from chatgot.model.flops import Precision, flops_per_token
 from chatgot.model.gpt import GPT
-from chatgot.model.size import count_parameters
+from chatgot.model.shapes import count_matmul_parameters, count_parameters
 from chatgot.observe import digest
 from chatgot.observe.journal import Events, Journal, newest_step
-from chatgot.observe.meters import Mfu, Precision, flops_per_token
+from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, run_lock, samples, schedule
 from chatgot.training.loop import Loop, Records
+from chatgot.training.memory import check_memory
 from chatgot.training.proof import Overlap, Proof, setup
 from chatgot.training.stop import StopSignals
 
@@ -159,8 +161,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
     block = config.model.max_seq_length
     order = DataOrder(len(data.train), block, config.train.seed)
-    looked_up = (0 if config.model.tie_embeddings else data.tokenizer.vocab_size) + (block if config.model.architecture == "gpt2" else 0)
-    matmul_params = n_params - looked_up * config.model.d_model
+    matmul_params = count_matmul_parameters(config.model, data.tokenizer.vocab_size)
     own = arguments.out_dir / "checkpoints"
     loop = Loop(
         engine=engine,
@@ -192,6 +193,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             damaged=set(found.damaged) if found is not None and own.is_dir() and found.folder.samefile(own) else set(),
         ),
         proof=Proof(ranks, device),
+        memory=check_memory(config.model, data.tokenizer.vocab_size, engine, place.world_size, facts, device),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)

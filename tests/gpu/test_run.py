@@ -9,8 +9,8 @@ import torch
 
 from chatgot.engine.process_group import device_facts
 from chatgot.inference.sample import SampleArguments, sample
+from chatgot.model.flops import peak_flops
 from chatgot.observe.journal import live_metrics
-from chatgot.observe.meters import peak_flops
 from tests.gpu import program
 from tests.gpu.tiny import json_tree
 from tests.support import write_json, write_run_yaml

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from chatgot.engine.process_group import device_facts
+from chatgot.model.flops import peak_flops
 from chatgot.observe.journal import live_metrics
-from chatgot.observe.meters import peak_flops
 from tests.gpu import program
 from tests.gpu.machine import DRY_RUN
 from tests.support import ROOT, write_text

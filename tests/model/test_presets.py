@@ -11,7 +11,7 @@ import yaml
 
 from chatgot.config.run import PRESETS, DataConfig, ModelConfig, TrainConfig, load_run_config, preset_names
 from chatgot.model.gpt import GPT
-from chatgot.model.size import count_parameters
+from chatgot.model.shapes import count_parameters
 from tests.model.shapes import GPT2, GROUPED, MODERN, random_ids
 
 CHARACTERS = 95

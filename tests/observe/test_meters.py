@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.observe.meters import Mfu, Throughput, flops_per_token, peak_flops, peak_memory_gib
+from chatgot.model.flops import flops_per_token, peak_flops
+from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 
 
 class Clock:

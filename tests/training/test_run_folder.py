@@ -71,7 +71,8 @@ def test_journal_has_a_line_a_step_and_the_documented_metrics(finished):
 
 def test_events_tell_the_story(finished):
     found = events(finished / "out")
-    assert [event["event"] for event in found] == ["started", "saved", "sampled", "saved", "saved", "sampled", "saved", "finished"]
+    story = ["started", "memory", "saved", "sampled", "saved", "saved", "sampled", "saved", "finished"]
+    assert [event["event"] for event in found] == story
     assert [event["step"] for event in found if event["event"] == "saved"] == [2, 3, 4, 6]
     assert found[-1]["val/loss"] == series(finished / "out", "val/loss")[STEPS]
 

@@ -1,0 +1,66 @@
+"""Names and shapes of the GPT's parameters, from arithmetic alone: no torch, so that a plan answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from chatgot.config.run import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
+    """What GPT(config, vocab_size).named_parameters() gives, in its order; a tied matrix once, as embed_tokens.weight."""
+    d = config.d_model
+    shapes: dict[str, Shape] = {"embed_tokens.weight": (vocab_size, d)}
+    if config.architecture == "gpt2":
+        shapes["embed_positions.weight"] = (config.max_seq_length, d)
+    for index in range(config.n_layers):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in _block(config)}
+    shapes |= dict(_norm(config, "norm"))
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (vocab_size, d)
+    return shapes
+
+
+def _block(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    d, f = config.d_model, config.d_hid
+    head_dim = d // config.n_head
+    qkv = (config.n_head + 2 * config.kv_heads) * head_dim
+    yield from _norm(config, "attention_norm")
+    if config.architecture == "modern":
+        yield from (("attention.q_norm", (head_dim,)), ("attention.k_norm", (head_dim,)))
+    yield from _linear(config, "attention.qkv", d, qkv)
+    yield from _linear(config, "attention.proj", d, d)
+    yield from _norm(config, "mlp_norm")
+    if config.architecture == "modern":
+        yield from _linear(config, "mlp.gate_up", d, 2 * f)
+    else:
+        yield from _linear(config, "mlp.up", d, f)
+    yield from _linear(config, "mlp.down", f, d)
+
+
+def _norm(config: ModelConfig, name: str) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (config.d_model,)
+    if config.architecture == "gpt2":
+        yield f"{name}.bias", (config.d_model,)
+
+
+def _linear(config: ModelConfig, name: str, inputs: int, outputs: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs)
+    if config.architecture == "gpt2":
+        yield f"{name}.bias", (outputs,)
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Number of parameters of GPT(config, vocab_size), a tied matrix counted once."""
+    return sum(prod(shape) for shape in parameter_shapes(config, vocab_size).values())
+
+
+def count_matmul_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters that every token is multiplied with: all but the lookups. A tied matrix is the output head too, and counts."""
+    looked_up = 0 if config.tie_embeddings else vocab_size
+    if config.architecture == "gpt2":
+        looked_up += config.max_seq_length
+    return count_parameters(config, vocab_size) - looked_up * config.d_model

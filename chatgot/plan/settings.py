@@ -1,0 +1,196 @@
+"""What a plan needs of a run, taken out of the two configurations: sizes in elements and bytes, switches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from chatgot.config import deepspeed_schema as schema
+from chatgot.config.deepspeed_json import EngineConfig
+from chatgot.config.run import ModelConfig
+from chatgot.model.shapes import parameter_shapes
+
+FP32, HALF = 4, 2
+"""Bytes of an element."""
+
+_STATES = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "sgd": 1, "rmsprop": 1}
+"""Tensors of the parameters' size that an optimizer keeps (torch.optim, deepspeed.ops)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group of the optimizer, in the engine's order."""
+
+    numels: tuple[int, ...]
+    """Elements of every parameter."""
+    muon: bool
+    """Orthogonalised by Muon: one momentum in place of two moments."""
+
+    @property
+    def numel(self) -> int:
+        """Elements in all."""
+        return sum(self.numels)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run on one kind of device, as far as memory and speed depend on it."""
+
+    model: ModelConfig
+    vocab_size: int
+    on_cuda: bool
+    world_size: int
+    micro_batch_size: int
+    accumulation: int
+    stage: int
+    precision: str
+    """As EngineConfig.precision has it."""
+    parameter_bytes: int
+    """Of an element of the parameters that the forward pass uses."""
+    accumulator_bytes: int
+    """Of an element of the accumulated gradients (data_types.grad_accum_dtype)."""
+    master_bytes: int
+    moment_bytes: int
+    offload_optimizer: bool
+    offload_param: bool
+    groups: tuple[Group, ...]
+    moments: int
+    """Tensors per parameter that the optimizer keeps for groups without Muon."""
+    fused: bool
+    """The optimizer steps without temporaries of the parameters' size."""
+    overlap_comm: bool
+    reduce_bucket: int
+    """Elements."""
+    persistence_threshold: int
+    """ZeRO-3: parameters of up to this many elements stay whole on every rank."""
+    prefetch_bucket: int
+    max_live_parameters: int
+    sub_group_size: int
+    recompute_every: int | None
+    """Every n-th block is recomputed in the backward pass; None: none is."""
+    recompute_backend: str | None
+    activations_on_cpu: bool
+    """Inputs of recomputed blocks wait in host memory (activation_checkpointing.cpu_checkpointing)."""
+    compiled: bool
+    notes: tuple[str, ...]
+    """What of the configuration this arithmetic does not know."""
+
+    @property
+    def numel(self) -> int:
+        """Parameters, a tied matrix once."""
+        return sum(group.numel for group in self.groups)
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro batch on one rank."""
+        return self.micro_batch_size * self.model.max_seq_length
+
+    @property
+    def gathers(self) -> bool:
+        """Whether ZeRO-3 copies a parameter to use it; a single rank uses its partition, unless that lies in another memory."""
+        return self.stage == 3 and (self.world_size > 1 or (self.offload_param and self.on_cuda))
+
+    @property
+    def muon(self) -> bool:
+        """Whether Muon is the optimizer."""
+        return any(group.muon for group in self.groups)
+
+    @property
+    def bf16_optimizer(self) -> bool:
+        """DeepSpeed takes its BF16_Optimizer and not ZeRO's (engine.py, _do_optimizer_sanity_check)."""
+        return self.precision == "bf16" and self.stage == 1 and self.accumulator_bytes == FP32 and not self.offload_optimizer
+
+
+def read_settings(model: ModelConfig, vocab_size: int, engine: EngineConfig, world_size: int, on_cuda: bool) -> Settings:
+    """Put together what the plan computes with."""
+
+    def zero(key: str) -> Any:
+        return _value(engine, "zero_optimization", key)
+
+    notes: list[str] = []
+    kind = engine.optimizer.type.lower() if engine.optimizer else "adamw"
+    params = engine.optimizer.params if engine.optimizer else {}
+    if kind not in (*_STATES, "muon"):
+        notes.append(f"optimizer {kind}: taken to keep two tensors of the parameters' size, as AdamW does")
+    half = engine.precision in ("bf16", "fp16")
+    section = _section(engine, engine.precision) if half else {}
+    parameter_bytes = HALF if half else FP32
+    wanted = (engine.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
+    accumulator_bytes = parameter_bytes if wanted is None else FP32 if wanted in ("fp32", "float32") else HALF
+    low_precision = bool(section.get(f"{engine.precision}_master_weights_and_grads"))
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "parameter_alignment", "zenflow"):
+        if zero(key):
+            notes.append(f"zero_optimization.{key} is not part of this arithmetic")
+    if int(zero("zero_hpz_partition_size") or 1) > 1:
+        notes.append("zero_optimization.zero_hpz_partition_size: the secondary partition is not part of this arithmetic")
+    if "nvme" in (engine.offload_optimizer, engine.offload_param):
+        notes.append("offload to nvme is counted as host memory")
+    if engine.chatgot.compile.enabled:
+        notes.append("torch.compile: memory is that of eager PyTorch, an upper bound, because compiling fuses activations away")
+    overlap = zero("overlap_comm")
+    recompute = engine.activation_checkpointing or {}
+    momentum_sgd = kind == "sgd" and not params.get("momentum")
+    return Settings(
+        model=model,
+        vocab_size=vocab_size,
+        on_cuda=on_cuda,
+        world_size=world_size,
+        micro_batch_size=engine.micro_batch_size,
+        accumulation=engine.accumulation,
+        stage=engine.zero_stage,
+        precision=engine.precision,
+        parameter_bytes=parameter_bytes,
+        accumulator_bytes=accumulator_bytes,
+        master_bytes=HALF if low_precision else FP32,
+        moment_bytes=HALF if low_precision or section.get("bf16_optimizer_states") else FP32,
+        offload_optimizer=engine.zero_stage > 0 and engine.offload_optimizer != "none",
+        offload_param=engine.zero_stage == 3 and engine.offload_param != "none",
+        groups=_groups(model, vocab_size, kind == "muon"),
+        moments=0 if momentum_sgd else _STATES.get(kind, 2),
+        fused=kind == "muon" or ("foreach" not in params and params.get("fused", True) is not False),
+        overlap_comm=engine.zero_stage == 3 if overlap is None else bool(overlap),
+        reduce_bucket=int(zero("reduce_bucket_size")),
+        persistence_threshold=int(zero("stage3_param_persistence_threshold")),
+        prefetch_bucket=int(zero("stage3_prefetch_bucket_size")),
+        max_live_parameters=int(zero("stage3_max_live_parameters")),
+        sub_group_size=int(zero("sub_group_size")),
+        recompute_every=engine.chatgot.activation_checkpointing.every_n_layers if engine.activation_backend else None,
+        recompute_backend=engine.activation_backend,
+        activations_on_cpu=bool(recompute.get("cpu_checkpointing")) and engine.activation_backend == "deepspeed",
+        compiled=engine.chatgot.compile.enabled,
+        notes=tuple(notes),
+    )
+
+
+def _groups(model: ModelConfig, vocab_size: int, muon: bool) -> tuple[Group, ...]:
+    """As engine/optimizer.py makes them, and as DeepSpeed's Muon splits them by name (engine.py, _muon_param_groups)."""
+    shapes = parameter_shapes(model, vocab_size)
+    matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) >= 2}
+    vectors = tuple(prod(shape) for shape in shapes.values() if len(shape) < 2)
+    if not muon:
+        return (Group(tuple(matrices.values()), False), Group(vectors, False))
+    hidden = {name: shape for name, shape in shapes.items() if name in matrices and "embed" not in name and "lm_head" not in name}
+    largest_first = tuple(prod(shape) for shape in sorted(hidden.values(), reverse=True))  # muon_optimizer.py sorts them by size()
+    looked_up = tuple(n for name, n in matrices.items() if name not in hidden)
+    return (Group(largest_first, True), Group(looked_up, False), Group(vectors, False))
+
+
+def _section(engine: EngineConfig, name: str) -> dict[str, Any]:
+    node = schema.NODES[name]
+    for spelling in (name, node.alias):
+        found = engine.deepspeed.get(spelling) if spelling else None
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _value(engine: EngineConfig, section: str, key: str) -> Any:
+    """A value as given under either spelling, else DeepSpeed's default; "auto" that nothing resolved counts as the default."""
+    node = schema.NODES[f"{section}.{key}"]
+    assert isinstance(node, schema.Key) or key == "zenflow"
+    given = _section(engine, section)
+    for spelling in (key, node.alias):
+        if spelling in given and given[spelling] != "auto":
+            return given[spelling]
+    return node.default if isinstance(node, schema.Key) else None

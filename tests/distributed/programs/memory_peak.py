@@ -1,0 +1,73 @@
+"""The most bytes that tensors take during one optimizer step, by the CPU allocator's own account, for every case given."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from chatgot.config.deepspeed_json import build_engine_config
+from chatgot.config.run import ModelConfig
+from chatgot.engine.build import build
+from chatgot.engine.environment import Place, find_place
+from chatgot.engine.process_group import device_facts, join
+from chatgot.model.gpt import GPT
+from chatgot.model.shapes import count_parameters
+from chatgot.training.run import leave
+from tests.distributed.programs.memory import live_storages
+
+
+def measure(case: dict[str, Any], place: Place, device: torch.device) -> int:
+    gc.collect()
+    before = live_storages()
+    shape, vocabulary = ModelConfig(**case["model"]), case["vocabulary"]
+    n_params = count_parameters(shape, vocabulary)
+    config = build_engine_config(case["json"], "case.json", world_size=place.world_size, facts=device_facts(), n_params=n_params)
+    model = GPT(shape, vocabulary)
+    model.init_weights(1)
+    engine = build(model, config, device)
+
+    def step() -> None:
+        ids = torch.randint(vocabulary, (config.accumulation, config.micro_batch_size, shape.max_seq_length))
+        engine.train_step((row, row) for row in ids)
+
+    step()
+    step()
+    gc.collect()
+    now = peak = sum(size for pointer, (size, _) in live_storages().items() if pointer not in before)
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+        step()
+    kineto = profile.kineto_results
+    assert kineto is not None
+    changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    engine.engine.destroy()
+    return peak
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(480, exit=True)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    place = find_place()
+    device = join(place, "cpu")
+    results = {}
+    for name, case in cases.items():
+        print(name, flush=True)
+        ranks: list[Any] = [None] * place.world_size
+        dist.all_gather_object(ranks, measure(case, place, device))
+        results[name] = max(ranks)
+    if place.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Model states are predicted to the byte: every stage, precision and optimizer, offload, one and two ranks, against live tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from chatgot.config.deepspeed_json import build_engine_config
+from chatgot.config.device import DeviceFacts
+from chatgot.config.run import ModelConfig
+from chatgot.model.shapes import count_parameters
+from chatgot.plan.settings import Settings, read_settings
+from chatgot.plan.states import STATES, model_states
+from tests.support import TINY_MODEL, engine_json, run_ranks
+
+MUON = {"type": "Muon", "params": {"muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95}}
+ODD = {"architecture": "gpt2", "d_model": 30, "d_hid": 47, "tie_embeddings": False}
+"""Sizes that no flat buffer divides evenly by ranks and alignment."""
+BF16 = {"enabled": True, "check_grad_overflow": True}
+VOCABULARY = 61
+
+
+def cases(world_size: int) -> dict[str, dict[str, Any]]:
+    """Two micro batches to a step, so that the gradients' accumulators are there too."""
+    shared = {"batch": 4 * world_size, "micro": 2}
+    found: dict[str, dict[str, Any]] = {}
+    for stage in range(4):
+        for precision in ("fp32", "bf16") if stage else ("fp32",):
+            for offload in (False, True) if stage else (False,):
+                found[f"{precision} stage {stage} offload {offload}"] = {
+                    "json": {"stage": stage, "precision": precision, "offload": offload, **shared}
+                }
+            if stage < 3:
+                found[f"Muon {precision} stage {stage}"] = {"json": {"stage": stage, "precision": precision, "optimizer": MUON, **shared}}
+        if stage:
+            found[f"bf16 stage {stage}, accumulated in bf16"] = {"json": {"stage": stage, "bf16": BF16, **shared}}
+        found[f"autocast stage {stage}"] = {"json": {"stage": stage, "precision": "autocast_bf16", **shared}}
+    found["bf16 stage 3, parameters offloaded"] = {
+        "json": {"stage": 3, "precision": "bf16", "offload": True, "offload_param": True, **shared}
+    }
+    found["bf16 stage 2, one micro batch, offload"] = {
+        "json": {"stage": 2, "precision": "bf16", "offload": True, "batch": 2 * world_size, "micro": 2}
+    }
+    found["bf16 stage 3, small parameters stay whole, sub-groups"] = {
+        "json": {"stage": 3, "precision": "bf16", **shared},
+        "overrides": {"zero_optimization.stage3_param_persistence_threshold": 1500, "zero_optimization.sub_group_size": 3000},
+    }
+    found["bf16 stage 3, parameters offloaded, small ones stay whole"] = {
+        "json": {"stage": 3, "precision": "bf16", "offload": True, "offload_param": True, **shared},
+        "overrides": {"zero_optimization.stage3_param_persistence_threshold": 1500},
+    }
+    found["Muon fp32 stage 3"] = {
+        "json": {"stage": 3, "optimizer": MUON, **shared},
+        "overrides": {"zero_optimization.reduce_scatter": False},
+    }
+    for case in found.values():
+        case["model"] = ODD
+    found["bf16 stage 2, modern, grouped heads, tied"] = {
+        "json": {"stage": 2, "precision": "bf16", **shared},
+        "model": {"n_kv_head": 1, "tie_embeddings": True},
+    }
+    return found
+
+
+def predicted(case: dict[str, Any], world_size: int) -> Settings:
+    shape = ModelConfig(**{**TINY_MODEL, **case.get("model", {})})
+    engine = build_engine_config(
+        engine_json(**case["json"]),
+        "case.json",
+        case.get("overrides", {}),
+        world_size=world_size,
+        facts=DeviceFacts("cpu", bf16=True, fp16=False),
+        n_params=count_parameters(shape, VOCABULARY),
+    )
+    return read_settings(shape, VOCABULARY, engine, world_size, on_cuda=False)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, list[dict[str, int]]]]:
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    (folder / "cases.json").write_text(json.dumps(cases(request.param)))
+    program = ["-m", "tests.distributed.programs.memory", str(folder / "cases.json"), str(folder / "results.json")]
+    run_ranks(program, request.param, timeout=500)
+    return request.param, json.loads((folder / "results.json").read_text())
+
+
+def test_model_states_are_exact_to_the_byte(measured):
+    world_size, results = measured
+    wrong = {}
+    for name, case in cases(world_size).items():
+        settings = predicted(case, world_size)
+        for rank, found in enumerate(results[name]):
+            memory = model_states(settings, rank)
+            expected = {part: memory.total(part) for part in STATES}
+            seen = {part: found[part] for part in STATES}
+            if expected != seen:
+                wrong[f"{name}, rank {rank}"] = {part: (expected[part], seen[part]) for part in STATES if expected[part] != seen[part]}
+    assert wrong == {}
+
+
+def test_no_large_tensor_of_the_process_is_unaccounted_for(measured):
+    """What the garbage collector knows is what was counted: nothing large is kept in a place that nobody looked at."""
+    world_size, results = measured
+    for name in cases(world_size):
+        for found in results[name]:
+            counted = sum(size for part, size in found.items() if part != "all")
+            assert found["all"] <= counted + 1, name
+
+
+def test_control_padding_and_ranks_are_in_the_figures():
+    case = cases(2)["bf16 stage 2 offload False"]
+    settings = predicted(case, 2)
+    bare = settings.parameter_bytes * settings.numel
+    assert model_states(settings).device["parameters"] > bare
+    alone = dataclasses.replace(settings, world_size=1)
+    assert model_states(alone).device["master_weights"] > model_states(settings).device["master_weights"]
