@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ class Stage0Gradients:
     def __init__(self, engine: Any, muon: bool):
         self.engine = engine
         self.max_norm = float(engine.gradient_clipping())
+        self.on_overflow: Callable[[], None] | None = None
+        """Called while the gradients that were not finite still exist."""
         parameters = [p for p in engine.module.parameters() if p.requires_grad]
         # Muon's updates have a fixed size; see ClipAdamGroupsOnly, which does the same under ZeRO.
         self.parameters = [p for p in parameters if not getattr(p, "use_muon", False)] if muon else parameters
@@ -43,11 +46,15 @@ class Stage0Gradients:
 
     def measure_and_clip(self) -> None:
         """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be skipped."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm if self.max_norm > 0 else math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         total = norm
         if len(self.parameters) != len(self.all_parameters):
             total = torch.nn.utils.get_total_norm([p.grad for p in self.all_parameters if p.grad is not None])
         finite = bool(torch.isfinite(total))
+        if finite and self.max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+        elif not finite and self.on_overflow is not None:
+            self.on_overflow()
         self.engine._global_grad_norm = float(norm) if finite else math.inf
         # engine._take_model_step counts a skipped step where its optimizer says `overflow`.
         self.engine.optimizer.overflow = not finite

@@ -24,8 +24,9 @@ from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import samples, schedule
+from chatgot.training import rollback, samples, schedule, skipped
 from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.guard import Guard
 from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
 
@@ -56,6 +57,8 @@ class Position:
 
     next_sample: int = 0
     """Global index of the first sample that has not been trained on."""
+    skipped_samples: int = 0
+    """How many of the samples before it rollbacks have left out."""
     best_val_loss: float | None = None
     last_val: dict[str, float] = field(default_factory=dict)
 
@@ -80,6 +83,7 @@ class Loop:
     stop: StopSignals
     saver: Saver
     proof: Proof
+    guard: Guard
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -101,11 +105,15 @@ class Loop:
             step, last = self.step, self.step == train.max_steps
             self.meter.step(self.train_batches.tokens_per_step)
             if not self.engine.engine.was_step_applied():
-                self.records.event("skipped_step", step=step, loss_scale=self.engine.loss_scale)
+                skipped.report(self, step, loss, self.position.next_sample - self.train_batches.global_batch_size)
             if last or step % train.log_every == 0 or step == 1:
                 self._log(step, loss)
             else:
                 self.records.progress.step(step)
+            if why := self._diverged(step):
+                rollback.diverged(self, why)
+                yield self.step
+                continue
             improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
             sampled = last or (train.sample_every is not None and step % train.sample_every == 0)
             if evaluated:
@@ -128,7 +136,11 @@ class Loop:
 
     def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
-        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags)
+        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples)
+
+    def _diverged(self, step: int) -> str | None:
+        known, self.proof.losses = self.proof.losses, []
+        return self.guard.divergence(step, self.engine.skips_in_a_row, known)
 
     def _train_step(self) -> torch.Tensor:
         self.proof.begin_step()
@@ -139,7 +151,10 @@ class Loop:
             (input_ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
             for input_ids, targets in self.train_batches.micro_batches(self.position.next_sample)
         )
-        loss = self.engine.train_step(batches)
+        try:
+            loss = self.engine.train_step(batches)
+        except NumericsError as error:  # on all ranks
+            raise rollback.stopped(self, str(error)) from error
         self.position.next_sample += self.train_batches.global_batch_size
         return loss
 
@@ -216,6 +231,10 @@ class Loop:
         by_step = config.every_steps is not None and step % config.every_steps == 0
         return by_step or minutes_over or (improved and config.keep_best > 0)
 
+    def save_now(self) -> None:
+        """Save the state as it is, whatever is due. Collective."""
+        self._save(must=False)
+
     def _save(self, must: bool) -> None:
         """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the last chance."""
         self.proof.flush()
@@ -225,6 +244,10 @@ class Loop:
                 self.saver.begin(self.engine.engine, self.client_state(), self._manifest())
             except CheckpointError as error:
                 self._failed(error, must)
+                return
+            except NumericsError as error:
+                self.records.event("save_refused", step=self.step, error=str(error))
+                rollback.diverged(self, str(error))
                 return
             self._last_save = time.monotonic()
             if must or not self.engine.config.chatgot.checkpoint.async_:
@@ -274,6 +297,8 @@ class Loop:
         return {
             "format": 1,
             "next_sample": self.position.next_sample,
+            "skipped_samples": self.position.skipped_samples,
+            "guard": self.guard.state(self.engine.skips_in_a_row),
             "best_val_loss": self.position.best_val_loss,
             "last_val": self.position.last_val,
             "rng": self.ranks.gather(rng.capture()),
@@ -284,9 +309,11 @@ class Loop:
         """Counterpart of `client_state`; returns notes."""
         self.position = Position(
             next_sample=client_state["next_sample"],
+            skipped_samples=client_state.get("skipped_samples", 0),
             best_val_loss=client_state["best_val_loss"],
             last_val=client_state["last_val"],
         )
+        self.engine.skips_in_a_row = self.guard.restore(client_state.get("guard"))
         return rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
 
     def _manifest(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, run_lock, samples, schedule
+from chatgot.training.guard import Guard
 from chatgot.training.loop import Loop, Records
 from chatgot.training.proof import Overlap, Proof, setup
 from chatgot.training.stop import StopSignals
@@ -191,6 +192,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             damaged=set(found.damaged) if found is not None and own.is_dir() and found.folder.samefile(own) else set(),
         ),
         proof=Proof(ranks, device),
+        guard=Guard(engine_config.chatgot.guard),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)
@@ -343,7 +345,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     )
     loop.proof.journal, loop.proof.setup_id = loop.records.journal, now.id
     if known is not None:
-        loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say)
+        loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say, loop.position.skipped_samples)
 
 
 def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, disk_notes: list[str]) -> None:
