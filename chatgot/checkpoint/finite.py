@@ -27,9 +27,9 @@ def refuse_non_finite(engine: Any, ranks: Ranks) -> None:
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for _, tensor in named:
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    # The largest magnitude of a tensor is NaN or inf exactly if an element is.
-    largest = [torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).float().cpu() for tensors in by_kind.values()]
-    if not all(bool(torch.isfinite(each).all()) for each in largest):
+    # The largest magnitude of many tensors is NaN or inf exactly if an element is.
+    largest = [torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")) for tensors in by_kind.values()]
+    if not all(bool(torch.isfinite(each)) for each in largest):
         bad = next(name for name, tensor in named if not bool(torch.isfinite(tensor).all()))
     error = None
     if bad is not None:

@@ -1,4 +1,4 @@
-"""What a step with non-finite loss or gradients leaves behind: its gradient norms by layer, its losses by sample, and the rank it came from."""
+"""What a step that is not finite leaves behind: gradient norms by layer, losses by sample, and the rank it came from."""
 
 from __future__ import annotations
 
