@@ -133,6 +133,7 @@ class Loop:
     def advance(self) -> None:
         """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
         self.share(self._train_step())
+        self.proof.losses.clear()
 
     def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
@@ -154,7 +155,7 @@ class Loop:
         try:
             loss = self.engine.train_step(batches)
         except NumericsError as error:  # on all ranks
-            raise rollback.stopped(self, str(error)) from error
+            raise rollback.stopped(self, str(error), hint="") from error
         self.position.next_sample += self.train_batches.global_batch_size
         return loss
 
@@ -231,13 +232,16 @@ class Loop:
         by_step = config.every_steps is not None and step % config.every_steps == 0
         return by_step or minutes_over or (improved and config.keep_best > 0)
 
-    def save_now(self) -> None:
-        """Save the state as it is, whatever is due. Collective."""
-        self._save(must=False)
+    def save_now(self, must: bool = False) -> None:
+        """Save the state as it is, whatever is due; see `finish_saving` for `must`. Collective."""
+        self._save(must)
 
     def _save(self, must: bool) -> None:
         """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the last chance."""
         self.proof.flush()
+        if why := self._diverged(self.step):  # on a GPU the last loss has become known only now
+            rollback.diverged(self, why, must)
+            return
         with self.meter.paused("save"):
             self.finish_saving()
             try:
@@ -247,7 +251,7 @@ class Loop:
                 return
             except NumericsError as error:
                 self.records.event("save_refused", step=self.step, error=str(error))
-                rollback.diverged(self, str(error))
+                rollback.diverged(self, str(error), must)
                 return
             self._last_save = time.monotonic()
             if must or not self.engine.config.chatgot.checkpoint.async_:

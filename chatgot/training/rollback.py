@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from chatgot.training.loop import Loop
 
 
-def diverged(loop: Loop, why: str) -> None:
+def diverged(loop: Loop, why: str, must: bool = False) -> None:
     """Stop or roll back, as chatgot.guard.on_diverge says. Collective.
 
     A rollback goes to the newest whole checkpoint: weights, optimizer, random state and step number are its own, but the data goes on
     where it was. What is left out are all samples from the checkpoint's position to the last one that was fed before the divergence,
     in the order of the data; each later sample is used as before, some steps earlier than it would have been. The checkpoint is then
     saved again with the new position, so that a resume leaves out the same.
+
+    Args:
+        must: that save is the run's last chance, see `Loop.finish_saving`.
 
     Raises:
         NumericsError: on all ranks; it shall stop, has no rollback left, or there is no checkpoint to go back to.
@@ -52,7 +55,7 @@ def diverged(loop: Loop, why: str) -> None:
         f"WARNING: {why}. Rolled back to {found.tag} ({number} of {guard.max_rollbacks} times); samples {first}..{end - 1} are left out, "
         f"training goes on at sample {end}"
     )
-    loop.save_now()
+    loop.save_now(must)
 
 
 def last_good(loop: Loop) -> Found | None:
@@ -68,8 +71,8 @@ def last_good(loop: Loop) -> Found | None:
     return loop.ranks.from_rank_0(found)
 
 
-def stopped(loop: Loop, why: str) -> NumericsError:
+def stopped(loop: Loop, why: str, hint: str = ". Try a lower lr or tighter clipping") -> NumericsError:
     """The error that ends the run, with the checkpoint that can be resumed. Collective."""
     found = last_good(loop)
     good = f"the last good checkpoint is {found.path}" if found is not None else "there is no checkpoint yet"
-    return NumericsError(f"{why}. Try a lower lr or tighter clipping; {good}")
+    return NumericsError(f"{why}{hint}; {good}")

@@ -93,7 +93,7 @@ def test_fp16_searches_its_scale_as_deepspeed_would(ranks):
     found, _ = check_precision(model(), config("fp16", initial_scale_power=24), *batch(), torch.device("cpu"), ranks)
     assert found is not None
     assert found.excess < 0.5
-    with pytest.raises(NumericsError, match="gradient norm (inf|nan) and"):
+    with pytest.raises(NumericsError, match=r"gradient norm (inf|nan) and"):
         check_precision(model(), config("fp16", loss_scale=2**24), *batch(), torch.device("cpu"), ranks)
 
 

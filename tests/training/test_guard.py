@@ -115,6 +115,20 @@ def test_rollbacks_are_bounded_over_resumes_too(tmp_path, text_file):
     assert [event["number"] for event in events(tmp_path / "out", "rolled_back")] == [1, 2]
 
 
+def test_a_loss_scale_stuck_at_its_minimum_names_the_checkpoint(tmp_path, text_file, monkeypatch):
+    loop = in_process.prepare(words(tmp_path, text_file))
+    step = loop.engine.engine.step
+
+    def stuck():
+        if loop.step == 4:
+            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+        step()
+
+    monkeypatch.setattr(loop.engine.engine, "step", stuck)
+    with pytest.raises(NumericsError, match=r"overflow at the smallest loss scale .* last good checkpoint is .*step-00000003"):
+        run.finish(loop)
+
+
 def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, text_file):
     with pytest.raises(NumericsError, match="there is no checkpoint yet"):
         poisoned_run(words(tmp_path, text_file), samples=(0, 8))
@@ -136,18 +150,20 @@ def test_the_journal_names_text_samples_and_layers_of_a_skipped_step(tmp_path, t
     assert [e["event"] for e in events(tmp_path / "out")].count("rolled_back") == 0
 
 
-@pytest.mark.parametrize("zscore", [8.0, None])
-def test_a_spike_rolls_back_where_that_is_asked_for(zscore, tmp_path, text_file):
+@pytest.mark.parametrize(("zscore", "late"), [(8.0, False), (8.0, True), (None, False)], ids=["spike", "loss known a step late", "off"])
+def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, tmp_path, text_file):
     spike = (SPIKE_WINDOW + 4) * BATCH
     line = [*words(tmp_path, text_file, steps=SPIKE_WINDOW + 6, guard={"spike_zscore": zscore}), "train.log_every=20"]
-    code, poison = poisoned_run(line, samples=[spike], factor=5.0)
-    assert code == 0
+    loop = in_process.prepare(line)
+    loop.proof.lags = late  # as on a GPU
+    poison = Poison(loop, [spike], 5.0)
+    assert run.finish(loop) == 0
     found = events(tmp_path / "out", "rolled_back")
     if zscore is None:
         assert not found
         return
     [event] = found
-    assert (event["from_step"], event["to_step"]) == (SPIKE_WINDOW + 5, 54)
+    assert (event["from_step"], event["to_step"]) == (SPIKE_WINDOW + 5 + late, 54)
     assert "8 standard deviations" in event["why"]
     assert poison.fed.count(spike) == 1
     assert not events(tmp_path / "out", "skipped_step")
