@@ -109,12 +109,30 @@ class ClipAdamGroupsOnly:
         self._clip(group, torch.zeros_like(norm) if self.uses_muon(index) else norm)
 
 
+def forget_skipped_gradients(zero: Any) -> None:
+    """Lets a run with optimizer offload at stage 1-2 and fp32 accumulation in 16 bit outlive a skipped step.
+
+    DeepSpeed keeps the flat gradient buffer of such a step (stage_1_and_2.py, step: only the branch without offload drops
+    averaged_gradients), and the next backward adds to its NaN: every later step is skipped too. In a good step they are dropped already.
+    """
+    reset = zero.reset_cpu_buffers
+
+    def reset_cpu_buffers() -> None:
+        reset()
+        for group in zero.averaged_gradients:
+            zero.averaged_gradients[group] = None
+
+    zero.reset_cpu_buffers = reset_cpu_buffers
+
+
 def install(engine: Any, muon: bool) -> Stage0Gradients | None:
     """Put the guards on a new engine; returns the one that the step function must call, where there is one."""
     if engine.zero_optimization():
         # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
         if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
             ClipAdamGroupsOnly(engine.optimizer)
+        if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
+            forget_skipped_gradients(engine.optimizer)
         return None
     return Stage0Gradients(engine, muon)
 

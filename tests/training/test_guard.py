@@ -28,10 +28,10 @@ TO, FROM, LEFT_OUT = 3, 6, 3 * BATCH
 """A run that meets BAD goes back from step 6 to the checkpoint of step 3, and leaves out the three batches since."""
 
 
-def words(folder, text, stage=0, precision="fp32", steps=12, name="out", guard=None, asynchronous=False):
+def words(folder, text, stage=0, precision="fp32", steps=12, name="out", guard=None, asynchronous=False, **engine):
     guard = {"max_consecutive_skips": LIMIT, "on_diverge": "rollback", **(guard or {})}
     saving = {"every_steps": SAVE, "every_minutes": None, "keep_best": 0, "keep_last": 20, "async": asynchronous}
-    tree = engine_json(stage, precision, chatgot={"checkpoint": saving, "guard": guard})
+    tree = engine_json(stage, precision, chatgot={"checkpoint": saving, "guard": guard}, **engine)
     config = write_run_yaml(folder / "run.yaml", max_steps=steps, model={"dropout": 0.1})
     return argv(write_json(folder / "engine.json", tree), folder / name, config, text)
 
@@ -93,6 +93,21 @@ def test_a_run_that_is_killed_around_its_rollback_and_resumed_repeats_it(stop_af
     assert verify(tmp_path / "killed")
 
 
+@pytest.mark.parametrize(("stage", "precision", "offload_param"), [(1, "bf16", False), (2, "fp32", False), (3, "bf16", True)])
+def test_an_offloaded_optimizer_goes_back_too(stage, precision, offload_param, tmp_path, text_file):
+    code, _ = poisoned_run(words(tmp_path, text_file, stage, precision, offload=True, offload_param=offload_param))
+    assert code == 0
+    assert len(events(tmp_path / "out", "rolled_back")) == 1
+    assert [event["layer_grad_norms"]["layers.1"] for event in events(tmp_path / "out", "skipped_step")] == ["nan", "nan"]
+    assert verify(tmp_path / "out")
+
+
+def test_a_replay_stops_where_a_rollback_has_left_data_out(tmp_path, text_file, capsys):
+    poisoned_run(words(tmp_path, text_file), samples=(56, 64))
+    assert replay(tmp_path / "out", 5, "step-00000003")
+    assert "replay verified 3/3: steps 4..6" in capsys.readouterr().out
+
+
 def test_steps_after_a_rollback_can_be_replayed(tmp_path, text_file, capsys):
     poisoned_run(words(tmp_path, text_file))
     assert replay(tmp_path / "out", 2, f"step-{TO:08d}")
@@ -150,9 +165,13 @@ def test_the_journal_names_text_samples_and_layers_of_a_skipped_step(tmp_path, t
     assert [e["event"] for e in events(tmp_path / "out")].count("rolled_back") == 0
 
 
-@pytest.mark.parametrize(("zscore", "late"), [(8.0, False), (8.0, True), (None, False)], ids=["spike", "loss known a step late", "off"])
-def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, tmp_path, text_file):
-    spike = (SPIKE_WINDOW + 4) * BATCH
+@pytest.mark.parametrize(
+    ("zscore", "late", "at", "expected"),
+    [(8.0, False, 55, (55, 54)), (8.0, True, 55, (56, 54)), (8.0, True, 54, (54, 51)), (None, False, 55, None)],
+    ids=["spike", "loss known a step late", "loss known when it is saved", "off"],
+)
+def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, at, expected, tmp_path, text_file):
+    spike = (at - 1) * BATCH
     line = [*words(tmp_path, text_file, steps=SPIKE_WINDOW + 6, guard={"spike_zscore": zscore}), "train.log_every=20"]
     loop = in_process.prepare(line)
     loop.proof.lags = late  # as on a GPU
@@ -163,7 +182,7 @@ def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, tmp_path, text
         assert not found
         return
     [event] = found
-    assert (event["from_step"], event["to_step"]) == (SPIKE_WINDOW + 5 + late, 54)
+    assert (event["from_step"], event["to_step"]) == expected
     assert "8 standard deviations" in event["why"]
     assert poison.fed.count(spike) == 1
     assert not events(tmp_path / "out", "skipped_step")
