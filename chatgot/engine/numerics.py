@@ -93,14 +93,21 @@ class Diagnosis:
 def diagnose(training_engine: Any, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Diagnosis:
     """Compute a skipped step's batch again, sample by sample and rank by rank: averaged gradients do not tell whose they were. Collective.
 
-    The engine's own backward would count and reduce, so gradients are asked of torch directly; parameters' .grad stay as they are.
+    The engine's own backward would count and reduce, so gradients are asked of torch directly; parameters' .grad stay as they are. Each
+    gradient is looked at as it comes and given up at once: at ZeRO 2-3 there is no room for all of them.
     """
     engine = training_engine.engine
     losses: list[float] = []
-    finite = True
+    finite: list[torch.Tensor] = []
+
+    def look(gradient: torch.Tensor) -> torch.Tensor:
+        finite.append(torch.isfinite(gradient).all())
+        return gradient.new_zeros(()).expand_as(gradient)  # takes no memory
+
     dtypes = {"autocast_bf16": torch.bfloat16, "autocast_fp16": torch.float16}
     dtype = dtypes.get(training_engine.config.precision)
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    hooks = [parameter.register_hook(look) for parameter in parameters]
     was_training = engine.module.training
     engine.module.eval()
     try:
@@ -108,8 +115,9 @@ def diagnose(training_engine: Any, micro_batches: Iterable[tuple[torch.Tensor, t
             with torch.autocast(input_ids.device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext():
                 by_token = engine.module(input_ids, targets, reduction="none")  # (B, T)
             losses += by_token.detach().mean(dim=1).tolist()
-            gradients = torch.autograd.grad(by_token.mean(), parameters, allow_unused=True)
-            finite &= all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+            torch.autograd.grad(by_token.mean(), parameters, allow_unused=True)
     finally:
         engine.module.train(was_training)
-    return Diagnosis(losses, finite)
+        for hook in hooks:
+            hook.remove()
+    return Diagnosis(losses, all(map(bool, finite)))

@@ -163,9 +163,11 @@ class Loop:
         mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval below counts what has really been computed
         interval = self.meter.interval()
         if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
-            raise NumericsError(
+            raise rollback.stopped(
+                self,
                 f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The JSON has switched its "
-                "check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false); resume from the last checkpoint"
+                "check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false)",
+                hint="",
             )
         peak = max(self.ranks.gather(peak_memory_gib(self.device.type)))
         if self.records.journal is None or interval is None:

@@ -37,7 +37,8 @@ def diverged(loop: Loop, why: str, must: bool = False) -> None:
     loop.proof.flush()
     loop.proof.losses.clear()
     from_step, end, rollbacks = loop.step, loop.position.next_sample, loop.guard.rollbacks
-    client_state, _ = resume(loop.engine.engine, found, loop.fields, loop.ranks)
+    with loop.meter.paused("rollback"):
+        client_state, _ = resume(loop.engine.engine, found, loop.fields, loop.ranks)
     loop.restore(client_state)
     first = loop.position.next_sample
     number = len(rollbacks) + 1

@@ -39,7 +39,8 @@ def report(loop: Loop, step: int, loss: torch.Tensor, first_sample: int) -> None
         loop.records.event("skipped_step", searches_loss_scale=True, **common)
         return
     trained_on = batches.batch_hash
-    diagnosis = diagnose(engine, ((x.to(loop.device), y.to(loop.device)) for x, y in batches.micro_batches(first_sample)))
+    with loop.meter.paused("diagnose"):
+        diagnosis = diagnose(engine, ((x.to(loop.device), y.to(loop.device)) for x, y in batches.micro_batches(first_sample)))
     batches.batch_hash = trained_on
     indices = batches.indices(first_sample).tolist()
     mine = (math.isfinite(float(loss)), diagnosis.gradients_finite, dict(zip(indices, diagnosis.losses, strict=True)))
