@@ -13,14 +13,16 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "numpy>=1.26",
         "pyyaml>=6.0",
-        "hjson>=3.1",
         "tqdm>=4.66",
         "wandb>=0.19",
         "ninja>=1.11",
     ],
     extras_require={
         "bpe": ["tokenizers>=0.20"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "import-linter", "transformers>=5", "tokenizers>=0.20"],
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "import-linter"),
+            *("hjson>=3.1", "transformers>=5", "tokenizers>=0.20"),
+        ],
     },
     entry_points={"console_scripts": ["chatgot=chatgot.cli:main"]},
 )

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -128,6 +129,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample.add_argument("--tag", help="checkpoint to use (default: the newest)")
     sample.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
 
+    check = commands.add_parser("check", help="say everything about a DeepSpeed JSON before anything runs")
+    check.add_argument("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON")
+    check.add_argument("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
+    check.add_argument("--vocab_size", type=int, help="of the model in --config (default: the bpe tokenizer's, else 256)")
+    check.add_argument("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    check.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="what the run will have (default: this machine's)")
+    check.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, as after train.py's flags")
+    check.add_argument("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
+    check.add_argument("--effective", action="store_true", help="print every value in use and where it comes from")
+    check.add_argument("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
+
     verify = commands.add_parser("verify", help="check a run folder: every checkpoint's files, and that the journal is whole")
     verify.add_argument("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
     verify.add_argument(
@@ -135,14 +147,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     verify.add_argument("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
 
-    for command in (prepare, sample, verify):
+    for command in (prepare, sample, verify, check):
         command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         train(argv[1:])
     arguments = parser.parse_args(argv)
-    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify}
+    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify, "check": _check}
     sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
 
 
@@ -165,6 +177,44 @@ def _sample(arguments: argparse.Namespace) -> int:
     names = SampleArguments.__dataclass_fields__
     sample(SampleArguments(**{name: value for name, value in vars(arguments).items() if name in names}))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from chatgot.config import check
+    from chatgot.config.errors import ConfigError
+    from chatgot.config.explain import explain
+    from chatgot.config.machine import assumed_device
+    from chatgot.config.overrides import parse_overrides
+    from chatgot.config.run import load_run_config
+    from chatgot.model.size import count_parameters
+
+    if arguments.explain is not None:
+        print(explain(arguments.explain))
+        return EXIT_DONE
+    if arguments.json is None:
+        raise ConfigError("chatgot check: give a DeepSpeed JSON, for example ds_configs/bf16_zero1.json; or --explain KEY")
+    if arguments.world_size < 1 or (arguments.vocab_size is not None and arguments.vocab_size < 1):
+        raise ConfigError("chatgot check: --world_size and --vocab_size are whole numbers >= 1")
+    run_overrides, ds_overrides, refused, n_params = {}, {}, (), None
+    try:
+        run_overrides, ds_overrides = parse_overrides(arguments.set)
+    except ConfigError as error:
+        refused = check.findings_of(error, "--set")
+    try:
+        config = load_run_config(arguments.config or "tiny", run_overrides)
+        vocab_size = arguments.vocab_size or (config.data.bpe_vocab_size if config.data.tokenizer == "bpe" else 256)
+        n_params = count_parameters(config.model, vocab_size) if arguments.config else None
+    except ConfigError as error:
+        refused += check.findings_of(error, "--config")
+    facts = assumed_device(arguments.device)
+    report = check.check(arguments.json, ds_overrides, world_size=arguments.world_size, facts=facts, n_params=n_params)
+    report = replace(report, findings=(*refused, *report.findings))
+    if arguments.format == "json":
+        print(check.as_json(report, arguments.effective))
+    else:
+        for line in check.as_text(report, arguments.effective):
+            print(line)
+    return report.exit_code
 
 
 def _steps(text: str) -> int:

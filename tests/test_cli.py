@@ -21,6 +21,7 @@ PROGRAMS = {
     "chatgot train": (None, ("train",)),
     "chatgot sample": (None, ("sample",)),
     "chatgot prepare": (None, ("prepare",)),
+    "chatgot check": (None, ("check",)),
     "chatgot verify": (None, ("verify",)),
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chatgot.config.deepspeed_values import Problems, Values
+from chatgot.config.deepspeed_values import Values
+from chatgot.config.derived import Derivations
+from chatgot.config.findings import Findings
 
 TOTAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
@@ -21,10 +23,10 @@ class Batch:
     accumulation: int
 
 
-def resolve_batch(values: Values, world_size: int, problems: Problems, notes: list[str]) -> Batch | None:
+def resolve_batch(values: Values, world_size: int, findings: Findings, derived: Derivations) -> Batch | None:
     """The three batch numbers as DeepSpeed derives them (runtime/config.py, _set_batch_related_parameters), but never rounded.
 
-    Returns None after noting a problem: too few numbers, or numbers that do not fit `world_size` (with those that would).
+    Returns None after an error was found: too few numbers, or numbers that do not fit `world_size` (with three corrections that do).
     """
     given = {name: values[name] for name in (TOTAL, MICRO, ACCUMULATION)}
     if any(name in values.spelled and name not in values.given for name in given):
@@ -35,9 +37,9 @@ def resolve_batch(values: Values, world_size: int, problems: Problems, notes: li
         name = autos[0] if autos else TOTAL
         message = f"give two of {TOTAL}, {MICRO} and {ACCUMULATION} as numbers, for example {TOTAL} and {MICRO}; the third is derived"
         if autos:
-            problems.add(name, "auto", message)
+            findings.error(name, "auto", message)
         else:
-            problems.missing(name, message)
+            findings.missing(name, message)
         return None
     total, micro, accumulation = (known.get(name) for name in (TOTAL, MICRO, ACCUMULATION))
     if total is not None and micro is None and accumulation is None:
@@ -52,42 +54,52 @@ def resolve_batch(values: Values, world_size: int, problems: Problems, notes: li
     assert total is not None
     assert micro is not None
     assert accumulation is not None
-    if total != micro * accumulation * world_size:
-        problems.add(TOTAL, total, _mismatch(known, world_size))
-        return None
     ranks = _ranks(world_size)
+    if total != micro * accumulation * world_size:
+        factors = [f"{name} {known[name]}" for name in (MICRO, ACCUMULATION) if name in known]
+        product = known.get(MICRO, 1) * known.get(ACCUMULATION, 1) * world_size
+        relation = "equal" if len(factors) == 2 else "be a multiple of"
+        options = " or ".join(map(_option, corrections(known, world_size)))
+        findings.error(
+            TOTAL, total, f"must {relation} {' x '.join([*factors, ranks])} = {product}, DeepSpeed stops otherwise", allowed=options
+        )
+        return None
     equation = f"{micro} per rank x {accumulation} accumulation x {ranks}"
     if TOTAL not in known:
         changes = "" if ACCUMULATION in known else "; it changes with the number of ranks, state train_batch_size to keep it"
-        notes.append(f"{TOTAL} = {total}: {equation}{changes}")
+        derived.add(TOTAL, total, equation + changes)
     if MICRO not in known:
-        notes.append(f"{MICRO} = {micro}: {total} samples / {accumulation} accumulation / {ranks}")
+        derived.add(MICRO, micro, f"{total} samples / {accumulation} accumulation / {ranks}")
     if ACCUMULATION not in known:
-        notes.append(f"{ACCUMULATION} = {accumulation}: {total} samples / {micro} per rank / {ranks}")
+        derived.add(ACCUMULATION, accumulation, f"{total} samples / {micro} per rank / {ranks}")
     return Batch(total, micro, accumulation)
 
 
-def _mismatch(known: dict[str, int], world_size: int) -> str:
-    """What the numbers break, and the nearest ones that fit."""
+def corrections(known: dict[str, int], world_size: int) -> list[dict[str, int]]:
+    """Three or more changes, each of which makes the numbers fit; those that change one number come first."""
     total, micro, accumulation = known[TOTAL], known.get(MICRO), known.get(ACCUMULATION)
-    ranks = _ranks(world_size)
-    factors = [f"{name} {known[name]}" for name in (MICRO, ACCUMULATION) if name in known]
-    product = (micro or 1) * (accumulation or 1) * world_size
+    step = (micro or 1) * (accumulation or 1) * world_size
     per_rank = total // world_size if total % world_size == 0 else 0  # samples; 0: the total cannot be shared out evenly
-    if micro and accumulation:
-        relation, options = "equal", [f"{TOTAL} = {product}"]
-        if per_rank and per_rank % accumulation == 0:
-            options.append(f"{MICRO} = {per_rank // accumulation}")
-        if per_rank and per_rank % micro == 0:
-            options.append(f"{ACCUMULATION} = {per_rank // micro}")
-    else:
-        relation = "be a multiple of"
-        options = [f"{TOTAL} = {n}" for n in (total // product * product, (total // product + 1) * product) if n]
-        if micro:
-            options += [f"{MICRO} = {n}" for n in _nearest_divisors(per_rank, micro)]
-        elif accumulation:
-            options += [f"{ACCUMULATION} = {n}" for n in _nearest_divisors(per_rank, accumulation)]
-    return f"must {relation} {' x '.join([*factors, ranks])} = {product}; for {ranks} use {' or '.join(options)}"
+    if not (micro and accumulation):
+        options = [{TOTAL: n} for n in (total // step * step, (total // step + 1) * step) if n]
+        name, wished = (MICRO, micro) if micro else (ACCUMULATION, accumulation)
+        if wished:
+            options += [{name: n} for n in _nearest_divisors(per_rank, wished)]
+        nearest = [{TOTAL: n} for n in (total // step * step + 2 * step, total // step * step + 3 * step)]
+        return options + nearest[: max(0, 3 - len(options))]
+    options = [{TOTAL: step}]
+    if per_rank and per_rank % accumulation == 0:
+        options.append({MICRO: per_rank // accumulation})
+    if per_rank and per_rank % micro == 0:
+        options.append({ACCUMULATION: per_rank // micro})
+    pairs = [{MICRO: n, ACCUMULATION: per_rank // n} for n in _nearest_divisors(per_rank, micro)]
+    pairs += [{TOTAL: micro * n * world_size, ACCUMULATION: n} for n in (accumulation - 1, accumulation + 1, accumulation + 2) if n]
+    pairs = [pair for pair in pairs if not any(set(single.items()) <= set(pair.items()) for single in options)]
+    return options + pairs[: max(0, 3 - len(options))]
+
+
+def _option(change: dict[str, int]) -> str:
+    return " with ".join(f"{name} = {value}" for name, value in change.items())
 
 
 def _nearest_divisors(number: int, wished: int) -> list[int]:

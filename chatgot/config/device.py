@@ -17,3 +17,5 @@ class DeviceFacts:
     """Whether float16 training is supported."""
     name: str = ""
     """For messages: 'NVIDIA H100 80GB HBM3'."""
+    certain: bool = True
+    """False: a guess about another machine, so that what the device lacks is a warning and no refusal."""

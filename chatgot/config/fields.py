@@ -7,12 +7,13 @@ Ranges are given in the field's metadata: `ranged(0.1, low=0, high=1)`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from typing import Any
 
 from chatgot.config.errors import ConfigError
+from chatgot.config.findings import Findings
+from chatgot.config.suggestions import meant
 
 _MISSING = dataclasses.MISSING
 
@@ -24,8 +25,8 @@ def ranged(default: Any, low: float | None = None, high: float | None = None, ab
 
 def did_you_mean(word: object, known: typing.Iterable[str]) -> str:
     """'; did you mean 'x'?' for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = meant(str(word), known)
+    return f"; did you mean '{close}'?" if close else ""
 
 
 def key_of(field: dataclasses.Field) -> str:
@@ -74,6 +75,48 @@ def read_section(cls: type, values: Any, where: str) -> Any:
         return cls(**kwargs)
     except ValueError as error:  # a dataclass' own __post_init__ check; it knows the keys, we know the place
         raise ConfigError(f"{where}: {error}") from error
+
+
+def read_fields(cls: type, values: dict[str, Any], where: str, findings: Findings) -> Any:
+    """As `read_section`, for a dataclass whose fields all have defaults; what is wrong becomes a finding and is left at its default."""
+    hints = typing.get_type_hints(cls)
+    fields = {key_of(f): f for f in dataclasses.fields(cls)}
+    good: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{where}.{key}"
+        if key not in fields:
+            findings.error(dotted, value, "unknown key", allowed="one of " + ", ".join(fields), suggestion=meant(key, fields))
+            continue
+        name = fields[key].name
+        hint = hints[name]
+        nested = nested_class(hint)
+        if nested is not None and isinstance(value, dict):
+            good[name] = read_fields(nested, value, dotted, findings)
+            continue
+        try:
+            coerced = coerce(value, hint, dotted)
+            _check_range(coerced, fields[key], dotted)
+        except ConfigError:
+            words = [str(word) for option in _options(hint) for word in typing.get_args(option)]
+            findings.error(dotted, value, "ChatGoT cannot use it", allowed=described(fields[key], hint), suggestion=meant(value, words))
+        else:
+            good[name] = coerced
+    return cls(**good)
+
+
+def nested_class(hint: Any) -> type | None:
+    """The dataclass that a field holds, if it holds one."""
+    return next((option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+
+
+def described(field: dataclasses.Field, hint: Any) -> str:
+    """What a field may hold, in words."""
+    limits = _limits(field)
+    return _describe(hint) + (f" ({limits})" if limits else "")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def coerce(value: Any, hint: Any, where: str) -> Any:
@@ -139,15 +182,22 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(typing.get_args(hint)[0])}"
     if hint is type(None):
         return "null"
+    if dataclasses.is_dataclass(hint):
+        return "a section {...}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _limits(field: dataclasses.Field) -> str:
+    bounds = ((">=", field.metadata.get("low")), ("<=", field.metadata.get("high")), (">", field.metadata.get("above")))
+    return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
 
 
 def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:
     if value is None or not field.metadata:
         return
     low, high, above = field.metadata.get("low"), field.metadata.get("high"), field.metadata.get("above")
-    limits = " and ".join(part for part, bound in ((f">= {low}", low), (f"<= {high}", high), (f"> {above}", above)) if bound is not None)
+    limits = _limits(field)
     inside = (
         value == value  # NaN is outside every range
         and (low is None or value >= low)

@@ -30,7 +30,8 @@ from chatgot.engine.environment import Place, find_place
 from chatgot.engine.optimizer import state_kind
 from chatgot.engine.precision_check import check_precision
 from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
-from chatgot.model.gpt import GPT, count_parameters
+from chatgot.model.gpt import GPT
+from chatgot.model.size import count_parameters
 from chatgot.observe import digest
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def with_keys(changes: dict[str, Any], base: dict[str, Any] = VALID) -> dict[str
         if value is ...:
             here.pop(key)
         else:
-            here[key] = value
+            here[key] = copy.deepcopy(value)
     return tree
 
 
@@ -72,12 +73,13 @@ def read(write: Callable[[Any], Path]) -> Callable[..., EngineConfig]:
 
 @pytest.fixture
 def refused(read: Callable[..., EngineConfig], tmp_path: Path) -> Callable[..., list[str]]:
-    """The lines of the refusal, the file's folder cut off."""
+    """The lines of the refusal, the file's folder and line numbers cut off."""
 
     def refused(changes: Any = None, overrides: dict[str, Any] | None = None, **more: Any) -> list[str]:
         with pytest.raises(ConfigError) as caught:
             read(changes, overrides, **more)
         assert caught.value.exit_code == 2
-        return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+        text = str(caught.value).replace(f"{tmp_path}/", "")
+        return re.sub(r"^ds\.json:\d+: ", "ds.json: ", text, flags=re.MULTILINE).splitlines()
 
     return refused

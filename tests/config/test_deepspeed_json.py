@@ -28,16 +28,16 @@ def test_missing_file_folder_and_empty_file_are_named(tmp_path: Path, refused) -
 @pytest.mark.parametrize(
     ("text", "place", "line", "column"),
     [
-        ('{\n  "train_batch_size": 8,\n  "bf16": {"enabled": tru, "x": 1}\n}', "line 3", '  "bf16": {"enabled": tru, "x": 1}', 23),
-        ('{"a": [1, 2}', "line 1", '{"a": [1, 2}', 12),
-        ('{\n  "a": 1 "b": 2}', "line 2", '  "a": 1 "b": 2}', 10),
-        ('{\n  # a comment\n  "a": {"b": 1,}, "c": }', "line 3", '  "a": {"b": 1,}, "c": }', 24),
-        ('{"a": 1', "line 1", '{"a": 1', 8),
+        ('{\n  "train_batch_size": 8,\n  "bf16": {"enabled": tru, "x": 1}\n}', "3", '  "bf16": {"enabled": tru, "x": 1}', 23),
+        ('{"a": [1, 2}', "1", '{"a": [1, 2}', 12),
+        ('{\n  "a": 1 "b": 2}', "2", '  "a": 1 "b": 2}', 10),
+        ('{\n  # a comment\n  "a": {"b": 1,}, "c": }', "3", '  "a": {"b": 1,}, "c": }', 24),
+        ('{"a": 1', "1", '{"a": 1', 8),
     ],
 )
 def test_syntax_error_points_at_the_spot(refused, text: str, place: str, line: str, column: int) -> None:
     message, shown, caret = refused(text)
-    assert message.startswith(f"ds.json: {place}, column {column}: not valid JSON: ")
+    assert message.startswith(f"ds.json:{place}:{column}: not valid JSON: ")
     assert shown == "    " + line
     assert caret == "    " + " " * (column - 1) + "^"
 
@@ -48,6 +48,7 @@ def test_what_hjson_allows_is_allowed(read) -> None:
       train_batch_size: 8,
       "train_micro_batch_size_per_gpu": 4,  # two passes
       "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8,},
+      optimizer: {type: 'AdamW'},
     }"""
     config = read(text)
     assert (config.train_batch_size, config.accumulation) == (8, 2)
@@ -63,9 +64,9 @@ def test_encodings(read, refused) -> None:
 
 def test_key_given_twice_is_named_with_its_section(refused) -> None:
     lines = refused('{"train_batch_size": 1, "bf16": {"enabled": true, "enabled": false}, "train_batch_size": 2, "a": [{"b": 1, "b": 1}]}')
-    assert lines == [
-        "ds.json: train_batch_size: given twice in the top level; keep one of them",
+    assert lines[:3] == [
         "ds.json: bf16.enabled: given twice in bf16; keep one of them",
+        "ds.json: train_batch_size: given twice in the top level; keep one of them",
         "ds.json: a.b: given twice in a; keep one of them",
     ]
 
@@ -167,7 +168,7 @@ def test_key_in_the_wrong_place_is_sent_home(refused) -> None:
         ("steps_per_print", "auto", '"auto" is not resolved here'),
         ("log_level", "verbose", "one of debug, info, warning, error, critical or null"),
         ("chatgot.checkpoint.every_steps", "often", "expected a whole number"),
-        ("chatgot.schedule.min_lr_ratio", 2, "must be >= 0.0 and <= 1.0"),
+        ("chatgot.schedule.min_lr_ratio", 2, "expected a number (>= 0.0 and <= 1.0)"),
         ("chatgot.schedule.type", "cosin", "did you mean 'cosine'?"),
         ("chatgot", 3, "a section {...}"),
     ],
@@ -254,7 +255,7 @@ def test_known_optimizers_are_accepted(read, kind: str) -> None:
         ({"type": "MuAdam"}, "needs the mup package"),
         ({"type": "LBFGS"}, "needs a closure"),
         ({"params": {"lr": 1e-3}}, "optimizer.type: must be given"),
-        ({"type": 3}, "optimizer.type = 3: expected a text"),
+        ({"type": 3}, "expected a text"),
         ({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, "gradient_clipping"),
         ({"type": "AdamW", "params": {"momentum": 0.9}}, "no such argument"),
         ({"type": "AdamW", "params": {"fused": True}}, 'add "torch_adam": true'),
@@ -339,9 +340,13 @@ def test_derived_batch_is_explained(read) -> None:
 @pytest.mark.parametrize(
     ("keys", "ranks", "said"),
     [
-        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 5}, 1, "use train_batch_size = 30 or train_batch_size = 35"),
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 5}, 1, "expected train_batch_size = 30 or train_batch_size = 35"),
         ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 3}, 2, "or train_micro_batch_size_per_gpu = 2"),
-        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, 2, "use train_batch_size = 24"),
+        (
+            {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3},
+            2,
+            "expected train_batch_size = 24 or gradient_accumulation_steps = 4",
+        ),
         (
             {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3},
             2,
@@ -353,15 +358,19 @@ def test_derived_batch_is_explained(read) -> None:
             "micro_batch_size_per_gpu = 12",
         ),
         ({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4}, 2, "train_micro_batch_size_per_gpu = 2"),
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5}, 3, "train_batch_size = 45"),
+        ({"train_batch_size": 7, "train_micro_batch_size_per_gpu": ..., "gradient_accumulation_steps": 4}, 2, "train_batch_size = 8"),
         ({"train_batch_size": 10**15, "train_micro_batch_size_per_gpu": 3}, 1, "train_micro_batch_size_per_gpu = 4"),
     ],
 )
 def test_batch_that_does_not_fit_is_refused_with_numbers_that_do(refused, read, keys: dict, ranks: int, said: str) -> None:
     (line,) = refused(keys, world_size=ranks)
     assert said in line
-    for option in line.partition(f"for {ranks} rank")[2].partition("use ")[2].replace(", or ", " or ").split(" or "):
-        name, _, value = option.partition(" = ")
-        read({**keys, name: int(value)}, world_size=ranks)  # every correction is one
+    options = line.partition("; expected ")[2].split(" or ")
+    assert len(options) >= 3
+    for option in options:
+        changes = {name: int(value) for name, _, value in (change.partition(" = ") for change in option.split(" with "))}
+        read({**keys, **changes}, world_size=ranks)  # every correction is one
 
 
 def test_too_few_batch_numbers_are_refused(refused) -> None:
@@ -637,7 +646,7 @@ def test_stored_configuration_reads_back_as_the_same(read, write, changes: dict,
     assert again == config
     assert again.to_dict() == config.to_dict()
     assert "auto" not in json.dumps({k: v for k, v in config.to_dict().items() if k != "chatgot"})
-    assert again.notes == () or all("backend" in note for note in again.notes)
+    assert not [note for note in again.notes if not note.startswith(("note: ", "warning: ")) and "backend" not in note]  # nothing to derive
 
 
 def test_configurations_that_differ_are_not_equal(read) -> None:

@@ -15,8 +15,8 @@ from chatgot.checkpoint.load import find
 from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
 from tests.training import in_process
 
-GIVES_UP_S = 120.0
-"""How long a rank whose peer is gone, or that was killed, may take to end."""
+GRACE_S = 10.0
+"""How long a rank whose peer is gone may take to end before it is killed too, as a launcher does: it may wait for the peer to join."""
 
 
 class Ranks:
@@ -37,8 +37,12 @@ class Ranks:
     def kill(self, who: tuple[int, ...]) -> None:
         for rank in who:
             self.processes[rank].send_signal(signal.SIGKILL)
+        until = time.monotonic() + GRACE_S
+        while any(process.poll() is None for process in self.processes) and time.monotonic() < until:
+            time.sleep(0.02)
         for process in self.processes:
-            process.wait(GIVES_UP_S)
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(
@@ -79,4 +83,7 @@ def test_killed_at_random_times(kills, stage, background, tmp_path, text_file):
         assert (after.manifest["step"] if after else 0) >= (before.manifest["step"] if before else 0), context
     last = find(out / "checkpoints")
     assert last is not None
+    assert not in_process.events(out, "resume_differs"), "every resume repeated, bit for bit, what had been journaled behind its checkpoint"
+    if kills > 10:
+        assert sum(event["steps"] for event in in_process.events(out, "resume_verified")) >= kills
     assert in_process.train([*words, f"train.max_steps={last.manifest['step'] + 2}", "ds.train_micro_batch_size_per_gpu=4"]) == 0

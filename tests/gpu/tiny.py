@@ -17,7 +17,8 @@ from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.engine.build import TrainingEngine, build
 from chatgot.engine.process_group import device_facts
-from chatgot.model.gpt import GPT, count_parameters
+from chatgot.model.gpt import GPT
+from chatgot.model.size import count_parameters
 from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.gpu.machine import KIND

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from chatgot.config.run import PRESETS, DataConfig, ModelConfig, TrainConfig, load_run_config, preset_names
-from chatgot.model.gpt import GPT, count_parameters
+from chatgot.model.gpt import GPT
+from chatgot.model.size import count_parameters
 from tests.model.shapes import GPT2, GROUPED, MODERN, random_ids
 
 CHARACTERS = 95
