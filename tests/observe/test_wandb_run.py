@@ -124,7 +124,7 @@ def test_steps_are_logged_again_where_the_run_folder_had_no_wandb_run(tmp_path, 
 
 def test_steps_that_are_trained_again_after_a_rollback_are_logged_once(tmp_path, environment):
     train(environment, tmp_path / "run", range(1, 9), back_to=4)
-    assert [r["train/step"] for r in read_offline_history(tmp_path / "run")[1]] == list(range(1, 10))
+    assert [r["train/step"] for r in read_offline_history(tmp_path / "run")[1]] == list(range(1, 11))
 
 
 def test_a_killed_training_loses_no_record(tmp_path, environment):
