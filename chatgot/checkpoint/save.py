@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.checkpoint import faults, manifest
+from chatgot.checkpoint.finite import refuse_non_finite
 from chatgot.checkpoint.publish import UNFINISHED, next_sequence, publish, sweep, tag_of
 from chatgot.checkpoint.ranks import Ranks
 from chatgot.checkpoint.retention import Pruned, expected_bytes, make_room, prune
@@ -114,11 +115,13 @@ class Saver:
 
         Raises:
             CheckpointError: on all ranks, if any could not write; then nothing is pending, and nothing was published.
+            NumericsError: on all ranks, if any has a value that is not finite; the same.
             ValueError: another save is pending.
         """
         if self._pending is not None:
             raise ValueError(f"the save of step {self._pending.step} is not finished")
         started, step = time.monotonic(), engine.global_steps
+        refuse_non_finite(engine, self.ranks)
         unfinished = self.folder / f"{UNFINISHED}{tag_of(step)}"
         error, made_room = None, Pruned()
         if self.ranks.rank == 0:

@@ -55,10 +55,16 @@ class ActivationCheckpointingConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What ends a run that has stopped learning."""
+    """When a run has diverged, and what happens then."""
 
     max_consecutive_skips: int = ranged(5, low=1)
-    """Optimizer steps in a row that may be skipped for non-finite gradients before the run ends with exit 5."""
+    """Optimizer steps in a row that may be skipped for a non-finite loss or gradient before the run has diverged."""
+    spike_zscore: float | None = ranged(None, above=0.0)
+    """The run has diverged when a step's loss lies this many standard deviations above the mean of the 50 steps before it; null: never."""
+    on_diverge: Literal["stop", "rollback"] = "stop"
+    """stop: end with exit 5, naming the last good checkpoint; rollback: go back to it, leave out the data since, go on."""
+    max_rollbacks: int = ranged(3, low=0)
+    """Rollbacks of a run, resumes included; the next divergence stops it."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,10 @@ INTERACTIONS: dict[str, str] = {
     "chatgot.checkpoint.keep_best": "It goes by val/loss, so train.eval_every must not be null.",
     "chatgot.activation_checkpointing": "It does nothing without the DeepSpeed section activation_checkpointing.",
     "chatgot.activation_checkpointing.backend": "deepspeed gives wrong gradients under torch_autocast; torch does plain recomputation.",
-    "chatgot.guard.max_consecutive_skips": "Skipped steps come from fp16 overflows and from bf16.check_grad_overflow.",
+    "chatgot.guard.max_consecutive_skips": "fp16's search for a loss scale does not count; bf16 needs bf16.check_grad_overflow.",
+    "chatgot.guard.spike_zscore": "What follows a spike is chatgot.guard.on_diverge's.",
+    "chatgot.guard.on_diverge": "rollback needs a checkpoint, so chatgot.checkpoint.every_steps decides how much it takes back.",
+    "chatgot.guard.max_rollbacks": "Only chatgot.guard.on_diverge = rollback reads it.",
     "chatgot.compile.enabled": "compile.deepcompile changes what is compiled; at ZeRO stage 3 hooks break the graph, so little is gained.",
 }
 """Documented dotted name -> its relations to other keys, in a sentence."""

@@ -111,6 +111,10 @@ class TrainBatches:
         """Global sample indices (accumulation * B,) that this rank sees in the step that begins at first_sample, in order."""
         return first_sample + self._slots
 
+    def tokens(self, sample: int) -> np.ndarray:
+        """The (T + 1,) tokens of a global sample index."""
+        return self._windows[int(self._order.starts(np.array([sample]))[0])]
+
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
         """The micro-batches of the optimizer step whose global batch is samples first_sample .. first_sample + global_batch_size - 1."""
         indices = self.indices(first_sample)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.errors import ConfigError, NumericsError
-from chatgot.engine import activation_checkpointing, guards
+from chatgot.engine import activation_checkpointing, guards, numerics
 from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups, weight_decay
 from chatgot.model.gpt import GPT
 
@@ -26,7 +26,9 @@ class TrainingEngine:
     base_lrs: list[float]
     notes: list[str] = field(default_factory=list)
     stage0: guards.Stage0Gradients | None = None
+    norms: numerics.LayerNorms | None = None
     skips_in_a_row: int = 0
+    """Steps that were skipped, not counting those with which dynamic loss scaling looks for its scale; the guard ends a run by it."""
     before_step: Callable[[], None] | None = None
     """Called when the gradients of all micro batches are reduced and the optimizer has not stepped yet."""
 
@@ -40,13 +42,15 @@ class TrainingEngine:
             This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar, detached, on the device.
 
         Raises:
-            NumericsError: chatgot.guard.max_consecutive_skips steps in a row were skipped, or fp16's loss scale is at its minimum.
+            NumericsError: fp16's loss scale is at its minimum.
         """
         engine = self.engine
         losses = []
+        if self.norms is not None:
+            self.norms.found = None
         for input_ids, targets in micro_batches:
             loss = engine(input_ids, targets)
-            engine.backward(loss)
+            engine.backward(numerics.poisoned_by(loss))
             if self.stage0 is not None and engine.is_gradient_accumulation_boundary():
                 self.stage0.before_step()
             if self.before_step is not None and engine.is_gradient_accumulation_boundary():
@@ -64,22 +68,18 @@ class TrainingEngine:
         self._watch_skips()
         return torch.stack(losses).mean()
 
-    def _watch_skips(self) -> None:
-        engine = self.engine
-        if engine.was_step_applied():
-            self.skips_in_a_row = 0
-            return
+    @property
+    def searches_scale(self) -> bool:
+        """Whether an overflow now only lowers fp16's dynamic loss scale; DeepSpeed ends that search at the minimum."""
         scale, fp16 = self.loss_scale, self.config.deepspeed.get("fp16", {})
         static = self.config.precision == "fp16" and fp16.get("loss_scale", 0) != 0
-        if scale is not None and not static and scale > fp16.get("min_loss_scale", 1):
-            return  # dynamic loss scaling looks for its scale; DeepSpeed ends that search at the minimum
-        self.skips_in_a_row += 1
-        limit = self.config.chatgot.guard.max_consecutive_skips
-        if self.skips_in_a_row >= limit:
-            raise NumericsError(
-                f"step {engine.global_steps}: the gradients were not finite for {self.skips_in_a_row} steps in a row "
-                f"(chatgot.guard.max_consecutive_skips = {limit}); the weights are those before them. Try a lower lr or tighter clipping"
-            )
+        return scale is not None and not static and scale > fp16.get("min_loss_scale", 1)
+
+    def _watch_skips(self) -> None:
+        if self.engine.was_step_applied():
+            self.skips_in_a_row = 0
+        elif not self.searches_scale:
+            self.skips_in_a_row += 1
 
     def set_learning_rate(self, factor: float) -> None:
         """Learning rate of the coming step: the JSON's, of each group, times `factor`."""
@@ -153,7 +153,9 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         engine.compile(compile_kwargs={"mode": config.chatgot.compile.mode})
         notes.append(f"torch.compile: on (mode {config.chatgot.compile.mode}); the first steps take longer")
     stage0 = guards.install(engine, is_muon(config))
-    return TrainingEngine(engine, config, base_learning_rates(engine.optimizer), notes, stage0)
+    found = TrainingEngine(engine, config, base_learning_rates(engine.optimizer), notes, stage0)
+    found.norms = numerics.LayerNorms(engine, stage0, wanted=lambda: not found.searches_scale)
+    return found
 
 
 def _prepare_muon(given: dict[str, Any], device: torch.device) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ class Stage0Gradients:
     def __init__(self, engine: Any, muon: bool):
         self.engine = engine
         self.max_norm = float(engine.gradient_clipping())
+        self.on_overflow: Callable[[], None] | None = None
+        """Called while the gradients that were not finite still exist."""
         parameters = [p for p in engine.module.parameters() if p.requires_grad]
         # Muon's updates have a fixed size; see ClipAdamGroupsOnly, which does the same under ZeRO.
         self.parameters = [p for p in parameters if not getattr(p, "use_muon", False)] if muon else parameters
@@ -43,11 +46,15 @@ class Stage0Gradients:
 
     def measure_and_clip(self) -> None:
         """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be skipped."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm if self.max_norm > 0 else math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         total = norm
         if len(self.parameters) != len(self.all_parameters):
             total = torch.nn.utils.get_total_norm([p.grad for p in self.all_parameters if p.grad is not None])
         finite = bool(torch.isfinite(total))
+        if finite and self.max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+        elif not finite and self.on_overflow is not None:
+            self.on_overflow()
         self.engine._global_grad_norm = float(norm) if finite else math.inf
         # engine._take_model_step counts a skipped step where its optimizer says `overflow`.
         self.engine.optimizer.overflow = not finite
@@ -102,12 +109,30 @@ class ClipAdamGroupsOnly:
         self._clip(group, torch.zeros_like(norm) if self.uses_muon(index) else norm)
 
 
+def forget_skipped_gradients(zero: Any) -> None:
+    """Lets a run with optimizer offload at stage 1-2 and fp32 accumulation in 16 bit outlive a skipped step.
+
+    DeepSpeed keeps the flat gradient buffer of such a step (stage_1_and_2.py, step: only the branch without offload drops
+    averaged_gradients), and the next backward adds to its NaN: every later step is skipped too. In a good step they are dropped already.
+    """
+    reset = zero.reset_cpu_buffers
+
+    def reset_cpu_buffers() -> None:
+        reset()
+        for group in zero.averaged_gradients:
+            zero.averaged_gradients[group] = None
+
+    zero.reset_cpu_buffers = reset_cpu_buffers
+
+
 def install(engine: Any, muon: bool) -> Stage0Gradients | None:
     """Put the guards on a new engine; returns the one that the step function must call, where there is one."""
     if engine.zero_optimization():
         # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
         if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
             ClipAdamGroupsOnly(engine.optimizer)
+        if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
+            forget_skipped_gradients(engine.optimizer)
         return None
     return Stage0Gradients(engine, muon)
 

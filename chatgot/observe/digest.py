@@ -40,10 +40,16 @@ class Digest:
     """16 hex digits: the random state of all ranks at the start of the step."""
     setup: str
     """Id of the `Setup` that it was computed with."""
+    offset: int = 0
+    """First global sample of the step, minus that of a run which leaves nothing out: moved by rollbacks. Steps of different offsets are
+    different batches by intention, and are not compared."""
 
     def to_json(self) -> dict[str, Any]:
         """For `Journal.digest`."""
-        return asdict(self)
+        tree = asdict(self)
+        if not self.offset:
+            tree.pop("offset")
+        return tree
 
     @staticmethod
     def from_json(tree: Any) -> Digest | None:
@@ -57,6 +63,7 @@ class Digest:
                 lr=_number(tree["lr"]),
                 rng=str(tree["rng"]),
                 setup=str(tree["setup"]),
+                offset=int(tree.get("offset", 0)),
             )
         except (KeyError, TypeError, ValueError):
             return None

@@ -129,6 +129,10 @@ class WandbRun:
         """Send a text, e.g. a sample, shown preformatted, as part of the step's record. Never blocks."""
         self._send(step, {}, {name: text})
 
+    def rolled_back(self, from_step: int) -> None:
+        """The run goes back from this step: wandb, which cannot forget, gets the steps up to it only once."""
+        self._last_step = max(self._last_step, from_step)
+
     def finish(self, exit_code: int) -> None:
         """Send what is left, close the run, and wait for it no longer than `finish_timeout`. Idempotent."""
         worker, self._worker = self._worker, None

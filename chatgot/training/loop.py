@@ -24,8 +24,9 @@ from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import samples, schedule
+from chatgot.training import rollback, samples, schedule, skipped
 from chatgot.training.evaluate import Evaluation, evaluate
+from chatgot.training.guard import Guard
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
@@ -57,6 +58,8 @@ class Position:
 
     next_sample: int = 0
     """Global index of the first sample that has not been trained on."""
+    skipped_samples: int = 0
+    """How many of the samples before it rollbacks have left out."""
     best_val_loss: float | None = None
     last_val: dict[str, float] = field(default_factory=dict)
 
@@ -82,6 +85,7 @@ class Loop:
     saver: Saver
     proof: Proof
     memory: MemoryCheck
+    guard: Guard
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -103,7 +107,7 @@ class Loop:
             step, last = self.step, self.step == train.max_steps
             self.meter.step(self.train_batches.tokens_per_step)
             if not self.engine.engine.was_step_applied():
-                self.records.event("skipped_step", step=step, loss_scale=self.engine.loss_scale)
+                skipped.report(self, step, loss, self.position.next_sample - self.train_batches.global_batch_size)
             if last or step % train.log_every == 0 or step == 1:
                 self._log(step, loss)
             else:
@@ -112,6 +116,10 @@ class Loop:
                 fields, line = compared
                 self.records.event("memory", step=step, **fields)
                 self.records.progress.say(line)
+            if why := self._diverged(step):
+                rollback.diverged(self, why)
+                yield self.step
+                continue
             improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
             sampled = last or (train.sample_every is not None and step % train.sample_every == 0)
             if evaluated:
@@ -131,10 +139,15 @@ class Loop:
     def advance(self) -> None:
         """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
         self.share(self._train_step())
+        self.proof.losses.clear()
 
     def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
-        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags)
+        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples)
+
+    def _diverged(self, step: int) -> str | None:
+        known, self.proof.losses = self.proof.losses, []
+        return self.guard.divergence(step, self.engine.skips_in_a_row, known)
 
     def _train_step(self) -> torch.Tensor:
         self.proof.begin_step()
@@ -145,7 +158,10 @@ class Loop:
             (input_ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
             for input_ids, targets in self.train_batches.micro_batches(self.position.next_sample)
         )
-        loss = self.engine.train_step(batches)
+        try:
+            loss = self.engine.train_step(batches)
+        except NumericsError as error:  # on all ranks
+            raise rollback.stopped(self, str(error), hint="") from error
         self.position.next_sample += self.train_batches.global_batch_size
         return loss
 
@@ -153,9 +169,11 @@ class Loop:
         mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval below counts what has really been computed
         interval = self.meter.interval()
         if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
-            raise NumericsError(
+            raise rollback.stopped(
+                self,
                 f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The JSON has switched its "
-                "check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false); resume from the last checkpoint"
+                "check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false)",
+                hint="",
             )
         peak = max(self.ranks.gather(peak_memory_gib(self.device.type)))
         if self.records.journal is None or interval is None:
@@ -222,15 +240,26 @@ class Loop:
         by_step = config.every_steps is not None and step % config.every_steps == 0
         return by_step or minutes_over or (improved and config.keep_best > 0)
 
+    def save_now(self, must: bool = False) -> None:
+        """Save the state as it is, whatever is due; see `finish_saving` for `must`. Collective."""
+        self._save(must)
+
     def _save(self, must: bool) -> None:
         """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the last chance."""
         self.proof.flush()
+        if why := self._diverged(self.step):  # on a GPU the last loss has become known only now
+            rollback.diverged(self, why, must)
+            return
         with self.meter.paused("save"):
             self.finish_saving()
             try:
                 self.saver.begin(self.engine.engine, self.client_state(), self._manifest())
             except CheckpointError as error:
                 self._failed(error, must)
+                return
+            except NumericsError as error:
+                self.records.event("save_refused", step=self.step, error=str(error))
+                rollback.diverged(self, str(error), must)
                 return
             self._last_save = time.monotonic()
             if must or not self.engine.config.chatgot.checkpoint.async_:
@@ -280,6 +309,8 @@ class Loop:
         return {
             "format": 1,
             "next_sample": self.position.next_sample,
+            "skipped_samples": self.position.skipped_samples,
+            "guard": self.guard.state(self.engine.skips_in_a_row),
             "best_val_loss": self.position.best_val_loss,
             "last_val": self.position.last_val,
             "rng": self.ranks.gather(rng.capture()),
@@ -290,9 +321,11 @@ class Loop:
         """Counterpart of `client_state`; returns notes."""
         self.position = Position(
             next_sample=client_state["next_sample"],
+            skipped_samples=client_state.get("skipped_samples", 0),
             best_val_loss=client_state["best_val_loss"],
             last_val=client_state["last_val"],
         )
+        self.engine.skips_in_a_row = self.guard.restore(client_state.get("guard"))
         return rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
 
     def _manifest(self) -> dict[str, Any]:

@@ -128,6 +128,7 @@ class _Step:
     lr: float
     batch: int
     rng: int
+    offset: int
     arrived: torch.cuda.Event | None
 
 
@@ -144,6 +145,8 @@ class Proof:
         self.setup_id = ""
         self.journal: Journal | None = None
         """Rank 0's, with the id of the setup; both are set before the first step."""
+        self.losses: list[tuple[int, float]] = []
+        """(step, loss as in its digest) of the steps whose losses have become known, on every rank; the guard takes them."""
         self._ranks = ranks
         self.lags = device.type == "cuda"
         """Whether a digest follows one step after its own."""
@@ -155,14 +158,15 @@ class Proof:
         self._rng = rng.fingerprint(self._ranks.rank)
 
     def end_step(
-        self, step: int, loss: torch.Tensor, engine: TrainingEngine, batches: TrainBatches, flags: Sequence[bool]
+        self, step: int, loss: torch.Tensor, engine: TrainingEngine, batches: TrainBatches, flags: Sequence[bool], offset: int = 0
     ) -> tuple[bool, ...]:
         """After optimizer step `step`: write what is known of it, and share `flags` (see ControlGroup.any). The one collective of a step.
 
         Args:
             loss: this rank's, a scalar on the device.
+            offset: of the digest.
         """
-        done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, None)
+        done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, offset, None)
         if self.lags:
             done.loss, done.grad_norm = _sent(loss), _sent(done.grad_norm)
             if loss.is_cuda:
@@ -184,6 +188,8 @@ class Proof:
                 done.arrived.synchronize()
             sums = (float(done.loss), *_halves(done.batch), *_halves(done.rng))
         raised, (loss, *halves) = self._ranks.exchange(flags, sums)
+        if done is not None:
+            self.losses.append((done.step, loss / self._ranks.world_size))
         if done is not None and self.journal is not None:
             norm = done.grad_norm
             found = Digest(
@@ -193,6 +199,7 @@ class Proof:
                 lr=done.lr,
                 rng=_hex(halves[2], halves[3]),
                 setup=self.setup_id,
+                offset=done.offset,
             )
             self.journal.digest(done.step, found.to_json())
             if self.overlap is not None:
@@ -208,14 +215,18 @@ class Proof:
 class Overlap:
     """Compares the first steps after a resume with those that the journal has already. Rank 0's."""
 
-    def __init__(self, from_step: int, now: Setup, known: History, event: Callable[..., None], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, from_step: int, now: Setup, known: History, event: Callable[..., None], say: Callable[[str], None], offset: int = 0
+    ) -> None:
         """
         Args:
             known: the digests after `from_step` of the run that the checkpoint belongs to, read before this start writes its own.
             event: writes to events.jsonl.
+            offset: of the steps' digests that follow: those that were trained after a rollback, of which the checkpoint does not know,
+                are other batches.
         """
         self.from_step = from_step
-        self.expected = known.digests
+        self.expected = {step: digest for step, digest in known.digests.items() if digest.offset == offset}
         self.compared = 0
         self.difference: tuple[int, digest.Difference] | None = None
         self._event = event
@@ -224,7 +235,9 @@ class Overlap:
         self._used: dict[str, digest.Terms] = {}
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
         self._open = True
-        if not self.expected:
+        if not self.expected and known.digests:
+            self._nothing(f"{len(known.digests)} journaled steps follow the checkpoint, and were trained on other data after a rollback")
+        elif not self.expected:
             self._nothing("the journal ends at the checkpoint")
         elif not self.compares_anything:
             why = _describe(self._terms)
@@ -282,14 +295,14 @@ class Overlap:
             "compares": self.compares,
         }
 
-    def end(self) -> None:
-        """The run ends; if steps were still to be compared, say so."""
+    def end(self, why: str = "the run ended first") -> None:
+        """No more steps follow; if some were still to be compared, say so."""
         if not self._open:
             return
         self._open = False
         self._event("resume_verified", ended_first=True, **self._counts())
         how = f" ({self.compares})" if self.compared else ""
-        self._say(f"resume verified {self.compared}/{len(self.expected)}{how}; the run ended first")
+        self._say(f"resume verified {self.compared}/{len(self.expected)}{how}; {why}")
 
 
 def _describe(terms: dict[str, digest.Terms]) -> str:

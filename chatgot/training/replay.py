@@ -88,7 +88,7 @@ def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Fou
         with contextlib.suppress(CheckpointError):  # chatgot verify has named it
             manifests[name] = manifest.read(folder / name)
     if tag is None:
-        # The steps after a checkpoint are its own only if no resume has gone back behind it since.
+        # The steps after a checkpoint are its own only if no resume or rollback has gone back behind it since.
         own = {name: _following(known, one["step"]) for name, one in manifests.items() if not _left(one, manifests)}
         order = sorted(own, key=lambda name: (-min(own[name], steps), manifests[name]["step"]))
     else:
@@ -114,7 +114,8 @@ def _left(one: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> bool:
 
 def _following(known: History, step: int) -> int:
     count = 0
-    while step + count + 1 in known.digests:
+    first = known.digests.get(step + 1)
+    while first is not None and (following := known.digests.get(step + count + 1)) is not None and following.offset == first.offset:
         count += 1
     return count
 

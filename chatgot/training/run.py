@@ -28,6 +28,7 @@ from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.engine.build import build
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.optimizer import state_kind
+from chatgot.engine.precision_check import check_precision
 from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
 from chatgot.model.flops import Precision, flops_per_token
 from chatgot.model.gpt import GPT
@@ -38,6 +39,7 @@ from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.training import run_folder, run_lock, samples, schedule
+from chatgot.training.guard import Guard
 from chatgot.training.loop import Loop, Records
 from chatgot.training.memory import check_memory
 from chatgot.training.proof import Overlap, Proof, setup
@@ -151,6 +153,15 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
     rng.seed(config.train.seed, place.rank)
     model.init_weights(config.train.seed)
+    block = config.model.max_seq_length
+    order = DataOrder(len(data.train), block, config.train.seed)
+    train_batches = TrainBatches(
+        data.train, order, engine_config.train_batch_size, engine_config.micro_batch_size, place.rank, place.world_size
+    )
+    checked, precision_note = None, "precision check: skipped on a resume, whose weights are loaded after the engine is built"
+    if found is None:
+        first = next(train_batches.micro_batches(0))
+        checked, precision_note = check_precision(model, engine_config, *first, device, ranks)
     engine = build(model, engine_config, device)
     client_state, load_notes = resume(engine.engine, found, fields, ranks) if found is not None else (None, [])
     load_notes = [f"{CHANGED}{one}" for one in allowed] + load_notes
@@ -159,17 +170,13 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
-    block = config.model.max_seq_length
-    order = DataOrder(len(data.train), block, config.train.seed)
     matmul_params = count_matmul_parameters(config.model, data.tokenizer.vocab_size)
     own = arguments.out_dir / "checkpoints"
     loop = Loop(
         engine=engine,
         config=config,
         data=data,
-        train_batches=TrainBatches(
-            data.train, order, engine_config.train_batch_size, engine_config.micro_batch_size, place.rank, place.world_size
-        ),
+        train_batches=train_batches,
         eval_batches=EvalBatches(data.val, block, engine_config.micro_batch_size, place.rank, place.world_size),
         ranks=ranks,
         records=records,
@@ -194,11 +201,14 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         ),
         proof=Proof(ranks, device),
         memory=check_memory(config.model, data.tokenizer.vocab_size, engine, place.world_size, facts, device),
+        guard=Guard(engine_config.chatgot.guard),
     )
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)
     _open_records(loop, arguments, found, place, [note.removeprefix(CHANGED) for note in load_notes])
-    for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
+    if checked is not None:
+        records.event("precision_check", **checked.to_json())
+    for note in (*engine_config.notes, precision_note, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
         progress.say(note)
     _announce(loop, arguments, found, n_params, disk_notes)
     return loop
@@ -346,7 +356,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     )
     loop.proof.journal, loop.proof.setup_id = loop.records.journal, now.id
     if known is not None:
-        loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say)
+        loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say, loop.position.skipped_samples)
 
 
 def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, disk_notes: list[str]) -> None:

@@ -129,6 +129,12 @@ def read(run: Path) -> Journal:
     found = Journal(first=int(with_digests[0].get("step", 0)) + 1 if with_digests else 1)
     if with_digests and starts[0] is not with_digests[0]:
         found.notes.append(f"steps up to {found.first - 1} were trained by an earlier ChatGoT, which wrote no digests")
+    for event in events:
+        if event.get("event") == "rolled_back":
+            found.notes.append(
+                f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; {event.get('samples')} samples from "
+                f"{event.get('first_sample')} on were left out"
+            )
     path = run / "metrics.jsonl"
     tokens: dict[int, int] = {}
     given_up: dict[int, Digest] = {}
@@ -168,7 +174,7 @@ def read(run: Path) -> Journal:
 
 def _compare(found: Journal, path: Path, step: int, before: Digest, now: Digest, setups: dict[str, Setup], base: int) -> None:
     by = digest.terms(setups.get(before.setup), setups.get(now.setup))
-    if not by.exactly:
+    if not by.exactly or before.offset != now.offset:  # a rollback in between: other data by intention
         return
     found.twice += 1
     found.exact &= by.exact

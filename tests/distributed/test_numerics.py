@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from chatgot.config.errors import EXIT_NUMERICS
 from tests.distributed.programs.plain import plain_losses
 from tests.support import run_ranks
 
@@ -27,15 +26,17 @@ def poisoned(world_size: int) -> dict[str, dict[str, Any]]:
     for stage in range(4):
         if stage != 2:  # the code path of stage 1
             found[f"fp32 stage {stage} loss, no clipping"] = {"kind": "loss", "json": {"stage": stage, "gradient_clipping": 0.0, **common}}
-        found[f"fp32 stage {stage} gradient"] = {"kind": "gradient", "json": {"stage": stage, **common}}
-        if stage:
-            found[f"bf16 stage {stage} gradient"] = {"kind": "gradient", "json": {"stage": stage, "precision": "bf16", **common}}
+        for precision in ("fp32", "bf16") if stage else ("fp32",):
+            for kind in ("gradient", "activation", "loss alone"):
+                if kind == "gradient" or precision == "bf16" or stage in (0, 3):
+                    found[f"{precision} stage {stage} {kind}"] = {"kind": kind, "json": {"stage": stage, "precision": precision, **common}}
         found[f"fp32 stage {stage} gradient Muon"] = {
             "kind": "gradient",
             "json": {"stage": stage, "optimizer": MUON, **common},
             "zero": {"reduce_scatter": stage != 3},
         }
     found["control stage 0"] = {"kind": "gradient", "without_guard": True, "json": {"stage": 0, **common}}
+    found["control loss"] = {"kind": "loss alone", "without_poisoning": True, "json": {"stage": 1, **common}}
     return found
 
 
@@ -87,13 +88,38 @@ def test_after_skipped_steps_training_goes_on_as_if_they_had_not_been(results, n
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_invariant_12_overflows_in_a_row_abort_with_exit_5(results, name):
+def test_invariant_12_overflows_in_a_row_are_a_divergence_on_all_ranks(results, name):
     for rank in results["poisoned"][name]:
         [error] = rank["errors"]
         assert error["step"] == len(SCHEDULE), "only the last step completes a row of LIMIT skips"
-        assert error["exit_code"] == EXIT_NUMERICS == 5
-        assert f"step {len(SCHEDULE)}: the gradients were not finite for {LIMIT} steps in a row" in error["text"]
+        assert f"step {len(SCHEDULE)}: loss or gradients were not finite for {LIMIT} steps in a row" in error["text"]
         assert f"max_consecutive_skips = {LIMIT}" in error["text"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skipped_step_tells_its_layers_and_a_second_look_the_rank_it_came_from(results, name):
+    ranks = results["poisoned"][name]
+    for index, letter in enumerate(SCHEDULE):
+        steps = [rank["steps"][index] for rank in ranks]
+        if letter == "g":
+            assert all(step["norms"] is None and step["diagnosis"] is None for step in steps)
+            continue
+        for step in steps:
+            assert json.dumps(step["norms"]) == json.dumps(steps[0]["norms"])  # NaN is not equal to itself
+            assert {"embed_tokens", "layers.0", "layers.1", "norm"} <= step["norms"].keys()
+            assert not math.isfinite(step["norms"]["layers.0"])
+        *others, last = (step["diagnosis"] for step in steps)
+        assert last["gradients_finite"] is ("loss alone" in name)
+        assert all(other["gradients_finite"] and all(map(math.isfinite, other["losses"])) for other in others)
+        assert [len(step["diagnosis"]["losses"]) for step in steps] == [BATCH // len(ranks)] * len(ranks)
+        if "gradient" not in name:
+            assert not any(map(math.isfinite, last["losses"]))
+
+
+def test_control_a_loss_that_is_not_finite_with_finite_gradients_is_trained_on_unless_it_poisons_them(results):
+    for rank in results["poisoned"]["control loss"]:
+        assert rank["steps"][-1]["skipped_steps"] == 0
+        assert rank["steps"][2]["applied"] is True
 
 
 def test_all_ranks_end_with_the_same_weights(results):

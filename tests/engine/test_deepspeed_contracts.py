@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chatgot.engine import guards
+from chatgot.engine import guards, numerics
 from tests.support import environment
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -249,6 +249,31 @@ def test_fp32_stage_0_has_no_norm_and_applies_nan(clipping):
     engine.destroy()
     assert lost, mended("stage 0 skips non-finite gradients", "guards.Stage0Gradients")
     assert skipped == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_offload_in_16_bit_never_trains_again_after_a_skipped_step(stage):
+    offload = {"stage": stage, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    keys = {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    engine = stock(zero_optimization=offload, zero_force_ds_cpu_optimizer=False, **keys)
+    train(engine, scale=math.inf)
+    train(engine, steps=3)
+    assert engine.skipped_steps == 4, mended("gradients of a skipped step stay in the buffer", "guards.forget_skipped_gradients")
+    guards.forget_skipped_gradients(engine.optimizer)
+    train(engine, scale=math.inf)
+    train(engine, steps=3)
+    assert engine.skipped_steps == 5
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_loss_that_is_not_finite_is_trained_on_if_its_gradients_are(stage):
+    engine = stock(stage)
+    engine.backward(engine(torch.ones(1, 16)) + math.nan)
+    engine.step()
+    assert engine.skipped_steps == 0, mended("it looks at the loss", "numerics.poisoned_by")
+    engine.backward(numerics.poisoned_by(engine(torch.ones(1, 16)) + math.nan))
+    engine.step()
+    assert engine.skipped_steps == 1
 
 
 def test_muons_update_is_clipped_under_zero():

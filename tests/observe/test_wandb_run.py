@@ -30,7 +30,13 @@ run = WandbRun.start(
     resumed_from_step=job.get("resumed_from_step"), last_step=job.get("last_step"),
     init_timeout=job.get("init_timeout", 30), finish_timeout=job.get("finish_timeout", 30),
 )
-for step in range(*job["steps"]):
+steps = list(range(*job["steps"]))
+if back_to := job.get("back_to"):
+    steps += [None, *range(back_to + 1, job["steps"][1] + 2)]
+for step in steps:
+    if step is None:
+        run.rolled_back(job["steps"][1] - 1)
+        continue
     run.log({"train/loss": 1 / step, "optim/grad_norm": None}, step)
     if step % 5 == 0:
         run.log({"val/loss": 2 / step}, step)
@@ -114,6 +120,11 @@ def test_what_wandb_is_told_of_the_run(tmp_path, environment):
 def test_steps_are_logged_again_where_the_run_folder_had_no_wandb_run(tmp_path, environment):
     train(environment, tmp_path / "run", range(7, 10), resumed_from_step=6, last_step=20)
     assert [r["train/step"] for r in read_offline_history(tmp_path / "run")[1]] == [7, 8, 9]
+
+
+def test_steps_that_are_trained_again_after_a_rollback_are_logged_once(tmp_path, environment):
+    train(environment, tmp_path / "run", range(1, 9), back_to=4)
+    assert [r["train/step"] for r in read_offline_history(tmp_path / "run")[1]] == list(range(1, 11))
 
 
 def test_a_killed_training_loses_no_record(tmp_path, environment):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import hashlib
 import json
@@ -17,29 +18,39 @@ from torch import Tensor, nn
 
 from chatgot.checkpoint import rng
 from chatgot.config.deepspeed_json import build_engine_config
-from chatgot.config.errors import NumericsError
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
-from chatgot.engine import guards
+from chatgot.engine import guards, numerics
 from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
 from chatgot.engine.environment import Place, find_place
+from chatgot.engine.numerics import diagnose
 from chatgot.engine.process_group import device_facts, join
 from chatgot.model.gpt import GPT
+from chatgot.training.guard import Guard
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json
 
+POISONED_BY = numerics.poisoned_by
+
 
 class Poison:
-    """Makes one rank's gradients non-finite while `armed`, in its first micro batch."""
+    """Makes one rank's loss, one of its activations or its gradients non-finite while `armed`; 'loss alone' leaves its gradients finite."""
 
     def __init__(self, model: GPT, kind: str, place: Place):
         self.armed = False
         self.here = place.rank == place.world_size - 1
         if kind == "loss":
             model.register_forward_hook(lambda _module, _arguments, loss: loss * math.nan if self._now() else loss)
+        elif kind == "loss alone":
+            model.register_forward_hook(lambda _module, _arguments, loss: loss + math.nan if self._now() else loss)
+        elif kind == "activation":
+            model.layers[1].register_forward_hook(self._activation)
         else:
             model.norm.register_forward_hook(self._gradient)
+
+    def _activation(self, _module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        return output.index_fill(1, torch.tensor([3]), math.nan) if self._now() else output
 
     def _gradient(self, _module: nn.Module, _arguments: Any, output: Tensor) -> None:
         """The loss stays finite, and so does lm_head's gradient; everything before it gets inf."""
@@ -47,8 +58,7 @@ class Poison:
             output.register_hook(lambda gradient: gradient * math.inf)
 
     def _now(self) -> bool:
-        due, self.armed = self.armed and self.here, False
-        return due
+        return self.armed and self.here
 
 
 def own_state(engine: TrainingEngine) -> str:
@@ -92,6 +102,8 @@ def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[Tra
     model.init_weights(1)
     poison = Poison(model, case.get("kind", "loss"), place)
     engine = build(model, config, device)
+    if case.get("without_poisoning"):
+        numerics.poisoned_by = lambda loss: loss
     if case.get("without_guard") and engine.stage0 is not None:
         engine.stage0 = None
         del engine.engine.clip_fp32_gradients, engine.engine.optimizer.step  # the guard's; DeepSpeed's and torch's own come back
@@ -105,14 +117,17 @@ def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device)
     engine, batches, poison = start(case, place, device)
     found: dict[str, Any] = {"errors": [], "steps": []}
     sample = 0
+    guard = Guard(engine.config.chatgot.guard)
     for letter in schedule:
         poison.armed = letter == "b"
         engine.set_learning_rate(1.0)
-        try:
-            loss = engine.train_step(batches.micro_batches(sample))
-        except NumericsError as error:
-            found["errors"].append({"step": engine.engine.global_steps, "text": str(error), "exit_code": error.exit_code})
-            loss = torch.tensor(math.nan)
+        loss = engine.train_step(batches.micro_batches(sample))
+        norms, diagnosis = engine.norms.found if engine.norms is not None else None, None
+        if not engine.engine.was_step_applied():
+            diagnosis = dataclasses.asdict(diagnose(engine, batches.micro_batches(sample)))
+        poison.armed = False
+        if why := guard.divergence(engine.engine.global_steps, engine.skips_in_a_row, ()):
+            found["errors"].append({"step": engine.engine.global_steps, "text": why})
         if letter == "g":
             sample += batches.global_batch_size
         found["steps"].append(
@@ -125,6 +140,8 @@ def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device)
                 "grad_norm": engine.grad_norm,
                 "lr": engine.learning_rate,
                 "state": own_state(engine),
+                "norms": norms,
+                "diagnosis": diagnosis,
             }
         )
     found["weights"] = weights(engine)
@@ -157,7 +174,8 @@ def main() -> None:
     for name, case in plan["poisoned"].items():
         print(name, flush=True)
         results["poisoned"][name] = shared(run(case, plan["schedule"], place, device), place)
-        if not case.get("without_guard"):
+        numerics.poisoned_by = POISONED_BY
+        if not name.startswith("control"):
             results["clean"][name] = shared(run(case, plan["schedule"].replace("b", ""), place, device), place)
     for name, case in plan["autocast"].items():
         print(name, flush=True)

@@ -1,0 +1,39 @@
+"""A run on every rank that one rank's loss leads astray: it goes back and goes on, or stops. Started once by a test."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from pathlib import Path
+
+from chatgot.config.errors import NumericsError
+from chatgot.engine.environment import find_place
+from chatgot.training import run
+from tests.training import in_process
+from tests.training.poison import Poison
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(250, exit=True)
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    found = {}
+    for name, line in plan["runs"].items():
+        print(name, flush=True)
+        loop = run.prepare_run(in_process.arguments(line), find_place())
+        if not name.startswith("clean"):
+            poison = Poison(loop, plan["samples"], rank=1)
+        try:
+            run.finish(loop)
+            outcome = {"step": loop.step, "position": loop.position.next_sample, "rollbacks": loop.guard.rollbacks}
+        except NumericsError as error:
+            outcome = {"exit_code": error.exit_code, "text": str(error)}
+        found[name] = [outcome, None if name.startswith("clean") else poison.fed]
+    gathered = loop.ranks.gather(found)
+    if loop.ranks.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(gathered))
+    run.leave()
+
+
+if __name__ == "__main__":
+    main()

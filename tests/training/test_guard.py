@@ -1,0 +1,225 @@
+"""A run that diverges: what the journal says of the steps it skipped, and that it stops or goes on, the same after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from chatgot.config.chatgot_section import GuardConfig
+from chatgot.config.errors import EXIT_NUMERICS, NumericsError
+from chatgot.observe import digest
+from chatgot.training import run
+from chatgot.training.guard import SPIKE_WINDOW, Guard
+from chatgot.training.replay import replay
+from chatgot.training.rollback import diverged
+from chatgot.training.verify import verify
+from tests.support import engine_json, write_json, write_run_yaml
+from tests.training import in_process
+from tests.training.in_process import argv, events, series, tags
+from tests.training.poison import Poison
+
+BATCH, SAVE, LIMIT = 8, 3, 2
+BAD = (32, 40)
+"""First samples of the batches of steps 5 and 6."""
+TO, FROM, LEFT_OUT = 3, 6, 3 * BATCH
+"""A run that meets BAD goes back from step 6 to the checkpoint of step 3, and leaves out the three batches since."""
+
+
+def words(folder, text, stage=0, precision="fp32", steps=12, name="out", guard=None, asynchronous=False, **engine):
+    guard = {"max_consecutive_skips": LIMIT, "on_diverge": "rollback", **(guard or {})}
+    saving = {"every_steps": SAVE, "every_minutes": None, "keep_best": 0, "keep_last": 20, "async": asynchronous}
+    tree = engine_json(stage, precision, chatgot={"checkpoint": saving, "guard": guard}, **engine)
+    config = write_run_yaml(folder / "run.yaml", max_steps=steps, model={"dropout": 0.1})
+    return argv(write_json(folder / "engine.json", tree), folder / name, config, text)
+
+
+def poisoned_run(line, stop_after=None, **poison):
+    """Train to the end, or leave as a kill would after `stop_after` optimizer steps of this start."""
+    loop = in_process.prepare(line)
+    found = Poison(loop, **{"samples": BAD, **poison})
+    if stop_after is None:
+        return run.finish(loop), found
+    for done, _ in enumerate(loop.steps(), start=1):
+        if done == stop_after:
+            break
+    return None, found
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_rollback_goes_back_to_the_checkpoint_leaves_the_data_out_and_completes_the_run(stage, precision, tmp_path, text_file, capsys):
+    code, poison = poisoned_run(words(tmp_path, text_file, stage, precision, steps=30, asynchronous=stage == 3))
+    assert code == 0
+    out = tmp_path / "out"
+    [event] = events(out, "rolled_back")
+    assert {key: event[key] for key in ("from_step", "to_step", "first_sample", "samples", "number", "checkpoint")} == {
+        "from_step": FROM,
+        "to_step": TO,
+        "first_sample": TO * BATCH,
+        "samples": LEFT_OUT,
+        "number": 1,
+        "checkpoint": f"step-{TO:08d}",
+    }
+    assert "loss or gradients were not finite for 2 steps in a row" in event["why"]
+    expected = [step * BATCH for step in (0, 1, 2, 3, 4, 4, 5, 5, *range(6, 33))]  # a skipped batch is looked at again
+    assert poison.fed == expected
+    assert sorted(series(out, "train/loss")) == list(range(1, 31))
+    assert series(out, "data/tokens")[30] == (30 * BATCH + LEFT_OUT) * 16
+    assert not events(out, "resume_differs")
+    assert verify(out)
+    assert f"rolled back from step {FROM} to {TO}; {LEFT_OUT} samples from {TO * BATCH} on were left out" in capsys.readouterr().out
+    clean = words(tmp_path, text_file, stage, precision, steps=30, name="clean")
+    assert in_process.train(clean) == 0
+    assert series(out, "val/loss")[30] == pytest.approx(series(tmp_path / "clean", "val/loss")[30], rel=1e-2)
+
+
+@pytest.mark.parametrize("stop_after", [5, 6, 8], ids=["before the rollback", "right after it", "two steps after it"])
+def test_a_run_that_is_killed_around_its_rollback_and_resumed_repeats_it(stop_after, tmp_path, text_file):
+    line = words(tmp_path, text_file)
+    poisoned_run(line)
+    whole = {step: found.to_json() | {"setup": ""} for step, found in digest.history(tmp_path / "out").digests.items()}
+    line = words(tmp_path, text_file, name="killed")
+    poisoned_run(line, stop_after)
+    code, poison = poisoned_run(line)
+    assert code == 0
+    killed = digest.history(tmp_path / "killed").digests
+    assert {step: found.to_json() | {"setup": ""} for step, found in killed.items()} == whole
+    assert killed[TO + 1].offset == LEFT_OUT
+    assert not events(tmp_path / "killed", "resume_differs")
+    assert [event["number"] for event in events(tmp_path / "killed", "rolled_back")] == [1]
+    assert (BAD[0] in poison.fed) == (stop_after == 5), "what was left out stays left out"
+    assert verify(tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("stage", "precision", "offload_param"), [(1, "bf16", False), (2, "fp32", False), (3, "bf16", True)])
+def test_an_offloaded_optimizer_goes_back_too(stage, precision, offload_param, tmp_path, text_file):
+    code, _ = poisoned_run(words(tmp_path, text_file, stage, precision, offload=True, offload_param=offload_param))
+    assert code == 0
+    assert len(events(tmp_path / "out", "rolled_back")) == 1
+    assert [event["layer_grad_norms"]["layers.1"] for event in events(tmp_path / "out", "skipped_step")] == ["nan", "nan"]
+    assert verify(tmp_path / "out")
+
+
+def test_a_replay_stops_where_a_rollback_has_left_data_out(tmp_path, text_file, capsys):
+    poisoned_run(words(tmp_path, text_file), samples=(56, 64))
+    assert replay(tmp_path / "out", 5, "step-00000003")
+    assert "replay verified 3/3: steps 4..6" in capsys.readouterr().out
+
+
+def test_steps_after_a_rollback_can_be_replayed(tmp_path, text_file, capsys):
+    poisoned_run(words(tmp_path, text_file))
+    assert replay(tmp_path / "out", 2, f"step-{TO:08d}")
+    assert "replay verified 2/2: steps 4..5" in capsys.readouterr().out
+
+
+def test_a_stopped_run_names_the_checkpoint_and_exits_with_5(tmp_path, text_file):
+    with pytest.raises(NumericsError, match=r"step 6: .* 2 steps in a row .* the last good checkpoint is .*step-00000003") as refusal:
+        poisoned_run(words(tmp_path, text_file, guard={"on_diverge": "stop"}))
+    assert refusal.value.exit_code == EXIT_NUMERICS == 5
+    assert tags(tmp_path / "out") == [3]
+    assert events(tmp_path / "out", "failed")[0]["exit_code"] == 5
+
+
+def test_rollbacks_are_bounded_over_resumes_too(tmp_path, text_file):
+    line = words(tmp_path, text_file, guard={"max_rollbacks": 2})
+    for _ in range(2):
+        with pytest.raises(NumericsError, match=r"after 2 rollback\(s\); chatgot.guard.max_rollbacks = 2"):
+            poisoned_run(line, samples=range(32, 4000))
+    assert [event["number"] for event in events(tmp_path / "out", "rolled_back")] == [1, 2]
+
+
+def test_a_loss_scale_stuck_at_its_minimum_names_the_checkpoint(tmp_path, text_file, monkeypatch):
+    loop = in_process.prepare(words(tmp_path, text_file))
+    step = loop.engine.engine.step
+
+    def stuck():
+        if loop.step == 4:
+            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+        step()
+
+    monkeypatch.setattr(loop.engine.engine, "step", stuck)
+    with pytest.raises(NumericsError, match=r"overflow at the smallest loss scale .* last good checkpoint is .*step-00000003"):
+        run.finish(loop)
+
+
+def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, text_file):
+    with pytest.raises(NumericsError, match="there is no checkpoint yet"):
+        poisoned_run(words(tmp_path, text_file), samples=(0, 8))
+
+
+def test_the_journal_names_text_samples_and_layers_of_a_skipped_step(tmp_path, text_file):
+    line = words(tmp_path, text_file, stage=1)
+    loop = in_process.prepare(line)
+    Poison(loop, BAD[:1])
+    assert run.finish(loop) == 0
+    [event] = events(tmp_path / "out", "skipped_step")
+    assert (event["step"], event["ranks"], event["repeated"], event["first_sample"]) == (5, [0], True, BAD[0])
+    assert event["losses"] == {str(sample): "nan" for sample in range(32, 40)}
+    assert len(event["texts"]) == 4
+    for sample, text in event["texts"].items():
+        assert text == loop.data.tokenizer.decode(loop.train_batches.tokens(int(sample)).tolist())
+    assert event["layer_grad_norms"] == dict.fromkeys(["embed_tokens", "layers.0", "layers.1", "norm"], "nan")
+    assert series(tmp_path / "out", "optim/skipped_steps")[12] == 1
+    assert [e["event"] for e in events(tmp_path / "out")].count("rolled_back") == 0
+
+
+@pytest.mark.parametrize(
+    ("zscore", "late", "at", "expected"),
+    [(8.0, False, 55, (55, 54)), (8.0, True, 55, (56, 54)), (8.0, True, 54, (54, 51)), (None, False, 55, None)],
+    ids=["spike", "loss known a step late", "loss known when it is saved", "off"],
+)
+def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, at, expected, tmp_path, text_file):
+    spike = (at - 1) * BATCH
+    line = [*words(tmp_path, text_file, steps=SPIKE_WINDOW + 6, guard={"spike_zscore": zscore}), "train.log_every=20"]
+    loop = in_process.prepare(line)
+    loop.proof.lags = late  # as on a GPU
+    poison = Poison(loop, [spike], 5.0)
+    assert run.finish(loop) == 0
+    found = events(tmp_path / "out", "rolled_back")
+    if zscore is None:
+        assert not found
+        return
+    [event] = found
+    assert (event["from_step"], event["to_step"]) == expected
+    assert "8 standard deviations" in event["why"]
+    assert poison.fed.count(spike) == 1
+    assert not events(tmp_path / "out", "skipped_step")
+
+
+def test_a_spike_is_told_from_the_steps_before_it_also_after_a_resume():
+    guard = Guard(GuardConfig(spike_zscore=4.0))
+    losses = [(step, 2.0 + 0.1 * (step % 2)) for step in range(1, SPIKE_WINDOW + 1)]
+    assert guard.divergence(SPIKE_WINDOW, 0, losses) is None
+    resumed = Guard(GuardConfig(spike_zscore=4.0))
+    assert resumed.restore(json.loads(json.dumps(guard.state(1)))) == 1
+    for each in (guard, resumed):
+        assert each.divergence(51, 0, [(51, 2.24)]) is None, "3.8 deviations"
+        assert each.divergence(52, 0, [(52, math.nan)]) is None
+        assert "step 53: train/loss 2.3" in str(each.divergence(53, 0, [(53, 2.3)]))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_a_state_that_is_not_finite_is_never_published(stage, where, tmp_path, text_file):
+    loop = in_process.prepare(words(tmp_path, text_file, stage, guard={"on_diverge": "stop"}))
+    steps = loop.steps()
+    while next(steps) < 4:
+        pass
+    with torch.no_grad():
+        optimizer = loop.engine.engine.optimizer
+        if where == "weight":
+            next(iter(loop.engine.engine.module.parameters())).view(-1)[3] = math.inf
+        else:
+            next(iter(getattr(optimizer, "optimizer", optimizer).state.values()))["exp_avg_sq"].view(-1)[3] = math.nan
+    name = "parameter embed_tokens.weight" if where == "weight" else "the optimizer's exp_avg_sq"
+    with pytest.raises(NumericsError, match=f"step 4: {name} has values that are not finite.*last good checkpoint is .*step-00000003"):
+        loop.save_now()
+    assert tags(tmp_path / "out") == [3]
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir() if path.is_dir()] == ["step-00000003"]
+    assert events(tmp_path / "out", "save_refused")
+    loop.guard.config = GuardConfig(on_diverge="rollback")
+    diverged(loop, "the test says so")  # and a rollback repairs it
+    loop.save_now()
+    steps.close()
