@@ -12,7 +12,7 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/chatgot sample $(RUN) --prompt "KING RICHARD:" --max_new_tokens 300
 
 test: $(VENV)/.development lint types imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ imports: $(VENV)/.development
 	$(BIN)/lint-imports
 
 test-full: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 test-gpu:
 	bash tests/gpu/run.sh
