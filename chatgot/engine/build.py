@@ -12,6 +12,7 @@ import torch.distributed as dist
 from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.errors import ConfigError, NumericsError
 from chatgot.engine import activation_checkpointing, guards
+from chatgot.engine.out_of_memory import MemoryGuard
 from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups, weight_decay
 from chatgot.model.gpt import GPT
 
@@ -24,6 +25,7 @@ class TrainingEngine:
     """The DeepSpeedEngine; untyped, because torch's Module answers any attribute."""
     config: EngineConfig
     base_lrs: list[float]
+    memory: MemoryGuard
     notes: list[str] = field(default_factory=list)
     stage0: guards.Stage0Gradients | None = None
     skips_in_a_row: int = 0
@@ -38,15 +40,17 @@ class TrainingEngine:
             This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar, detached, on the device.
 
         Raises:
+            RanOut: on all ranks, if one ran out of memory; the step has left no trace but in the random state.
             NumericsError: chatgot.guard.max_consecutive_skips steps in a row were skipped, or fp16's loss scale is at its minimum.
         """
         engine = self.engine
         losses = []
         for input_ids, targets in micro_batches:
-            loss = engine(input_ids, targets)
-            engine.backward(loss)
-            if self.stage0 is not None and engine.is_gradient_accumulation_boundary():
-                self.stage0.before_step()
+            losses.append(self.memory.micro_step(input_ids, targets))
+            if engine.is_gradient_accumulation_boundary():
+                self.memory.agree()
+                if self.stage0 is not None:
+                    self.stage0.before_step()
             try:
                 engine.step()
             except Exception as error:
@@ -56,7 +60,6 @@ class TrainingEngine:
                     f"step {engine.global_steps}: the gradients overflow at the smallest loss scale {self.loss_scale}; "
                     "try bf16, a lower lr, or a lower fp16.min_loss_scale"
                 ) from error
-            losses.append(loss.detach())
         self._watch_skips()
         return torch.stack(losses).mean()
 
@@ -148,8 +151,9 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     if config.chatgot.compile.enabled:
         engine.compile(compile_kwargs={"mode": config.chatgot.compile.mode})
         notes.append(f"torch.compile: on (mode {config.chatgot.compile.mode}); the first steps take longer")
+    memory = MemoryGuard(engine, device)
     stage0 = guards.install(engine, is_muon(config))
-    return TrainingEngine(engine, config, base_learning_rates(engine.optimizer), notes, stage0)
+    return TrainingEngine(engine, config, base_learning_rates(engine.optimizer), memory, notes, stage0)
 
 
 def _prepare_muon(given: dict[str, Any], device: torch.device) -> list[str]:

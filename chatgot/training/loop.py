@@ -19,12 +19,13 @@ from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.engine.build import TrainingEngine, mean_over_ranks
+from chatgot.engine.out_of_memory import RanOut
 from chatgot.engine.process_group import ControlGroup
 from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import samples, schedule
+from chatgot.training import micro_batch, samples, schedule
 from chatgot.training.evaluate import Evaluation, evaluate
 from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
@@ -80,6 +81,8 @@ class Loop:
     stop: StopSignals
     saver: Saver
     proof: Proof
+    json_micro_batch: int
+    """What the JSON says; smaller ones are used after memory has run out."""
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -128,18 +131,27 @@ class Loop:
 
     def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
-        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags)
+        memory = self.engine.memory
+        *raised, retried, lost = self.proof.end_step(
+            self.step, loss, self.engine, self.train_batches, (*flags, memory.retried, memory.lost)
+        )
+        if retried:
+            micro_batch.after_update(self, lost)
+        return tuple(raised)
 
     def _train_step(self) -> torch.Tensor:
         self.proof.begin_step()
         scheduled = self.engine.config.chatgot.schedule
         if scheduled is not None:
             self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
-        batches = (
-            (input_ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
-            for input_ids, targets in self.train_batches.micro_batches(self.position.next_sample)
-        )
-        loss = self.engine.train_step(batches)
+        drawn_so_far = rng.capture()
+        while True:
+            try:
+                loss = self.engine.train_step(self.train_batches.micro_batches(self.position.next_sample))
+                break
+            except RanOut as error:
+                rng.restore(drawn_so_far)
+                micro_batch.shrink(self, self.step + 1, error.where)
         self.position.next_sample += self.train_batches.global_batch_size
         return loss
 
@@ -276,6 +288,7 @@ class Loop:
             "next_sample": self.position.next_sample,
             "best_val_loss": self.position.best_val_loss,
             "last_val": self.position.last_val,
+            "micro_batch": {"json": self.json_micro_batch, "used": self.engine.config.micro_batch_size},
             "rng": self.ranks.gather(rng.capture()),
             "parameter_groups": parameter_groups(self.engine.engine),
         }

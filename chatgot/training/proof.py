@@ -144,11 +144,23 @@ class Proof:
         self.setup_id = ""
         self.journal: Journal | None = None
         """Rank 0's, with the id of the setup; both are set before the first step."""
+        self.describe: Callable[[EngineConfig], Setup] | None = None
+        """Rank 0's: the setup of this start with these settings."""
         self._ranks = ranks
         self.lags = device.type == "cuda"
         """Whether a digest follows one step after its own."""
         self._late: _Step | None = None
         self._rng = 0
+
+    def settings_changed(self, config: EngineConfig) -> Setup | None:
+        """From the coming step on it trains with these; rank 0's setup, for an event."""
+        if self.describe is None:
+            return None
+        now = self.describe(config)
+        self.setup_id = now.id
+        if self.overlap is not None:
+            self.overlap.settings_changed(now)
+        return now
 
     def begin_step(self) -> None:
         """Before anything of the step draws a random number."""
@@ -220,7 +232,9 @@ class Overlap:
         self.difference: tuple[int, digest.Difference] | None = None
         self._event = event
         self._say = say
-        self._terms = {name: digest.terms(known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}}
+        self._known = known
+        self._terms: dict[str, digest.Terms] = {}
+        self.settings_changed(now)
         self._used: dict[str, digest.Terms] = {}
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
         self._open = True
@@ -229,6 +243,10 @@ class Overlap:
         elif not self.compares_anything:
             why = _describe(self._terms)
             self._nothing(f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: {why}")
+
+    def settings_changed(self, now: Setup) -> None:
+        """The coming steps are compared as those of this setup."""
+        self._terms = {name: digest.terms(self._known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}}
 
     @property
     def exact(self) -> bool:

@@ -31,11 +31,12 @@ from chatgot.engine.optimizer import state_kind
 from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
 from chatgot.model.gpt import GPT, count_parameters
 from chatgot.observe import digest
+from chatgot.observe.digest import Setup
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import run_folder, run_lock, samples, schedule
+from chatgot.training import micro_batch, run_folder, run_lock, samples, schedule
 from chatgot.training.loop import Loop, Records
 from chatgot.training.proof import Overlap, Proof, setup
 from chatgot.training.stop import StopSignals
@@ -153,6 +154,9 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     load_notes = [f"{CHANGED}{one}" for one in allowed] + load_notes
     if client_state is not None and any(one.field == "data" for one in allowed):
         client_state = {**client_state, "best_val_loss": None, "last_val": {}}  # of another validation split
+    json_micro_batch = engine_config.micro_batch_size
+    micro_notes = micro_batch.carry_on(engine, client_state, place.world_size)
+    engine_config = engine.config
 
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
@@ -169,6 +173,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             data.train, order, engine_config.train_batch_size, engine_config.micro_batch_size, place.rank, place.world_size
         ),
         eval_batches=EvalBatches(data.val, block, engine_config.micro_batch_size, place.rank, place.world_size),
+        json_micro_batch=json_micro_batch,
         ranks=ranks,
         records=records,
         out_dir=arguments.out_dir,
@@ -195,7 +200,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)
     _open_records(loop, arguments, found, place, [note.removeprefix(CHANGED) for note in load_notes])
-    for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
+    for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *micro_notes, *resume_notes):
         progress.say(note)
     _announce(loop, arguments, found, n_params, disk_notes)
     return loop
@@ -296,16 +301,20 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
     run, say = config.to_dict(), loop.records.progress.say
     changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
-    now = setup(
-        config,
-        engine_config,
-        loop.data.fingerprint,
-        place.world_size,
-        device_name(loop.device),
-        deterministic(loop.device),
-        versions(),
-        [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
-    )
+
+    def describe(engine_config: EngineConfig) -> Setup:
+        return setup(
+            config,
+            engine_config,
+            loop.data.fingerprint,
+            place.world_size,
+            device_name(loop.device),
+            deterministic(loop.device),
+            versions(),
+            [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
+        )
+
+    now = describe(engine_config)
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,
@@ -341,7 +350,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         precision=engine_config.precision,
         setup=now.to_json(),
     )
-    loop.proof.journal, loop.proof.setup_id = loop.records.journal, now.id
+    loop.proof.journal, loop.proof.setup_id, loop.proof.describe = loop.records.journal, now.id, describe
     if known is not None:
         loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say)
 
