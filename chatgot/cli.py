@@ -135,14 +135,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     verify.add_argument("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
 
-    for command in (prepare, sample, verify):
+    tune = commands.add_parser("tune", help="find the micro-batch, recomputation, ZeRO stage and compilation that train fastest and fit")
+    tune.add_argument("deepspeed_config", type=Path, metavar="JSON", help="a DeepSpeed JSON; its global batch stays")
+    tune.add_argument("--config", default="tiny", metavar="NAME|YAML", help="the model: a preset or a run YAML (default: tiny)")
+    tune.add_argument("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
+    tune.add_argument("--world_size", type=int, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
+    tune.add_argument("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
+    tune.add_argument("--micro_batches", type=int, nargs="+", metavar="N", help="try these only (default: all that make the global batch)")
+    tune.add_argument("--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)")
+    tune.add_argument("--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)")
+    tune.add_argument("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
+    tune.add_argument("--steps", type=_steps, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
+    tune.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+
+    for command in (prepare, sample, verify, tune):
         command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         train(argv[1:])
     arguments = parser.parse_args(argv)
-    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify}
+    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify, "tune": _tune}
     sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
 
 
@@ -165,6 +178,14 @@ def _sample(arguments: argparse.Namespace) -> int:
     names = SampleArguments.__dataclass_fields__
     sample(SampleArguments(**{name: value for name, value in vars(arguments).items() if name in names}))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from chatgot.training.tune import TuneArguments, tune
+
+    given = {name: value for name, value in vars(arguments).items() if name in TuneArguments.__dataclass_fields__}
+    tune(TuneArguments(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
+    return EXIT_DONE
 
 
 def _steps(text: str) -> int:

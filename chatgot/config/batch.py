@@ -21,8 +21,13 @@ class Batch:
     accumulation: int
 
 
-def resolve_batch(values: Values, world_size: int, problems: Problems, notes: list[str]) -> Batch | None:
+def resolve_batch(
+    values: Values, world_size: int, problems: Problems, notes: list[str], found: tuple[int, str] | None = None
+) -> Batch | None:
     """The three batch numbers as DeepSpeed derives them (runtime/config.py, _set_batch_related_parameters), but never rounded.
+
+    Args:
+        found: a micro-batch that memory allows, and why, for "auto" beside a train_batch_size and no accumulation.
 
     Returns None after noting a problem: too few numbers, or numbers that do not fit `world_size` (with those that would).
     """
@@ -30,6 +35,10 @@ def resolve_batch(values: Values, world_size: int, problems: Problems, notes: li
     if any(name in values.spelled and name not in values.given for name in given):
         return None  # mistyped, already noted
     known = {name: value for name, value in given.items() if isinstance(value, int)}
+    if found is not None and given[MICRO] == "auto" and known.keys() == {TOTAL}:
+        known[MICRO] = found[0]
+        given[MICRO], given[ACCUMULATION] = found[0], None
+        notes.append(f'{MICRO} = {found[0]}: "auto", {found[1]}')
     autos = [name for name, value in given.items() if value == "auto"]
     if (autos and len(known) < 2) or not known.keys() & {TOTAL, MICRO}:
         name = autos[0] if autos else TOTAL

@@ -87,6 +87,7 @@ def read_engine_config(
     world_size: int,
     facts: DeviceFacts,
     n_params: int | None = None,
+    found_micro_batch: tuple[int, str] | None = None,
 ) -> EngineConfig:
     """Read, check and resolve a DeepSpeed JSON.
 
@@ -97,12 +98,16 @@ def read_engine_config(
         facts: what the device can do.
         n_params: the model's parameter count, from which communication buckets are sized; None leaves them as they stand
             (first reading, before the model is known).
+        found_micro_batch: what train_micro_batch_size_per_gpu "auto" means where the other batch numbers leave it open, and why;
+            None: such a JSON is refused.
 
     Raises:
         ConfigError: the file cannot be read, or all that is wrong with it, one problem per line.
     """
     tree = read_tree(Path(path))
-    return build_engine_config(tree, str(path), overrides, world_size=world_size, facts=facts, n_params=n_params)
+    return build_engine_config(
+        tree, str(path), overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=found_micro_batch
+    )
 
 
 def build_engine_config(
@@ -113,6 +118,7 @@ def build_engine_config(
     world_size: int,
     facts: DeviceFacts,
     n_params: int | None = None,
+    found_micro_batch: tuple[int, str] | None = None,
 ) -> EngineConfig:
     """An EngineConfig from a parsed JSON; `name` is the file's name in messages. See `read_engine_config`."""
     source = plain_copy(tree)
@@ -124,7 +130,7 @@ def build_engine_config(
     resolved: dict[str, Any] = {}
 
     _resolve_precision(values, facts, resolved, notes)
-    batch = resolve_batch(values, world_size, problems, notes)
+    batch = resolve_batch(values, world_size, problems, notes, found_micro_batch)
     check_all(values, tree, chatgot, facts, world_size, problems)
     problems.refuse()
     assert batch is not None  # else there was a problem

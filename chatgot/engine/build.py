@@ -12,8 +12,8 @@ import torch.distributed as dist
 from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.errors import ConfigError, NumericsError
 from chatgot.engine import activation_checkpointing, guards
-from chatgot.engine.out_of_memory import MemoryGuard
 from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups, weight_decay
+from chatgot.engine.out_of_memory import MemoryGuard
 from chatgot.model.gpt import GPT
 
 

@@ -91,7 +91,7 @@ def _close_modules(engine: Any, then: Before) -> None:
 
 
 def discard(engine: Any) -> None:
-    """Drop all gradients of the step that is under way, on every rank, after the last backward of the step and in place of its engine.step().
+    """Drop all gradients of the step that is under way, on every rank, after its last backward and in place of engine.step().
 
     Weights, optimizer, step counters and loss scale stay. Afterwards the engine expects the first micro-batch of a step.
     """

@@ -80,8 +80,8 @@ def after_update(loop: Loop, lost: bool) -> None:
     where = {rank: "the optimizer step" for rank, retried in enumerate(found) if retried}
     if lost:
         raise EnvironmentFault(
-            f"step {loop.step}: out of memory in the optimizer step on rank {', '.join(map(str, where))}, and other ranks have made theirs: "
-            "the weights in memory are lost, and were not saved. Resume from the last checkpoint with settings that need less memory: "
+            f"step {loop.step}: out of memory in the optimizer step on rank {', '.join(map(str, where))}, and other ranks have made "
+            "theirs: the weights in memory are lost, and were not saved. Resume from the last checkpoint with settings that need less memory: "
             + "; ".join(_remedies(loop.engine.config))
         )
     shrink(loop, loop.step, where)
@@ -102,8 +102,8 @@ def carry_on(engine: TrainingEngine, client_state: dict[str, Any] | None, world_
     engine.config = with_micro_batch(config, micro, world_size)
     partial_step.resize(engine.engine, micro, engine.config.accumulation)
     return [
-        f"micro-batch {micro}, accumulation {engine.config.accumulation}: memory ran out with the JSON's {config.micro_batch_size} before the "
-        f"checkpoint; another {MICRO} in the JSON overrules this"
+        f"micro-batch {micro}, accumulation {engine.config.accumulation}: memory ran out with the JSON's {config.micro_batch_size} before "
+        f"the checkpoint; another {MICRO} in the JSON overrules this"
     ]
 
 

@@ -18,9 +18,11 @@ from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
 from chatgot.checkpoint.retention import expected_bytes
 from chatgot.checkpoint.save import Saver
+from chatgot.config.deepspeed_file import plain_copy, read_tree
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
+from chatgot.config.device import DeviceFacts
 from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError, DataError
-from chatgot.config.overrides import parse_overrides
+from chatgot.config.overrides import apply_overrides, parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.data.prepare import prepare_cached
@@ -36,7 +38,7 @@ from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu, Precision, flops_per_token
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import micro_batch, run_folder, run_lock, samples, schedule
+from chatgot.training import finder, micro_batch, run_folder, run_lock, samples, schedule
 from chatgot.training.loop import Loop, Records
 from chatgot.training.proof import Overlap, Proof, setup
 from chatgot.training.stop import StopSignals
@@ -130,10 +132,17 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     config = load_run_config(arguments.config, run_overrides)
     facts = device_facts()
 
-    def read(n_params: int | None) -> EngineConfig:
-        return read_engine_config(arguments.deepspeed_config, ds_overrides, world_size=place.world_size, facts=facts, n_params=n_params)
+    def read(n_params: int | None, found_micro_batch: tuple[int, str]) -> EngineConfig:
+        return read_engine_config(
+            arguments.deepspeed_config,
+            ds_overrides,
+            world_size=place.world_size,
+            facts=facts,
+            n_params=n_params,
+            found_micro_batch=found_micro_batch,
+        )
 
-    read(None)  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
+    read(None, (1, "to be found"))  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
     device = join(place, facts.kind)
     ranks = ControlGroup()
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
@@ -142,7 +151,8 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
     data = _prepare_data(arguments.data, config, place, ranks, progress)
     n_params = count_parameters(config.model, data.tokenizer.vocab_size)
-    engine_config = read(n_params)
+    answer = _find_micro_batch(arguments, ds_overrides, config, data, facts, place, ranks, progress)
+    engine_config = read(n_params, (answer.micro_batch, answer.reason) if answer is not None else (1, "not needed"))
     model = GPT(config.model, data.tokenizer.vocab_size)
     fields = manifest_fields(model, config, engine_config, data, place.world_size)
     found, allowed = _choose_checkpoint(arguments, fields, ranks, progress)
@@ -200,6 +210,8 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)
     _open_records(loop, arguments, found, place, [note.removeprefix(CHANGED) for note in load_notes])
+    if answer is not None and place.rank == 0:
+        answer.store(arguments.out_dir)
     for note in (*engine_config.notes, *engine.notes, *prompt_notes, *load_notes, *micro_notes, *resume_notes):
         progress.say(note)
     _announce(loop, arguments, found, n_params, disk_notes)
@@ -251,6 +263,25 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
             f"--data {spec}: the ranks see different data (fingerprints {sorted(set(fingerprints))}); give every machine the same files"
         )
     return data
+
+
+def _find_micro_batch(
+    arguments: TrainArguments,
+    overrides: dict[str, Any],
+    config: RunConfig,
+    data: PreparedData,
+    facts: DeviceFacts,
+    place: Place,
+    ranks: ControlGroup,
+    progress: Progress,
+) -> finder.Answer | None:
+    """Where the JSON leaves it to memory. Collective."""
+    tree = read_tree(Path(arguments.deepspeed_config))
+    if not finder.wants_probe(apply_overrides(plain_copy(tree), overrides)):
+        return None
+    model = dataclasses.asdict(config.model)
+    name = facts.name or facts.kind
+    return finder.find(tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks, progress.say)
 
 
 def _choose_checkpoint(

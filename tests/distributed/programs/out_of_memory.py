@@ -1,7 +1,7 @@
 """Runs of the real training program in which a rank runs out of memory, one after the other; reports what an outsider could compare.
 
-Each run: {"name", "argv" (of train.py), "inject": null or {"site", "step", "micro", "rank", "times"}, "stop_after": step or null,
-"control": null or what is deliberately left out}.
+Each run: {"name", "argv" (of train.py), "inject": [{"site", "step", "micro", "rank", "size"}], each once, while micro-batches have that
+size, "control": null or what is deliberately left out}.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ def record_samples() -> None:
 
 
 class Shortage:
-    """Raises torch.OutOfMemoryError at one place of one micro-batch."""
+    """Raises torch.OutOfMemoryError at given places."""
 
-    def __init__(self, inject: dict[str, Any] | None, rank: int) -> None:
-        self.inject = inject if inject is not None and inject["rank"] in (rank, "all") else None
-        self.left = (inject or {}).get("times", 1)
+    def __init__(self, inject: list[dict[str, Any]], rank: int) -> None:
+        self.left = [one for one in inject if one["rank"] in (rank, "all")]
         self.engine: Any = None
         self.micro = -1
 
     def due(self, site: str) -> bool:
-        wanted = self.inject
-        if wanted is None or self.engine is None or not self.left or wanted["site"] != site:
+        if self.engine is None:
             return False
-        if self.engine.global_steps + 1 != wanted["step"] or (site != "optimizer" and self.micro != wanted["micro"]):
-            return False
-        self.left -= 1
-        return True
+        now = {"site": site, "step": self.engine.global_steps + 1, "size": self.engine.train_micro_batch_size_per_gpu()}
+        if site != "optimizer":
+            now["micro"] = self.micro
+        found = next((one for one in self.left if now.items() <= one.items()), None)
+        if found is not None:
+            self.left.remove(found)
+        return found is not None
 
     def wire(self, engine: Any) -> None:
         self.engine = engine
@@ -93,7 +94,7 @@ def keep_gradients(engine: Any) -> None:
 def one(item: dict[str, Any], place: Any) -> dict[str, Any]:
     arguments = train_parser().parse_args(item["argv"])
     partial_step.discard = keep_gradients if item.get("control") == "gradients" else _discard
-    shortage = Shortage(item.get("inject"), place.rank)
+    shortage = Shortage(item.get("inject", []), place.rank)
     torch.optim.AdamW.step = lambda self, *args, **kwargs: shortage.optimizer_step(self, *args, **kwargs)
     loop = run.prepare_run(
         run.TrainArguments(
@@ -110,17 +111,12 @@ def one(item: dict[str, Any], place: Any) -> dict[str, Any]:
     TRACE.clear()
     started_at, exit_code, message = loop.step, 0, ""
     try:
-        if item.get("stop_after") is None:
-            with loop.stop:
-                exit_code = run.finish(loop)
-        else:
-            for step in loop.steps():
-                if step == item["stop_after"]:
-                    break  # as if killed: nothing is closed or saved
+        with loop.stop:
+            exit_code = run.finish(loop)
     except ChatGoTError as error:
         exit_code, message = error.exit_code, str(error)
     loop.ranks.barrier()
-    gathered = loop.ranks.gather((list(TRACE), exit_code, loop.engine.config.micro_batch_size, shortage.left))
+    gathered = loop.ranks.gather((list(TRACE), exit_code, loop.engine.config.micro_batch_size, len(shortage.left)))
     found: dict[str, Any] = {}
     if place.rank == 0:
         journal = read_journal(arguments.out_dir / "metrics.jsonl")[0]
