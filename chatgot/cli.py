@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chatgot import __version__
 from chatgot.config.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, EnvironmentFault
@@ -184,7 +184,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     from chatgot.training.tune import TuneArguments, tune
 
     given = {name: value for name, value in vars(arguments).items() if name in TuneArguments.__dataclass_fields__}
-    tune(TuneArguments(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
+    lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    tune(TuneArguments(**{**given, **lists}))
     return EXIT_DONE
 
 

@@ -81,7 +81,7 @@ def after_update(loop: Loop, lost: bool) -> None:
     if lost:
         raise EnvironmentFault(
             f"step {loop.step}: out of memory in the optimizer step on rank {', '.join(map(str, where))}, and other ranks have made "
-            "theirs: the weights in memory are lost, and were not saved. Resume from the last checkpoint with settings that need less memory: "
+            "theirs: the weights in memory are lost, and were not saved. Resume from the last checkpoint with what needs less memory: "
             + "; ".join(_remedies(loop.engine.config))
         )
     shrink(loop, loop.step, where)

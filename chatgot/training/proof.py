@@ -128,6 +128,7 @@ class _Step:
     lr: float
     batch: int
     rng: int
+    setup: str
     arrived: torch.cuda.Event | None
 
 
@@ -174,7 +175,7 @@ class Proof:
         Args:
             loss: this rank's, a scalar on the device.
         """
-        done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, None)
+        done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, self.setup_id, None)
         if self.lags:
             done.loss, done.grad_norm = _sent(loss), _sent(done.grad_norm)
             if loss.is_cuda:
@@ -204,7 +205,7 @@ class Proof:
                 grad_norm=None if norm is None else float(norm),
                 lr=done.lr,
                 rng=_hex(halves[2], halves[3]),
-                setup=self.setup_id,
+                setup=done.setup,
             )
             self.journal.digest(done.step, found.to_json())
             if self.overlap is not None:
