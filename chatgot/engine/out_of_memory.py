@@ -54,8 +54,9 @@ class MemoryGuard:
         self._phase = ""
         self._ranks = ControlGroup()
         self._collectives = Collectives.of_process()
-        # After ZeRO-3's own hook, which is older: what it communicates while it records a trace is not counted.
-        engine.module.register_forward_pre_hook(lambda *_: self._collectives.begin())
+        self._hooked = engine.zero_optimization_stage() == 3
+        if self._hooked:  # after ZeRO-3's own hook, which is older: what it communicates while it records a trace is not counted
+            engine.module.register_forward_pre_hook(lambda *_: self._collectives.begin())
         self._watch_optimizer()
 
     def micro_step(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -70,16 +71,20 @@ class MemoryGuard:
                 self._ran_out = self._phase
                 issued = self._collectives.issued
             partial_step.repair(self.engine, then)
-            self._collectives.muted, self._collectives.left_out = True, issued
+            self._collectives.muted, self._collectives.left_out = self._hooked, issued
         token = torch.zeros((1, 1), dtype=torch.long)
         try:
-            return self._forward_backward(token, token)
+            loss = self._forward_backward(token, token)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            self._collectives.muted, self._collectives.left_out = False, 0
             raise EnvironmentFault(
                 f"rank {self._ranks.rank}: out of memory in {self._ran_out}, and again with a batch of one token: {_first_line(error)}"
             ) from error
+        if self._collectives.left_out:
+            raise RuntimeError(f"{self._collectives.left_out} collectives of the abandoned micro-batch had no counterpart")
+        return loss
 
     def _forward_backward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         self._phase = "forward"
