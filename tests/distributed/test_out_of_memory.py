@@ -37,9 +37,10 @@ CONTROLS = ("stage0", "stage3", "stage2, offload")
 def plan_of(folder: Path, text_file: Path) -> list[dict[str, Any]]:
     plan: list[dict[str, Any]] = []
     config = write_run_yaml(folder / "run.yaml", max_steps=STEPS)
+    dropping = write_run_yaml(folder / "dropping.yaml", model={"dropout": 0.1}, max_steps=STEPS)
     longer = write_run_yaml(folder / "longer.yaml", max_steps=STEPS + 1)
 
-    def item(name: str, settings: str, micro: int, out: str | None = None, config: Path = config, **more: Any) -> None:
+    def item(name: str, settings: str, micro: int | str, out: str | None = None, config: Path = config, **more: Any) -> None:
         saving = {"every_steps": None, "every_minutes": None, "keep_best": 0}
         tree = engine_json(**{"batch": 16, "micro": micro, "chatgot": {"checkpoint": saving}, **SETTINGS[settings]})
         path = write_json(folder / f"{len(plan)}.json", tree)
@@ -60,6 +61,13 @@ def plan_of(folder: Path, text_file: Path) -> list[dict[str, Any]]:
         item(settings, settings, 8, inject=SHORTAGES)
     for settings in CONTROLS:
         item(f"{settings} control", settings, 4, inject=SHORTAGES[1:2], control="gradients")
+    for name, micro, more in (
+        ("dropout small", 4, {}),
+        ("dropout", 8, {"inject": SHORTAGES[:1]}),
+        ("dropout control", 8, {"inject": SHORTAGES[:1], "control": "rng"}),
+    ):
+        item(name, "stage1", micro, config=dropping, **more)
+    item("found", "stage1", "auto")
     item("smallest", "stage3", 1, inject=[{"site": "backward", "step": 3, "micro": 2, "size": 1, "rank": 1}])
     item("no update", "stage1", 4, inject=[{"site": "optimizer", "step": 3, "size": 4, "rank": 1}] * 2)
     item("resumed", "stage2", 8, "stage2", longer)
@@ -117,6 +125,16 @@ def test_every_shortage_is_an_event_with_the_setup_of_the_steps_that_follow(runs
 def test_control_gradients_of_the_abandoned_step_that_stay_are_noticed(runs, settings):
     assert runs[f"{settings} control"]["unfired"] == [0, 0]
     assert apart(runs[f"{settings} control"], runs[f"{settings} small"]) > 1e-5
+
+
+def test_the_repeated_step_draws_the_same_random_numbers(runs):
+    assert apart(runs["dropout"], runs["dropout small"]) < 1e-6
+    assert apart(runs["dropout control"], runs["dropout small"]) > 1e-5
+
+
+def test_two_ranks_find_the_micro_batch_that_the_json_leaves_to_memory(runs):
+    assert runs["found"]["exit_codes"] == [0, 0]
+    assert runs["found"]["micro_batches"] == [8, 8]
 
 
 def test_at_micro_batch_1_all_ranks_end_with_exit_6_and_say_what_helps(runs):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from chatgot.checkpoint import rng
 from chatgot.cli import train_parser
 from chatgot.config.errors import ChatGoTError
 from chatgot.data.loader import TrainBatches
@@ -23,7 +24,7 @@ from chatgot.observe.journal import live_metrics, read_journal
 from chatgot.training import run
 
 TRACE: list[list[int]] = []
-_discard, _adamw_step = partial_step.discard, torch.optim.AdamW.step
+_discard, _adamw_step, _restore = partial_step.discard, torch.optim.AdamW.step, rng.restore
 
 
 def record_samples() -> None:
@@ -94,6 +95,7 @@ def keep_gradients(engine: Any) -> None:
 def one(item: dict[str, Any], place: Any) -> dict[str, Any]:
     arguments = train_parser().parse_args(item["argv"])
     partial_step.discard = keep_gradients if item.get("control") == "gradients" else _discard
+    rng.restore = (lambda state: []) if item.get("control") == "rng" else _restore
     shortage = Shortage(item.get("inject", []), place.rank)
     torch.optim.AdamW.step = lambda self, *args, **kwargs: shortage.optimizer_step(self, *args, **kwargs)
     loop = run.prepare_run(
