@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tune.add_argument("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
     tune.add_argument("--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
     tune.add_argument("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
-    tune.add_argument("--micro_batches", type=_count, nargs="+", metavar="N", help="try these only (default: all that make the global batch)")
+    tune.add_argument("--micro_batches", type=_count, nargs="+", metavar="N", help="only these (default: all that make the global batch)")
     tune.add_argument("--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)")
     tune.add_argument("--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)")
     tune.add_argument("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
