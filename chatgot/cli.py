@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chatgot import __version__
 from chatgot.config.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, EnvironmentFault
@@ -157,14 +157,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan.add_argument("--sweep", action="store_true", help="a table of all JSONs in ds_configs/, or in the folder given")
     plan.add_argument("--format", default="text", choices=("text", "json"), help="json: for programs, sizes in bytes (default: text)")
 
-    for command in (prepare, sample, verify, check, plan):
+    tune = commands.add_parser("tune", help="find the micro-batch, recomputation, ZeRO stage and compilation that train fastest and fit")
+    tune.add_argument("deepspeed_config", type=Path, metavar="JSON", help="a DeepSpeed JSON; its global batch stays")
+    tune.add_argument("--config", default="tiny", metavar="NAME|YAML", help="the model: a preset or a run YAML (default: tiny)")
+    tune.add_argument("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
+    tune.add_argument("--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
+    tune.add_argument("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
+    tune.add_argument("--micro_batches", type=_count, nargs="+", metavar="N", help="only these (default: all that make the global batch)")
+    tune.add_argument("--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)")
+    tune.add_argument("--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)")
+    tune.add_argument("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
+    tune.add_argument("--steps", type=_steps, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
+    tune.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+
+    for command in (prepare, sample, verify, check, plan, tune):
         command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         train(argv[1:])
     arguments = parser.parse_args(argv)
-    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify, "check": _check, "plan": _plan}
+    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify, "check": _check, "plan": _plan, "tune": _tune}
     sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
 
 
@@ -227,9 +240,24 @@ def _check(arguments: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    from chatgot.training.tune import TuneArguments, tune
+
+    given = {name: value for name, value in vars(arguments).items() if name in TuneArguments.__dataclass_fields__}
+    lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    tune(TuneArguments(**{**given, **lists}))
+    return EXIT_DONE
+
+
 def _steps(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps from 1 on")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 

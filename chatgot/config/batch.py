@@ -11,6 +11,8 @@ from chatgot.config.findings import Findings
 TOTAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
+TO_BE_FOUND = (1, "found by real steps at the first start; 1 stands for it until then")
+"""For `resolve_batch`, where nobody has looked yet."""
 _LARGEST_ADVISED = 4096
 
 
@@ -23,8 +25,13 @@ class Batch:
     accumulation: int
 
 
-def resolve_batch(values: Values, world_size: int, findings: Findings, derived: Derivations) -> Batch | None:
+def resolve_batch(
+    values: Values, world_size: int, findings: Findings, derived: Derivations, found: tuple[int, str] | None = None
+) -> Batch | None:
     """The three batch numbers as DeepSpeed derives them (runtime/config.py, _set_batch_related_parameters), but never rounded.
+
+    Args:
+        found: a micro-batch that memory allows, and why, for "auto" beside a train_batch_size and no accumulation.
 
     Returns None after an error was found: too few numbers, or numbers that do not fit `world_size` (with three corrections that do).
     """
@@ -32,6 +39,10 @@ def resolve_batch(values: Values, world_size: int, findings: Findings, derived: 
     if any(name in values.spelled and name not in values.given for name in given):
         return None  # mistyped, already noted
     known = {name: value for name, value in given.items() if isinstance(value, int)}
+    if found is not None and given[MICRO] == "auto" and known.keys() == {TOTAL}:
+        known[MICRO] = found[0]
+        given[MICRO], given[ACCUMULATION] = found[0], None
+        derived.add(MICRO, found[0], f'"auto", {found[1]}')
     autos = [name for name, value in given.items() if value == "auto"]
     if (autos and len(known) < 2) or not known.keys() & {TOTAL, MICRO}:
         name = autos[0] if autos else TOTAL

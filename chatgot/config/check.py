@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chatgot.config.batch import TO_BE_FOUND
 from chatgot.config.deepspeed_file import read_document
 from chatgot.config.device import DeviceFacts
 from chatgot.config.effective import Effective, effective
@@ -54,7 +55,7 @@ def check(
         document = read_document(Path(path))
     except ConfigError as error:
         return Report(path, findings_of(error, path), None)
-    seen = inspect(document, path, overrides, world_size=world_size, facts=facts, n_params=n_params)
+    seen = inspect(document, path, overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=TO_BE_FOUND)
     found = sorted(seen.findings.all, key=lambda f: (LEVELS.index(f.level), f.file == OVERRIDE, f.line or 0, f.column or 0))
     return Report(path, tuple(found), seen)
 

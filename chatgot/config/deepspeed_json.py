@@ -88,6 +88,7 @@ def read_engine_config(
     world_size: int,
     facts: DeviceFacts,
     n_params: int | None = None,
+    found_micro_batch: tuple[int, str] | None = None,
 ) -> EngineConfig:
     """Read, check and resolve a DeepSpeed JSON.
 
@@ -98,12 +99,16 @@ def read_engine_config(
         facts: what the device can do.
         n_params: the model's parameter count, from which communication buckets are sized; None leaves them as they stand
             (first reading, before the model is known).
+        found_micro_batch: what train_micro_batch_size_per_gpu "auto" means where the other batch numbers leave it open, and why;
+            None: such a JSON is refused.
 
     Raises:
         ConfigError: the file cannot be read, or all that is wrong with it, one problem per line.
     """
     document = read_document(Path(path))
-    return _engine_config(inspect(document, str(path), overrides, world_size=world_size, facts=facts, n_params=n_params))
+    return _engine_config(
+        inspect(document, str(path), overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=found_micro_batch)
+    )
 
 
 def build_engine_config(
@@ -114,9 +119,12 @@ def build_engine_config(
     world_size: int,
     facts: DeviceFacts,
     n_params: int | None = None,
+    found_micro_batch: tuple[int, str] | None = None,
 ) -> EngineConfig:
     """An EngineConfig from a parsed JSON; `name` is the file's name in messages. See `read_engine_config`."""
-    return _engine_config(inspect(Document(tree), name, overrides, world_size=world_size, facts=facts, n_params=n_params))
+    return _engine_config(
+        inspect(Document(tree), name, overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=found_micro_batch)
+    )
 
 
 def _engine_config(seen: Inspection) -> EngineConfig:

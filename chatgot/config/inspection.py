@@ -49,6 +49,7 @@ def inspect(
     world_size: int,
     facts: DeviceFacts,
     n_params: int | None = None,
+    found_micro_batch: tuple[int, str] | None = None,
 ) -> Inspection:
     """Hold a JSON against all rules. train.py refuses on the errors that are found, `chatgot check` lists everything."""
     source = plain_copy(document.tree)
@@ -60,7 +61,7 @@ def inspect(
     derived = Derivations(values)
 
     _resolve_precision(values, facts, derived)
-    batch = resolve_batch(values, world_size, findings, derived)
+    batch = resolve_batch(values, world_size, findings, derived, found_micro_batch)
     check_all(values, tree, chatgot, facts, world_size, findings)
     _fill_defaults(values, derived)
     _fill_buckets(values, n_params, derived)

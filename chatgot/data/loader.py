@@ -102,7 +102,7 @@ class TrainBatches:
         Added over the ranks it is the global batch's, whatever the number of ranks, micro batch and accumulation.
         """
         self._micro_batch_size = micro_batch_size
-        self._order = order
+        self.order = order
         self._windows = _windows(tokens, order.block_size + 1)
         slots = np.arange(global_batch_size, dtype=np.int64).reshape(self.accumulation, world_size, micro_batch_size)
         self._slots = np.ascontiguousarray(slots[:, rank]).reshape(-1)
@@ -113,12 +113,12 @@ class TrainBatches:
 
     def tokens(self, sample: int) -> np.ndarray:
         """The (T + 1,) tokens of a global sample index."""
-        return self._windows[int(self._order.starts(np.array([sample]))[0])]
+        return self._windows[int(self.order.starts(np.array([sample]))[0])]
 
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
         """The micro-batches of the optimizer step whose global batch is samples first_sample .. first_sample + global_batch_size - 1."""
         indices = self.indices(first_sample)
-        starts = self._order.starts(indices).reshape(self.accumulation, self._micro_batch_size)
+        starts = self.order.starts(indices).reshape(self.accumulation, self._micro_batch_size)
         self.batch_hash = 0
         for rows, numbers in zip(starts, indices.reshape(starts.shape)):
             windows = self._windows[rows]

@@ -13,6 +13,7 @@ from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.errors import ConfigError, NumericsError
 from chatgot.engine import activation_checkpointing, guards, numerics
 from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups, weight_decay
+from chatgot.engine.out_of_memory import MemoryGuard
 from chatgot.model.gpt import GPT
 
 
@@ -24,6 +25,7 @@ class TrainingEngine:
     """The DeepSpeedEngine; untyped, because torch's Module answers any attribute."""
     config: EngineConfig
     base_lrs: list[float]
+    memory: MemoryGuard
     notes: list[str] = field(default_factory=list)
     stage0: guards.Stage0Gradients | None = None
     norms: numerics.LayerNorms | None = None
@@ -42,6 +44,7 @@ class TrainingEngine:
             This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar, detached, on the device.
 
         Raises:
+            RanOut: on all ranks, if one ran out of memory; the step has left no trace but in the random state.
             NumericsError: fp16's loss scale is at its minimum.
         """
         engine = self.engine
@@ -49,12 +52,13 @@ class TrainingEngine:
         if self.norms is not None:
             self.norms.found = None
         for input_ids, targets in micro_batches:
-            loss = engine(input_ids, targets)
-            engine.backward(numerics.poisoned_by(loss))
-            if self.stage0 is not None and engine.is_gradient_accumulation_boundary():
-                self.stage0.before_step()
-            if self.before_step is not None and engine.is_gradient_accumulation_boundary():
-                self.before_step()
+            losses.append(self.memory.micro_step(input_ids, targets))
+            if engine.is_gradient_accumulation_boundary():
+                self.memory.agree()
+                if self.stage0 is not None:
+                    self.stage0.before_step()
+                if self.before_step is not None:
+                    self.before_step()
             try:
                 engine.step()
             except Exception as error:
@@ -64,7 +68,6 @@ class TrainingEngine:
                     f"step {engine.global_steps}: the gradients overflow at the smallest loss scale {self.loss_scale}; "
                     "try bf16, a lower lr, or a lower fp16.min_loss_scale"
                 ) from error
-            losses.append(loss.detach())
         self._watch_skips()
         return torch.stack(losses).mean()
 
@@ -152,8 +155,9 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     if config.chatgot.compile.enabled:
         engine.compile(compile_kwargs={"mode": config.chatgot.compile.mode})
         notes.append(f"torch.compile: on (mode {config.chatgot.compile.mode}); the first steps take longer")
+    memory = MemoryGuard(engine, device)
     stage0 = guards.install(engine, is_muon(config))
-    found = TrainingEngine(engine, config, base_learning_rates(engine.optimizer), notes, stage0)
+    found = TrainingEngine(engine, config, base_learning_rates(engine.optimizer), memory, notes, stage0)
     found.norms = numerics.LayerNorms(engine, stage0, wanted=lambda: not found.searches_scale)
     return found
 

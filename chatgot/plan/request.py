@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chatgot.config.batch import TO_BE_FOUND
 from chatgot.config.deepspeed_file import read_document
 from chatgot.config.deepspeed_json import read_engine_config
 from chatgot.config.errors import ConfigError
@@ -46,6 +47,7 @@ class Request:
             world_size=self.world_size,
             facts=self.device.facts,
             n_params=count_parameters(self.config.model, self.vocab_size),
+            found_micro_batch=TO_BE_FOUND,
         )
         return estimate(self.config.model, self.vocab_size, engine, self.world_size, self.device)
 

@@ -19,12 +19,13 @@ from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.engine.build import TrainingEngine, mean_over_ranks
+from chatgot.engine.out_of_memory import RanOut
 from chatgot.engine.process_group import ControlGroup
 from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import rollback, samples, schedule, skipped
+from chatgot.training import micro_batch, rollback, samples, schedule, skipped
 from chatgot.training.evaluate import Evaluation, evaluate
 from chatgot.training.guard import Guard
 from chatgot.training.memory import MemoryCheck
@@ -86,6 +87,8 @@ class Loop:
     proof: Proof
     memory: MemoryCheck
     guard: Guard
+    json_micro_batch: int
+    """What the JSON says; smaller ones are used after memory has run out."""
     position: Position = field(default_factory=Position)
     stopped_by: str | None = None
     meter: Throughput = field(default_factory=Throughput)
@@ -143,7 +146,12 @@ class Loop:
 
     def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
-        return self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples)
+        memory = self.engine.memory
+        flags = (*flags, memory.retried, memory.lost)
+        *raised, retried, lost = self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples)
+        if retried:
+            micro_batch.after_update(self, lost)
+        return tuple(raised)
 
     def _diverged(self, step: int) -> str | None:
         known, self.proof.losses = self.proof.losses, []
@@ -154,14 +162,16 @@ class Loop:
         scheduled = self.engine.config.chatgot.schedule
         if scheduled is not None:
             self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
-        batches = (
-            (input_ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
-            for input_ids, targets in self.train_batches.micro_batches(self.position.next_sample)
-        )
-        try:
-            loss = self.engine.train_step(batches)
-        except NumericsError as error:  # on all ranks
-            raise rollback.stopped(self, str(error), hint="") from error
+        drawn_so_far = rng.capture()
+        while True:
+            try:
+                loss = self.engine.train_step(self.train_batches.micro_batches(self.position.next_sample))
+                break
+            except RanOut as error:  # on all ranks, as the next one
+                rng.restore(drawn_so_far)
+                micro_batch.shrink(self, self.step + 1, error.where)
+            except NumericsError as error:
+                raise rollback.stopped(self, str(error), hint="") from error
         self.position.next_sample += self.train_batches.global_batch_size
         return loss
 
@@ -313,6 +323,7 @@ class Loop:
             "guard": self.guard.state(self.engine.skips_in_a_row),
             "best_val_loss": self.position.best_val_loss,
             "last_val": self.position.last_val,
+            "micro_batch": {"json": self.json_micro_batch, "used": self.engine.config.micro_batch_size},
             "rng": self.ranks.gather(rng.capture()),
             "parameter_groups": parameter_groups(self.engine.engine),
         }

@@ -129,6 +129,7 @@ class _Step:
     batch: int
     rng: int
     offset: int
+    setup: str
     arrived: torch.cuda.Event | None
 
 
@@ -147,11 +148,23 @@ class Proof:
         """Rank 0's, with the id of the setup; both are set before the first step."""
         self.losses: list[tuple[int, float]] = []
         """(step, loss as in its digest) of the steps whose losses have become known, on every rank; the guard takes them."""
+        self.describe: Callable[[EngineConfig], Setup] | None = None
+        """Rank 0's: the setup of this start with these settings."""
         self._ranks = ranks
         self.lags = device.type == "cuda"
         """Whether a digest follows one step after its own."""
         self._late: _Step | None = None
         self._rng = 0
+
+    def settings_changed(self, config: EngineConfig) -> Setup | None:
+        """From the coming step on it trains with these; rank 0's setup, for an event."""
+        if self.describe is None:
+            return None
+        now = self.describe(config)
+        self.setup_id = now.id
+        if self.overlap is not None:
+            self.overlap.settings_changed(now)
+        return now
 
     def begin_step(self) -> None:
         """Before anything of the step draws a random number."""
@@ -166,7 +179,7 @@ class Proof:
             loss: this rank's, a scalar on the device.
             offset: of the digest.
         """
-        done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, offset, None)
+        done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, offset, self.setup_id, None)
         if self.lags:
             done.loss, done.grad_norm = _sent(loss), _sent(done.grad_norm)
             if loss.is_cuda:
@@ -198,7 +211,7 @@ class Proof:
                 grad_norm=None if norm is None else float(norm),
                 lr=done.lr,
                 rng=_hex(halves[2], halves[3]),
-                setup=self.setup_id,
+                setup=done.setup,
                 offset=done.offset,
             )
             self.journal.digest(done.step, found.to_json())
@@ -231,7 +244,9 @@ class Overlap:
         self.difference: tuple[int, digest.Difference] | None = None
         self._event = event
         self._say = say
-        self._terms = {name: digest.terms(known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}}
+        self._known = known
+        self._terms: dict[str, digest.Terms] = {}
+        self.settings_changed(now)
         self._used: dict[str, digest.Terms] = {}
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
         self._open = True
@@ -242,6 +257,10 @@ class Overlap:
         elif not self.compares_anything:
             why = _describe(self._terms)
             self._nothing(f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: {why}")
+
+    def settings_changed(self, now: Setup) -> None:
+        """The coming steps are compared as those of this setup."""
+        self._terms = {name: digest.terms(self._known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}}
 
     @property
     def exact(self) -> bool:

@@ -18,9 +18,12 @@ from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
 from chatgot.checkpoint.retention import expected_bytes
 from chatgot.checkpoint.save import Saver
+from chatgot.config.batch import TO_BE_FOUND
+from chatgot.config.deepspeed_file import plain_copy, read_document
 from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
+from chatgot.config.device import DeviceFacts
 from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError, DataError
-from chatgot.config.overrides import parse_overrides
+from chatgot.config.overrides import apply_overrides, parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.data.prepare import prepare_cached
@@ -34,11 +37,12 @@ from chatgot.model.flops import Precision, flops_per_token
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters
 from chatgot.observe import digest
+from chatgot.observe.digest import Setup
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import run_folder, run_lock, samples, schedule
+from chatgot.training import finder, micro_batch, run_folder, run_lock, samples, schedule
 from chatgot.training.guard import Guard
 from chatgot.training.loop import Loop, Records
 from chatgot.training.memory import check_memory
@@ -134,10 +138,17 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     config = load_run_config(arguments.config, run_overrides)
     facts = device_facts()
 
-    def read(n_params: int | None) -> EngineConfig:
-        return read_engine_config(arguments.deepspeed_config, ds_overrides, world_size=place.world_size, facts=facts, n_params=n_params)
+    def read(n_params: int | None, found_micro_batch: tuple[int, str]) -> EngineConfig:
+        return read_engine_config(
+            arguments.deepspeed_config,
+            ds_overrides,
+            world_size=place.world_size,
+            facts=facts,
+            n_params=n_params,
+            found_micro_batch=found_micro_batch,
+        )
 
-    read(None)  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
+    read(None, TO_BE_FOUND)  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
     device = join(place, facts.kind)
     ranks = ControlGroup()
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
@@ -146,7 +157,8 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
     data = _prepare_data(arguments.data, config, place, ranks, progress)
     n_params = count_parameters(config.model, data.tokenizer.vocab_size)
-    engine_config = read(n_params)
+    answer = _find_micro_batch(arguments, ds_overrides, config, data, facts, place, ranks, progress)
+    engine_config = read(n_params, (answer.micro_batch, answer.reason) if answer is not None else TO_BE_FOUND)
     model = GPT(config.model, data.tokenizer.vocab_size)
     fields = manifest_fields(model, config, engine_config, data, place.world_size)
     found, allowed = _choose_checkpoint(arguments, fields, ranks, progress)
@@ -167,6 +179,13 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     load_notes = [f"{CHANGED}{one}" for one in allowed] + load_notes
     if client_state is not None and any(one.field == "data" for one in allowed):
         client_state = {**client_state, "best_val_loss": None, "last_val": {}}  # of another validation split
+    json_micro_batch = engine_config.micro_batch_size
+    micro_notes = micro_batch.carry_on(engine, client_state, place.world_size)
+    if engine.config is not engine_config:
+        engine_config = engine.config
+        train_batches = TrainBatches(
+            data.train, order, engine_config.train_batch_size, engine_config.micro_batch_size, place.rank, place.world_size
+        )
 
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
@@ -178,6 +197,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         data=data,
         train_batches=train_batches,
         eval_batches=EvalBatches(data.val, block, engine_config.micro_batch_size, place.rank, place.world_size),
+        json_micro_batch=json_micro_batch,
         ranks=ranks,
         records=records,
         out_dir=arguments.out_dir,
@@ -206,9 +226,11 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     resume_notes = loop.restore(client_state) if client_state is not None else []
     disk_notes = _check_disk(loop)
     _open_records(loop, arguments, found, place, [note.removeprefix(CHANGED) for note in load_notes])
+    if answer is not None and place.rank == 0:
+        answer.store(arguments.out_dir)
     if checked is not None:
         records.event("precision_check", **checked.to_json())
-    for note in (*engine_config.notes, precision_note, *engine.notes, *prompt_notes, *load_notes, *resume_notes):
+    for note in (*engine_config.notes, precision_note, *engine.notes, *prompt_notes, *load_notes, *micro_notes, *resume_notes):
         progress.say(note)
     _announce(loop, arguments, found, n_params, disk_notes)
     return loop
@@ -261,6 +283,25 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
     return data
 
 
+def _find_micro_batch(
+    arguments: TrainArguments,
+    overrides: dict[str, Any],
+    config: RunConfig,
+    data: PreparedData,
+    facts: DeviceFacts,
+    place: Place,
+    ranks: ControlGroup,
+    progress: Progress,
+) -> finder.Answer | None:
+    """Where the JSON leaves it to memory. Collective."""
+    tree = read_document(Path(arguments.deepspeed_config)).tree
+    if not finder.wants_probe(apply_overrides(plain_copy(tree), overrides)):
+        return None
+    model = dataclasses.asdict(config.model)
+    name = facts.name or facts.kind
+    return finder.find(tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks, progress.say)
+
+
 def _choose_checkpoint(
     arguments: TrainArguments, fields: dict[str, Any], ranks: ControlGroup, progress: Progress
 ) -> tuple[Found | None, list[Difference]]:
@@ -309,16 +350,20 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
     run, say = config.to_dict(), loop.records.progress.say
     changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
-    now = setup(
-        config,
-        engine_config,
-        loop.data.fingerprint,
-        place.world_size,
-        device_name(loop.device),
-        deterministic(loop.device),
-        versions(),
-        [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
-    )
+
+    def describe(engine_config: EngineConfig) -> Setup:
+        return setup(
+            config,
+            engine_config,
+            loop.data.fingerprint,
+            place.world_size,
+            device_name(loop.device),
+            deterministic(loop.device),
+            versions(),
+            [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
+        )
+
+    now = describe(engine_config)
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,
@@ -354,7 +399,7 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         precision=engine_config.precision,
         setup=now.to_json(),
     )
-    loop.proof.journal, loop.proof.setup_id = loop.records.journal, now.id
+    loop.proof.journal, loop.proof.setup_id, loop.proof.describe = loop.records.journal, now.id, describe
     if known is not None:
         loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say, loop.position.skipped_samples)
 

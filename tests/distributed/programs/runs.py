@@ -30,7 +30,7 @@ def record_samples() -> None:
 
     def indices(self, first_sample):
         found = original(self, first_sample)
-        TRACE.append([int(i) for i in self._order.starts(found)])
+        TRACE.append([int(i) for i in self.order.starts(found)])
         return found
 
     TrainBatches.indices = indices
