@@ -28,8 +28,7 @@ def poisoned(world_size: int) -> dict[str, dict[str, Any]]:
             found[f"fp32 stage {stage} loss, no clipping"] = {"kind": "loss", "json": {"stage": stage, "gradient_clipping": 0.0, **common}}
         for precision in ("fp32", "bf16") if stage else ("fp32",):
             for kind in ("gradient", "activation", "loss alone"):
-                if kind == "gradient" or precision == "bf16" or stage in (0, 3):
-                    found[f"{precision} stage {stage} {kind}"] = {"kind": kind, "json": {"stage": stage, "precision": precision, **common}}
+                found[f"{precision} stage {stage} {kind}"] = {"kind": kind, "json": {"stage": stage, "precision": precision, **common}}
         found[f"fp32 stage {stage} gradient Muon"] = {
             "kind": "gradient",
             "json": {"stage": stage, "optimizer": MUON, **common},
