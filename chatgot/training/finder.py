@@ -15,7 +15,8 @@ from chatgot.config.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.config.errors import EnvironmentFault
 from chatgot.config.overrides import apply_overrides
 from chatgot.engine.environment import Place
-from chatgot.engine.process_group import ControlGroup
+from chatgot.engine.process_group import ControlGroup, device_facts
+from chatgot.training.forecast import Forecast, this_device
 from chatgot.training.probe import OUTSIDE, Outcome, Probes, Task
 
 MARGIN = 0.05
@@ -108,17 +109,19 @@ def find(
         return known
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     probes = Probes((place.rank,), place.world_size, MARGIN, address, place.local_rank, ranks.gather)
-    return search(tree, model, vocab_size, place.world_size, probes, say, key)
+    smallest = min(ranks.gather(this_device(device_facts())), key=lambda one: one.memory)  # the same on all ranks: they probe together
+    return search(tree, probes, Forecast(model, vocab_size, place.world_size, smallest), say, key)
 
 
-def search(
-    tree: dict[str, Any], model: dict[str, Any], vocab_size: int, world_size: int, probes: Probes, say: Callable[[str], None], key: str
-) -> Answer:
-    """Probe until the largest micro-batch that fits is known. See `find`."""
+def search(tree: dict[str, Any], probes: Probes, forecast: Forecast, say: Callable[[str], None], key: str) -> Answer:
+    """Probe until the largest micro-batch that fits is known; what is beyond the plan is not probed. See `find`."""
+    model, world_size = forecast.model, forecast.world_size
     tried: dict[int, Outcome] = {}
 
     def fits(micro: int) -> bool:
-        outcome = probes.run(Task(probe_tree(tree, micro, world_size), model, vocab_size))
+        probe = probe_tree(tree, micro, world_size)
+        beyond = forecast.beyond(probe)
+        outcome = Outcome(False, beyond) if beyond else probes.run(Task(probe, model, forecast.vocab_size))
         tried[micro] = outcome
         verdict = f"fits, {outcome.peak_bytes / 2**30:.2f} of {outcome.limit_bytes / 2**30:.2f} GiB" if outcome.fits else outcome.reason
         say(f"micro-batch {micro}: {verdict}")

@@ -1,7 +1,7 @@
 """`chatgot tune`: which micro-batch, activation checkpointing, ZeRO stage and compilation train fastest within the memory that there is.
 
-Every row of the table is a real run of a few steps in processes of its own (training/probe.py). What a row would cost in memory can be
-foretold some day; `variants` is where such a forecast would leave rows out.
+Every row of the table is a real run of a few steps in processes of its own (training/probe.py), but for those that the memory plan puts far
+beyond the device.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import check_block_size
 from chatgot.engine.process_group import device_facts
 from chatgot.training.finder import MARGIN, candidates, largest_that_fits
+from chatgot.training.forecast import Forecast, this_device
 from chatgot.training.probe import OUTSIDE, Outcome, Probes, Task
 
 SECTION = "activation_checkpointing"
@@ -101,6 +102,7 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
                 f"{', '.join(map(str, sizes))}"
             )
         sizes = sorted(set(arguments.micro_batches))
+    forecast = Forecast(model, vocab_size, arguments.world_size, this_device(facts))
     rows: list[Row] = []
     for stage, recomputed, compiled, variant in variants(tree, arguments, facts):
         refusal = _refusal(variant, sizes[0], arguments, facts)
@@ -111,7 +113,9 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
 
         def measured(micro: int, kind: tuple[int, str, str] = (stage, recomputed, compiled), tree: dict[str, Any] = variant) -> bool:
             run = {key: value for key, value in _with_micro_batch(tree, micro).items() if key not in OUTSIDE}
-            rows.append(Row(*kind, micro, probes.run(Task(run, model, vocab_size, arguments.steps)), tree))
+            beyond = forecast.beyond(run)
+            outcome = Outcome(False, beyond) if beyond else probes.run(Task(run, model, vocab_size, arguments.steps))
+            rows.append(Row(*kind, micro, outcome, tree))
             say(" | ".join(rows[-1].cells()))
             return rows[-1].outcome.fits
 

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatgot.config.device import DeviceFacts
 from chatgot.config.errors import EnvironmentFault
 from chatgot.config.run import ModelConfig
 from chatgot.training import finder
 from chatgot.training.finder import candidates, largest_that_fits
+from chatgot.training.forecast import Forecast, this_device
 from chatgot.training.probe import Probes, Task
 from tests.support import TINY_MODEL, engine_json, write_json, write_run_yaml
 from tests.training import in_process
@@ -58,10 +60,35 @@ def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit):
     fitting = [size for size, outcome in every.items() if outcome.fits]
     assert fitting in ([1], [1, 3], [1, 3, 9]), every  # the limit is one, and not for everything
     lines: list[str] = []
-    answer = finder.search(tree, MODEL, VOCABULARY, 1, probes, lines.append, "key")
+    answer = finder.search(tree, probes, forecast(1), lines.append, "key")
     assert answer.micro_batch == max(fitting)
     assert "ran out of memory" in answer.reason
     assert torch.ones(60 * LOGITS // 4).shape == (60 * LOGITS // 4,)  # here nothing is limited, and nothing broken
+
+
+def forecast(world_size: int, memory: int | None = None) -> Forecast:
+    device = this_device(DeviceFacts("cpu", bf16=True, fp16=False))
+    return Forecast(MODEL, VOCABULARY, world_size, dataclasses.replace(device, memory=memory) if memory else device)
+
+
+def test_what_the_plan_puts_far_beyond_the_memory_is_not_probed():
+    tree = {**engine_json(batch=TOTAL), "train_micro_batch_size_per_gpu": "auto"}
+    started = []
+
+    class Counted(Probes):
+        def run(self, task):
+            started.append(task.tree["train_micro_batch_size_per_gpu"])
+            return super().run(task)
+
+    fitting = Counted((0,), 1, 0.0, program=("-m", "tests.training.programs.fake_probe", "fits"))
+    lines: list[str] = []
+    answer = finder.search(tree, fitting, forecast(1, memory=20 * LOGITS), lines.append, "key")
+    assert answer.micro_batch == max(started) == 9, "27 samples have 27 logits, and their gradients"
+    assert "27 does not (not tried: chatgot plan says " in answer.reason
+    started.clear()
+    with pytest.raises(EnvironmentFault, match="not even one sample of 128 tokens fits \\(not tried: chatgot plan says"):
+        finder.search(tree, fitting, forecast(1, memory=1_000_000), lines.append, "key")
+    assert started == []
 
 
 def probes_of(how: str) -> Probes:
@@ -71,7 +98,7 @@ def probes_of(how: str) -> Probes:
 @pytest.mark.parametrize(("how", "why"), [("killed", "rank 1 was killed"), ("told", "rank 1 ran out of memory")])
 def test_the_smallest_of_all_ranks_answers_counts(how, why):
     tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
-    answer = finder.search(tree, MODEL, VOCABULARY, 2, probes_of(how), lambda line: None, "key")
+    answer = finder.search(tree, probes_of(how), forecast(2), lambda line: None, "key")
     assert answer.micro_batch == 3
     assert f"9 does not ({why}" in answer.reason
 
@@ -79,7 +106,7 @@ def test_the_smallest_of_all_ranks_answers_counts(how, why):
 def test_a_margin_must_stay_free():
     tree = {**engine_json(batch=6), "train_micro_batch_size_per_gpu": "auto"}
     probes = dataclasses.replace(probes_of("told"), margin=0.75)
-    answer = finder.search(tree, MODEL, VOCABULARY, 2, probes, lambda line: None, "key")
+    answer = finder.search(tree, probes, forecast(2), lambda line: None, "key")
     assert answer.micro_batch == 1
     assert "3 does not (leaves less than 75% free" in answer.reason
 
@@ -87,7 +114,7 @@ def test_a_margin_must_stay_free():
 def test_another_failure_of_a_probe_is_no_want_of_memory():
     tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
     with pytest.raises(EnvironmentFault, match=r"(?s)rank . of a probe ended with 1, not for want of memory"):
-        finder.search(tree, MODEL, VOCABULARY, 2, probes_of("broken"), lambda line: None, "key")
+        finder.search(tree, probes_of("broken"), forecast(2), lambda line: None, "key")
 
 
 def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(tmp_path, text_file, monkeypatch, capsys):
