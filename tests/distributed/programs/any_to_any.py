@@ -30,6 +30,7 @@ from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
 from chatgot.engine.environment import Place, find_place
 from chatgot.engine.process_group import ControlGroup, device_facts, join
 from chatgot.model.gpt import GPT
+from chatgot.training.run import leave
 from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json
@@ -212,6 +213,7 @@ def main() -> None:
         results[name] = load(item, Path(plan["folder"]) / "loads" / name, place, device)
     if place.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    leave()
 
 
 if __name__ == "__main__":
