@@ -167,12 +167,13 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     model.init_weights(config.train.seed)
     block = config.model.max_seq_length
     order = DataOrder(len(data.train), block, config.train.seed)
-    train_batches = TrainBatches(
-        data.train, order, engine_config.train_batch_size, engine_config.micro_batch_size, place.rank, place.world_size
-    )
+
+    def batches(config: EngineConfig) -> TrainBatches:
+        return TrainBatches(data.train, order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+
     checked, precision_note = None, "precision check: skipped on a resume, whose weights are loaded after the engine is built"
     if found is None:
-        first = next(train_batches.micro_batches(0))
+        first = next(batches(engine_config).micro_batches(0))
         checked, precision_note = check_precision(model, engine_config, *first, device, ranks)
     engine = build(model, engine_config, device)
     client_state, load_notes = resume(engine.engine, found, fields, ranks) if found is not None else (None, [])
@@ -181,11 +182,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         client_state = {**client_state, "best_val_loss": None, "last_val": {}}  # of another validation split
     json_micro_batch = engine_config.micro_batch_size
     micro_notes = micro_batch.carry_on(engine, client_state, place.world_size)
-    if engine.config is not engine_config:
-        engine_config = engine.config
-        train_batches = TrainBatches(
-            data.train, order, engine_config.train_batch_size, engine_config.micro_batch_size, place.rank, place.world_size
-        )
+    engine_config = engine.config
 
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
@@ -195,7 +192,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         engine=engine,
         config=config,
         data=data,
-        train_batches=train_batches,
+        train_batches=batches(engine_config),
         eval_batches=EvalBatches(data.val, block, engine_config.micro_batch_size, place.rank, place.world_size),
         json_micro_batch=json_micro_batch,
         ranks=ranks,
