@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from chatgot import __version__
-from chatgot.config.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, EnvironmentFault
+from chatgot.config.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    ChatGoTError,
+    EnvironmentFault,
+)
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
   ds.optimizer.params.lr=3e-4  ds.chatgot.checkpoint.keep_last=5  the DeepSpeed JSON
 
-exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 interrupted and saved"""
+exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 interrupted and
+saved"""
 
 
 class _RankParser(argparse.ArgumentParser):
@@ -38,8 +46,12 @@ def train_parser() -> argparse.ArgumentParser:
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="how it is run: a DeepSpeed JSON, see ds_configs/")
-    parser.add_argument("--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)")
+    parser.add_argument(
+        "--deepspeed_config", required=True, metavar="JSON", help="how it is run: a DeepSpeed JSON, see ds_configs/"
+    )
+    parser.add_argument(
+        "--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)"
+    )
     parser.add_argument(
         "--data",
         default="wars_of_the_roses",
@@ -62,7 +74,9 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run_name", help="name on the dashboard (default: the run folder's name)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers")
-    parser.add_argument("--deepspeed", action="store_true", help="accepted from stock command lines; the engine is always DeepSpeed's")
+    parser.add_argument(
+        "--deepspeed", action="store_true", help="accepted from stock command lines; the engine is always DeepSpeed's"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, see below")
     return parser
 
@@ -94,8 +108,9 @@ def train(argv: Sequence[str] | None = None) -> None:
 
     code = guarded(program, arguments.debug)
     if code not in (EXIT_DONE, EXIT_INTERRUPTED) and os.environ.get("WORLD_SIZE", "1") != "1":
-        # The process group is still joined. Torn down by the interpreter while other ranks go away, gloo's threads abort it (SIGABRT)
-        # in place of the exit code, and NCCL waits for the others; destroying the group needs all ranks, which an error does not have.
+        # The process group is still joined. Torn down by the interpreter while other ranks go away, gloo's threads
+        # abort it (SIGABRT) in place of the exit code, and NCCL waits for the others; destroying the group needs all
+        # ranks, which an error does not have.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -104,7 +119,9 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The `chatgot` command."""
-    parser = argparse.ArgumentParser(prog="chatgot", description="Train a GPT on your own text with DeepSpeed, and use it.")
+    parser = argparse.ArgumentParser(
+        prog="chatgot", description="Train a GPT on your own text with DeepSpeed, and use it."
+    )
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -113,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare = commands.add_parser("prepare", help="turn text into tokens on disk")
     prepare.add_argument("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
     prepare.add_argument("--out", required=True, type=Path, help="the prepared folder, for --data")
-    prepare.add_argument("--config", default="tiny", metavar="NAME|YAML", help="its data section says how (default: tiny)")
+    prepare.add_argument(
+        "--config", default="tiny", metavar="NAME|YAML", help="its data section says how (default: tiny)"
+    )
     prepare.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
     sample = commands.add_parser("sample", help="draw text from a run folder")
@@ -127,47 +146,111 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample.add_argument("--num_samples", type=int, default=1, help="continuations to draw (default: 1)")
     sample.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     sample.add_argument("--tag", help="checkpoint to use (default: the newest)")
-    sample.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+    sample.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one"
+    )
 
     check = commands.add_parser("check", help="say everything about a DeepSpeed JSON before anything runs")
     check.add_argument("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON")
-    check.add_argument("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
-    check.add_argument("--vocab_size", type=int, help="of the model in --config (default: the bpe tokenizer's, else 256)")
+    check.add_argument(
+        "--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes"
+    )
+    check.add_argument(
+        "--vocab_size", type=int, help="of the model in --config (default: the bpe tokenizer's, else 256)"
+    )
     check.add_argument("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
-    check.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="what the run will have (default: this machine's)")
-    check.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, as after train.py's flags")
+    check.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+        help="what the run will have (default: this machine's)",
+    )
+    check.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides, as after train.py's flags",
+    )
     check.add_argument("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
     check.add_argument("--effective", action="store_true", help="print every value in use and where it comes from")
-    check.add_argument("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
+    check.add_argument(
+        "--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON"
+    )
 
-    verify = commands.add_parser("verify", help="check a run folder: every checkpoint's files, and that the journal is whole")
+    verify = commands.add_parser(
+        "verify", help="check a run folder: every checkpoint's files, and that the journal is whole"
+    )
     verify.add_argument("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
     verify.add_argument(
-        "--replay", type=_steps, metavar="K", help="train K steps from a checkpoint again and compare them with the journal"
+        "--replay",
+        type=_steps,
+        metavar="K",
+        help="train K steps from a checkpoint again and compare them with the journal",
     )
-    verify.add_argument("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
+    verify.add_argument(
+        "--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)"
+    )
 
     plan = commands.add_parser("plan", help="memory, speed and checkpoint size of a run, before it starts")
-    plan.add_argument("deepspeed_config", nargs="?", type=Path, metavar="JSON", help="how it is run; with --sweep a folder")
-    plan.add_argument("--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)")
+    plan.add_argument(
+        "deepspeed_config", nargs="?", type=Path, metavar="JSON", help="how it is run; with --sweep a folder"
+    )
+    plan.add_argument(
+        "--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)"
+    )
     plan.add_argument("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
-    plan.add_argument("--device", default="h200", metavar="NAME|BYTES", help="h200, a100-80, rtx4090, ..., cpu, or 24GiB (default: h200)")
-    plan.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as train.py takes them")
-    plan.add_argument("--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)")
-    plan.add_argument("--sweep", action="store_true", help="a table of all JSONs in ds_configs/, or in the folder given")
-    plan.add_argument("--format", default="text", choices=("text", "json"), help="json: for programs, sizes in bytes (default: text)")
+    plan.add_argument(
+        "--device",
+        default="h200",
+        metavar="NAME|BYTES",
+        help="h200, a100-80, rtx4090, ..., cpu, or 24GiB (default: h200)",
+    )
+    plan.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as train.py takes them"
+    )
+    plan.add_argument(
+        "--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)"
+    )
+    plan.add_argument(
+        "--sweep", action="store_true", help="a table of all JSONs in ds_configs/, or in the folder given"
+    )
+    plan.add_argument(
+        "--format", default="text", choices=("text", "json"), help="json: for programs, sizes in bytes (default: text)"
+    )
 
-    tune = commands.add_parser("tune", help="find the micro-batch, recomputation, ZeRO stage and compilation that train fastest and fit")
+    tune = commands.add_parser(
+        "tune", help="find the micro-batch, recomputation, ZeRO stage and compilation that train fastest and fit"
+    )
     tune.add_argument("deepspeed_config", type=Path, metavar="JSON", help="a DeepSpeed JSON; its global batch stays")
-    tune.add_argument("--config", default="tiny", metavar="NAME|YAML", help="the model: a preset or a run YAML (default: tiny)")
-    tune.add_argument("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
-    tune.add_argument("--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
+    tune.add_argument(
+        "--config", default="tiny", metavar="NAME|YAML", help="the model: a preset or a run YAML (default: tiny)"
+    )
+    tune.add_argument(
+        "--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters"
+    )
+    tune.add_argument(
+        "--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)"
+    )
     tune.add_argument("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
-    tune.add_argument("--micro_batches", type=_count, nargs="+", metavar="N", help="only these (default: all that make the global batch)")
-    tune.add_argument("--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)")
-    tune.add_argument("--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)")
+    tune.add_argument(
+        "--micro_batches",
+        type=_count,
+        nargs="+",
+        metavar="N",
+        help="only these (default: all that make the global batch)",
+    )
+    tune.add_argument(
+        "--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)"
+    )
+    tune.add_argument(
+        "--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)"
+    )
     tune.add_argument("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
-    tune.add_argument("--steps", type=_steps, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
+    tune.add_argument(
+        "--steps", type=_steps, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)"
+    )
     tune.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
     for command in (prepare, sample, verify, check, plan, tune):
@@ -177,7 +260,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[:1] == ["train"]:
         train(argv[1:])
     arguments = parser.parse_args(argv)
-    programs = {"prepare": _prepare, "sample": _sample, "verify": _verify, "check": _check, "plan": _plan, "tune": _tune}
+    programs = {
+        "prepare": _prepare,
+        "sample": _sample,
+        "verify": _verify,
+        "check": _check,
+        "plan": _plan,
+        "tune": _tune,
+    }
     sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
 
 
@@ -215,7 +305,9 @@ def _check(arguments: argparse.Namespace) -> int:
         print(explain(arguments.explain))
         return EXIT_DONE
     if arguments.json is None:
-        raise ConfigError("chatgot check: give a DeepSpeed JSON, for example ds_configs/bf16_zero1.json; or --explain KEY")
+        raise ConfigError(
+            "chatgot check: give a DeepSpeed JSON, for example ds_configs/bf16_zero1.json; or --explain KEY"
+        )
     if arguments.world_size < 1 or (arguments.vocab_size is not None and arguments.vocab_size < 1):
         raise ConfigError("chatgot check: --world_size and --vocab_size are whole numbers >= 1")
     run_overrides, ds_overrides, refused, n_params = {}, {}, (), None

@@ -19,7 +19,9 @@ SUITES = {
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measure ChatGoT.",
-        epilog="suites: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()) + ". What follows belongs to the suite.",
+        epilog="suites: "
+        + "; ".join(f"{name}: {what}" for name, what in SUITES.items())
+        + ". What follows belongs to the suite.",
     )
     parser.add_argument("--suite", required=True, choices=list(SUITES))
     arguments, rest = parser.parse_known_args()

@@ -1,4 +1,6 @@
-"""deepspeed launch/train.py --deepspeed_config ds_configs/bf16_zero2.json --config tiny --data my.txt --out_dir runs/a"""
+"""deepspeed launch/train.py --deepspeed_config ds_configs/bf16_zero2.json --config tiny --data my.txt --out_dir
+runs/a
+"""
 
 import sys
 from pathlib import Path

@@ -16,7 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-_SENTENCE = "the night is dark and full of terrors winter came for house after house with fire ice crown sword raven wolf"
+_SENTENCE = (
+    "the night is dark and full of terrors winter came for house after house with fire ice crown sword raven wolf"
+)
 WORDS = tuple(_SENTENCE.split(" "))
 
 TINY_MODEL = {
@@ -76,7 +78,12 @@ def engine_json(
     **top_level: Any,
 ) -> dict[str, Any]:
     """A DeepSpeed JSON of the kind that ds_configs/ ships, small."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": 50_000,
+        "allgather_bucket_size": 50_000,
+    }
     if stage == 3:
         # Otherwise every small parameter would stay whole on every rank, and nothing would be gathered.
         zero.update(
@@ -94,7 +101,10 @@ def engine_json(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_clipping": 1.0,
         "optimizer": optimizer
-        or {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True}},
+        or {
+            "type": "AdamW",
+            "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True},
+        },
         "zero_optimization": zero,
         "chatgot": {
             "schedule": {"type": "cosine", "warmup_steps": 2, "min_lr_ratio": 0.1},
@@ -148,12 +158,20 @@ def run_ranks(
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
         # Files and not pipes: a pipe that nobody reads yet would stop its rank, and with it all the others.
-        logs = [[files.enter_context(open(Path(folder) / f"{rank}.{k}", "w+")) for k in ("out", "err")] for rank in range(world_size)]
+        logs = [
+            [files.enter_context(open(Path(folder) / f"{rank}.{k}", "w+")) for k in ("out", "err")]
+            for rank in range(world_size)
+        ]
         processes = [
             subprocess.Popen(
                 [sys.executable, *program],
                 env=environment(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(world_size),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                    **env,
                 ),
                 cwd=ROOT,
                 stdout=logs[rank][0],
@@ -179,6 +197,9 @@ def run_ranks(
     if late or (check and any(p.returncode for p in done)):
         raise AssertionError(
             f"{program}: {'did not end in time' if late else 'failed'}\n"
-            + "\n".join(f"--- rank {i} ended with {p.returncode}\n{p.stdout[-3000:]}\n{p.stderr[-6000:]}" for i, p in enumerate(done))
+            + "\n".join(
+                f"--- rank {i} ended with {p.returncode}\n{p.stdout[-3000:]}\n{p.stderr[-6000:]}"
+                for i, p in enumerate(done)
+            )
         )
     return done

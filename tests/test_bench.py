@@ -24,8 +24,20 @@ RECOMPUTED = (
 def act_ckpt(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = write_text(tmp_path_factory.mktemp("bench") / "text.txt")
     shape = ["--layers", "6", "--d_model", "64", "--max_seq_length", "64", "--batch", "4"]
-    command = [sys.executable, "launch/bench.py", "--suite", "act_ckpt", *shape, "--turns", "1", "--turn_seconds", "0.001"]
-    done = subprocess.run([*command, "--data", str(text)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    command = [
+        sys.executable,
+        "launch/bench.py",
+        "--suite",
+        "act_ckpt",
+        *shape,
+        "--turns",
+        "1",
+        "--turn_seconds",
+        "0.001",
+    ]
+    done = subprocess.run(
+        [*command, "--data", str(text)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -33,7 +45,9 @@ def act_ckpt(tmp_path_factory: pytest.TempPathFactory) -> str:
 def cells(table: str) -> dict[tuple[str, str], list[float]]:
     """Kept MiB, kept / off, peak MiB, peak / off, by architecture and what is recomputed."""
     rows = [
-        [cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines() if line.startswith(("| modern", "| gpt2"))
+        [cell.strip() for cell in line.strip("|\n ").split("|")]
+        for line in table.splitlines()
+        if line.startswith(("| modern", "| gpt2"))
     ]
     return {(row[0], row[1]): [float(cell) for cell in row[2:6]] for row in rows}
 
@@ -53,8 +67,12 @@ def test_act_ckpt_measures_what_every_way_to_recompute_saves(act_ckpt: str, arch
             assert inputs <= kept, name
             assert kept_ratio <= 0.4, name
             assert peak_ratio < 0.85, name
-    assert len({row[0] for name, row in rows.items() if "every layer" in name or "_" in name}) == 1  # wherever the inputs are kept
+    assert (
+        len({row[0] for name, row in rows.items() if "every layer" in name or "_" in name}) == 1
+    )  # wherever the inputs are kept
 
 
 def test_act_ckpt_says_what_it_left_out_and_why(act_ckpt: str):
-    assert "left out: deepspeed, cpu_checkpointing: DeepSpeed's cpu_checkpointing fails on the CPU accelerator" in act_ckpt
+    assert (
+        "left out: deepspeed, cpu_checkpointing: DeepSpeed's cpu_checkpointing fails on the CPU accelerator" in act_ckpt
+    )

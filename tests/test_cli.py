@@ -44,7 +44,9 @@ except SystemExit as end:
     assert end.code in (0, None), end.code
     print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stderr == "[]\n"
     assert done.stdout.startswith("usage: ")
 
@@ -76,11 +78,15 @@ def test_version_and_help_end_with_0(capsys):
     assert capsys.readouterr().out == f"chatgot {__version__}\n"
     assert exit_code(cli.train, "--help") == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("--resume_from", "auto|must|never|PATH[@TAG]", "ds.optimizer.params.lr", "75 interrupted"))
+    assert all(
+        word in text
+        for word in ("--resume_from", "auto|must|never|PATH[@TAG]", "ds.optimizer.params.lr", "75 interrupted")
+    )
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NumericsError, 5), (EnvironmentFault, 6)]
+    ("error", "code"),
+    [(ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NumericsError, 5), (EnvironmentFault, 6)],
 )
 def test_every_refusal_has_its_exit_code_and_one_message(error, code, capsys):
     def program() -> int:
@@ -113,7 +119,12 @@ def test_programming_errors_are_not_dressed_up():
 
 def test_prepare_takes_overrides_among_its_texts(tmp_path: Path, text_file, capsys):
     out = tmp_path / "prepared"
-    assert exit_code(cli.main, "prepare", str(text_file), "data.tokenizer=byte", "model.max_seq_length=32", "--out", str(out)) == 0
+    assert (
+        exit_code(
+            cli.main, "prepare", str(text_file), "data.tokenizer=byte", "model.max_seq_length=32", "--out", str(out)
+        )
+        == 0
+    )
     assert f"--data {out}" in capsys.readouterr().out
     assert '"byte"' in (out / "tokenizer.json").read_text()
     assert exit_code(cli.main, "prepare", str(tmp_path / "none.txt"), "--out", str(tmp_path / "p")) == 3

@@ -1,12 +1,14 @@
 """What activation checkpointing saves and costs: bytes kept for the backward pass, peak memory of a step, step time.
 
-Every variant is a run of its own (prepare_run, a DeepSpeed engine, the loop). All of them take turns in one process, so that the
-machine's drift hits all alike; the step time is given as the median of the ratios to `off` in the same turn.
+Every variant is a run of its own (prepare_run, a DeepSpeed engine, the loop). All of them take turns in one process, so
+that the machine's drift hits all alike; the step time is given as the median of the ratios to `off` in the same turn.
 
-kept: bytes of the tensors that stand on the device between forward and backward, each storage once, parameters not counted: those that
-    autograd saves (torch.autograd.graph.saved_tensors_hooks) and those that DeepSpeed's checkpoint() holds beside the graph.
-peak: most bytes allocated at one time in a step, above what stands between two steps. CUDA: max_memory_allocated. CPU: the allocations
-    and frees that torch.profiler sees in a step, summed in order of time; torch's own tensors, no scratch memory of libraries.
+kept: bytes of the tensors that stand on the device between forward and backward, each storage once, parameters not
+    counted: those that autograd saves (torch.autograd.graph.saved_tensors_hooks) and those that DeepSpeed's
+        checkpoint() holds beside the graph.
+peak: most bytes allocated at one time in a step, above what stands between two steps. CUDA: max_memory_allocated. CPU:
+    the allocations and frees that torch.profiler sees in a step, summed in order of time; torch's own tensors, no
+    scratch memory of libraries.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class Side:
 def main(argv: list[str] | None = None) -> int:
     """Print the table of BENCHMARKS.md."""
     parser = argparse.ArgumentParser(
-        prog="launch/bench.py --suite act_ckpt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="launch/bench.py --suite act_ckpt",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--layers", type=int, default=6, help="(default: 6)")
@@ -104,16 +108,22 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler reports every start and stop on stderr otherwise
     place, kind = find_place(), device_facts().kind
-    chosen = {name: extra for name, extra in variants(arguments.layers).items() if kind == "cuda" or not cuda_only(extra)}
+    chosen = {
+        name: extra for name, extra in variants(arguments.layers).items() if kind == "cuda" or not cuda_only(extra)
+    }
     print(describe_machine())
     print(
-        f"{arguments.layers} layers x {arguments.d_model}, {arguments.batch} x {arguments.max_seq_length} tokens a step, "
+        f"{arguments.layers} layers x {arguments.d_model}, {arguments.batch} x {arguments.max_seq_length} tokens a "
+        f"step, "
         f"{arguments.precision}, ZeRO stage {arguments.stage}, {arguments.turns} turns"
     )
     for name in variants(arguments.layers):
         if name not in chosen:
             print(f"left out: {name}: DeepSpeed's cpu_checkpointing fails on the CPU accelerator, it needs CUDA")
-    print("| architecture | recomputed | kept MiB | kept / off | peak MiB | peak / off | ms/step | time / off | 10 % .. 90 % |")
+    print(
+        "| architecture | recomputed | kept MiB | kept / off | peak MiB | peak / off | ms/step | time / off | 10 % .. "
+        "90 % |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for architecture in arguments.architectures:
         with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +177,9 @@ def start(architecture: str, extra: dict[str, Any], arguments: argparse.Namespac
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     (folder / "engine.json").write_text(json.dumps(engine))
     loop = prepare_run(
-        TrainArguments(str(folder / "engine.json"), folder / "run", config=str(folder / "run.yaml"), data=arguments.data),
+        TrainArguments(
+            str(folder / "engine.json"), folder / "run", config=str(folder / "run.yaml"), data=arguments.data
+        ),
         place,
         progress=Progress(10**6, stream=open(folder / "log.txt", "w")),  # noqa: SIM115 - lives as long as the loop
     )
@@ -196,7 +208,9 @@ def kept_bytes(side: Side) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         # Asked at every tensor: under ZeRO-3 a parameter has its storage only while its module runs.
-        if tensor.device == side.loop.device and storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in module.parameters()}:
+        if tensor.device == side.loop.device and storage.data_ptr() not in {
+            p.untyped_storage().data_ptr() for p in module.parameters()
+        }:
             storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
         return tensor
 
@@ -216,7 +230,8 @@ def kept_bytes(side: Side) -> int:
 def beside_the_graph(loss: Tensor) -> Iterator[Tensor]:
     """Inputs that DeepSpeed's checkpoint() keeps as attributes of its nodes, where no saved-tensor hook sees them.
 
-    deepspeed/runtime/activation_checkpointing/checkpointing.py: CheckpointFunction.forward; the partition and CPU modes move an
+    deepspeed/runtime/activation_checkpointing/checkpointing.py: CheckpointFunction.forward; the partition and CPU modes
+        move an
     input's contents to its attribute saved_data.
     """
     waiting, seen = [loss.grad_fn], set()

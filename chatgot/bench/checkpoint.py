@@ -1,6 +1,8 @@
-"""What a checkpoint costs: saving and loading against torch alone and the disk alone, and for how long training stands still.
+"""What a checkpoint costs: saving and loading against torch alone and the disk alone, and for how long training stands
+still.
 
-Every round measures each of them once, one after the other, so that the machine's drift hits all; the figures are medians.
+Every round measures each of them once, one after the other, so that the machine's drift hits all; the figures are
+medians.
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ QUIET = (
 def main(argv: list[str] | None = None) -> int:
     """Print the table of BENCHMARKS.md."""
     parser = argparse.ArgumentParser(prog="launch/bench.py --suite checkpoint", description=__doc__)
-    parser.add_argument("--config", default="chatgot_small_14M_clean", help="preset or run YAML (default: the 14 M one)")
+    parser.add_argument(
+        "--config", default="chatgot_small_14M_clean", help="preset or run YAML (default: the 14 M one)"
+    )
     parser.add_argument("--deepspeed_config", default="ds_configs/fp32_zero0.json")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=2, help="steps per round that the step time is taken of (default: 2)")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="steps per round that the step time is taken of (default: 2)"
+    )
     parser.add_argument("--data", default="wars_of_the_roses")
     parser.add_argument("--dir", help="a folder on the disk to measure (default: the system's temporary folder)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -59,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 overrides=(*QUIET, *arguments.overrides),
             ),
             place,
-            progress=Progress(10**6, stream=open(Path(folder) / "log.txt", "w")),  # noqa: SIM115 - lives as long as the loop
+            progress=Progress(10**6, stream=open(Path(folder) / "log.txt", "w")),  # noqa: SIM115
         )
         print(describe_machine())
         measured, size = measure(loop, Path(folder), arguments.rounds, arguments.steps)
@@ -72,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 def measure(loop: Loop, folder: Path, rounds: int, steps_a_round: int) -> tuple[dict[str, list[float]], int]:
     """Seconds by what was measured, in the order of the rounds, and the bytes of a checkpoint."""
     savers = {
-        name: Saver(folder / name, CheckpointConfig(keep_best=0, async_=name == "async"), loop.ranks) for name in ("at once", "async")
+        name: Saver(folder / name, CheckpointConfig(keep_best=0, async_=name == "async"), loop.ranks)
+        for name in ("at once", "async")
     }
     steps = loop.steps()
     for _ in range(2):
@@ -100,8 +107,12 @@ def _at_once(loop: Loop, saver: Saver, folder: Path) -> dict[str, float]:
     names = [name for name in manifest.listed(found.path) if name.endswith(".pt")]
     states = {name: pickles.read(found.path / name) for name in names}
     sizes = [(found.path / name).stat().st_size for name in names]
-    times["torch.save and fsync"] = _timed(lambda: [_save(folder / f"raw-{name}", state) for name, state in states.items()])
-    times["the disk alone"] = _timed(lambda: [_write(folder / f"bytes-{index}", size) for index, size in enumerate(sizes)])
+    times["torch.save and fsync"] = _timed(
+        lambda: [_save(folder / f"raw-{name}", state) for name, state in states.items()]
+    )
+    times["the disk alone"] = _timed(
+        lambda: [_write(folder / f"bytes-{index}", size) for index, size in enumerate(sizes)]
+    )
     times["hashing"] = _timed(lambda: [manifest.measure(found.path / name) for name in manifest.listed(found.path)])
     times["torch.load"] = _timed(lambda: [pickles.read(folder / f"raw-{name}") for name in names])
     times["load: verify"] = _timed(lambda: find(found.folder, found.tag))
@@ -132,7 +143,10 @@ def report(seconds: dict[str, list[float]], size: int) -> None:
     for name, values in seconds.items():
         rate = "" if "step" in name or "stall" in name else f"{size / 1e6 / median[name]:.0f}"
         share = f"{100 * median[name] / median['step']:.1f} %"
-        print(f"| {name} | {1000 * median[name]:.0f} | {1000 * min(values):.0f} .. {1000 * max(values):.0f} | {rate} | {share} |")
+        print(
+            f"| {name} | {1000 * median[name]:.0f} | {1000 * min(values):.0f} .. {1000 * max(values):.0f} | {rate} | "
+            f"{share} |"
+        )
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))

@@ -1,7 +1,8 @@
-"""What `chatgot plan` predicts of a run's memory, against what the run takes: one process per configuration, three optimizer steps.
+"""What `chatgot plan` predicts of a run's memory, against what the run takes: one process per configuration, three
+optimizer steps.
 
-On a GPU the figure is the peak of PyTorch's allocator. On a CPU, which has no such counter, the shapes are made tiny, and only the model
-states are compared, by their live tensors.
+On a GPU the figure is the peak of PyTorch's allocator. On a CPU, which has no such counter, the shapes are made tiny,
+and only the model states are compared, by their live tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Case:
     @property
     def name(self) -> str:
         """For tables and test ids."""
-        return " ".join([self.config, self.deepspeed, f"micro {self.micro}", *(word.removeprefix("ds.") for word in self.overrides)])
+        return " ".join(
+            [self.config, self.deepspeed, f"micro {self.micro}", *(word.removeprefix("ds.") for word in self.overrides)]
+        )
 
     def words(self) -> list[str]:
         """All overrides."""
@@ -75,8 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table of BENCHMARKS.md."""
     parser = argparse.ArgumentParser(prog="launch/bench.py --suite plan", description=__doc__)
     every = range(len(GRID))
-    parser.add_argument("--cases", nargs="+", type=int, default=list(every), choices=every, metavar="I", help="numbers in the grid")
-    parser.add_argument("--one", type=int, choices=every, metavar="I", help="measure this one here, and print it as JSON")
+    parser.add_argument(
+        "--cases", nargs="+", type=int, default=list(every), choices=every, metavar="I", help="numbers in the grid"
+    )
+    parser.add_argument(
+        "--one", type=int, choices=every, metavar="I", help="measure this one here, and print it as JSON"
+    )
     arguments = parser.parse_args(argv)
     if arguments.one is not None:
         print(json.dumps(measure(GRID[arguments.one])))
@@ -128,13 +135,17 @@ def measure(case: Case) -> dict[str, Any]:
     if facts.kind == "cpu":
         shape = dataclasses.replace(shape, d_model=48, n_head=4, n_layers=2, d_hid=96, max_seq_length=32)
     device = join(find_place(), facts.kind)
-    config = read_engine_config(path, request.overrides, world_size=1, facts=facts, n_params=count_parameters(shape, case.vocab_size))
+    config = read_engine_config(
+        path, request.overrides, world_size=1, facts=facts, n_params=count_parameters(shape, case.vocab_size)
+    )
     model = GPT(shape, case.vocab_size)
     model.init_weights(0)
     engine = build(model, config, device)
     check = check_memory(shape, case.vocab_size, engine, 1, facts, device)
     for _ in range(STEPS):
-        ids = torch.randint(case.vocab_size, (config.accumulation, config.micro_batch_size, shape.max_seq_length), device=device)
+        ids = torch.randint(
+            case.vocab_size, (config.accumulation, config.micro_batch_size, shape.max_seq_length), device=device
+        )
         engine.train_step((row, row) for row in ids)
     if facts.kind == "cuda":
         what, predicted, measured = "peak in use", check.plan.peak, torch.cuda.max_memory_allocated()

@@ -1,4 +1,6 @@
-"""How fast text becomes tokens: `prepare` against the usual recipe `[stoi[c] for c in text]`, each in its own process."""
+"""How fast text becomes tokens: `prepare` against the usual recipe `[stoi[c] for c in text]`, each in its own
+process.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare generated ASCII text with every method and print CPU time, speed and peak memory as a markdown table."""
     parser = argparse.ArgumentParser(prog="bench prepare", description=main.__doc__)
     parser.add_argument("--megabytes", type=int, default=100, help="size of the generated text (default: 100)")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each method, interleaved; the fastest counts (default: 2)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="runs of each method, interleaved; the fastest counts (default: 2)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated text")
     parser.add_argument("--measure", nargs=3, metavar=("METHOD", "TEXT", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -38,17 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command = [sys.executable, "-m", "chatgot.bench.prepare", "--measure", method, str(text), str(out)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 results[method].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{size / 1e6:.0f} MB of ASCII, Python {platform.python_version()}, {platform.machine()}, best of {args.rounds}\n")
+    print(
+        f"{size / 1e6:.0f} MB of ASCII, Python {platform.python_version()}, {platform.machine()}, best of "
+        f"{args.rounds}\n"
+    )
     print("| method | CPU s | MB/s of CPU time | wall s | peak RSS MB |")
     print("|---|---|---|---|---|")
     for method, runs in results.items():
         best = min(runs, key=lambda r: r["cpu_s"])
-        print(f"| {method} | {best['cpu_s']:.2f} | {size / 1e6 / best['cpu_s']:.0f} | {best['wall_s']:.2f} | {best['peak_rss_mb']:.0f} |")
+        print(
+            f"| {method} | {best['cpu_s']:.2f} | {size / 1e6 / best['cpu_s']:.0f} | {best['wall_s']:.2f} | "
+            f"{best['peak_rss_mb']:.0f} |"
+        )
     return 0
 
 
 def generate(path: Path, size: int, seed: int) -> int:
-    """Write about `size` bytes of drama-like ASCII: pages of random sentences, drawn again and again in another order. Returns the size."""
+    """Write about `size` bytes of drama-like ASCII: pages of random sentences, drawn again and again in another order.
+    Returns the size.
+    """
     rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkqjxz", k=rng.randint(1, 9))) for _ in range(3000)]
     lines = []

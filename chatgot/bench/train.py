@@ -1,7 +1,8 @@
 """How much of a hand-written loop's speed the whole program keeps.
 
-The program (DeepSpeed engine, guards, loop, journal, progress) and a plain PyTorch loop of the same model take turns in one process, a
-few steps each, so that the machine's drift hits both; the figure is the median of the ratios of neighbouring turns.
+The program (DeepSpeed engine, guards, loop, journal, progress) and a plain PyTorch loop of the same model take turns in
+one process, a few steps each, so that the machine's drift hits both; the figure is the median of the ratios of
+neighbouring turns.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 row = compare(shape, stage, arguments, Path(folder), place)
             times = f"{row.plain_ms:.1f} | {row.program_ms:.1f}"
-            print(f"| {row.shape} | {row.stage} | {times} | {row.ratio:.3f} | {row.low:.3f} .. {row.high:.3f} |", flush=True)
+            print(
+                f"| {row.shape} | {row.stage} | {times} | {row.ratio:.3f} | {row.low:.3f} .. {row.high:.3f} |",
+                flush=True,
+            )
     leave()
     return 0
 
@@ -144,7 +148,9 @@ def _program(shape: str, stage: int, arguments: argparse.Namespace, folder: Path
 
 
 def plain_steps(loop: Loop, precision: str) -> Iterator[None]:
-    """The loop that a person would write by hand for one device: the same model, data, fused AdamW, clipping and schedule."""
+    """The loop that a person would write by hand for one device: the same model, data, fused AdamW, clipping and
+    schedule.
+    """
     config: ModelConfig = loop.config.model
     model = GPT(config, loop.data.tokenizer.vocab_size)
     model.init_weights(loop.config.train.seed)

@@ -2,9 +2,10 @@
 
     CHATGOT_FAULT=save:N:KIND[:RANK]
 
-At the N-th file operation of saving (counted from 1 over all saves of the process) on rank RANK (default 0; `all`: each at its own N-th):
-`kill9` (the process is gone), `sigstop` (it hangs), `enospc` and `eio` (the operation fails as on a full or broken disk), `delay=SECONDS`.
-`save:0:list[:RANK]` harms nothing and prints the operations with their numbers on stderr.
+At the N-th file operation of saving (counted from 1 over all saves of the process) on rank RANK (default 0; `all`: each
+at its own N-th): `kill9` (the process is gone), `sigstop` (it hangs), `enospc` and `eio` (the operation fails as on a
+full or broken disk), `delay=SECONDS`. `save:0:list[:RANK]` harms nothing and prints the operations with their numbers
+on stderr.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from chatgot.config.errors import ConfigError
 
 VARIABLE = "CHATGOT_FAULT"
-_FORM = re.compile(r"save:(?P<number>\d+):(?P<kind>kill9|sigstop|enospc|eio|list|delay=(?P<seconds>\d+(\.\d+)?))(:(?P<rank>\d+|all))?")
+_FORM = re.compile(
+    r"save:(?P<number>\d+):(?P<kind>kill9|sigstop|enospc|eio|list|delay=(?P<seconds>\d+(\.\d+)?))(:(?P<rank>\d+|all))?"
+)
 
 
 @dataclass
@@ -49,7 +52,10 @@ def arm(rank: int) -> str | None:
         return None
     match = _FORM.fullmatch(text)
     if match is None:
-        raise ConfigError(f"{VARIABLE}={text}: must be save:N:kill9|sigstop|enospc|eio|delay=SECONDS|list[:RANK|:all]; unset it to train")
+        raise ConfigError(
+            f"{VARIABLE}={text}: must be save:N:kill9|sigstop|enospc|eio|delay=SECONDS|list[:RANK|:all]; unset it to "
+            f"train"
+        )
     if match["rank"] in ("all", str(rank)) or (match["rank"] is None and rank == 0):
         _rehearsal = Rehearsal(int(match["number"]), match["kind"].partition("=")[0], float(match["seconds"] or 0))
     return f"rehearsal: {VARIABLE}={text}"

@@ -1,4 +1,6 @@
-"""A checkpoint with values that are not finite is worth nothing, and would push one that is worth something out of its folder."""
+"""A checkpoint with values that are not finite is worth nothing, and would push one that is worth something out of its
+folder.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def refuse_non_finite(engine: Any, ranks: Ranks) -> None:
         bad = next(name for name, tensor in named if not bool(torch.isfinite(tensor).all()))
     error = None
     if bad is not None:
-        error = NumericsError(f"step {engine.global_steps}: {bad} has values that are not finite, and such a state is never saved")
+        error = NumericsError(
+            f"step {engine.global_steps}: {bad} has values that are not finite, and such a state is never saved"
+        )
     ranks.agree(error)
 
 

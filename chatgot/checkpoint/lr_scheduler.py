@@ -15,9 +15,9 @@ def moved(engine: Any) -> set[str]:
 def go_on(engine: Any) -> None:
     """Bring a new engine's scheduler, if it has one, to the step that the engine has been brought to.
 
-    It is stepped as often as the optimizer has been. Its saved state is not used: torch's schedulers keep the JSON's numbers in it, so
-    that it would undo a change of them, and go on from the optimizer's rate, which is the JSON's after a resume; DeepSpeed's own set the
-    rate only after the next step.
+    It is stepped as often as the optimizer has been. Its saved state is not used: torch's schedulers keep the JSON's
+    numbers in it, so that it would undo a change of them, and go on from the optimizer's rate, which is the JSON's
+    after a resume; DeepSpeed's own set the rate only after the next step.
     """
     if engine.lr_scheduler is None:
         return

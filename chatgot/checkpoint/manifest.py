@@ -27,7 +27,9 @@ MUST_MATCH: dict[str, str | None] = {
     "train": "--allow_data_change",
     "train_batch_size": "--allow_batch_change",
 }
-"""Fields of the manifest that a resumed run must share with its checkpoint -> the switch of train.py that lets them differ, if any."""
+"""Fields of the manifest that a resumed run must share with its checkpoint -> the switch of train.py that lets them
+differ, if any.
+"""
 
 HASHING_THREADS = 4
 """Files that are hashed at once; hashlib lets other threads run meanwhile."""
@@ -50,7 +52,9 @@ class Difference:
 
 
 def parameter_fingerprint(named_shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
-    """sha256 over the ordered (name, shape) list: DeepSpeed's flat buffers are positional, so order is part of the format."""
+    """sha256 over the ordered (name, shape) list: DeepSpeed's flat buffers are positional, so order is part of the
+    format.
+    """
     text = "\n".join(f"{name} {tuple(shape)}" for name, shape in named_shapes)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -82,18 +86,22 @@ def read(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: is a symbolic link; a checkpoint's files are its own")
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {NAME}: the checkpoint is incomplete, or was not written by ChatGoT") from None
+        raise CheckpointError(
+            f"{folder}: no {NAME}: the checkpoint is incomplete, or was not written by ChatGoT"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
         raise CheckpointError(f"{path}: not a manifest (no format_version)")
     if fields["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {fields['format_version']}, this ChatGoT reads up to {FORMAT_VERSION}; install the newer ChatGoT"
+            f"{path}: format version {fields['format_version']}, this ChatGoT reads up to {FORMAT_VERSION}; install "
+            f"the newer ChatGoT"
         )
     if fields["format_version"] < FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {fields['format_version']} has no hashes, so that nobody can tell whether the files are whole; "
+            f"{path}: format version {fields['format_version']} has no hashes, so that nobody can tell whether the "
+            f"files are whole; "
             f"this ChatGoT reads version {FORMAT_VERSION}"
         )
     if fields.pop("sha256", None) != _digest(fields):
@@ -120,13 +128,15 @@ def measure(path: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, fields: dict[str, Any], contents: bool = True) -> None:
-    """Compare every file of a checkpoint with its manifest: names and sizes first, because they cost nothing, then the contents.
+    """Compare every file of a checkpoint with its manifest: names and sizes first, because they cost nothing, then the
+    contents.
 
     Args:
         contents: whether to read the files; False compares names and sizes only.
 
     Raises:
-        CheckpointError: naming the first file that is missing, not listed, a link, of another size, or of other contents.
+        CheckpointError: naming the first file that is missing, not listed, a link, of another size, or of other
+            contents.
     """
     files = fields.get("files")
     if not isinstance(files, dict) or not files:
@@ -159,18 +169,24 @@ def verify(folder: Path, fields: dict[str, Any], contents: bool = True) -> None:
             except OSError as error:
                 raise CheckpointError(f"file {name}: cannot be read: {error}") from error
             if found != (expected := files[name]["sha256"]):
-                raise CheckpointError(f"file {name}: its contents have changed (sha256 {found[:12]}…, not {expected[:12]}…)")
+                raise CheckpointError(
+                    f"file {name}: its contents have changed (sha256 {found[:12]}…, not {expected[:12]}…)"
+                )
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], fields: Iterable[str]) -> list[Difference]:
-    """What differs in the given fields between a checkpoint's manifest and another one; fields with keys are compared key by key."""
+    """What differs in the given fields between a checkpoint's manifest and another one; fields with keys are compared
+    key by key.
+    """
     found = []
     for field in fields:
         before, after = saved.get(field), now.get(field)
         if isinstance(before, dict) and isinstance(after, dict):
-            pairs = {f"{field}.{key}": (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
+            pairs = {
+                f"{field}.{key}": (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())
+            }
         else:
             pairs = {field: (before, after)}
         found += [Difference(field, name, _shown(a), _shown(b)) for name, (a, b) in pairs.items() if a != b]

@@ -1,4 +1,6 @@
-"""Reading a checkpoint's pickles without running code: tensors, plain containers and the few classes below, nothing else."""
+"""Reading a checkpoint's pickles without running code: tensors, plain containers and the few classes below, nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Within it every torch.load is restricted, also those of DeepSpeed, which ask for the opposite (weights_only=False).
+    """Within it every torch.load is restricted, also those of DeepSpeed, which ask for the opposite
+    (weights_only=False).
 
-    torch's own switch for that is an environment variable (torch/serialization.py, load). The classes are those that DeepSpeed 0.19.8
-    puts into its optimizer files; none of them does anything when it is made.
+    torch's own switch for that is an environment variable (torch/serialization.py, load). The classes are those that
+    DeepSpeed 0.19.8 puts into its optimizer files; none of them does anything when it is made.
     """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -37,10 +40,11 @@ def weights_only() -> Iterator[None]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One file of a checkpoint. Its tensors are on the CPU and memory-mapped: their elements are read from the file when they are used.
+    """One file of a checkpoint. Its tensors are on the CPU and memory-mapped: their elements are read from the file
+    when they are used.
 
-    Only torch's zip format can be mapped; with checkpoint.checkpoint_serialization = false in the JSON, DeepSpeed writes the older one,
-    which is read as a whole.
+    Only torch's zip format can be mapped; with checkpoint.checkpoint_serialization = false in the JSON, DeepSpeed
+    writes the older one, which is read as a whole.
     """
     import torch
 

@@ -1,6 +1,8 @@
-"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and precision wrote it.
+"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and
+precision wrote it.
 
-Only the layout is read here: the elements stay in the memory-mapped files until somebody asks a StoredTensor for a range of them.
+Only the layout is read here: the elements stay in the memory-mapped files until somebody asks a StoredTensor for a
+range of them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class PortableState:
     parameters: dict[str, PortableParameter]
     """By name, each tied weight once."""
     groups: list[dict[str, Any]]
-    """Hyper-parameters of the optimizer's parameter groups; empty where zero_optimization.elastic_checkpoint did not keep them."""
+    """Hyper-parameters of the optimizer's parameter groups; empty where zero_optimization.elastic_checkpoint did not
+    keep them.
+    """
     buffers: dict[str, torch.Tensor]
     tied: dict[str, str]
     """Other names of parameters in the model's state dict: name -> the parameter's."""
@@ -60,7 +64,8 @@ def read_portable(found: Found) -> PortableState:
     """Open every file of a checkpoint and find each parameter's pieces in them.
 
     Raises:
-        CheckpointError: a file is missing, cannot be read, or does not fit the others: the pieces must be all elements, each once.
+        CheckpointError: a file is missing, cannot be read, or does not fit the others: the pieces must be all elements,
+            each once.
     """
     try:
         return _read_portable(found)
@@ -80,9 +85,13 @@ def _read_portable(found: Found) -> PortableState:
         paths = sorted(found.path.glob("*_optim_states.pt"), key=_rank)
         if [_rank(path) for path in paths] != list(range(model["dp_world_size"])):
             names = ", ".join(path.name for path in paths) or "none"
-            raise CheckpointError(f"{found.path}: {model['dp_world_size']} optimizer shards are needed, there are: {names}")
+            raise CheckpointError(
+                f"{found.path}: {model['dp_world_size']} optimizer shards are needed, there are: {names}"
+            )
         shards = [pickles.read(path)["optimizer_state_dict"] for path in paths]
-        parameters, groups = (_stage_3 if "fp32_flat_groups" in shards[0] else _flat_groups)(found, model["param_shapes"], shards)
+        parameters, groups = (_stage_3 if "fp32_flat_groups" in shards[0] else _flat_groups)(
+            found, model["param_shapes"], shards
+        )
         loss_scaler = _loss_scaler(shards[0].get("loss_scaler"))
     buffers = {name: model["module"][name] for name in model.get("buffer_names") or [] if name in model["module"]}
     shared = model.get("shared_params")
@@ -100,13 +109,16 @@ def _read_portable(found: Found) -> PortableState:
 
 
 def _without_zero(found: Found, model: dict[str, Any]) -> tuple[dict[str, PortableParameter], list[dict[str, Any]]]:
-    """Stage 0: torch's own state dict. It knows parameters by number only, so their names come from the client state."""
+    """Stage 0: torch's own state dict. It knows parameters by number only, so their names come from the client
+    state.
+    """
     names = model.get("chatgot", {}).get("parameter_groups")
     states, groups = model["optimizer"]["state"], _hyper_parameters(model["optimizer"]["param_groups"])
     numbers = [group["params"] for group in model["optimizer"]["param_groups"]]
     if names is None or [len(group) for group in names] != [len(group) for group in numbers]:
         raise CheckpointError(
-            f"{found.path}: does not say which parameters its optimizer's groups hold; it can be resumed with the same settings only"
+            f"{found.path}: does not say which parameters its optimizer's groups hold; it can be resumed with the "
+            f"same settings only"
         )
     parameters = {}
     for index, (group, members) in enumerate(zip(names, numbers)):
@@ -120,14 +132,22 @@ def _without_zero(found: Found, model: dict[str, Any]) -> tuple[dict[str, Portab
     return parameters, groups
 
 
-def _tied(module: dict[str, torch.Tensor], parameters: dict[str, PortableParameter], buffers: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Without ZeRO DeepSpeed does not list the names of tied weights; they are the names left over, with the values of a parameter."""
+def _tied(
+    module: dict[str, torch.Tensor], parameters: dict[str, PortableParameter], buffers: dict[str, torch.Tensor]
+) -> dict[str, str]:
+    """Without ZeRO DeepSpeed does not list the names of tied weights; they are the names left over, with the values of
+    a parameter.
+    """
     tied = {}
     for name in module.keys() - parameters.keys() - buffers.keys():
         copy, alike = module[name], [p for p in parameters if module[p].shape == module[name].shape]
-        same = [p for p in alike if module[p].data_ptr() == copy.data_ptr()] or [p for p in alike if torch.equal(module[p], copy)]
+        same = [p for p in alike if module[p].data_ptr() == copy.data_ptr()] or [
+            p for p in alike if torch.equal(module[p], copy)
+        ]
         if not same:
-            raise ValueError(f"{name}: neither a parameter of the optimizer, nor a buffer, nor another name of a parameter")
+            raise ValueError(
+                f"{name}: neither a parameter of the optimizer, nor a buffer, nor another name of a parameter"
+            )
         tied[name] = same[0]
     return tied
 
@@ -215,7 +235,9 @@ def _assemble(
     hyper_parameters: dict[str, Any],
     cuts_of: Callable[[str], list[list[Fragment]]],
 ) -> None:
-    """Add the parameters of one flat tensor, of which every rank has a part in `masters` and the same of the optimizer's in `states`."""
+    """Add the parameters of one flat tensor, of which every rank has a part in `masters` and the same of the
+    optimizer's in `states`.
+    """
     first = next((state for state in states if state), {})
     tensors = {"": join(shapes, cuts, cuts, masters)}
     for key in sorted({key for state in states for key, value in state.items() if not _is_scalar(value)}):
@@ -234,7 +256,9 @@ def _base_groups(shard: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _base_state(shard: dict[str, Any], group: int) -> dict[str, Any]:
-    """The optimizer's state for a flat group; zero_optimization.elastic_checkpoint stores a list of them instead of a state dict."""
+    """The optimizer's state for a flat group; zero_optimization.elastic_checkpoint stores a list of them instead of a
+    state dict.
+    """
     base = shard["base_optimizer_state"]
     if isinstance(base, dict):
         return base["state"].get(group, {})
@@ -251,7 +275,11 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _scalars(state: dict[str, Any], group: dict[str, Any]) -> dict[str, float | int]:
-    found = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in state.items() if _is_scalar(value)}
+    found = {
+        key: value.item() if isinstance(value, torch.Tensor) else value
+        for key, value in state.items()
+        if _is_scalar(value)
+    }
     if state and "step" not in found and "step" in group:
         found["step"] = group["step"]
     return {key: value for key, value in found.items() if isinstance(value, (int, float))}

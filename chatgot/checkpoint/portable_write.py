@@ -15,7 +15,9 @@ from chatgot.checkpoint.ranks import Ranks
 from chatgot.checkpoint.shards import Fragment, cut_each, cut_group, whole
 from chatgot.config.errors import CheckpointError
 
-NOT_COMPARED = frozenset(["params", "step", "name", "fused", "foreach", "capturable", "differentiable", "_ds_source_param_group_id"])
+NOT_COMPARED = frozenset(
+    ["params", "step", "name", "fused", "foreach", "capturable", "differentiable", "_ds_source_param_group_id"]
+)
 """Keys of an optimizer group that do not change what is computed."""
 
 
@@ -34,7 +36,9 @@ class Owned:
 
 
 def parameter_groups(engine: Any) -> list[list[str]]:
-    """Names of the parameters in every group of an optimizer without ZeRO, whose state dict only numbers them; [] with ZeRO."""
+    """Names of the parameters in every group of an optimizer without ZeRO, whose state dict only numbers them; [] with
+    ZeRO.
+    """
     if engine.zero_optimization():
         return []
     names = _names(engine)
@@ -47,7 +51,8 @@ def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
     The optimizer's hyper-parameters stay those of the engine; `hyper_parameter_changes` names what differs.
 
     Raises:
-        CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state is not in memory.
+        CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state
+            is not in memory.
     """
     error = None
     owned = list(owned_pieces(engine))
@@ -69,7 +74,11 @@ def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
             if name in state.buffers:
                 buffer.copy_(state.buffers[name])
     _refresh_16_bit_copies(engine)
-    engine.global_steps, engine.skipped_steps, engine.global_samples = state.global_steps, state.skipped_steps, state.global_samples
+    engine.global_steps, engine.skipped_steps, engine.global_samples = (
+        state.global_steps,
+        state.skipped_steps,
+        state.global_samples,
+    )
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and scaler.dynamic and state.loss_scaler is not None:
         for key in LOSS_SCALER_FIELDS:
@@ -78,7 +87,9 @@ def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
 
 
 def hyper_parameter_changes(engine: Any, state: PortableState) -> list[str]:
-    """One line per hyper-parameter of a parameter's group that is not the checkpoint's. Groups are matched by their parameters."""
+    """One line per hyper-parameter of a parameter's group that is not the checkpoint's. Groups are matched by their
+    parameters.
+    """
     found: dict[str, None] = {}
     names = _names(engine)
     for group, members in zip(*_groups(engine)):
@@ -116,16 +127,27 @@ def _groups(engine: Any) -> tuple[list[dict[str, Any]], list[list[torch.nn.Param
 
 
 def _check(engine: Any, state: PortableState) -> None:
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters() if p.requires_grad}
+    shapes = {
+        name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters() if p.requires_grad
+    }
     theirs = {name: tuple(parameter.weight.shape) for name, parameter in state.parameters.items()}
     if shapes != theirs:
         name = next(n for n in sorted(shapes.keys() | theirs.keys()) if shapes.get(n) != theirs.get(n))
-        raise CheckpointError(f"parameter {name}: shape {theirs.get(name)} in the checkpoint, {shapes.get(name)} in this run's model")
+        raise CheckpointError(
+            f"parameter {name}: shape {theirs.get(name)} in the checkpoint, {shapes.get(name)} in this run's model"
+        )
     zero = engine.optimizer
     if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
-        raise CheckpointError("offloading to NVMe: a checkpoint of other settings cannot be resumed into it; offload to the CPU first")
-    if getattr(zero, "offload_optimizer", False) and any(device != "cpu" for device in zero.subgroup_to_device.values()):
-        raise CheckpointError("zero_optimization.offload_optimizer.ratio below 1: a checkpoint of other settings cannot be resumed into it")
+        raise CheckpointError(
+            "offloading to NVMe: a checkpoint of other settings cannot be resumed into it; offload to the CPU first"
+        )
+    if getattr(zero, "offload_optimizer", False) and any(
+        device != "cpu" for device in zero.subgroup_to_device.values()
+    ):
+        raise CheckpointError(
+            "zero_optimization.offload_optimizer.ratio below 1: a checkpoint of other settings cannot be resumed into "
+            "it"
+        )
 
 
 def owned_pieces(engine: Any) -> Iterator[Owned]:
@@ -150,7 +172,8 @@ def owned_pieces(engine: Any) -> Iterator[Owned]:
         for index, (group, members) in enumerate(zip(zero.param_groups, zero.round_robin_bit16_groups)):
             flat, numels = zero.single_partition_of_fp32_groups[index], {names[id(p)]: p.numel() for p in members}
             fragments = cut_group(list(numels.items()), flat.numel(), rank, zero.round_robin_bit16_padding[index])
-            # Muon's update on the CPU keeps its momentum like the weights (stage_1_and_2.py, _apply_muon_updates_cpu_offload).
+            # Muon's update on the CPU keeps its momentum like the weights (stage_1_and_2.py,
+            # _apply_muon_updates_cpu_offload).
             like_weights = zero.cpu_offload or not group.get("use_muon")
             momentum = fragments if like_weights else whole(numels, fragments)
             size = flat.numel() if like_weights else sum(f.numel for f in momentum)
@@ -158,7 +181,9 @@ def owned_pieces(engine: Any) -> Iterator[Owned]:
 
 
 def _create_optimizer_state(engine: Any, owned: list[Owned]) -> None:
-    """Let the optimizer make its state itself, in a step without gradients and with a learning rate of 0; its values are replaced later."""
+    """Let the optimizer make its state itself, in a step without gradients and with a learning rate of 0; its values
+    are replaced later.
+    """
     optimizer = engine.basic_optimizer
     groups = optimizer.param_groups
     gradients = [piece.tensor.grad for piece in owned]

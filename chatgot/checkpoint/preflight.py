@@ -12,7 +12,12 @@ from chatgot.config.errors import CheckpointError, ConfigError
 
 
 def preflight(
-    folder: Path, config: CheckpointConfig, expected_bytes: int, max_steps: int, json: str, damaged: Collection[str] = ()
+    folder: Path,
+    config: CheckpointConfig,
+    expected_bytes: int,
+    max_steps: int,
+    json: str,
+    damaged: Collection[str] = (),
 ) -> list[str]:
     """One line for the user, and a WARNING where what the rules keep does not fit. Rank 0 only; writes nothing.
 
@@ -30,7 +35,8 @@ def preflight(
     two = 2 * needed  # the margin of the second one holds DeepSpeed's recovery scripts, 40 kB beside the checkpoints
     if limit is not None and limit < two:
         raise ConfigError(
-            f"{json}: chatgot.checkpoint.disk_budget_gb = {config.disk_budget_gb:g} ({size.shown(limit)}): must have room for two "
+            f"{json}: chatgot.checkpoint.disk_budget_gb = {config.disk_budget_gb:g} ({size.shown(limit)}): must have "
+            f"room for two "
             f"checkpoints, the newest one and the next while it is written, which take about {size.shown(two)}; "
             f"give at least {_rounded_up(two / 1e9)}"
         )
@@ -48,7 +54,8 @@ def preflight(
     if config.keep_every_steps:
         rules += f" + every {config.keep_every_steps} steps, which is up to {every} over this run"
     line = (
-        f"checkpoints: about {size.shown(expected_bytes)} each; {size.shown(room.free)} free in {folder}, {fitting(room.free)} fit; "
+        f"checkpoints: about {size.shown(expected_bytes)} each; {size.shown(room.free)} free in {folder}, "
+        f"{fitting(room.free)} fit; "
         f"kept: {rules}: about {size.shown(kept * expected_bytes)}"
     )
     held = sum(checkpoint.bytes for checkpoint in room.holdings.good)
@@ -62,8 +69,10 @@ def preflight(
     space = room.free + held
     if at_most > fitting(space):  # the one being written is among them: room is made for it before
         lines.append(
-            f"WARNING: the checkpoints that are kept need {size.shown(at_most * expected_bytes)}, and there are {size.shown(space)} for "
-            "them: saves will fail; make room, or lower chatgot.checkpoint.keep_last, keep_best or keep_every_steps, or set disk_budget_gb"
+            f"WARNING: the checkpoints that are kept need {size.shown(at_most * expected_bytes)}, and there are "
+            f"{size.shown(space)} for "
+            "them: saves will fail; make room, or lower chatgot.checkpoint.keep_last, keep_best or keep_every_steps, "
+            "or set disk_budget_gb"
         )
     return lines
 

@@ -31,7 +31,9 @@ def sweep(folder: Path) -> None:
 
 
 def take_back(folder: Path) -> None:
-    """A checkpoint that had made way for another one of the same step gets its name back if the other one never got it."""
+    """A checkpoint that had made way for another one of the same step gets its name back if the other one never got
+    it.
+    """
     for replaced in folder.glob(f"{REPLACED}*"):
         original = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if not original.exists():
@@ -40,7 +42,9 @@ def take_back(folder: Path) -> None:
 
 
 def next_sequence(folder: Path) -> int:
-    """One more than any published checkpoint's: which one was published last does not follow from the steps, since a run can go back."""
+    """One more than any published checkpoint's: which one was published last does not follow from the steps, since a
+    run can go back.
+    """
     newest = 0
     for path in folder.glob(f"*/{manifest.NAME}"):
         with contextlib.suppress(CheckpointError):  # a damaged one is reported where checkpoints are chosen
@@ -49,7 +53,8 @@ def next_sequence(folder: Path) -> int:
 
 
 def publish(unfinished: Path, final: Path) -> None:
-    """Give the complete folder its name. One that exists already (the same step, saved again) makes way first, never written into.
+    """Give the complete folder its name. One that exists already (the same step, saved again) makes way first, never
+    written into.
 
     A kill between the two renames leaves it as REPLACED, from where `take_back` fetches it.
     """

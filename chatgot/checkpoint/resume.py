@@ -1,4 +1,6 @@
-"""Resuming a checkpoint with the same settings, through DeepSpeed's own files, or with others, parameter by parameter."""
+"""Resuming a checkpoint with the same settings, through DeepSpeed's own files, or with others, parameter by
+parameter.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,20 @@ MAY_CHANGE = ("world_size", "zero_stage", "precision", "layout")
 ANNOUNCED = ("learning_rates", "gradient_clipping")
 """Fields of the manifest that follow the JSON, and that not every stage's files hold as the JSON said them."""
 
-_LAYOUT = ("offload_optimizer", "offload_param", "sub_group_size", "round_robin_gradients", "parameter_alignment", "elastic_checkpoint")
+_LAYOUT = (
+    "offload_optimizer",
+    "offload_param",
+    "sub_group_size",
+    "round_robin_gradients",
+    "parameter_alignment",
+    "elastic_checkpoint",
+)
 
 
 def layout(deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """What else, besides stage, ranks and precision, decides the layout of DeepSpeed's files: of a resolved JSON, for the manifest."""
+    """What else, besides stage, ranks and precision, decides the layout of DeepSpeed's files: of a resolved JSON, for
+    the manifest.
+    """
     zero = deepspeed.get("zero_optimization")
     stated = {key: zero[key] for key in _LAYOUT if zero.get(key) is not None} if isinstance(zero, dict) else {}
     ratio = stated.get("offload_optimizer", {}).get("ratio", 1.0)
@@ -40,18 +51,24 @@ def refuse_layouts(found: Found, now: dict[str, Any]) -> None:
     """Refuse what cannot be read or filled parameter by parameter, before an engine is built.
 
     Raises:
-        CheckpointError: something of MAY_CHANGE differs, and the checkpoint or this run offloads to NVMe or a part of the optimizer only.
+        CheckpointError: something of MAY_CHANGE differs, and the checkpoint or this run offloads to NVMe or a part of
+            the optimizer only.
     """
     changed = manifest.differences(found.manifest, now, MAY_CHANGE)
     if not changed:
         return
     for whose, fields in (("the checkpoint's run", found.manifest), ("this run", now)):
         kept = fields.get("layout") or {}
-        nvme = [f"zero_optimization.{key}.device = nvme" for key in ("offload_optimizer", "offload_param") if kept.get(key) == "nvme"]
+        nvme = [
+            f"zero_optimization.{key}.device = nvme"
+            for key in ("offload_optimizer", "offload_param")
+            if kept.get(key) == "nvme"
+        ]
         part = [f"zero_optimization.{key} = {kept[key]}" for key in ("offload_optimizer.ratio",) if key in kept]
         if stated := nvme + part:
             raise CheckpointError(
-                f"{found.path}: {whose} has {stated[0]}, and such a run can be resumed with the same settings only, but different are "
+                f"{found.path}: {whose} has {stated[0]}, and such a run can be resumed with the same settings only, "
+                f"but different are "
                 + ", ".join(str(one).removeprefix("layout.") for one in changed)
                 + ". Resume with the checkpoint's settings; to be free to move, offload to the CPU, with ratio 1"
             )
@@ -84,7 +101,9 @@ def resume(engine: Any, found: Found, now: dict[str, Any], ranks: Ranks) -> tupl
     ranks.agree(error)
     assert state is not None
     write_portable(engine, state, ranks)
-    notes = [CHANGED + str(one).removeprefix("layout.") for one in changed] + told + hyper_parameter_changes(engine, state)
+    notes = (
+        [CHANGED + str(one).removeprefix("layout.") for one in changed] + told + hyper_parameter_changes(engine, state)
+    )
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and scaler.dynamic and state.loss_scaler is None:
         notes.append(f"fp16: the checkpoint has no loss scale; starting with {scaler.cur_scale:g}")

@@ -1,7 +1,8 @@
 """Which checkpoints of a run folder are kept, and whether there is room for another one.
 
-A checkpoint is good as long as its manifest can be read, its files have the names and sizes that the manifest lists, and nobody has found
-their contents changed. One that is not good is never deleted: a person may want to see it. It counts for no rule but the disk budget.
+A checkpoint is good as long as its manifest can be read, its files have the names and sizes that the manifest lists,
+and nobody has found their contents changed. One that is not good is never deleted: a person may want to see it. It
+counts for no rule but the disk budget.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from chatgot.config.errors import CheckpointError
 PRUNED = ".pruned-"
 """Prefix of a checkpoint that is being deleted; what could not be deleted is tried again after the next save."""
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 64 * 1024
-"""What a checkpoint is expected to take at most beyond its expected size: how far the estimate may be off, and what is no file of its own
-(folder entries, unfilled blocks)."""
+"""What a checkpoint is expected to take at most beyond its expected size: how far the estimate may be off, and what is
+no file of its own (folder entries, unfilled blocks)."""
 FILES_OF_ANY = 64
 """Free inodes that are asked for where no checkpoint shows how many files one has."""
 
@@ -75,7 +76,9 @@ class Pruned:
     tags: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
-    """Tags that turned out not to be good, each with a warning; pass them in from now on, and nobody hears of them again."""
+    """Tags that turned out not to be good, each with a warning; pass them in from now on, and nobody hears of them
+    again.
+    """
 
 
 def needed(expected_bytes: int) -> int:
@@ -91,9 +94,11 @@ def budget(config: CheckpointConfig) -> int | None:
 def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int = 0, coming: int | None = None) -> Plan:
     """Apply the rules; pure.
 
-    Kept: the keep_last that were published last, the keep_best with the lowest val/loss, and every multiple of keep_every_steps. All
-    others go, the oldest first. If the folder still holds more than disk_budget_gb: then those that keep_every_steps alone keeps, the
-    oldest first; those of keep_best, the worst first; those of keep_last, the oldest first; the newest good one never.
+    Kept: the keep_last that were published last, the keep_best with the lowest val/loss, and every multiple of
+        keep_every_steps. All
+    others go, the oldest first. If the folder still holds more than disk_budget_gb: then those that keep_every_steps
+    alone keeps, the oldest first; those of keep_best, the worst first; those of keep_last, the oldest first; the newest
+    good one never.
 
     Args:
         good: in any order.
@@ -105,7 +110,11 @@ def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int =
     scored = [c for c in ordered if c.val_loss is not None and math.isfinite(c.val_loss)]
     best = sorted(scored, key=lambda c: (c.val_loss, c.sequence))[: config.keep_best]
     every = [c for c in ordered if config.keep_every_steps and c.step % config.keep_every_steps == 0]
-    rules = {c.tag: "keep_every_steps" for c in every} | {c.tag: "keep_best" for c in best} | {c.tag: "keep_last" for c in last}
+    rules = (
+        {c.tag: "keep_every_steps" for c in every}
+        | {c.tag: "keep_best" for c in best}
+        | {c.tag: "keep_last" for c in last}
+    )
     gone = [(c, "no rule keeps it") for c in ordered if c.tag not in rules]
     total = sum(c.bytes for c in ordered if c.tag in rules) + other_bytes + (coming or 0)
     limit = budget(config)
@@ -181,7 +190,8 @@ class Room:
 
 
 def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damaged: Collection[str] = ()) -> Room:
-    """Whether a checkpoint of the expected size fits now, or after deleting what the rules would no longer keep beside it. Writes nothing.
+    """Whether a checkpoint of the expected size fits now, or after deleting what the rules would no longer keep beside
+    it. Writes nothing.
 
     Raises:
         CheckpointError: it does not fit, with the numbers.
@@ -191,7 +201,9 @@ def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
     holdings = examine(folder, damaged)
     free, inodes = _free(folder)
     free += holdings.leftover_bytes
-    files = holdings.good[-1].files + 3 if holdings.good else FILES_OF_ANY  # the folder, `latest`, the manifest's temporary file
+    files = (
+        holdings.good[-1].files + 3 if holdings.good else FILES_OF_ANY
+    )  # the folder, `latest`, the manifest's temporary file
     total = sum(checkpoint.bytes for checkpoint in holdings.good) + holdings.other_bytes + coming
     gone = plan(holdings.good, config, holdings.other_bytes, coming).gone
     lack = ""
@@ -199,13 +211,17 @@ def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
         freed = sum(checkpoint.bytes for checkpoint, _ in gone[:count])
         if free + freed < coming:
             lack = (
-                f"{size.shown(free + freed)} are free on this file system{', what may be deleted included' if gone else ''}; make room "
-                "there, keep fewer checkpoints (chatgot.checkpoint.keep_last, keep_best, keep_every_steps), or give an --out_dir elsewhere"
+                f"{size.shown(free + freed)} are free on this file "
+                f"system{', what may be deleted included' if gone else ''}; make room "
+                "there, keep fewer checkpoints (chatgot.checkpoint.keep_last, keep_best, keep_every_steps), or give "
+                "an --out_dir elsewhere"
             )
         elif limit is not None and total - freed > limit:
             lack = (
-                f"beside the {size.shown(total - freed - coming)} that may not be deleted (the newest good checkpoint, damaged ones, other "
-                f"files) that is more than chatgot.checkpoint.disk_budget_gb = {config.disk_budget_gb:g} allows; give a larger budget, or "
+                f"beside the {size.shown(total - freed - coming)} that may not be deleted (the newest good "
+                f"checkpoint, damaged ones, other "
+                f"files) that is more than chatgot.checkpoint.disk_budget_gb = {config.disk_budget_gb:g} allows; give "
+                f"a larger budget, or "
                 "delete what is damaged"
             )
         elif inodes is not None and inodes + sum(checkpoint.files for checkpoint, _ in gone[:count]) < files:
@@ -213,7 +229,9 @@ def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
         else:
             return Room(holdings, gone[:count], free)
     one = f"it needs about {size.shown(coming)} ({size.shown(expected_bytes)} and a margin of 3 % and 64 KiB)"
-    raise CheckpointError(f"{folder}: the checkpoint could not be saved: {one}, and {lack}; earlier checkpoints are untouched")
+    raise CheckpointError(
+        f"{folder}: the checkpoint could not be saved: {one}, and {lack}; earlier checkpoints are untouched"
+    )
 
 
 def expected_bytes(folder: Path, fields: dict[str, Any], estimated: int, damaged: Collection[str] = ()) -> int:
@@ -237,14 +255,15 @@ def expected_bytes(folder: Path, fields: dict[str, Any], estimated: int, damaged
 
 
 def make_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damaged: Collection[str] = ()) -> Pruned:
-    """Before anything of a save is written: make sure that a checkpoint of the expected size fits into file system and budget.
+    """Before anything of a save is written: make sure that a checkpoint of the expected size fits into file system and
+    budget.
 
-    Deletes what the rules would no longer keep beside it, but only where it would not fit otherwise, and no more than that takes. Rank 0
-    only, while nobody else saves here.
+    Deletes what the rules would no longer keep beside it, but only where it would not fit otherwise, and no more than
+    that takes. Rank 0 only, while nobody else saves here.
 
     Raises:
-        CheckpointError: it does not fit even then, with the numbers, and nothing was deleted; or what was to go could not be deleted, or
-            gave less room than its size; or the folder cannot be looked at.
+        CheckpointError: it does not fit even then, with the numbers, and nothing was deleted; or what was to go could
+            not be deleted, or gave less room than its size; or the folder cannot be looked at.
     """
     deleted: list[str] = []
     try:
@@ -253,19 +272,25 @@ def make_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
             tags, failures = _delete(folder, room.deletions)
             deleted += tags
             if failures:
-                raise CheckpointError(f"{folder}: the checkpoint could not be saved: there is no room for it, and {'; '.join(failures)}")
+                raise CheckpointError(
+                    f"{folder}: the checkpoint could not be saved: there is no room for it, and {'; '.join(failures)}"
+                )
             room = find_room(folder, config, expected_bytes, damaged)  # deleting may give less than the files' sizes
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: the checkpoint could not be saved: {error}, when looking for room for it; earlier checkpoints are untouched"
+            f"{folder}: the checkpoint could not be saved: {error}, when looking for room for it; earlier checkpoints "
+            f"are untouched"
         ) from error
-    return Pruned(tuple(deleted), tuple(_about_damaged(folder, first.holdings)), tuple(tag for tag, _ in first.holdings.damaged))
+    return Pruned(
+        tuple(deleted), tuple(_about_damaged(folder, first.holdings)), tuple(tag for tag, _ in first.holdings.damaged)
+    )
 
 
 def prune(folder: Path, config: CheckpointConfig, damaged: Collection[str] = ()) -> Pruned:
     """Delete what the rules no longer keep, and what could not be deleted earlier. Rank 0 only, after publishing.
 
-    What cannot be deleted is a warning: the new checkpoint is safe, and the old ones are tried again after the next save.
+    What cannot be deleted is a warning: the new checkpoint is safe, and the old ones are tried again after the next
+    save.
     """
     try:
         leftovers = _delete_leftovers(folder)
@@ -273,7 +298,9 @@ def prune(folder: Path, config: CheckpointConfig, damaged: Collection[str] = ())
     except OSError as error:
         return Pruned(warnings=(f"{folder}: old checkpoints could not be deleted: {error}",))
     deleted, warnings = _delete(folder, plan(holdings.good, config, holdings.other_bytes).gone)
-    return Pruned(deleted, (*_about_damaged(folder, holdings), *leftovers, *warnings), tuple(tag for tag, _ in holdings.damaged))
+    return Pruned(
+        deleted, (*_about_damaged(folder, holdings), *leftovers, *warnings), tuple(tag for tag, _ in holdings.damaged)
+    )
 
 
 def _delete(folder: Path, gone: Sequence[tuple[Published, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -309,13 +336,16 @@ def _not_deleted(path: Path, error: OSError) -> str:
 
 def _about_damaged(folder: Path, holdings: Holdings) -> list[str]:
     return [
-        f"checkpoint {folder / tag} is damaged: {reason}; it is not counted to those that are kept, and left where it is: look, delete it"
+        f"checkpoint {folder / tag} is damaged: {reason}; it is not counted to those that are kept, and left where it "
+        f"is: look, delete it"
         for tag, reason in holdings.damaged
     ]
 
 
 def _free(folder: Path) -> tuple[int, int | None]:
-    """Bytes and inodes that this user may still take on the file system of a folder, which need not exist yet; None: not counted there."""
+    """Bytes and inodes that this user may still take on the file system of a folder, which need not exist yet; None:
+    not counted there.
+    """
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent

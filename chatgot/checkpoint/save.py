@@ -1,13 +1,15 @@
-"""Saving: DeepSpeed's own files in a folder that gets its name only when every rank has written its part, hashed and on the disk.
+"""Saving: DeepSpeed's own files in a folder that gets its name only when every rank has written its part, hashed and on
+the disk.
 
 A save has three parts, and all ranks leave each of them together:
 
-1. `Saver.begin`: DeepSpeed collects what is to be saved. It is written at once, or, with chatgot.checkpoint.async, copied to memory.
+1. `Saver.begin`: DeepSpeed collects what is to be saved. It is written at once, or, with chatgot.checkpoint.async,
+copied to memory.
 2. Every rank writes (async), flushes and hashes its own files.
 3. Rank 0 lists all hashes in the manifest, gives the folder its name, replaces `latest`, and prunes.
 
-With chatgot.checkpoint.async, parts 2 and 3 run in a thread of their own while training goes on; `Saver.advance` moves from one to the
-next, when no rank is busy any more. Without it they run right away, in the same order.
+With chatgot.checkpoint.async, parts 2 and 3 run in a thread of their own while training goes on; `Saver.advance` moves
+from one to the next, when no rank is busy any more. Without it they run right away, in the same order.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from chatgot.config.chatgot_section import CheckpointConfig
 from chatgot.config.errors import CheckpointError
 
 VISIBLE_WITHIN_S = 60.0
-"""How long rank 0 waits until a file that another machine has written shows up in its own listing (NFS keeps listings for a while)."""
+"""How long rank 0 waits until a file that another machine has written shows up in its own listing (NFS keeps listings
+for a while).
+"""
 
 Measured = dict[str, dict[str, Any]]
 """{file name: {"bytes", "sha256"}}"""
@@ -71,8 +75,8 @@ class _Pending:
 class Saver:
     """Saves the checkpoints of one run into the run folder's `checkpoints`, one at a time. Every rank has one.
 
-    DeepSpeed writes `latest` before the other ranks have finished (engine.py, save_checkpoint), so it is told not to; the folder is
-    renamed and `latest` replaced here, after all ranks have reported success.
+    DeepSpeed writes `latest` before the other ranks have finished (engine.py, save_checkpoint), so it is told not to;
+    the folder is renamed and `latest` replaced here, after all ranks have reported success.
     """
 
     folder: Path
@@ -110,7 +114,8 @@ class Saver:
         """Begin to save the state after the current step; when this returns, training may change it. Collective.
 
         Args:
-            client_state: what DeepSpeed does not save, under the single key "chatgot" (any other key could overwrite an engine attribute).
+            client_state: what DeepSpeed does not save, under the single key "chatgot" (any other key could overwrite an
+                engine attribute).
             fields: of the manifest.
 
         Raises:
@@ -142,18 +147,21 @@ class Saver:
             self._snapshots.reuse()
             snapshots: list[tuple[Path, Snapshot]] | None = [] if self._thread else None
             with _files_of(engine, snapshots, self._snapshots) as failures:
-                engine.save_checkpoint(str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False)
+                engine.save_checkpoint(
+                    str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False
+                )
             self.ranks.agree(_refusal(unfinished, failures[0]) if failures else None)
         writing = self._run(lambda: _write_and_hash(unfinished, engine.checkpoint_engine, snapshots or [], self.ranks))
         self._pending = _Pending(step, started, {"step": step, **fields}, writing, made_room.tags)
         self._pending.stalled = time.monotonic() - started
 
     def advance(self) -> Saved | None:
-        """Go on with the pending save, when no rank is busy; what was published, or None if there is more to do. Collective.
+        """Go on with the pending save, when no rank is busy; what was published, or None if there is more to do.
+        Collective.
 
         Raises:
-            CheckpointError: on all ranks, if any could not write. Nothing is pending then, and nothing was published, unless only the flush
-                after the rename or `latest` failed; what is published is whole in any case.
+            CheckpointError: on all ranks, if any could not write. Nothing is pending then, and nothing was published,
+                unless only the flush after the rename or `latest` failed; what is published is whole in any case.
         """
         assert self._pending is not None
         began, pending = time.monotonic(), self._pending
@@ -163,7 +171,9 @@ class Saver:
                 self.ranks.agree(error)
                 gathered = self.ranks.gather(own)
                 alone = self.ranks.rank == 0
-                pending.publishing = self._run(lambda: self._publish(pending, gathered)) if alone else _done((Pruned(), None))
+                pending.publishing = (
+                    self._run(lambda: self._publish(pending, gathered)) if alone else _done((Pruned(), None))
+                )
                 pending.stalled += time.monotonic() - began
                 return None
             pruned, error = pending.publishing.result()
@@ -172,7 +182,9 @@ class Saver:
         notes, self._unsaid = (*self._unsaid, *pruned.warnings), []
         now = time.monotonic()
         tags = (*pending.made_room, *pruned.tags)
-        return Saved(pending.step, tag_of(pending.step), now - pending.started, pending.stalled + now - began, tags, notes)
+        return Saved(
+            pending.step, tag_of(pending.step), now - pending.started, pending.stalled + now - began, tags, notes
+        )
 
     def finish(self) -> Saved:
         """Wait until the pending save is published. Collective.
@@ -189,7 +201,9 @@ class Saver:
 
     @contextlib.contextmanager
     def _cleared_away(self, step: int) -> Iterator[None]:
-        """A save that fails is forgotten, and rank 0 makes room at once; what it cannot delete now is swept at the next save."""
+        """A save that fails is forgotten, and rank 0 makes room at once; what it cannot delete now is swept at the next
+        save.
+        """
         try:
             yield
         except CheckpointError:
@@ -227,7 +241,9 @@ def _done(result: Any) -> Future[Any]:
 
 
 def writer(name: str) -> int:
-    """The rank that wrote a file, by DeepSpeed's naming (engine.py, _get_zero_ckpt_name and the NVMe copies); all others are rank 0's."""
+    """The rank that wrote a file, by DeepSpeed's naming (engine.py, _get_zero_ckpt_name and the NVMe copies); all
+    others are rank 0's.
+    """
     match = re.search(r"(?:^|/)(?:\w*_)?zero_pp_rank_(\d+)_", name) or re.match(r"offloaded_tensors/rank(\d+)/", name)
     return int(match.group(1)) if match else 0
 
@@ -272,7 +288,8 @@ def _not_the_same_folder(folder: Path, gathered: list[Measured]) -> CheckpointEr
     for rank, part in enumerate(gathered):
         if unseen := sorted(part.keys() - seen):
             return CheckpointError(
-                f"{folder}: rank {rank} wrote {unseen[0]}, and rank 0 does not see it: the ranks do not share this file system; "
+                f"{folder}: rank {rank} wrote {unseen[0]}, and rank 0 does not see it: the ranks do not share this "
+                f"file system; "
                 "give an --out_dir on a file system that all machines share"
             )
     if unhashed := sorted(seen - hashed):
@@ -281,11 +298,15 @@ def _not_the_same_folder(folder: Path, gathered: list[Measured]) -> CheckpointEr
 
 
 @contextlib.contextmanager
-def _files_of(engine: Any, snapshots: list[tuple[Path, Snapshot]] | None, memory: Snapshots) -> Iterator[list[OSError | RuntimeError]]:
-    """Let this rank's file operations note their failure instead of raising it, and put what is to be written into `snapshots`, if given.
+def _files_of(
+    engine: Any, snapshots: list[tuple[Path, Snapshot]] | None, memory: Snapshots
+) -> Iterator[list[OSError | RuntimeError]]:
+    """Let this rank's file operations note their failure instead of raising it, and put what is to be written into
+    `snapshots`, if given.
 
-    DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank that raised before would
-    leave them waiting there until the process group's timeout. torch.save reports a full disk as a RuntimeError.
+    DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank that raised
+    before would leave them waiting there until the process group's timeout. torch.save reports a full disk as a
+    RuntimeError.
     """
     failures: list[OSError | RuntimeError] = []
 
@@ -323,4 +344,6 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = f" ({shutil.disk_usage(path.parent).free / 2**30:.2f} GiB free)"
-    return CheckpointError(f"{path}: the checkpoint could not be saved: {error}{free}; earlier checkpoints are untouched")
+    return CheckpointError(
+        f"{path}: the checkpoint could not be saved: {error}{free}; earlier checkpoints are untouched"
+    )

@@ -1,4 +1,6 @@
-"""Where each parameter lies in the flat tensors that ZeRO cuts up among its ranks (DeepSpeed 0.19.8, zero/stage_1_and_2.py, stage3.py)."""
+"""Where each parameter lies in the flat tensors that ZeRO cuts up among its ranks (DeepSpeed 0.19.8,
+zero/stage_1_and_2.py, stage3.py).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class Fragment:
     offset: int
 
 
-def cut_group(numels: Sequence[tuple[str, int]], partition_size: int, rank: int, paddings: Sequence[int] = ()) -> list[Fragment]:
+def cut_group(
+    numels: Sequence[tuple[str, int]], partition_size: int, rank: int, paddings: Sequence[int] = ()
+) -> list[Fragment]:
     """ZeRO 1-2 and the BF16_Optimizer: the group's parameters one after the other, cut into equal parts by rank.
 
     Args:
@@ -35,7 +39,9 @@ def cut_group(numels: Sequence[tuple[str, int]], partition_size: int, rank: int,
 
 
 def cut_each(numels: Iterable[tuple[str, int]], ranks: int, rank: int) -> list[Fragment]:
-    """ZeRO 3: every parameter of a sub-group is cut into `ranks` equal parts, the last one padded; a rank has its parts in a row."""
+    """ZeRO 3: every parameter of a sub-group is cut into `ranks` equal parts, the last one padded; a rank has its parts
+    in a row.
+    """
     offset = 0
     found = []
     for name, numel in numels:

@@ -1,4 +1,6 @@
-"""How many bytes a checkpoint takes: of the files that DeepSpeed 0.19.8 writes, known before the first one is written."""
+"""How many bytes a checkpoint takes: of the files that DeepSpeed 0.19.8 writes, known before the first one is
+written.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ _PER_RNG = 15_000
 def estimate(engine: Any, ranks: Ranks) -> int:
     """Bytes of a checkpoint of this engine, manifest left out. Collective.
 
-    Measured, in bytes per parameter with Adam: stage 0 4 + 8; stages 1 and 2 4 + 12 in fp32 and 2 + 12 in bf16 and fp16; stage 3 12.
-    That is: the module as it is (stages 0 to 2, once, tied weights once; at stage 3 its parameters are placeholders), the fp32 weights of
-    the optimizer (with ZeRO, also where the module is fp32 itself) and its moments in fp32; together over all ranks, however many.
-    Muon keeps one moment for its matrices; at stages 1 and 2 each rank keeps it whole for a matrix on its border.
+    Measured, in bytes per parameter with Adam: stage 0 4 + 8; stages 1 and 2 4 + 12 in fp32 and 2 + 12 in bf16 and
+    fp16; stage 3 12. That is: the module as it is (stages 0 to 2, once, tied weights once; at stage 3 its parameters
+    are placeholders), the fp32 weights of the optimizer (with ZeRO, also where the module is fp32 itself) and its
+    moments in fp32; together over all ranks, however many. Muon keeps one moment for its matrices; at stages 1 and 2
+    each rank keeps it whole for a matrix on its border.
     """
     zero, stage_3 = engine.zero_optimization(), engine.zero_optimization_stage() == 3
     pieces = list(owned_pieces(engine))
@@ -42,7 +45,9 @@ def estimate(engine: Any, ranks: Ranks) -> int:
     optimizer = sum(_PER_FILE + part for part in ranks.gather(own)) if zero else own
     tensors = {id(tensor): tensor for tensor in (*engine.module.parameters(), *_buffers(engine.module))}.values()
     parameters = {id(parameter) for parameter in engine.module.parameters()}
-    module = sum(0 if stage_3 and id(tensor) in parameters else tensor.numel() * tensor.element_size() for tensor in tensors)
+    module = sum(
+        0 if stage_3 and id(tensor) in parameters else tensor.numel() * tensor.element_size() for tensor in tensors
+    )
     module += _PER_FILE + _PER_TENSOR * len(tensors) + _PER_RNG * ranks.world_size
     return optimizer + module * (ranks.world_size if stage_3 else 1)
 
@@ -54,7 +59,9 @@ def _buffers(module: Any) -> list[Any]:
 
 
 def _moments(optimizer: str, group: dict[str, Any]) -> int:
-    """Tensors of a parameter's size that an optimizer keeps for it, by the name of its class; two for all that are not named here."""
+    """Tensors of a parameter's size that an optimizer keeps for it, by the name of its class; two for all that are not
+    named here.
+    """
     name = optimizer.lower()
     if name == "sgd":
         return int(bool(group.get("momentum")))

@@ -1,4 +1,6 @@
-"""A copy of a state dict in memory that training no longer changes, so that it can be written while training goes on."""
+"""A copy of a state dict in memory that training no longer changes, so that it can be written while training goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Snapshot:
 
 
 class Snapshots:
-    """Takes snapshots, the next one into the memory of the one before: memory that has been written to once is several times faster.
+    """Takes snapshots, the next one into the memory of the one before: memory that has been written to once is several
+    times faster.
 
     On CUDA that memory is pinned. It is as large as what this rank saves, and is kept until the end of the run.
     """
@@ -66,7 +69,9 @@ class Snapshots:
 
         def keep(tensor: torch.Tensor) -> int:
             if tensor.layout != torch.strided or tensor.is_quantized:
-                raise ValueError(f"a {tensor.layout} tensor of {tensor.dtype} cannot be copied for saving in the background")
+                raise ValueError(
+                    f"a {tensor.layout} tensor of {tensor.dtype} cannot be copied for saving in the background"
+                )
             tensors.append(_like(copied(tensor.detach()), tensor))
             return len(tensors) - 1
 
@@ -79,7 +84,11 @@ class Snapshots:
     def _buffer(self, size: int, pinned: bool) -> torch.Tensor:
         index = self._used
         self._used += 1
-        if index < len(self._buffers) and self._buffers[index].numel() == size and self._buffers[index].is_pinned() == pinned:
+        if (
+            index < len(self._buffers)
+            and self._buffers[index].numel() == size
+            and self._buffers[index].is_pinned() == pinned
+        ):
             return self._buffers[index]
         fresh = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and size > 0)
         self._buffers[index : index + 1] = [fresh]

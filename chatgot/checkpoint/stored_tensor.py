@@ -21,7 +21,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Its elements stay in the files until they are read. The pieces hold each of them once, in order; `join` has checked that."""
+    """Its elements stay in the files until they are read. The pieces hold each of them once, in order; `join` has
+    checked that.
+    """
 
     shape: torch.Size
     pieces: tuple[Piece, ...]
@@ -77,9 +79,14 @@ def join(
         for fragment in own:
             source = place[fragment.name]
             offset = source.offset + fragment.start - source.start
-            if offset < 0 or fragment.start + fragment.numel > source.start + source.numel or offset + fragment.numel > part.numel():
+            if (
+                offset < 0
+                or fragment.start + fragment.numel > source.start + source.numel
+                or offset + fragment.numel > part.numel()
+            ):
                 raise ValueError(
-                    f"{fragment.name}: elements [{offset}, {offset + fragment.numel}) of rank {rank}'s shard, which has {part.numel()}"
+                    f"{fragment.name}: elements [{offset}, {offset + fragment.numel}) of rank {rank}'s shard, which "
+                    f"has {part.numel()}"
                 )
             pieces[fragment.name].append(Piece(fragment.start, fragment.numel, part.detach().reshape(-1), offset))
     for name, found in pieces.items():
@@ -87,7 +94,9 @@ def join(
         end = 0
         for piece in found:
             if piece.start != end:
-                raise ValueError(f"{name}: a shard continues with element {piece.start}, the ones before it end at {end}")
+                raise ValueError(
+                    f"{name}: a shard continues with element {piece.start}, the ones before it end at {end}"
+                )
             end += piece.numel
         if end != shapes[name].numel():
             raise ValueError(f"{name}: the shards have {end} of {shapes[name].numel()} elements")

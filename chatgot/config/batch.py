@@ -18,7 +18,9 @@ _LARGEST_ADVISED = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples per optimizer step over all ranks, samples per rank and forward pass, forward passes per optimizer step."""
+    """Samples per optimizer step over all ranks, samples per rank and forward pass, forward passes per optimizer
+    step.
+    """
 
     total: int
     micro: int
@@ -28,12 +30,14 @@ class Batch:
 def resolve_batch(
     values: Values, world_size: int, findings: Findings, derived: Derivations, found: tuple[int, str] | None = None
 ) -> Batch | None:
-    """The three batch numbers as DeepSpeed derives them (runtime/config.py, _set_batch_related_parameters), but never rounded.
+    """The three batch numbers as DeepSpeed derives them (runtime/config.py, _set_batch_related_parameters), but never
+    rounded.
 
     Args:
         found: a micro-batch that memory allows, and why, for "auto" beside a train_batch_size and no accumulation.
 
-    Returns None after an error was found: too few numbers, or numbers that do not fit `world_size` (with three corrections that do).
+    Returns None after an error was found: too few numbers, or numbers that do not fit `world_size` (with three
+    corrections that do).
     """
     given = {name: values[name] for name in (TOTAL, MICRO, ACCUMULATION)}
     if any(name in values.spelled and name not in values.given for name in given):
@@ -72,12 +76,17 @@ def resolve_batch(
         relation = "equal" if len(factors) == 2 else "be a multiple of"
         options = " or ".join(map(_option, corrections(known, world_size)))
         findings.error(
-            TOTAL, total, f"must {relation} {' x '.join([*factors, ranks])} = {product}, DeepSpeed stops otherwise", allowed=options
+            TOTAL,
+            total,
+            f"must {relation} {' x '.join([*factors, ranks])} = {product}, DeepSpeed stops otherwise",
+            allowed=options,
         )
         return None
     equation = f"{micro} per rank x {accumulation} accumulation x {ranks}"
     if TOTAL not in known:
-        changes = "" if ACCUMULATION in known else "; it changes with the number of ranks, state train_batch_size to keep it"
+        changes = (
+            "" if ACCUMULATION in known else "; it changes with the number of ranks, state train_batch_size to keep it"
+        )
         derived.add(TOTAL, total, equation + changes)
     if MICRO not in known:
         derived.add(MICRO, micro, f"{total} samples / {accumulation} accumulation / {ranks}")
@@ -90,7 +99,9 @@ def corrections(known: dict[str, int], world_size: int) -> list[dict[str, int]]:
     """Three or more changes, each of which makes the numbers fit; those that change one number come first."""
     total, micro, accumulation = known[TOTAL], known.get(MICRO), known.get(ACCUMULATION)
     step = (micro or 1) * (accumulation or 1) * world_size
-    per_rank = total // world_size if total % world_size == 0 else 0  # samples; 0: the total cannot be shared out evenly
+    per_rank = (
+        total // world_size if total % world_size == 0 else 0
+    )  # samples; 0: the total cannot be shared out evenly
     if not (micro and accumulation):
         options = [{TOTAL: n} for n in (total // step * step, (total // step + 1) * step) if n]
         name, wished = (MICRO, micro) if micro else (ACCUMULATION, accumulation)
@@ -104,7 +115,11 @@ def corrections(known: dict[str, int], world_size: int) -> list[dict[str, int]]:
     if per_rank and per_rank % micro == 0:
         options.append({ACCUMULATION: per_rank // micro})
     pairs = [{MICRO: n, ACCUMULATION: per_rank // n} for n in _nearest_divisors(per_rank, micro)]
-    pairs += [{TOTAL: micro * n * world_size, ACCUMULATION: n} for n in (accumulation - 1, accumulation + 1, accumulation + 2) if n]
+    pairs += [
+        {TOTAL: micro * n * world_size, ACCUMULATION: n}
+        for n in (accumulation - 1, accumulation + 1, accumulation + 2)
+        if n
+    ]
     pairs = [pair for pair in pairs if not any(set(single.items()) <= set(pair.items()) for single in options)]
     return options + pairs[: max(0, 3 - len(options))]
 

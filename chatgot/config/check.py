@@ -50,13 +50,19 @@ def check(
     facts: DeviceFacts,
     n_params: int | None = None,
 ) -> Report:
-    """Hold a DeepSpeed JSON against every rule; see `read_engine_config` for the arguments. Nothing is raised about the file's content."""
+    """Hold a DeepSpeed JSON against every rule; see `read_engine_config` for the arguments. Nothing is raised about the
+    file's content.
+    """
     try:
         document = read_document(Path(path))
     except ConfigError as error:
         return Report(path, findings_of(error, path), None)
-    seen = inspect(document, path, overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=TO_BE_FOUND)
-    found = sorted(seen.findings.all, key=lambda f: (LEVELS.index(f.level), f.file == OVERRIDE, f.line or 0, f.column or 0))
+    seen = inspect(
+        document, path, overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=TO_BE_FOUND
+    )
+    found = sorted(
+        seen.findings.all, key=lambda f: (LEVELS.index(f.level), f.file == OVERRIDE, f.line or 0, f.column or 0)
+    )
     return Report(path, tuple(found), seen)
 
 
@@ -69,7 +75,9 @@ def findings_of(error: ConfigError, file: str) -> tuple[Finding, ...]:
 
 
 def as_text(report: Report, with_effective: bool) -> Iterator[str]:
-    """Lines for people: `file:line:column: level: key = value`, what is to be said below it, and a summary at the end."""
+    """Lines for people: `file:line:column: level: key = value`, what is to be said below it, and a summary at the
+    end.
+    """
     for finding in report.findings:
         place = finding.place if finding.column is None else f"{finding.place}:{finding.column}"
         yield f"{place}: {finding.level}: {finding.subject or 'the file'}"

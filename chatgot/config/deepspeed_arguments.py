@@ -14,7 +14,9 @@ from chatgot.config.suggestions import meant
 
 
 def optimizer_arguments(kind: str, params: dict[str, Any], offloaded: bool) -> str:
-    """Which entry of OPTIMIZER_PARAMS describes the optimizer that DeepSpeed builds (engine.py, _configure_basic_optimizer)."""
+    """Which entry of OPTIMIZER_PARAMS describes the optimizer that DeepSpeed builds (engine.py,
+    _configure_basic_optimizer).
+    """
     name = kind.lower()
     if name in ("adam", "adamw"):
         return "adam/torch" if params.get("torch_adam") else "adam/cpu" if offloaded else "adam/fused"
@@ -29,7 +31,9 @@ def optimizer_arguments(kind: str, params: dict[str, Any], offloaded: bool) -> s
 
 def is_offloaded(values: Values) -> bool:
     """Whether the optimizer state lives outside the device."""
-    return values["zero_optimization.offload_optimizer.device"] != "none" or bool(values["zero_optimization.cpu_offload"])
+    return values["zero_optimization.offload_optimizer.device"] != "none" or bool(
+        values["zero_optimization.cpu_offload"]
+    )
 
 
 def given_arguments(tree: dict[str, Any], section: str) -> dict[str, Any]:
@@ -46,7 +50,9 @@ def known_arguments(values: Values, tree: dict[str, Any], section: str) -> dict[
         return {}
     if section == "scheduler":
         return schema.SCHEDULER_PARAMS.get(kind, {})
-    return schema.OPTIMIZER_PARAMS.get(optimizer_arguments(kind, given_arguments(tree, section), is_offloaded(values)), {})
+    return schema.OPTIMIZER_PARAMS.get(
+        optimizer_arguments(kind, given_arguments(tree, section), is_offloaded(values)), {}
+    )
 
 
 def check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, findings: Findings) -> None:
@@ -75,24 +81,40 @@ def check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, fi
         **({k: "torch.optim.AdamW takes it: add \"torch_adam\": true" for k in ("foreach", "fused", "maximize", "capturable")}
            if variant in ("adam/fused", "adam/cpu") else {}),
     }  # fmt: skip
-    owner = {"adam/fused": f"DeepSpeed's fused {kind}", "adam/cpu": f"DeepSpeed's CPU {kind}", "adam/torch": f"torch's {kind}"}.get(
-        variant, kind
-    )
+    owner = {
+        "adam/fused": f"DeepSpeed's fused {kind}",
+        "adam/cpu": f"DeepSpeed's CPU {kind}",
+        "adam/torch": f"torch's {kind}",
+    }.get(variant, kind)
     read_arguments(params, schema.OPTIMIZER_PARAMS[variant], owner, "optimizer.params", findings, elsewhere)
     if name not in schema.ZERO_TESTED_OPTIMIZERS and stage > 0 and not values["zero_allow_untested_optimizer"]:
-        findings.error("optimizer.type", kind, "DeepSpeed did not test it with ZeRO; add zero_allow_untested_optimizer = true to use it")
+        findings.error(
+            "optimizer.type",
+            kind,
+            "DeepSpeed did not test it with ZeRO; add zero_allow_untested_optimizer = true to use it",
+        )
     if name in schema.CUDA_OPTIMIZERS and variant != "lion/cpu" and facts.kind == "cpu":
         findings.device(facts, "optimizer.type", kind, "its kernel exists for CUDA only; use AdamW")
     if name == "lamb" and offloaded:
-        findings.error("optimizer.type", kind, "its kernel cannot step on offloaded state; use AdamW, or offload_optimizer.device = none")
+        findings.error(
+            "optimizer.type",
+            kind,
+            "its kernel cannot step on offloaded state; use AdamW, or offload_optimizer.device = none",
+        )
     if name == "lamb" and values["fp16.loss_scale"] != 0:
-        findings.error(values.name("fp16.loss_scale"), values["fp16.loss_scale"], "lamb needs dynamic loss scaling; set 0")
+        findings.error(
+            values.name("fp16.loss_scale"), values["fp16.loss_scale"], "lamb needs dynamic loss scaling; set 0"
+        )
     if variant == "adam/fused" and params.get("amsgrad") is True:
-        findings.error("optimizer.params.amsgrad", True, 'DeepSpeed\'s fused Adam does not have it; add "torch_adam": true')
+        findings.error(
+            "optimizer.params.amsgrad", True, 'DeepSpeed\'s fused Adam does not have it; add "torch_adam": true'
+        )
     if variant == "adam/torch" and params.get("fused") and params.get("foreach"):
         findings.error("optimizer.params.foreach", True, "torch takes fused or foreach, not both")
     if name == "adamw" and params.get("adam_w_mode") is False:
-        findings.error("optimizer.params.adam_w_mode", False, 'DeepSpeed ignores it for AdamW; set optimizer.type = "Adam"')
+        findings.error(
+            "optimizer.params.adam_w_mode", False, 'DeepSpeed ignores it for AdamW; set optimizer.type = "Adam"'
+        )
     if name == "muon":
         _check_muon(values, stage, offloaded, params, findings)
 
@@ -102,7 +124,11 @@ def _check_muon(values: Values, stage: int, offloaded: bool, params: dict[str, A
     if stage == 3 and values["zero_optimization.reduce_scatter"]:  # zero/stage3.py
         findings.error("optimizer.type", kind, "Muon at ZeRO stage 3 needs zero_optimization.reduce_scatter = false")
     if offloaded:
-        findings.error("optimizer.type", kind, "Muon does not work with optimizer offload; use AdamW, or offload_optimizer.device = none")
+        findings.error(
+            "optimizer.type",
+            kind,
+            "Muon does not work with optimizer offload; use AdamW, or offload_optimizer.device = none",
+        )
     if params.get("per_head_muon"):
         findings.error("optimizer.params.per_head_muon", True, "needs a transformers model; delete it")
 
@@ -112,7 +138,11 @@ def check_scheduler(values: Values, tree: dict[str, Any], chatgot: ChatGoTSectio
     if "scheduler" not in values:
         return
     if chatgot.schedule is not None:
-        findings.error("scheduler", tree["scheduler"], "chatgot.schedule stands here too, and both would move the lr; keep one of them")
+        findings.error(
+            "scheduler",
+            tree["scheduler"],
+            "chatgot.schedule stands here too, and both would move the lr; keep one of them",
+        )
     kind = values["scheduler.type"]
     if not isinstance(kind, str):
         return
@@ -126,6 +156,8 @@ def check_scheduler(values: Values, tree: dict[str, Any], chatgot: ChatGoTSectio
         return
     params = tree["scheduler"].get("params")
     if params is None:
-        findings.missing("scheduler.params", f"must be given, DeepSpeed fails without it; {{}} for {kind}'s own defaults")
+        findings.missing(
+            "scheduler.params", f"must be given, DeepSpeed fails without it; {{}} for {kind}'s own defaults"
+        )
     elif isinstance(params, dict):
         read_arguments(params, schema.SCHEDULER_PARAMS[kind], kind, "scheduler.params", findings, {})

@@ -32,7 +32,9 @@ def read_document(path: Path) -> Document:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save the file as UTF-8") from error
+        raise ConfigError(
+            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save the file as UTF-8"
+        ) from error
     return parse_document(text, str(path))
 
 
@@ -63,7 +65,9 @@ def check_document(document: Document, findings: Findings) -> None:
         often = f" ({times} places in this file)" if times > 1 else ""
         if kind == "unquoted text":
             why = f"{kind}{often}: it runs to the end of the line, commas and comments included; put it in quotes"
-            findings.all.append(Finding("warning", findings.file, first.mark.line, first.mark.column, first.key, ABSENT, why))
+            findings.all.append(
+                Finding("warning", findings.file, first.mark.line, first.mark.column, first.key, ABSENT, why)
+            )
         else:
             why = f"{kind}{often}: not JSON, but DeepSpeed reads it (hjson); other tools will not"
             findings.all.append(Finding("note", findings.file, first.mark.line, first.mark.column, "", ABSENT, why))
@@ -81,8 +85,9 @@ def plain_copy(value: Any) -> Any:
 def _syntax_finding(text: str, name: str, fault: JsonSyntaxError) -> Finding:
     """With line, column, the line itself and a caret.
 
-    hjson takes a missing comma for part of an unquoted text and complains at the end of the line or file; the strict parser points at the
-    spot itself. It is believed unless it stumbles over what only hjson allows (a comment, an unquoted key, a trailing comma).
+    hjson takes a missing comma for part of an unquoted text and complains at the end of the line or file; the strict
+    parser points at the spot itself. It is believed unless it stumbles over what only hjson allows (a comment, an
+    unquoted key, a trailing comma).
     """
     reason, position = fault.reason, fault.position
     try:

@@ -1,6 +1,8 @@
-"""The DeepSpeed JSON, ready to run: refused if anything is wrong with it, resolved, and split into its two readers' parts.
+"""The DeepSpeed JSON, ready to run: refused if anything is wrong with it, resolved, and split into its two readers'
+parts.
 
-DeepSpeed gets what the file states, value for value, plus what was derived; ChatGoT gets the "chatgot" and "wandb" sections.
+DeepSpeed gets what the file states, value for value, plus what was derived; ChatGoT gets the "chatgot" and "wandb"
+sections.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class EngineConfig:
     """The JSON as read, overrides not applied."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal EngineConfig."""
+        """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal
+        EngineConfig.
+        """
         chatgot = to_plain(self.chatgot)
         if self.activation_checkpointing is None:
             del chatgot["activation_checkpointing"]  # would do nothing without the DeepSpeed section, and is refused
@@ -97,17 +101,25 @@ def read_engine_config(
         overrides: {'optimizer.params.lr': 3e-4}, dotted names without the leading 'ds.'.
         world_size: number of ranks.
         facts: what the device can do.
-        n_params: the model's parameter count, from which communication buckets are sized; None leaves them as they stand
-            (first reading, before the model is known).
-        found_micro_batch: what train_micro_batch_size_per_gpu "auto" means where the other batch numbers leave it open, and why;
-            None: such a JSON is refused.
+        n_params: the model's parameter count, from which communication buckets are sized; None leaves them as they
+            stand (first reading, before the model is known).
+        found_micro_batch: what train_micro_batch_size_per_gpu "auto" means where the other batch numbers leave it open,
+            and why; None: such a JSON is refused.
 
     Raises:
         ConfigError: the file cannot be read, or all that is wrong with it, one problem per line.
     """
     document = read_document(Path(path))
     return _engine_config(
-        inspect(document, str(path), overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=found_micro_batch)
+        inspect(
+            document,
+            str(path),
+            overrides,
+            world_size=world_size,
+            facts=facts,
+            n_params=n_params,
+            found_micro_batch=found_micro_batch,
+        )
     )
 
 
@@ -123,7 +135,15 @@ def build_engine_config(
 ) -> EngineConfig:
     """An EngineConfig from a parsed JSON; `name` is the file's name in messages. See `read_engine_config`."""
     return _engine_config(
-        inspect(Document(tree), name, overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=found_micro_batch)
+        inspect(
+            Document(tree),
+            name,
+            overrides,
+            world_size=world_size,
+            facts=facts,
+            n_params=n_params,
+            found_micro_batch=found_micro_batch,
+        )
     )
 
 
@@ -146,11 +166,17 @@ def _engine_config(seen: Inspection) -> EngineConfig:
         accumulation=batch.accumulation,
         precision=_precision(values),
         zero_stage=values["zero_optimization.stage"],
-        offload_optimizer="cpu" if values["zero_optimization.cpu_offload"] else values["zero_optimization.offload_optimizer.device"],
-        offload_param="cpu" if values["zero_optimization.cpu_offload_param"] else values["zero_optimization.offload_param.device"],
+        offload_optimizer="cpu"
+        if values["zero_optimization.cpu_offload"]
+        else values["zero_optimization.offload_optimizer.device"],
+        offload_param="cpu"
+        if values["zero_optimization.cpu_offload_param"]
+        else values["zero_optimization.offload_param.device"],
         optimizer=None
         if optimizer is None
-        else OptimizerConfig(optimizer["type"], plain_copy(optimizer.get("params") or {}), bool(optimizer.get("legacy_fusion", False))),
+        else OptimizerConfig(
+            optimizer["type"], plain_copy(optimizer.get("params") or {}), bool(optimizer.get("legacy_fusion", False))
+        ),
         scheduler=plain_copy(scheduler),
         gradient_clipping=float(values["gradient_clipping"]),
         activation_checkpointing=plain_copy(deepspeed.get("activation_checkpointing")),

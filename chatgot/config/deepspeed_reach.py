@@ -1,6 +1,8 @@
-"""When a key of the DeepSpeed JSON is read at all: the ZeRO stages, switches and other keys without which it does nothing.
+"""When a key of the DeepSpeed JSON is read at all: the ZeRO stages, switches and other keys without which it does
+nothing.
 
-Source: where deepspeed/runtime/engine.py hands each value on (_configure_zero_optimizer and its neighbours) and who uses it there.
+Source: where deepspeed/runtime/engine.py hands each value on (_configure_zero_optimizer and its neighbours) and who
+    uses it there.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ STAGES: dict[str, tuple[int, ...]] = {
         for key in (
             *("offload_param", "sub_group_size", "zero_hpz_partition_size", "zero_quantized_weights"),
             *("zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear"),
-            *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+            *(
+                "pipeline_loading_checkpoint",
+                "override_module_apply",
+                "log_trace_cache_warnings",
+                "enable_sanity_checks",
+            ),
             *("save_muon_momentum_buffer_in_memory", "leaf_module"),
         )
     },
@@ -53,7 +60,10 @@ _ON_WHEN_GIVEN = ("activation_checkpointing", "checkpoint.writer", "weight_quant
 
 _NVME = ("nvme_path", "buffer_count")
 NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    **{f"{_ZERO}offload_param.{key}": (f"{_ZERO}offload_param.device", ("nvme",)) for key in (*_NVME, "buffer_size", "max_in_cpu")},
+    **{
+        f"{_ZERO}offload_param.{key}": (f"{_ZERO}offload_param.device", ("nvme",))
+        for key in (*_NVME, "buffer_size", "max_in_cpu")
+    },
     **{
         f"{_ZERO}offload_optimizer.{key}": (f"{_ZERO}offload_optimizer.device", ("nvme",))
         for key in (*_NVME, "pipeline_read", "pipeline_write", "fast_init")
@@ -61,7 +71,13 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     f"{_ZERO}offload_optimizer.cpuadam_cores_perc": (f"{_ZERO}offload_optimizer.super_offload", (True,)),
     **{
         f"fp16.{key}": ("fp16.loss_scale", (0.0,))
-        for key in ("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale")
+        for key in (
+            "initial_scale_power",
+            "loss_scale_window",
+            "hysteresis",
+            "consecutive_hysteresis",
+            "min_loss_scale",
+        )
     },
     "bf16.immediate_grad_update": ("zero_optimization.stage", (1,)),
     "bf16.bf16_optimizer_states": ("bf16.bf16_master_weights_and_grads", (True,)),
@@ -70,7 +86,10 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "comms_logger.prof_ops": ("comms_logger.prof_all", (False,)),
     "compile.free_activation_threshold": ("compile.free_activation", (True,)),
     "compile.offload_activation_pin_memory": ("compile.offload_activation", (True,)),
-    **{f"aio.{key}": (f"{_ZERO}offload_optimizer.device or {_ZERO}offload_param.device", ("nvme",)) for key in schema.AIO.keys},
+    **{
+        f"aio.{key}": (f"{_ZERO}offload_optimizer.device or {_ZERO}offload_param.device", ("nvme",))
+        for key in schema.AIO.keys
+    },
 }
 """Key -> another key and the values of it without which the first one does nothing."""
 
@@ -95,7 +114,11 @@ def section_switch(section: str) -> str | None:
     node = schema.NODES.get(section)
     if section in _SPECIAL_SWITCHES:
         return _SPECIAL_SWITCHES[section]
-    return f"{section}.enabled" if isinstance(node, schema.Section) and isinstance(node.keys.get("enabled"), schema.Key) else None
+    return (
+        f"{section}.enabled"
+        if isinstance(node, schema.Section) and isinstance(node.keys.get("enabled"), schema.Key)
+        else None
+    )
 
 
 def is_off(values: Values, section: str) -> bool:
@@ -128,4 +151,6 @@ def stages_in_words(stages: Iterable[int]) -> str:
 
 
 def _words(values: Iterable[Any]) -> str:
-    return " or ".join({True: "true", False: "false"}[value] if isinstance(value, bool) else str(value) for value in values)
+    return " or ".join(
+        {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value) for value in values
+    )

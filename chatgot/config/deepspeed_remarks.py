@@ -59,7 +59,8 @@ def _note(findings: Findings, values: Values, dotted: str, why: str) -> None:
     findings.note(values.name(dotted), values[dotted], why)
 
 
-# --------------------------------------------------------------------------------------------------------------------- without effect
+# ---------------------------------------------------------------------------------------------------------------------
+# without effect
 
 
 def _remark_idle(values: Values, findings: Findings) -> None:
@@ -98,7 +99,9 @@ def _remark_deprecated(values: Values, findings: Findings) -> None:
 
 
 def _remark_unstated_defaults(subject: Subject, findings: Findings) -> None:
-    """Defaults that DeepSpeed changed in 2026 (#8068, #8035, #8207): a file without them means something else to an older version."""
+    """Defaults that DeepSpeed changed in 2026 (#8068, #8035, #8207): a file without them means something else to an
+    older version.
+    """
     values = subject.values
     changed = {"gradient_clipping": ("1.0", "0")}
     if values["bf16.enabled"]:
@@ -120,7 +123,8 @@ def _remark_unstated_defaults(subject: Subject, findings: Findings) -> None:
         findings.note("train_batch_size", ABSENT, why)
 
 
-# ----------------------------------------------------------------------------------------------------------------- precision, ZeRO
+# -----------------------------------------------------------------------------------------------------------------
+# precision, ZeRO
 
 
 def _remark_precision(subject: Subject, findings: Findings) -> None:
@@ -131,13 +135,23 @@ def _remark_precision(subject: Subject, findings: Findings) -> None:
         why = f'{accumulation} micro batches are summed in bf16, which rounds; set data_types.grad_accum_dtype = "fp32"'
         findings.warning(values.name("data_types.grad_accum_dtype"), ABSENT, why)
     if values["bf16.bf16_master_weights_and_grads"]:
-        _note(findings, values, "bf16.bf16_master_weights_and_grads", "bf16 master weights lose small updates; compare with fp32 ones")
+        _note(
+            findings,
+            values,
+            "bf16.bf16_master_weights_and_grads",
+            "bf16 master weights lose small updates; compare with fp32 ones",
+        )
     if fp16 and values["fp16.loss_scale"]:
         _note(findings, values, "fp16.loss_scale", "a fixed scale cannot follow an overflow; 0 lets DeepSpeed adapt it")
     if fp16 and subject.facts.kind == "cuda" and subject.facts.bf16 and subject.facts.certain:
         _note(findings, values, "fp16.enabled", "this device has bf16, which needs no loss scaling")
     if values["communication_data_type"] == "fp16" and not fp16:
-        _warn(findings, values, "communication_data_type", "fp16 overflows on gradients that nobody scales; use bf16, or leave it out")
+        _warn(
+            findings,
+            values,
+            "communication_data_type",
+            "fp16 overflows on gradients that nobody scales; use bf16, or leave it out",
+        )
 
 
 def _remark_zero(subject: Subject, findings: Findings) -> None:
@@ -146,10 +160,17 @@ def _remark_zero(subject: Subject, findings: Findings) -> None:
         why = f"races were reported at ZeRO stage {stage} (DeepSpeed #8061, #5545), with NaN or slow divergence; false is safer"
         _warn(findings, values, "zero_optimization.overlap_comm", why)
     offloaded = (
-        is_offloaded(values) or values["zero_optimization.offload_param.device"] != "none" or values["zero_optimization.cpu_offload_param"]
+        is_offloaded(values)
+        or values["zero_optimization.offload_param.device"] != "none"
+        or values["zero_optimization.cpu_offload_param"]
     )
     if stage == 3 and subject.world_size == 1 and not offloaded:
-        _note(findings, values, "zero_optimization.stage", "one rank has nobody to share with: stage 3 costs time and saves no memory here")
+        _note(
+            findings,
+            values,
+            "zero_optimization.stage",
+            "one rank has nobody to share with: stage 3 costs time and saves no memory here",
+        )
     if values["gradient_allreduce_op"] == "sum" and subject.world_size > 1:
         why = f"gradients, their norm and what is clipped are {subject.world_size} times those of the mean"
         _warn(findings, values, "gradient_allreduce_op", why)
@@ -160,7 +181,9 @@ def _remark_zero(subject: Subject, findings: Findings) -> None:
 
 
 def _remark_buckets(subject: Subject, findings: Findings) -> None:
-    """DeepSpeed allocates reduce_bucket_size elements whatever the model's size (#1302, zero/stage_1_and_2.py, zero/stage3.py)."""
+    """DeepSpeed allocates reduce_bucket_size elements whatever the model's size (#1302, zero/stage_1_and_2.py,
+    zero/stage3.py).
+    """
     values, n_params, stage = subject.values, subject.n_params, subject.values["zero_optimization.stage"]
     if n_params is None:
         return
@@ -168,7 +191,12 @@ def _remark_buckets(subject: Subject, findings: Findings) -> None:
     for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         dotted = f"zero_optimization.{name}"
         bucket = values[dotted]
-        if dotted not in values or not isinstance(bucket, int) or stage not in STAGES[dotted] or bucket <= n_params + n_params % 2:
+        if (
+            dotted not in values
+            or not isinstance(bucket, int)
+            or stage not in STAGES[dotted]
+            or bucket <= n_params + n_params % 2
+        ):
             continue
         waste = (bucket - n_params) * size
         buffered = name == "reduce_bucket_size"
@@ -179,7 +207,8 @@ def _remark_buckets(subject: Subject, findings: Findings) -> None:
         level(values.name(dotted), bucket, f'{why}; "auto" takes the model\'s size')
 
 
-# ------------------------------------------------------------------------------------------------------------- optimizer, scheduler
+# -------------------------------------------------------------------------------------------------------------
+# optimizer, scheduler
 
 
 def _remark_optimizer(subject: Subject, findings: Findings) -> None:
@@ -195,7 +224,12 @@ def _remark_optimizer(subject: Subject, findings: Findings) -> None:
         )
         _note(findings, values, "optimizer.type", why)
     if kind.lower() == "adam" and "adam_w_mode" not in params:
-        _note(findings, values, "optimizer.type", "DeepSpeed means AdamW by it (decoupled weight decay) unless adam_w_mode is false")
+        _note(
+            findings,
+            values,
+            "optimizer.type",
+            "DeepSpeed means AdamW by it (decoupled weight decay) unless adam_w_mode is false",
+        )
     if not {"lr", "muon_lr", "adam_lr"} & set(params):
         node = schema.OPTIMIZER_PARAMS.get(optimizer_arguments(kind, params, is_offloaded(values)), {}).get("lr")
         default = f"{node.default:g}" if node is not None and node.default else "the optimizer's own"
@@ -210,7 +244,8 @@ def _remark_scheduler(values: Values, findings: Findings) -> None:
         _warn(findings, values, "scheduler.type", why)
 
 
-# --------------------------------------------------------------------------------------------------------------- what is looked at
+# --------------------------------------------------------------------------------------------------------------- what
+# is looked at
 
 
 def _remark_observation(values: Values, findings: Findings) -> None:
@@ -234,7 +269,9 @@ def _remark_machine(subject: Subject, findings: Findings) -> None:
     for section, packages in _MONITORS.items():
         if values[f"{section}.enabled"] and not machine.has_package(*packages):
             lost = "the run is not recorded there" if section == "wandb" else "DeepSpeed stops at the start"
-            _warn(findings, values, f"{section}.enabled", f"the package {' or '.join(packages)} is not installed: {lost}")
+            _warn(
+                findings, values, f"{section}.enabled", f"the package {' or '.join(packages)} is not installed: {lost}"
+            )
     for dotted, what in _compiled(subject).items():
         lacks = [name for name, there in _compiler(subject, dotted).items() if not there]
         if lacks:
@@ -253,7 +290,9 @@ def _compiled(subject: Subject) -> dict[str, str]:
     kind, params = values["optimizer.type"], given_arguments(subject.tree, "optimizer")
     if isinstance(kind, str):
         variant = optimizer_arguments(kind, params, is_offloaded(values))
-        own_adam = variant in ("adam/fused", "adam/cpu") and (params.get("torch_adam") is False or params.get("bias_correction") is False)
+        own_adam = variant in ("adam/fused", "adam/cpu") and (
+            params.get("torch_adam") is False or params.get("bias_correction") is False
+        )
         if own_adam or variant in ("lamb", "lion/fused", "lion/cpu", "adagrad/cpu"):
             found["optimizer.type"] = f"DeepSpeed's {kind}"
     for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):

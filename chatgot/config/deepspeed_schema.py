@@ -1,10 +1,13 @@
-"""The whole JSON of DeepSpeed 0.19.8 as data: every section and key, its type, what it may hold, its default and its meaning.
+"""The whole JSON of DeepSpeed 0.19.8 as data: every section and key, its type, what it may hold, its default and its
+meaning.
 
-Source: deepspeed/runtime/config.py and the section classes it builds. tests/config/test_deepspeed_contract.py compares this file with
+Source: deepspeed/runtime/config.py and the section classes it builds. tests/config/test_deepspeed_contract.py compares
+    this file with
 the installed DeepSpeed and names every key that was added, removed or given another default.
 
-A section is `typed` when DeepSpeed reads it with a pydantic model: such sections convert leniently ("stage": "2", 5e8 for a whole number).
-In the others DeepSpeed takes the value as it stands, so a text where a number belongs fails or lies much later, and is refused here.
+A section is `typed` when DeepSpeed reads it with a pydantic model: such sections convert leniently ("stage": "2", 5e8
+for a whole number). In the others DeepSpeed takes the value as it stands, so a text where a number belongs fails or
+lies much later, and is refused here.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ class Key:
             words = "one of " + ", ".join(map(str, self.choices))
         else:
             limits = ((">=", self.low), ("<=", self.high), (">", self.above), ("<", self.below))
-            words = " and ".join([_KINDS[self.kind], *(f"{sign} {bound:g}" for sign, bound in limits if bound is not None)])
+            words = " and ".join(
+                [_KINDS[self.kind], *(f"{sign} {bound:g}" for sign, bound in limits if bound is not None)]
+            )
         return words + (" or null" if self.null else "") + (' or "auto"' if self.auto else "")
 
     def read(self, value: Any, typed: bool) -> Any:
@@ -244,12 +249,16 @@ OFFLOAD_PARAM = Section(
     help="Keep the parameters of ZeRO stage 3 in CPU memory or on NVMe.",
     null=True,
     keys={
-        "device": _text("none", "Where the parameters wait while they are not computed with.", choices=("none", "cpu", "nvme")),
+        "device": _text(
+            "none", "Where the parameters wait while they are not computed with.", choices=("none", "cpu", "nvme")
+        ),
         "nvme_path": Key("path", None, "Folder on the NVMe drive.", null=True),
         "buffer_count": _int(5, "Buffers in the NVMe pool.", low=0),
         "buffer_size": _int(100_000_000, "Elements per NVMe buffer.", low=0),
         "max_in_cpu": _int(1_000_000_000, "Elements kept in CPU memory when offloading to NVMe.", low=0),
-        "pin_memory": _flag(True, "Page-locked CPU memory: faster copies, cannot be swapped out. Was false before 2026."),
+        "pin_memory": _flag(
+            True, "Page-locked CPU memory: faster copies, cannot be swapped out. Was false before 2026."
+        ),
     },
 )
 
@@ -261,11 +270,15 @@ OFFLOAD_OPTIMIZER = Section(
         "device": _text("none", "Where the optimizer state lives.", choices=("none", "cpu", "nvme")),
         "nvme_path": Key("path", None, "Folder on the NVMe drive.", null=True),
         "buffer_count": _int(4, "Buffers in the NVMe pool; at least the states per parameter.", low=0),
-        "pin_memory": _flag(True, "Page-locked CPU memory: faster copies, cannot be swapped out. Was false before 2026."),
+        "pin_memory": _flag(
+            True, "Page-locked CPU memory: faster copies, cannot be swapped out. Was false before 2026."
+        ),
         "pipeline_read": _flag(False, "Read the next tile from NVMe while this one is computed."),
         "pipeline_write": _flag(False, "Write the previous tile to NVMe while this one is computed."),
         "fast_init": _flag(False, "Fast optimizer initialisation on NVMe."),
-        "ratio": _float(1.0, "Share of the optimizer state that is offloaded (stage 3 only below 1).", low=0.0, high=1.0),
+        "ratio": _float(
+            1.0, "Share of the optimizer state that is offloaded (stage 3 only below 1).", low=0.0, high=1.0
+        ),
         "super_offload": _flag(False, "Speculative CPU optimizer for superchips (stage 3 only)."),
         "cpuadam_cores_perc": _float(0.8, "Share of the CPU cores that super_offload uses.", low=0.0, high=1.0),
     },
@@ -276,15 +289,26 @@ ZENFLOW = Section(
     help="Stall-free optimizer offload.",
     null=True,
     keys={
-        "topk_ratio": _float(0.1, "Share of gradient columns that count as important and are stepped on the device.", above=0.0, below=1.0),
+        "topk_ratio": _float(
+            0.1,
+            "Share of gradient columns that count as important and are stepped on the device.",
+            above=0.0,
+            below=1.0,
+        ),
         "select_strategy": _text(
-            "auto", "When the important columns are chosen anew: by step, by epoch, or found out.", choices=("auto", "step", "epoch")
+            "auto",
+            "When the important columns are chosen anew: by step, by epoch, or found out.",
+            choices=("auto", "step", "epoch"),
         ),
         "select_interval": _text("auto", "Steps or epochs between choices; auto: found out."),
-        "update_interval": _text("auto", "Steps over which unimportant gradients are gathered before they are applied; auto: found out."),
+        "update_interval": _text(
+            "auto", "Steps over which unimportant gradients are gathered before they are applied; auto: found out."
+        ),
         "overlap_step": _flag(False, "Run the CPU's optimizer step beside the next forward and backward pass."),
         "offload": _flag(False, "Keep the state of the important columns in CPU memory too."),
-        "auto_ratio": _float(0.99, "Threshold from which the automatic strategy derives update_interval.", low=0.0, high=1.0),
+        "auto_ratio": _float(
+            0.99, "Threshold from which the automatic strategy derives update_interval.", low=0.0, high=1.0
+        ),
         "full_warm_up_rounds": _int(0, "First rounds in which every gradient is applied at once."),
         "pt_reserved_cores_perc": _float(0.5, "Share of the CPU cores that stays with PyTorch.", low=0.0, high=1.0),
         "steps_per_epoch": _int(None, "DeepSpeed fills it in itself; not for users.", null=True),
@@ -310,20 +334,27 @@ ZERO_OPTIMIZATION = Section(
         "stage": _int(0, "0: off; 1: optimizer state; 2: and gradients; 3: and parameters.", choices=(0, 1, 2, 3)),
         "contiguous_gradients": _flag(True, "Copy gradients into one buffer as they appear, against fragmentation."),
         "reduce_scatter": _flag(True, "Average gradients by reduce-scatter instead of all-reduce."),
-        "reduce_bucket_size": _int(500_000_000, "Elements reduced at a time; a buffer of this size is allocated.", above=0, auto=True),
+        "reduce_bucket_size": _int(
+            500_000_000, "Elements reduced at a time; a buffer of this size is allocated.", above=0, auto=True
+        ),
         "use_multi_rank_bucket_allreduce": _flag(True, "One all-reduce for the buckets of several ranks."),
         "allgather_partitions": _flag(True, "Gather updated parameters by all-gather instead of broadcasts."),
         "allgather_bucket_size": _int(500_000_000, "Elements gathered at a time; even.", low=0, auto=True),
         "overlap_comm": _flag(None, "Reduce gradients during backward; null: only at stage 3.", null=True),
         "compute_grad_norm": _flag(True, "Compute the global gradient norm (stages 1 and 2)."),
-        "load_from_fp32_weights": _flag(True, "Master weights from the checkpoint's fp32 copies rather than the 16-bit ones."),
+        "load_from_fp32_weights": _flag(
+            True, "Master weights from the checkpoint's fp32 copies rather than the 16-bit ones."
+        ),
         "elastic_checkpoint": _flag(False, "Legacy; not at stage 3."),
         "offload_param": OFFLOAD_PARAM,
         "offload_optimizer": OFFLOAD_OPTIMIZER,
         "zenflow": ZENFLOW,
         "sub_group_size": _int(1_000_000_000, "Elements per tile of the stage-3 optimizer step.", low=0),
         "cpu_offload_param": _flag(
-            None, "Old switch for keeping parameters in CPU memory (stage 3).", null=True, instead='"offload_param": {"device": "cpu"}'
+            None,
+            "Old switch for keeping parameters in CPU memory (stage 3).",
+            null=True,
+            instead='"offload_param": {"device": "cpu"}',
         ),
         "cpu_offload_use_pin_memory": _flag(
             None,
@@ -332,7 +363,10 @@ ZERO_OPTIMIZATION = Section(
             instead='"pin_memory" inside offload_param or offload_optimizer',
         ),
         "cpu_offload": _flag(
-            None, "Old switch for keeping the optimizer state in CPU memory.", null=True, instead='"offload_optimizer": {"device": "cpu"}'
+            None,
+            "Old switch for keeping the optimizer state in CPU memory.",
+            null=True,
+            instead='"offload_optimizer": {"device": "cpu"}',
         ),
         "stage3_prefetch_bucket_size": _int(
             50_000_000, "Elements fetched ahead of use (stage 3).", low=0, alias="prefetch_bucket_size", auto=True
@@ -347,22 +381,35 @@ ZERO_OPTIMIZATION = Section(
         "stage3_model_persistence_threshold": _int(
             sys.maxsize, "Most elements that may stay whole (stage 3).", low=0, alias="model_persistence_threshold"
         ),
-        "stage3_max_live_parameters": _int(1_000_000_000, "Most elements gathered at a time.", low=0, alias="max_live_parameters"),
+        "stage3_max_live_parameters": _int(
+            1_000_000_000, "Most elements gathered at a time.", low=0, alias="max_live_parameters"
+        ),
         "stage3_max_reuse_distance": _int(
-            1_000_000_000, "Keep a parameter that is used again within so many elements.", low=0, alias="max_reuse_distance"
+            1_000_000_000,
+            "Keep a parameter that is used again within so many elements.",
+            low=0,
+            alias="max_reuse_distance",
         ),
         "stage3_gather_16bit_weights_on_model_save": _flag(
             False, "Gather the weights for save_16bit_model().", alias="gather_16bit_weights_on_model_save"
         ),
-        "stage3_module_granularity_threshold": _int(0, "Fetch finer modules than this as one.", alias="module_granularity_threshold"),
-        "stage3_use_all_reduce_for_fetch_params": _flag(False, "Fetch by all-reduce.", alias="use_all_reduce_for_fetch_params"),
+        "stage3_module_granularity_threshold": _int(
+            0, "Fetch finer modules than this as one.", alias="module_granularity_threshold"
+        ),
+        "stage3_use_all_reduce_for_fetch_params": _flag(
+            False, "Fetch by all-reduce.", alias="use_all_reduce_for_fetch_params"
+        ),
         "stage3_allgather_sequential": _flag(False, "Gather parameters one by one.", alias="allgather_sequential"),
         "stage3_gather_fp16_weights_on_model_save": _flag(
-            False, "Old name of stage3_gather_16bit_weights_on_model_save.", instead='"stage3_gather_16bit_weights_on_model_save"'
+            False,
+            "Old name of stage3_gather_16bit_weights_on_model_save.",
+            instead='"stage3_gather_16bit_weights_on_model_save"',
         ),
         "ignore_unused_parameters": _flag(True, "Allow parameters without gradients (stage 2)."),
         "legacy_stage1": _flag(False, "The old stage 1; DeepSpeed no longer has it."),
-        "round_robin_gradients": _flag(False, "Spread gradient copies over the ranks when offloading (stages 1 and 2)."),
+        "round_robin_gradients": _flag(
+            False, "Spread gradient copies over the ranks when offloading (stages 1 and 2)."
+        ),
         "parameter_alignment": _flag(False, "Align every parameter in the flat buffers; must match on resume."),
         "zero_hpz_partition_size": _int(1, "Ranks that share a secondary copy of the parameters.", low=0),
         "zero_quantized_weights": _flag(False, "Gather quantized weights (CUDA only)."),
@@ -385,7 +432,9 @@ BF16 = Section(
     null=True,
     keys={
         "enabled": _flag(False, "Turn it on.", auto=True),
-        "immediate_grad_update": _flag(False, "Add gradients to the fp32 copy as they appear (stage 1 with fp32 accumulation)."),
+        "immediate_grad_update": _flag(
+            False, "Add gradients to the fp32 copy as they appear (stage 1 with fp32 accumulation)."
+        ),
         "check_grad_overflow": _flag(True, "Skip steps with non-finite gradients. Was false before 2026."),
         "bf16_master_weights_and_grads": _flag(False, "No fp32 master weights."),
         "bf16_optimizer_states": _flag(False, "Optimizer state in bf16 too."),
@@ -420,7 +469,9 @@ TORCH_AUTOCAST = Section(
 DATA_TYPES = Section(
     help="Types that differ from the training precision.",
     keys={
-        "grad_accum_dtype": _text(None, "Type in which gradients are accumulated; null: the model's.", choices=DTYPE_NAMES, null=True),
+        "grad_accum_dtype": _text(
+            None, "Type in which gradients are accumulated; null: the model's.", choices=DTYPE_NAMES, null=True
+        ),
         "param_dtype": _text(None, "Must equal the training precision.", choices=DTYPE_NAMES, null=True),
         "buffer_dtype": _text(None, "Cast float buffers; null: leave them.", choices=DTYPE_NAMES, null=True),
         "keep_in_fp32_modules": Key("texts", "auto", 'Names of buffers that stay fp32: a list of patterns or "auto".'),
@@ -442,11 +493,14 @@ ACTIVATION_CHECKPOINTING = Section(
 CHECKPOINT = Section(
     help="How DeepSpeed writes checkpoints.",
     keys={
-        "tag_validation": _text("Warn", "What to do when ranks name different tags.", choices=("Ignore", "Warn", "Fail"), fold_case=True),
+        "tag_validation": _text(
+            "Warn", "What to do when ranks name different tags.", choices=("Ignore", "Warn", "Fail"), fold_case=True
+        ),
         "load_universal": _flag(False, "Load universal checkpoints.", null=True),
         "use_node_local_storage": _flag(False, "Every node writes to its own disk.", null=True),
         "parallel_write": Section(
-            help="Which ranks write at the same time.", keys={"pipeline_stage": _flag(False, "Write pipeline stages in parallel.")}
+            help="Which ranks write at the same time.",
+            keys={"pipeline_stage": _flag(False, "Write pipeline stages in parallel.")},
         ),
         "checkpoint_serialization": _flag(True, "torch.save's zip format."),
         "writer": Section(
@@ -582,7 +636,9 @@ COMPILE = Section(
         "deepcompile": _flag(False, "Turn it on (CUDA only)."),
         "autoep_non_moe": _flag(False, "Compile what surrounds expert layers and leave those as they are."),
         "free_activation": _flag(False, "Free large activations as soon as nothing needs them."),
-        "free_activation_threshold": _int(10 * 1024 * 1024, "Smallest activation, in bytes, that free_activation frees early."),
+        "free_activation_threshold": _int(
+            10 * 1024 * 1024, "Smallest activation, in bytes, that free_activation frees early."
+        ),
         "offload_activation": _flag(False, "Move saved activations to CPU memory and back before they are needed."),
         "offload_activation_pin_memory": _flag(True, "Page-locked CPU memory for offload_activation."),
         "offload_opt_states": _flag(
@@ -594,7 +650,9 @@ COMPILE = Section(
         "offload_parameters": _flag(False, "Move parameters to CPU memory between their uses."),
         "sync_before_reduce": _flag(False, "Wait for the device before gradients are reduced; for hunting errors."),
         "sync_after_reduce": _flag(False, "Wait for the device after gradients were reduced; for hunting errors."),
-        "sync_before_allgather": _flag(False, "Wait for the device before parameters are gathered; for hunting errors."),
+        "sync_before_allgather": _flag(
+            False, "Wait for the device before parameters are gathered; for hunting errors."
+        ),
         "sync_after_allgather": _flag(False, "Wait for the device after parameters were gathered; for hunting errors."),
         "keep_int_input_tensors": _flag(True, "Keep whole-number inputs as they are while graphs are profiled."),
         "keep_all_input_tensors": _flag(False, "Keep all inputs as they are while graphs are profiled."),
@@ -623,8 +681,12 @@ TENSOR_PARALLEL = Section(
         "dtype": _text("fp16", "Type that the sharded model is cast to.", choices=DTYPE_NAMES),
         "autotp_size": _int(0, "Ranks that share each tensor; 0: off.", low=0),
         "tp_overlap_comm": _flag(False, "All-reduce while computing."),
-        "vocab_parallel_lm_head": _flag(None, "Share the output head out by vocabulary; null: where the model's plan says so.", null=True),
-        "vocab_parallel_ce_backend": _text("torch", "Who computes the loss of a shared output head.", choices=("torch", "liger")),
+        "vocab_parallel_lm_head": _flag(
+            None, "Share the output head out by vocabulary; null: where the model's plan says so.", null=True
+        ),
+        "vocab_parallel_ce_backend": _text(
+            "torch", "Who computes the loss of a shared output head.", choices=("torch", "liger")
+        ),
         "tensor_parallel": Section(
             help="Sizes of the groups.",
             model="deepspeed.runtime.tensor_parallel.config:TPConfig",
@@ -636,7 +698,9 @@ TENSOR_PARALLEL = Section(
                 "tp_group": Key("mapping", null=True, help="A Python process group."),
             },
         ),
-        "injection_policy_tuple": Key("texts", null=True, help="Layers whose output is reduced, for models that DeepSpeed does not know."),
+        "injection_policy_tuple": Key(
+            "texts", null=True, help="Layers whose output is reduced, for models that DeepSpeed does not know."
+        ),
         "partition_config": Key("mapping", null=True, help="Rules that say how each layer is split."),
         "preset_model": _text(None, "A model family whose rules DeepSpeed knows.", null=True),
         "keep_module_on_host": _flag(False, "Load checkpoints into CPU memory, not onto the device."),
@@ -678,7 +742,9 @@ EXPERT_PARALLEL = Section(
         "expert_w1": _text(None, "Name of the gate projection.", null=True),
         "expert_w2": _text(None, "Name of the down projection.", null=True),
         "expert_w3": _text(None, "Name of the up projection.", null=True),
-        "num_experts_attr": _text(None, "Attribute of the model's configuration with the number of experts.", null=True),
+        "num_experts_attr": _text(
+            None, "Attribute of the model's configuration with the number of experts.", null=True
+        ),
         "top_k_attr": _text(None, "The one with the experts per token.", null=True),
         "has_shared_experts": _flag(None, "Whether experts that see every token stand beside the others.", null=True),
         "shared_experts_pattern": _text(None, "Their names.", null=True),
@@ -722,7 +788,9 @@ DATA_EFFICIENCY = Section(
             keys={
                 "enabled": _flag(False, "Turn it on.", null=True),
                 "random_ltd": Section(
-                    help="Drop tokens at random in the middle layers.", open=True, keys={"enabled": _flag(False, "Turn it on.", null=True)}
+                    help="Drop tokens at random in the middle layers.",
+                    open=True,
+                    keys={"enabled": _flag(False, "Turn it on.", null=True)},
                 ),
             },
         ),
@@ -756,7 +824,9 @@ AUTOTUNING = Section(
         "tuner_type": _text("gridsearch", "How experiments are chosen."),
         "tuner_early_stopping": _int(5, "Experiments without gain that end the search."),
         "tuner_num_trials": _int(50, "Most experiments."),
-        "arg_mappings": Key("mapping", null=True, help="Keys of the JSON and the program's arguments that follow them."),
+        "arg_mappings": Key(
+            "mapping", null=True, help="Keys of the JSON and the program's arguments that follow them."
+        ),
         "model_info": Section(
             help="What is known of the model.",
             null=True,
@@ -800,7 +870,9 @@ ROOT = Section(
         "optimizer": Section(
             help="Optimizer and its arguments.",
             keys={
-                "type": _text(None, "adam, adamw, adagrad, lamb, lion, muon (any case) or a torch.optim class.", required=True),
+                "type": _text(
+                    None, "adam, adamw, adagrad, lamb, lion, muon (any case) or a torch.optim class.", required=True
+                ),
                 "params": Section(open=True, null=True, help="Arguments: lr, betas, eps, weight_decay, ..."),
                 "legacy_fusion": _flag(False, "Old fp16 wrapper of FusedAdam.", null=True),
             },
@@ -808,7 +880,11 @@ ROOT = Section(
         "scheduler": Section(
             help="DeepSpeed's or torch's own learning-rate schedule; chatgot.schedule is the better choice.",
             keys={
-                "type": _text(None, "LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR or a torch class.", required=True),
+                "type": _text(
+                    None,
+                    "LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR or a torch class.",
+                    required=True,
+                ),
                 "params": Section(open=True, help="Its arguments."),
             },
         ),
@@ -825,10 +901,14 @@ ROOT = Section(
         ),
         "prescale_gradients": _flag(False, "Divide gradients before they are summed.", null=True),
         "gradient_predivide_factor": _float(1.0, "Divide gradients by this before they are summed.", above=0.0),
-        "gradient_allreduce_op": _text("mean", "Average or sum gradients over the ranks.", choices=("mean", "sum"), fold_case=True),
+        "gradient_allreduce_op": _text(
+            "mean", "Average or sum gradients over the ranks.", choices=("mean", "sum"), fold_case=True
+        ),
         "disable_allgather": _flag(False, "DeepSpeed reads it and does nothing.", null=True),
         "zero_optimization": ZERO_OPTIMIZATION,
-        "zero_allow_untested_optimizer": _flag(False, "Allow optimizers that DeepSpeed did not test with ZeRO.", null=True),
+        "zero_allow_untested_optimizer": _flag(
+            False, "Allow optimizers that DeepSpeed did not test with ZeRO.", null=True
+        ),
         "zero_force_ds_cpu_optimizer": _flag(True, "Insist on DeepSpeed's CPU optimizer when offloading.", null=True),
         "activation_checkpointing": ACTIVATION_CHECKPOINTING,
         "checkpoint": CHECKPOINT,
@@ -865,7 +945,8 @@ ROOT = Section(
     },
 )
 
-# deepspeed/runtime/config.py, _REMOVED_TOP_LEVEL_CONFIG_KEYS and _REMOVED_ZERO_CONFIG_KEYS: DeepSpeed refuses these even when disabled.
+# deepspeed/runtime/config.py, _REMOVED_TOP_LEVEL_CONFIG_KEYS and _REMOVED_ZERO_CONFIG_KEYS: DeepSpeed refuses these
+# even when disabled.
 REMOVED = {
     "nebula": "removed from DeepSpeed; delete it (checkpoints are written with torch.save)",
     "compression_training": "removed from DeepSpeed; delete it (there is no replacement)",
@@ -875,7 +956,8 @@ REMOVED = {
     "eigenvalue": "removed from DeepSpeed; delete it (there is no replacement)",
     "sparse_attention": "removed from DeepSpeed; delete it (there is no replacement)",
     "elasticity": (
-        "removed from DeepSpeed; set train_batch_size, train_micro_batch_size_per_gpu or gradient_accumulation_steps instead, "
+        "removed from DeepSpeed; set train_batch_size, train_micro_batch_size_per_gpu or gradient_accumulation_steps "
+        "instead, "
         "and resume on another number of ranks"
     ),
     "graph_harvesting": "removed from DeepSpeed; delete it (there is no replacement)",
@@ -896,14 +978,20 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel.tensor_parallel.tp_size": ((1,), _PARALLEL),
     "expert_parallel.enabled": ((False, None), "not supported by ChatGoT, whose model has no experts"),
     "expert_parallel.load_balance_coeff": ((None,), "DeepSpeed refuses every value but null; delete it"),
-    "zero_optimization.zenflow": ((None,), "not supported by ChatGoT: ZenFlow changes the number of accumulation steps by itself"),
+    "zero_optimization.zenflow": (
+        (None,),
+        "not supported by ChatGoT: ZenFlow changes the number of accumulation steps by itself",
+    ),
     "data_efficiency.enabled": ((False, None), _GPT_DATA),
     "data_efficiency.data_sampling.enabled": ((False, None), _GPT_DATA),
     "data_efficiency.data_sampling.curriculum_learning.enabled": ((False, None), _GPT_DATA),
     "data_efficiency.data_sampling.dynamic_batching.enabled": ((False, None), _GPT_DATA),
     "data_efficiency.data_routing.enabled": ((False, None), _GPT_DATA),
     "data_efficiency.data_routing.random_ltd.enabled": ((False, None), _GPT_DATA),
-    "autotuning.enabled": ((False, None), "not supported by ChatGoT: autotuning restarts the program through DeepSpeed's own launcher"),
+    "autotuning.enabled": (
+        (False, None),
+        "not supported by ChatGoT: autotuning restarts the program through DeepSpeed's own launcher",
+    ),
     "weight_quantization.enabled": ((False,), "not supported by ChatGoT: it quantizes weights for inference"),
     "pipeline.stages": (("auto", 1), _PARALLEL),
     "pipeline.partition": (("best",), _PARALLEL),
@@ -917,12 +1005,22 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_allgather": ((False, None), "DeepSpeed reads this key and does nothing; delete it"),
     "checkpoint.load_universal": (
         (False, None),
-        "not supported by ChatGoT yet: left in a file it makes every later restart load the old universal checkpoint again",
+        "not supported by ChatGoT yet: left in a file it makes every later restart load the old universal checkpoint "
+        "again",
     ),
-    "checkpoint.writer": ((None,), "not supported by ChatGoT: DeepSpeed cannot read back what these writers wrote under torch >= 2.6"),
-    "checkpoint.use_node_local_storage": ((False, None), "not supported by ChatGoT: a checkpoint is one folder that all ranks see"),
+    "checkpoint.writer": (
+        (None,),
+        "not supported by ChatGoT: DeepSpeed cannot read back what these writers wrote under torch >= 2.6",
+    ),
+    "checkpoint.use_node_local_storage": (
+        (False, None),
+        "not supported by ChatGoT: a checkpoint is one folder that all ranks see",
+    ),
     "checkpoint.parallel_write.pipeline_stage": ((False,), _PARALLEL),
-    "datastates_ckpt": ((), "not supported by ChatGoT: checkpoints are published whole, by ChatGoT's own protocol; delete it"),
+    "datastates_ckpt": (
+        (),
+        "not supported by ChatGoT: checkpoints are published whole, by ChatGoT's own protocol; delete it",
+    ),
     "zero_optimization.legacy_stage1": ((False,), "DeepSpeed no longer has the old stage 1; delete it"),
     "zero_optimization.cpu_offload_use_pin_memory": (
         (None,),
@@ -942,7 +1040,8 @@ CUDA_ONLY = (
 )
 """Flags that fail on the CPU accelerator."""
 
-# -------------------------------------------------------------------------------------------------------------------- optimizers
+# --------------------------------------------------------------------------------------------------------------------
+# optimizers
 
 _LR = Key("float", 1e-3, "Peak learning rate.", low=0.0)
 _EPS = Key("float", 1e-8, "Added to the denominator.", low=0.0)
@@ -953,12 +1052,21 @@ _OFF = Key("flag", False)
 _MAYBE = Key("flag", None, null=True)
 _ADAM = {"lr": _LR, "betas": _BETAS, "eps": _EPS, "weight_decay": _DECAY, "amsgrad": _OFF}
 _TORCH = {"foreach": _MAYBE, "maximize": _OFF, "differentiable": _OFF, "capturable": _OFF}
-_DS_ADAM_SWITCHES = {"torch_adam": _OFF, "adam_w_mode": Key("flag", True), "fp32_optimizer_states": Key("flag", None, null=True)}
+_DS_ADAM_SWITCHES = {
+    "torch_adam": _OFF,
+    "adam_w_mode": Key("flag", True),
+    "fp32_optimizer_states": Key("flag", None, null=True),
+}
 
 # Arguments of the optimizer that deepspeed/runtime/engine.py (_configure_basic_optimizer) builds for a type.
 # "adam/..." also serves adamw; "torch.X" is torch.optim.X.
 OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
-    "adam/fused": {**_ADAM, "bias_correction": Key("flag", True), "set_grad_none": Key("flag", True), **_DS_ADAM_SWITCHES},
+    "adam/fused": {
+        **_ADAM,
+        "bias_correction": Key("flag", True),
+        "set_grad_none": Key("flag", True),
+        **_DS_ADAM_SWITCHES,
+    },
     "adam/cpu": {**_ADAM, "bias_correction": Key("flag", True), **_DS_ADAM_SWITCHES},
     "adam/torch": {**_ADAM, **_TORCH, "fused": _MAYBE, **_DS_ADAM_SWITCHES},
     "adagrad/torch": {
@@ -972,7 +1080,13 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "differentiable": _OFF,
         "fused": _MAYBE,
     },
-    "adagrad/cpu": {"lr": _LR, "eps": _EPS, "weight_decay": _DECAY, "amsgrad": _OFF, "fp32_optimizer_states": Key("flag", True)},
+    "adagrad/cpu": {
+        "lr": _LR,
+        "eps": _EPS,
+        "weight_decay": _DECAY,
+        "amsgrad": _OFF,
+        "fp32_optimizer_states": Key("flag", True),
+    },
     "lamb": {
         **_ADAM,
         "bias_correction": Key("flag", True),
@@ -1002,7 +1116,13 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "weight_decay": _DECAY,
         **_TORCH,
     },
-    "torch.Adadelta": {"lr": _LR, "rho": Key("float", 0.9, low=0.0, high=1.0), "eps": _EPS, "weight_decay": _DECAY, **_TORCH},
+    "torch.Adadelta": {
+        "lr": _LR,
+        "rho": Key("float", 0.9, low=0.0, high=1.0),
+        "eps": _EPS,
+        "weight_decay": _DECAY,
+        **_TORCH,
+    },
     "torch.Adafactor": {
         "lr": _LR,
         "beta2_decay": Key("float", -0.8, high=0.0),
@@ -1022,7 +1142,14 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "decoupled_weight_decay": _OFF,
         **_TORCH,
     },
-    "torch.RAdam": {"lr": _LR, "betas": _BETAS, "eps": _EPS, "weight_decay": _DECAY, "decoupled_weight_decay": _OFF, **_TORCH},
+    "torch.RAdam": {
+        "lr": _LR,
+        "betas": _BETAS,
+        "eps": _EPS,
+        "weight_decay": _DECAY,
+        "decoupled_weight_decay": _OFF,
+        **_TORCH,
+    },
     "torch.RMSprop": {
         "lr": _LR,
         "alpha": Key("float", 0.99, low=0.0),
@@ -1060,7 +1187,8 @@ REFUSED_OPTIMIZERS = {
     "SparseAdam": "needs sparse gradients, which ChatGoT's model does not have",
 }
 
-# -------------------------------------------------------------------------------------------------------------------- schedulers
+# --------------------------------------------------------------------------------------------------------------------
+# schedulers
 
 _COUNT = Key("int", None, low=1)
 _RATE = Key("numbers", None, low=0.0)
@@ -1072,7 +1200,8 @@ def _must(key: Key) -> Key:
     return Key(key.kind, key.default, key.help, low=key.low, required=True)
 
 
-# Arguments of the schedulers in deepspeed/runtime/lr_schedules.py and of those in torch.optim.lr_scheduler that a JSON can describe.
+# Arguments of the schedulers in deepspeed/runtime/lr_schedules.py and of those in torch.optim.lr_scheduler that a JSON
+# can describe.
 SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
     "LRRangeTest": {
         "lr_range_test_min_lr": _RATE,
@@ -1147,7 +1276,11 @@ SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
         "total_iters": _COUNT,
         "last_epoch": _LAST,
     },
-    "MultiStepLR": {"milestones": Key("numbers", None, low=0.0, required=True), "gamma": Key("float", 0.1, low=0.0), "last_epoch": _LAST},
+    "MultiStepLR": {
+        "milestones": Key("numbers", None, low=0.0, required=True),
+        "gamma": Key("float", 0.1, low=0.0),
+        "last_epoch": _LAST,
+    },
     "OneCycleLR": {
         "max_lr": _must(_RATE),
         "total_steps": Key("int", None, low=1, null=True),

@@ -1,4 +1,6 @@
-"""The file's tree held against the schema: what is unknown or mistyped is a problem, what is known can be asked for by its dotted name."""
+"""The file's tree held against the schema: what is unknown or mistyped is a problem, what is known can be asked for by
+its dotted name.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def _read_section(tree: dict, section: Section, spelled: str, dotted: str, findi
         name = dotted + known[key]
         node = section.keys[known[key]]
         if name in values.given:
-            findings.error(place, value, f"is another spelling of {values.spelled[name]}, which stands here too; keep one of them")
+            findings.error(
+                place, value, f"is another spelling of {values.spelled[name]}, which stands here too; keep one of them"
+            )
             continue
         values.spelled[name] = place
         if isinstance(node, Section):
@@ -63,7 +67,12 @@ def _read_section(tree: dict, section: Section, spelled: str, dotted: str, findi
         else:
             _read_key(value, node, section.typed, place, name, findings, values)
     for name, node in section.keys.items():
-        if isinstance(node, Key) and node.required and dotted + name not in values.given and dotted + name not in values.spelled:
+        if (
+            isinstance(node, Key)
+            and node.required
+            and dotted + name not in values.given
+            and dotted + name not in values.spelled
+        ):
             findings.missing(f"{spelled}{name}", f"must be given: {node.help or node.allowed()}")
 
 
@@ -76,7 +85,9 @@ def _read_subsection(value: Any, node: Section, place: str, name: str, findings:
             values.given[name] = True
             values.given[f"{name}.stage"] = int(value)
     elif not (value is None and node.null):
-        findings.error(place, value, _consequence(node.typed), allowed="a section {...}" + (" or null" if node.null else ""))
+        findings.error(
+            place, value, _consequence(node.typed), allowed="a section {...}" + (" or null" if node.null else "")
+        )
 
 
 def _read_key(value: Any, node: Key, typed: bool, place: str, name: str, findings: Findings, values: Values) -> None:
@@ -101,7 +112,9 @@ def _wrong(place: str, value: Any, node: Key, typed: bool, findings: Findings) -
 
 
 def _consequence(typed: bool) -> str:
-    return "DeepSpeed refuses it" if typed else "DeepSpeed takes it as it stands, and fails or means something else later"
+    return (
+        "DeepSpeed refuses it" if typed else "DeepSpeed takes it as it stands, and fails or means something else later"
+    )
 
 
 def _unknown(key: str, place: str, value: Any, dotted: str, known: dict[str, str], findings: Findings) -> None:
@@ -121,7 +134,9 @@ def _unknown(key: str, place: str, value: Any, dotted: str, known: dict[str, str
     )
 
 
-def read_arguments(params: dict, known: dict[str, Key], owner: str, where: str, findings: Findings, elsewhere: dict[str, str]) -> None:
+def read_arguments(
+    params: dict, known: dict[str, Key], owner: str, where: str, findings: Findings, elsewhere: dict[str, str]
+) -> None:
     """Check the arguments of an optimizer or scheduler.
 
     Args:

@@ -1,4 +1,6 @@
-"""The effective configuration: every value in use, from the file, an override, a default, or derived from others, with the reason."""
+"""The effective configuration: every value in use, from the file, an override, a default, or derived from others, with
+the reason.
+"""
 
 from __future__ import annotations
 

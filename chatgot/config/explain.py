@@ -32,13 +32,19 @@ def explain(key: str) -> str:
         ConfigError: no such key, with the nearest one, or several with this last part.
     """
     dotted = _find(key)
-    paragraphs = "\n".join(textwrap.fill(part, _WIDTH, initial_indent="  ", subsequent_indent="  ") for part in sentences(dotted))
+    paragraphs = "\n".join(
+        textwrap.fill(part, _WIDTH, initial_indent="  ", subsequent_indent="  ") for part in sentences(dotted)
+    )
     return f"{dotted}\n{paragraphs}"
 
 
 def explained_keys() -> list[str]:
     """Every key that has an explanation."""
-    arguments = (f"{where}.{name}" for where, owners in _OWNERS.items() for name in dict.fromkeys(n for e in owners.values() for n in e))
+    arguments = (
+        f"{where}.{name}"
+        for where, owners in _OWNERS.items()
+        for name in dict.fromkeys(n for e in owners.values() for n in e)
+    )
     return [*schema.NODES, *arguments, *_fields()]
 
 
@@ -115,7 +121,11 @@ def _argument(where: str, name: str) -> tuple[str, str, str]:
 
 
 def _owner_name(entry: str) -> str:
-    words = {"adam/fused": "DeepSpeed's Adam(W)", "adam/cpu": "DeepSpeed's CPU Adam(W)", "adam/torch": "Adam(W) with torch_adam"}
+    words = {
+        "adam/fused": "DeepSpeed's Adam(W)",
+        "adam/cpu": "DeepSpeed's CPU Adam(W)",
+        "adam/torch": "Adam(W) with torch_adam",
+    }
     return words.get(entry, entry.removeprefix("torch.").partition("/")[0])
 
 
@@ -156,7 +166,11 @@ def _find(key: str) -> str:
     key = key.removeprefix("ds.")
     if key in known:
         return key
-    aliases = {f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip("."): dotted for dotted, node in schema.NODES.items() if node.alias}
+    aliases = {
+        f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip("."): dotted
+        for dotted, node in schema.NODES.items()
+        if node.alias
+    }
     if key in aliases:
         return aliases[key]
     if key in schema.REMOVED:

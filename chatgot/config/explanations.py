@@ -1,12 +1,17 @@
-"""What `chatgot check --explain` knows beyond the schema: what keys interact with, and the arguments of optimizers and schedulers."""
+"""What `chatgot check --explain` knows beyond the schema: what keys interact with, and the arguments of optimizers and
+schedulers.
+"""
 
 from __future__ import annotations
 
 _BATCH = (
-    "It is one of three in train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks; two of them give the "
+    "It is one of three in train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks; "
+    "two of them give the "
     "third, and three that do not fit are refused."
 )
-_SHARED = "The learning rate and the schedule were chosen for one global batch, so keep train_batch_size when this changes."
+_SHARED = (
+    "The learning rate and the schedule were chosen for one global batch, so keep train_batch_size when this changes."
+)
 
 INTERACTIONS: dict[str, str] = {
     "train_batch_size": f"{_BATCH} Stated, it stays the same on any number of ranks.",
@@ -15,7 +20,8 @@ INTERACTIONS: dict[str, str] = {
     "managed_gradient_accumulation": "ChatGoT's loop leaves accumulation to DeepSpeed, so only true is accepted.",
     "optimizer": "Without it nothing is trained; its state is what ZeRO stage 1 shares out and what offload_optimizer moves.",
     "optimizer.type": (
-        "ZeRO wants zero_allow_untested_optimizer for what DeepSpeed did not test with it, Muon and Lamb do not go with optimizer offload, "
+        "ZeRO wants zero_allow_untested_optimizer for what DeepSpeed did not test with it, Muon and Lamb do not go "
+        "with optimizer offload, "
         "and Adam means AdamW."
     ),
     "optimizer.params": "What is known depends on optimizer.type, torch_adam and offload; lr is the peak of chatgot.schedule.",
@@ -24,7 +30,8 @@ INTERACTIONS: dict[str, str] = {
     "scheduler.type": "scheduler.params must stand beside it, even empty, and chatgot.schedule must not.",
     "scheduler.params": "Which arguments are known and which must be given depends on scheduler.type.",
     "gradient_clipping": (
-        "At ZeRO stages 1-3 stock DeepSpeed also clips Muon's orthogonalised updates with it; under compute_grad_norm = false it must be 0."
+        "At ZeRO stages 1-3 stock DeepSpeed also clips Muon's orthogonalised updates with it; under compute_grad_norm "
+        "= false it must be 0."
     ),
     "fp16": "It excludes bf16 and torch_autocast and needs ZeRO stage 1 or more; a CPU can do it with AVX512-FP16 only.",
     "fp16.enabled": "It excludes bf16 and torch_autocast and needs ZeRO stage 1 or more; a CPU can do it with AVX512-FP16 only.",
@@ -53,12 +60,14 @@ INTERACTIONS: dict[str, str] = {
     "zero_force_ds_cpu_optimizer": "ChatGoT sets it to false when torch's AdamW steps on offloaded state.",
     "zero_optimization": "Its keys are read at some stages only; activation_checkpointing and offload save what it does not share out.",
     "zero_optimization.stage": (
-        "16-bit training needs 1 or more; offload_param and the stage3_ keys need 3; torch_autocast in float16 needs 0; Muon at 3 needs "
+        "16-bit training needs 1 or more; offload_param and the stage3_ keys need 3; torch_autocast in float16 needs "
+        "0; Muon at 3 needs "
         "reduce_scatter = false."
     ),
     "zero_optimization.reduce_scatter": "Muon at stage 3, prescale_gradients and gradient_predivide_factor need it to be false.",
     "zero_optimization.reduce_bucket_size": (
-        "The buffer is allocated whatever the model's size, twice with overlap_comm, so more than the model's parameters is waste."
+        "The buffer is allocated whatever the model's size, twice with overlap_comm, so more than the model's "
+        "parameters is waste."
     ),
     "zero_optimization.allgather_bucket_size": 'It must be even; "auto" takes the model\'s size.',
     "zero_optimization.overlap_comm": "It doubles the buffer of reduce_bucket_size; races were reported at stages 1 and 2.",
@@ -74,7 +83,8 @@ INTERACTIONS: dict[str, str] = {
     "zero_optimization.parameter_alignment": "A checkpoint can be loaded natively with the same value only.",
     "zero_optimization.round_robin_gradients": "It helps with optimizer offload and several accumulation steps.",
     "activation_checkpointing": (
-        "Stock DeepSpeed does nothing with the section by itself; ChatGoT does, as chatgot.activation_checkpointing refines it."
+        "Stock DeepSpeed does nothing with the section by itself; ChatGoT does, as chatgot.activation_checkpointing "
+        "refines it."
     ),
     "activation_checkpointing.partition_activations": "It saves on model-parallel ranks only, and switches to DeepSpeed's backend.",
     "activation_checkpointing.contiguous_memory_optimization": "It needs partition_activations and number_checkpoints.",

@@ -1,7 +1,8 @@
-"""Strict reading of plain mappings into frozen dataclasses: unknown keys, wrong types and out-of-range values are refused.
+"""Strict reading of plain mappings into frozen dataclasses: unknown keys, wrong types and out-of-range values are
+refused.
 
-A field's default is its documentation's anchor: the string literal that follows a field in the class body is its help text.
-Ranges are given in the field's metadata: `ranged(0.1, low=0, high=1)`.
+A field's default is its documentation's anchor: the string literal that follows a field in the class body is its help
+text. Ranges are given in the field's metadata: `ranged(0.1, low=0, high=1)`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def did_you_mean(word: object, known: typing.Iterable[str]) -> str:
 
 
 def key_of(field: dataclasses.Field) -> str:
-    """The key of a field in YAML and JSON: its name, without the underscore that lets a Python keyword be a name (async_)."""
+    """The key of a field in YAML and JSON: its name, without the underscore that lets a Python keyword be a name
+    (async_).
+    """
     return field.name.rstrip("_")
 
 
@@ -47,7 +50,8 @@ def read_section(cls: type, values: Any, where: str) -> Any:
     """Build the frozen dataclass `cls` from a mapping.
 
     Args:
-        cls: a dataclass whose fields have plain types (int, float, str, bool, X | None, tuple[X, ...], Literal, a nested dataclass).
+        cls: a dataclass whose fields have plain types (int, float, str, bool, X | None, tuple[X, ...], Literal, a
+            nested dataclass).
         values: the mapping as parsed from YAML or JSON.
         where: 'file: section', the start of every message.
 
@@ -78,14 +82,18 @@ def read_section(cls: type, values: Any, where: str) -> Any:
 
 
 def read_fields(cls: type, values: dict[str, Any], where: str, findings: Findings) -> Any:
-    """As `read_section`, for a dataclass whose fields all have defaults; what is wrong becomes a finding and is left at its default."""
+    """As `read_section`, for a dataclass whose fields all have defaults; what is wrong becomes a finding and is left at
+    its default.
+    """
     hints = typing.get_type_hints(cls)
     fields = {key_of(f): f for f in dataclasses.fields(cls)}
     good: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{where}.{key}"
         if key not in fields:
-            findings.error(dotted, value, "unknown key", allowed="one of " + ", ".join(fields), suggestion=meant(key, fields))
+            findings.error(
+                dotted, value, "unknown key", allowed="one of " + ", ".join(fields), suggestion=meant(key, fields)
+            )
             continue
         name = fields[key].name
         hint = hints[name]
@@ -98,7 +106,13 @@ def read_fields(cls: type, values: dict[str, Any], where: str, findings: Finding
             _check_range(coerced, fields[key], dotted)
         except ConfigError:
             words = [str(word) for option in _options(hint) for word in typing.get_args(option)]
-            findings.error(dotted, value, "ChatGoT cannot use it", allowed=described(fields[key], hint), suggestion=meant(value, words))
+            findings.error(
+                dotted,
+                value,
+                "ChatGoT cannot use it",
+                allowed=described(fields[key], hint),
+                suggestion=meant(value, words),
+            )
         else:
             good[name] = coerced
     return cls(**good)
@@ -106,7 +120,9 @@ def read_fields(cls: type, values: dict[str, Any], where: str, findings: Finding
 
 def nested_class(hint: Any) -> type | None:
     """The dataclass that a field holds, if it holds one."""
-    return next((option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+    return next(
+        (option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None
+    )
 
 
 def described(field: dataclasses.Field, hint: Any) -> str:
@@ -120,7 +136,9 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError that names the place. Only lossless conversions: 3.0 -> 3, 1 -> 1.0, '3e-4' -> 3e-4."""
+    """`value` as the type `hint`, or a ConfigError that names the place. Only lossless conversions: 3.0 -> 3, 1 -> 1.0,
+    '3e-4' -> 3e-4.
+    """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
@@ -142,7 +160,10 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value in options and not isinstance(value, bool):
             return value
-        raise ConfigError(f"{where} = {value!r}: expected one of {', '.join(map(str, options))}{did_you_mean(value, map(str, options))}")
+        raise ConfigError(
+            f"{where} = {value!r}: expected one of "
+            f"{', '.join(map(str, options))}{did_you_mean(value, map(str, options))}"
+        )
     if origin is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, (list, tuple)):

@@ -1,7 +1,8 @@
-"""What is to be said about a configuration: errors, warnings and notes, each with its place, what is allowed and what to do.
+"""What is to be said about a configuration: errors, warnings and notes, each with its place, what is allowed and what
+to do.
 
-The rules (deepspeed_values, deepspeed_checks, deepspeed_remarks, batch) put findings into a collector; train.py refuses on errors and
-prints the rest, `chatgot check` lists them all.
+The rules (deepspeed_values, deepspeed_checks, deepspeed_remarks, batch) put findings into a collector; train.py refuses
+on errors and prints the rest, `chatgot check` lists them all.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Finding:
     @property
     def sentences(self) -> list[str]:
         """Why, what is allowed unless the list is long and a suggestion says enough, what was meant."""
-        allowed = "" if not self.allowed or (self.suggestion and len(self.allowed) > _LONG) else f"expected {self.allowed}"
+        allowed = (
+            "" if not self.allowed or (self.suggestion and len(self.allowed) > _LONG) else f"expected {self.allowed}"
+        )
         return [part for part in (self.why, allowed, self.hint) if part]
 
     @property
@@ -135,7 +138,9 @@ class Findings:
         self._add("note", key, value, why, more)
 
     def device(self, facts: DeviceFacts, key: str, value: Any, why: str) -> None:
-        """Something that this device cannot do: an error for the run itself, a warning from a machine that may not be the one."""
+        """Something that this device cannot do: an error for the run itself, a warning from a machine that may not be
+        the one.
+        """
         if facts.certain:
             self.error(key, value, why)
         else:

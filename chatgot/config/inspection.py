@@ -1,4 +1,5 @@
-"""One engine of rules over a DeepSpeed JSON: read strictly, everything to say about it collected, every "auto" and missing number resolved.
+"""One engine of rules over a DeepSpeed JSON: read strictly, everything to say about it collected, every "auto" and
+missing number resolved.
 
 train.py (through deepspeed_json) and `chatgot check` (through check) both look at what `inspect` returns.
 """
@@ -51,7 +52,9 @@ def inspect(
     n_params: int | None = None,
     found_micro_batch: tuple[int, str] | None = None,
 ) -> Inspection:
-    """Hold a JSON against all rules. train.py refuses on the errors that are found, `chatgot check` lists everything."""
+    """Hold a JSON against all rules. train.py refuses on the errors that are found, `chatgot check` lists
+    everything.
+    """
     source = plain_copy(document.tree)
     tree = apply_overrides(plain_copy(document.tree), overrides or {})
     findings = Findings(name, frozenset(overrides or {}), document.marks)
@@ -101,11 +104,14 @@ def _resolve_precision(values: Values, facts: DeviceFacts, derived: Derivations)
 
 
 def _fill_defaults(values: Values, derived: Derivations) -> None:
-    """State the defaults that DeepSpeed changed in 2026, so that the stored file means the same under another version."""
+    """State the defaults that DeepSpeed changed in 2026, so that the stored file means the same under another
+    version.
+    """
 
     def state(dotted: str) -> None:
         if dotted not in values:
-            derived.add(dotted, schema.NODES[dotted].default, "not given, DeepSpeed's default since 2026")  # type: ignore[union-attr]
+            # type: ignore[union-attr]
+            derived.add(dotted, schema.NODES[dotted].default, "not given, DeepSpeed's default since 2026")
 
     state("gradient_clipping")
     if values["bf16.enabled"]:
@@ -115,19 +121,24 @@ def _fill_defaults(values: Values, derived: Derivations) -> None:
             state(f"{section}.pin_memory")
     persistence = "zero_optimization.stage3_param_persistence_threshold"
     if values[persistence] == "auto":
-        derived.add(persistence, schema.NODES[persistence].default, '"auto", DeepSpeed\'s default')  # type: ignore[union-attr]
+        # type: ignore[union-attr]
+        derived.add(persistence, schema.NODES[persistence].default, '"auto", DeepSpeed\'s default')
 
 
 def _fill_buckets(values: Values, n_params: int | None, derived: Derivations) -> None:
     """Communication buckets no larger than the model.
 
-    DeepSpeed allocates reduce_bucket_size elements whatever the model's size (zero/stage_1_and_2.py, zero/stage3.py), so that its default
-    of 5e8 makes ZeRO cost more memory than it saves on small models.
+    DeepSpeed allocates reduce_bucket_size elements whatever the model's size (zero/stage_1_and_2.py, zero/stage3.py),
+    so that its default of 5e8 makes ZeRO cost more memory than it saves on small models.
     """
     if n_params is None:
         return
     used_at = {"reduce_bucket_size": (1, 2, 3), "allgather_bucket_size": (1, 2), "stage3_prefetch_bucket_size": (3,)}
-    legacy = "zero_optimization" in values and "zero_optimization.stage" not in values.spelled and values["zero_optimization.stage"]
+    legacy = (
+        "zero_optimization" in values
+        and "zero_optimization.stage" not in values.spelled
+        and values["zero_optimization.stage"]
+    )
     for name, stages in used_at.items():
         dotted = f"zero_optimization.{name}"
         auto = values[dotted] == "auto"
@@ -135,17 +146,23 @@ def _fill_buckets(values: Values, n_params: int | None, derived: Derivations) ->
             continue
         default: int = schema.NODES[dotted].default  # type: ignore[union-attr]
         given = '"auto"' if auto else "not given"
-        size = f"the model's {n_params:,} parameters" if n_params < default else "DeepSpeed's default, the model is larger"
+        size = (
+            f"the model's {n_params:,} parameters" if n_params < default else "DeepSpeed's default, the model is larger"
+        )
         derived.add(dotted, min(default, n_params + n_params % 2), f"{given}, {size}")
 
 
-def _recomputation_backend(values: Values, chatgot: ChatGoTSection, derived: Derivations) -> Literal["torch", "deepspeed"] | None:
+def _recomputation_backend(
+    values: Values, chatgot: ChatGoTSection, derived: Derivations
+) -> Literal["torch", "deepspeed"] | None:
     section = "activation_checkpointing"
     if section not in values:
         return None
     if chatgot.activation_checkpointing.backend != "auto":
         return chatgot.activation_checkpointing.backend
     wanted = [key for key in DEEPSPEED_ONLY_RECOMPUTATION if values[f"{section}.{key}"]]
-    backend, reason = ("deepspeed", f"{section}.{wanted[0]} asks for it") if wanted else ("torch", "nothing needs DeepSpeed's")
+    backend, reason = (
+        ("deepspeed", f"{section}.{wanted[0]} asks for it") if wanted else ("torch", "nothing needs DeepSpeed's")
+    )
     derived.add(f"chatgot.{section}.backend", backend, f'"auto", {reason}', inform_deepspeed=False)
     return backend

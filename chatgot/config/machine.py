@@ -42,7 +42,8 @@ def is_writable_folder(path: str) -> bool:
 def guess_device() -> DeviceFacts:
     """A CUDA device where the driver shows one and the environment does not hide it, else the CPU.
 
-    Which types a GPU supports is only known to torch, so both are assumed; a CPU trains in fp16 with AVX512-FP16 or AMX-FP16 only (oneDNN).
+    Which types a GPU supports is only known to torch, so both are assumed; a CPU trains in fp16 with AVX512-FP16 or
+    AMX-FP16 only (oneDNN).
     """
     hidden = os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     if not hidden and (glob.glob("/dev/nvidia[0-9]*") or glob.glob("/proc/driver/nvidia/gpus/*")):
@@ -51,7 +52,9 @@ def guess_device() -> DeviceFacts:
 
 
 def assumed_device(kind: str) -> DeviceFacts:
-    """The device that --device names: 'auto' is this machine's, 'cuda' a modern GPU, 'cpu' a CPU without fp16 kernels."""
+    """The device that --device names: 'auto' is this machine's, 'cuda' a modern GPU, 'cpu' a CPU without fp16
+    kernels.
+    """
     if kind == "auto":
         return guess_device()
     if kind == "cuda":

@@ -32,11 +32,12 @@ def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any
     Values are JSON (`3e-4`, `[0.9,0.95]`, `"text"`, `true`, `null`), YAML in brackets (`[a, b]`), or else plain text.
 
     Returns:
-        run: {'model.n_layers': 4} for the run YAML; ds: {'optimizer.params.lr': 3e-4} for the DeepSpeed JSON, without the leading 'ds.'.
+        run: {'model.n_layers': 4} for the run YAML; ds: {'optimizer.params.lr': 3e-4} for the DeepSpeed JSON, without
+            the leading 'ds.'.
 
     Raises:
-        ConfigError: a missing '=', a key that no schema knows (with the nearest one), a key given twice, a value that cannot be parsed;
-            all of them at once, one per line.
+        ConfigError: a missing '=', a key that no schema knows (with the nearest one), a key given twice, a value that
+            cannot be parsed; all of them at once, one per line.
     """
     run: dict[str, Any] = {}
     ds: dict[str, Any] = {}
@@ -47,7 +48,9 @@ def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any
         key, equals, text = item.partition("=")
         key = key.strip()
         if not equals:
-            problems.append(f"override {item}: expected key=value, for example train.max_steps=200 or ds.optimizer.params.lr=3e-4")
+            problems.append(
+                f"override {item}: expected key=value, for example train.max_steps=200 or ds.optimizer.params.lr=3e-4"
+            )
             continue
         home, name = (ds, key[3:]) if key.startswith("ds.") else (run, key)
         if not (name in ds_keys or (name.startswith(_OPEN) and name not in _OPEN) if home is ds else name in run_keys):
@@ -90,7 +93,9 @@ def _parse_brackets(text: str) -> Any:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The JSON's tree with overrides put in, under the spelling that the file uses. A section set to null is taken out."""
+    """The JSON's tree with overrides put in, under the spelling that the file uses. A section set to null is taken
+    out.
+    """
     for dotted, value in overrides.items():
         section: schema.Section | None = schema.ROOT
         here = tree
@@ -122,7 +127,9 @@ def known_ds_keys() -> Iterator[str]:
     yield from (f"chatgot.{name}" for name in _fields(ChatGoTSection))
 
 
-def _spelling(name: str, here: dict[str, Any], section: schema.Section | None) -> tuple[str, schema.Key | schema.Section | None]:
+def _spelling(
+    name: str, here: dict[str, Any], section: schema.Section | None
+) -> tuple[str, schema.Key | schema.Section | None]:
     """How the file spells a key, and its node."""
     if section is None:
         return name, None
@@ -134,7 +141,9 @@ def _spelling(name: str, here: dict[str, Any], section: schema.Section | None) -
 
 
 def _fields(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of a dataclass' fields, those of nested dataclasses included; the sections themselves are left out of the run's."""
+    """Dotted names of a dataclass' fields, those of nested dataclasses included; the sections themselves are left out
+    of the run's.
+    """
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         nested = next((t for t in _options(hints[f.name]) if dataclasses.is_dataclass(t)), None)
@@ -151,5 +160,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _nearest(key: str, run_keys: frozenset[str], ds_keys: frozenset[str]) -> str:
     known = [*run_keys, *(f"ds.{name}" for name in ds_keys)]
     same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = difflib.get_close_matches(key, same_end, n=1, cutoff=0.3) or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(key, same_end, n=1, cutoff=0.3) or difflib.get_close_matches(
+        key, known, n=1, cutoff=0.6
+    )
     return f"; did you mean '{close[0]}'?" if close else ""

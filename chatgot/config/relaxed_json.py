@@ -1,8 +1,9 @@
 """JSON as DeepSpeed reads it, which is hjson's dialect, with the place of every key.
 
-hjson (the package that DeepSpeed uses) allows comments, unquoted keys and texts, single quotes, triple-quoted texts, missing commas,
-trailing commas and a missing pair of outer braces, and it forgets where things stood. This reader accepts the same texts, gives the same
-values, and remembers the places; tests/config/test_relaxed_json.py compares the two.
+hjson (the package that DeepSpeed uses) allows comments, unquoted keys and texts, single quotes, triple-quoted texts,
+missing commas, trailing commas and a missing pair of outer braces, and it forgets where things stood. This reader
+accepts the same texts, gives the same values, and remembers the places; tests/config/test_relaxed_json.py compares the
+two.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def parse(text: str) -> Document:
 
 
 class _Reader:
-    """Recursive descent over one text; every method takes a position and returns what it read with the position behind it."""
+    """Recursive descent over one text; every method takes a position and returns what it read with the position behind
+    it.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -253,7 +256,11 @@ class _Reader:
             return _ESCAPES[character], position + 1
         code = self._code_unit(position + 1)
         position += 5
-        if code & 0xFC00 == 0xD800 and self.text.startswith("\\u", position) and len(self.text[position + 2 : position + 6]) == 4:
+        if (
+            code & 0xFC00 == 0xD800
+            and self.text.startswith("\\u", position)
+            and len(self.text[position + 2 : position + 6]) == 4
+        ):
             low = self._code_unit(position + 2)
             if low & 0xFC00 == 0xDC00:
                 return chr(0x10000 + (((code - 0xD800) << 10) | (low - 0xDC00))), position + 6
@@ -266,7 +273,9 @@ class _Reader:
         return int(digits, 16)
 
     def long_text(self, position: int) -> tuple[str, int]:
-        """A text in triple quotes: the indentation of its first line is taken off the others, and the last line break too."""
+        """A text in triple quotes: the indentation of its first line is taken off the others, and the last line break
+        too.
+        """
         text = self.text
         line_break = text.rfind("\n", 0, position)
         if line_break < 0:  # hjson looks for the line break before the quotes, and goes round the beginning of the text
@@ -327,6 +336,8 @@ class _Reader:
             if not (fraction or exponent):
                 return int(whole)
             number = float(whole + (fraction or "") + (exponent or ""))
-            return int(number) if int(number) == number and abs(number) < 1e10 else number  # hjson: 5e8 is a whole number
+            return (
+                int(number) if int(number) == number and abs(number) < 1e10 else number
+            )  # hjson: 5e8 is a whole number
         except (OverflowError, ValueError):
             raise JsonSyntaxError("the number is too large", position) from None

@@ -19,7 +19,9 @@ class ModelConfig:
     """Shape of the GPT. The vocabulary size is the tokenizer's and never stands in a file."""
 
     architecture: Literal["gpt2", "modern"] = "modern"
-    """gpt2: LayerNorm, learned positions, GELU, biases. modern: RMSNorm, rotary positions, QK-norm, SwiGLU, no biases."""
+    """gpt2: LayerNorm, learned positions, GELU, biases. modern: RMSNorm, rotary positions, QK-norm, SwiGLU, no
+    biases.
+    """
     d_model: int = ranged(384, low=1)
     """Width of the residual stream."""
     n_layers: int = ranged(6, low=1)
@@ -68,20 +70,26 @@ class DataConfig:
     bpe_vocab_size: int = ranged(4096, low=257, high=65536)
     """Vocabulary that the bpe tokenizer is trained to (bpe only)."""
     unknown_characters: Literal["error", "skip"] = "error"
-    """What to do with characters the vocabulary never saw (text added after the vocabulary was made): refuse, or leave out and count."""
+    """What to do with characters the vocabulary never saw (text added after the vocabulary was made): refuse, or leave
+    out and count.
+    """
     val_fraction: float = ranged(0.1, above=0.0, high=0.9)
     """Share of the text, at its end, that is held out for validation."""
     test_fraction: float = ranged(0.0, low=0.0, high=0.9)
     """Share of the text, after the validation part, that is never looked at in training."""
     split_by: Literal["auto", "position", "file"] = "auto"
-    """position: cut the joined text; file: whole files; auto: by file where a boundary is within 20 % of the wished size."""
+    """position: cut the joined text; file: whole files; auto: by file where a boundary is within 20 % of the wished
+    size.
+    """
     encoding: str = "utf-8"
     """Encoding of the text files."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, and what is looked at on the way. How it is run (batch, lr, precision, saving) is in the DeepSpeed JSON."""
+    """How long, and what is looked at on the way. How it is run (batch, lr, precision, saving) is in the DeepSpeed
+    JSON.
+    """
 
     max_steps: int = ranged(1000, low=1)
     """Optimizer steps in all; the learning-rate schedule ends here."""
@@ -163,10 +171,16 @@ def load_run_config(name_or_path: str, overrides: dict[str, Any] | None = None) 
 
 def build_run_config(tree: Any, where: str, overrides: dict[str, Any] | None = None) -> RunConfig:
     """A RunConfig from a parsed YAML tree; see `load_run_config`."""
-    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in (tree or {}).items()} if isinstance(tree, dict) or tree is None else tree
+    tree = (
+        {k: dict(v) if isinstance(v, dict) else v for k, v in (tree or {}).items()}
+        if isinstance(tree, dict) or tree is None
+        else tree
+    )
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
-        known = {f"{s.name}.{f.name}" for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(_SECTIONS[s.name])}
+        known = {
+            f"{s.name}.{f.name}" for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(_SECTIONS[s.name])
+        }
         if dotted not in known:
             close = difflib.get_close_matches(dotted, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -191,11 +205,22 @@ def _unique_key_loader() -> type:
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=deep)
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key '{key}' is given twice", key_node.start_mark
+                    )
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
     return UniqueKeyLoader
 
 
-__all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainConfig", "build_run_config", "coerce", "load_run_config", "preset_names"]
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "build_run_config",
+    "coerce",
+    "load_run_config",
+    "preset_names",
+]

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 def meant(word: object, known: Iterable[str]) -> str:
     """The nearest known word, or an empty string.
 
-    One slip of the finger (a character too many, too few, another one, or two swapped) is always taken for the word; beyond that difflib
-    must see a likeness of 0.6. Upper and lower case count as equal.
+    One slip of the finger (a character too many, too few, another one, or two swapped) is always taken for the word;
+    beyond that difflib must see a likeness of 0.6. Upper and lower case count as equal.
     """
     if not isinstance(word, str):
         return ""
@@ -24,7 +24,9 @@ def meant(word: object, known: Iterable[str]) -> str:
 
 
 def one_slip_apart(one: str, other: str) -> bool:
-    """Whether one insertion, deletion, replacement or swap of neighbours turns one word into the other, or nothing has to."""
+    """Whether one insertion, deletion, replacement or swap of neighbours turns one word into the other, or nothing has
+    to.
+    """
     if abs(len(one) - len(other)) > 1:
         return False
     start = 0

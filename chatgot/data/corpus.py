@@ -1,4 +1,6 @@
-"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus that lies in an installed package."""
+"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus that lies in an installed
+package.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved --data. `path` is the file or folder given (None for a built-in or several); `files` is empty for a prepared folder."""
+    """A resolved --data. `path` is the file or folder given (None for a built-in or several); `files` is empty for a
+    prepared folder.
+    """
 
     kind: Literal["file", "folder", "files", "builtin", "prepared"]
     name: str
@@ -99,9 +103,13 @@ def resolve(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> Source:
         return parts[0]
     prepared = next((p for p in parts if p.kind == "prepared"), None)
     if prepared or not parts:
-        raise DataError(f"{prepared.path}: a prepared folder cannot be joined with other texts" if prepared else "no text was named")
+        raise DataError(
+            f"{prepared.path}: a prepared folder cannot be joined with other texts" if prepared else "no text was named"
+        )
     name = "+".join(p.name for p in parts)
-    return Source("files", name, None, tuple(f for p in parts for f in p.files), tuple(n for p in parts for n in p.notes))
+    return Source(
+        "files", name, None, tuple(f for p in parts for f in p.files), tuple(n for p in parts for n in p.notes)
+    )
 
 
 def _resolve_one(spec: str) -> Source:
@@ -119,7 +127,9 @@ def _resolve_one(spec: str) -> Source:
     if not stat.S_ISREG(mode):
         raise DataError(f"--data {spec}: {describe_mode(mode)}, not a regular file; save the text in a file first")
     if looks_prepared(path.resolve().parent):
-        raise DataError(f"--data {spec}: part of a prepared folder, not a text; name the folder {path.parent} to train on it")
+        raise DataError(
+            f"--data {spec}: part of a prepared folder, not a text; name the folder {path.parent} to train on it"
+        )
     return Source("file", path.name, path, (SourceFile(path, path.name),))
 
 
@@ -129,14 +139,18 @@ def _folder(root: Path) -> Source:
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         here = Path(folder)
-        others.extend(f"{(here / s).relative_to(root).as_posix()}/ (a link)" for s in subfolders if (here / s).is_symlink())
+        others.extend(
+            f"{(here / s).relative_to(root).as_posix()}/ (a link)" for s in subfolders if (here / s).is_symlink()
+        )
         if looks_prepared(here):
             raise DataError(
-                f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the folder of texts"
+                f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the "
+                f"folder of texts"
             )
         if {"run.yaml", "ds_config.json"} <= set(names):
             raise DataError(
-                f"--data {root}: {here} is a run folder, its samples are a model's own text; move it out of the folder of texts"
+                f"--data {root}: {here} is a run folder, its samples are a model's own text; move it out of the "
+                f"folder of texts"
             )
         for name in names:
             if name.startswith("."):
@@ -150,7 +164,9 @@ def _folder(root: Path) -> Source:
     left_out = f"{len(others)} other {noun} ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
     endings = ", ".join(TEXT_SUFFIXES)
     if not files:
-        raise DataError(f"--data {root}: no text files ({endings}) in this folder" + (f", only {left_out}" if others else ""))
+        raise DataError(
+            f"--data {root}: no text files ({endings}) in this folder" + (f", only {left_out}" if others else "")
+        )
     files.sort(key=lambda f: f.name)
     notes = (f"{root}: reading {len(files)} text files ({endings}); left out: {left_out}",) if others else ()
     return Source("folder", root.resolve().name, root, tuple(files), notes)
@@ -166,7 +182,10 @@ def _built_in(name: str) -> Source:
     names = entry.files or tuple(sorted(p.name for p in root.glob("*.txt")))
     missing = [n for n in names if not (root / n).is_file()]
     if missing or not names:
-        raise DataError(f"--data {name}: {root / (missing[0] if missing else '*.txt')} is missing; {entry.install} --force-reinstall")
+        raise DataError(
+            f"--data {name}: {root / (missing[0] if missing else '*.txt')} is missing; {entry.install} "
+            f"--force-reinstall"
+        )
     return Source("builtin", name, None, tuple(SourceFile(root / n, n) for n in names))
 
 

@@ -1,4 +1,6 @@
-"""Batches from a token array. The data order is a pure function of (seed, global sample index): a position in the data is one integer."""
+"""Batches from a token array. The data order is a pure function of (seed, global sample index): a position in the data
+is one integer.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ _FEISTEL_ROUNDS = 8
 class DataOrder:
     """Which window of the tokens the i-th sample of a run is.
 
-    Windows are blocks of T + 1 tokens at stride T, so an epoch shows no target twice; each epoch starts at another offset in [0, T), so
-    that block edges move. Within an epoch the blocks come in a keyed pseudo-random order without replacement: a Feistel network over the
-    next power of four, walked until it lands inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    Windows are blocks of T + 1 tokens at stride T, so an epoch shows no target twice; each epoch starts at another
+    offset in [0, T), so that block edges move. Within an epoch the blocks come in a keyed pseudo-random order without
+    replacement: a Feistel network over the next power of four, walked until it lands inside (Black & Rogaway 2002,
+        "Ciphers with arbitrary finite domains").
     """
 
     def __init__(self, n_tokens: int, block_size: int, seed: int) -> None:
@@ -78,15 +81,28 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class TrainBatches:
-    """One rank's share of global batches: together the ranks see the same samples, whatever their number, micro-batch and accumulation."""
+    """One rank's share of global batches: together the ranks see the same samples, whatever their number, micro-batch
+    and accumulation.
+    """
 
     def __init__(
-        self, tokens: np.ndarray, order: DataOrder, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+        self,
+        tokens: np.ndarray,
+        order: DataOrder,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        """Raises ValueError if global_batch_size is no multiple of micro_batch_size * world_size, or rank or order do not fit."""
+        """Raises ValueError if global_batch_size is no multiple of micro_batch_size * world_size, or rank or order do
+        not fit.
+        """
         across = micro_batch_size * world_size
         if across < 1 or global_batch_size < 1 or global_batch_size % across:
-            raise ValueError(f"global batch {global_batch_size} is not a multiple of micro batch {micro_batch_size} x {world_size} ranks")
+            raise ValueError(
+                f"global batch {global_batch_size} is not a multiple of micro batch {micro_batch_size} x {world_size} "
+                f"ranks"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if len(tokens) != order.n_tokens:
@@ -97,7 +113,8 @@ class TrainBatches:
         self.tokens_per_step = global_batch_size * order.block_size
         """Tokens of one optimizer step, over all ranks."""
         self.batch_hash = 0
-        """Of what `micro_batches` has handed out since it was last called: its samples' 64-bit hashes, added modulo 2**64.
+        """Of what `micro_batches` has handed out since it was last called: its samples' 64-bit hashes, added modulo
+        2**64.
 
         Added over the ranks it is the global batch's, whatever the number of ranks, micro batch and accumulation.
         """
@@ -108,7 +125,9 @@ class TrainBatches:
         self._slots = np.ascontiguousarray(slots[:, rank]).reshape(-1)
 
     def indices(self, first_sample: int) -> np.ndarray:
-        """Global sample indices (accumulation * B,) that this rank sees in the step that begins at first_sample, in order."""
+        """Global sample indices (accumulation * B,) that this rank sees in the step that begins at first_sample, in
+        order.
+        """
         return first_sample + self._slots
 
     def tokens(self, sample: int) -> np.ndarray:
@@ -116,7 +135,9 @@ class TrainBatches:
         return self._windows[int(self.order.starts(np.array([sample]))[0])]
 
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
-        """The micro-batches of the optimizer step whose global batch is samples first_sample .. first_sample + global_batch_size - 1."""
+        """The micro-batches of the optimizer step whose global batch is samples first_sample .. first_sample +
+        global_batch_size - 1.
+        """
         indices = self.indices(first_sample)
         starts = self.order.starts(indices).reshape(self.accumulation, self._micro_batch_size)
         self.batch_hash = 0
@@ -128,10 +149,11 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """A whole split, every token but the first exactly once as a target over all ranks. All ranks get the same number of batches.
+    """A whole split, every token but the first exactly once as a target over all ranks. All ranks get the same number
+    of batches.
 
-    What is missing in the last window and in the last batches is filled up with input 0 and target -100; a batch can consist of nothing
-    else, so sum the losses and divide by `target_tokens` instead of averaging batch means.
+    What is missing in the last window and in the last batches is filled up with input 0 and target -100; a batch can
+    consist of nothing else, so sum the losses and divide by `target_tokens` instead of averaging batch means.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -1,4 +1,6 @@
-"""Text -> tokens on disk, in bounded memory: one pass to check, hash and collect characters, one pass to encode (bpe trains in between)."""
+"""Text -> tokens on disk, in bounded memory: one pass to check, hash and collect characters, one pass to encode (bpe
+trains in between).
+"""
 
 from __future__ import annotations
 
@@ -60,14 +62,17 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     say: Say = print,
 ) -> PreparedData:
-    """Prepare a text; the same text and settings give the same bytes, and a killed run leaves no half-written folder at `out_dir`.
+    """Prepare a text; the same text and settings give the same bytes, and a killed run leaves no half-written folder at
+    `out_dir`.
 
     Args:
         spec: text file, folder of text files, built-in corpus name, or several of them.
-        out_dir: folder to write. An earlier prepared folder there is replaced; anything else that is not empty is refused.
+        out_dir: folder to write. An earlier prepared folder there is replaced; anything else that is not empty is
+            refused.
         config: tokenizer, split and encoding.
         block_size: refuse unless every split has block_size + 1 tokens.
-        tokenizer: an existing vocabulary to use instead of making one; config.unknown_characters says what to do with characters it lacks.
+        tokenizer: an existing vocabulary to use instead of making one; config.unknown_characters says what to do with
+            characters it lacks.
         say: where notes and warnings go, one line each.
 
     Raises:
@@ -77,7 +82,9 @@ def prepare(
     out_dir = Path(out_dir)
     source = resolve(spec)
     if source.kind == "prepared":
-        raise DataError(f"--data {source.path}: already prepared; train on it as it is, or name the text that it was made from")
+        raise DataError(
+            f"--data {source.path}: already prepared; train on it as it is, or name the text that it was made from"
+        )
     _check_out_dir(out_dir, source)
     for note in source.notes:
         say(note)
@@ -95,15 +102,22 @@ def prepare(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     sizes = ", ".join(f"{name} {split.tokens:,}" for name in SPLITS if (split := meta.split(name)))
-    say(f"prepared {source.name}: {sizes} tokens, {meta.tokenizer} vocabulary of {meta.vocab_size}, split by {meta.split_by} -> {out_dir}")
+    say(
+        f"prepared {source.name}: {sizes} tokens, {meta.tokenizer} vocabulary of {meta.vocab_size}, split by "
+        f"{meta.split_by} -> {out_dir}"
+    )
     return open_prepared(out_dir, verify=False)
 
 
-def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None = None, say: Say = print) -> PreparedData:
-    """The prepared form of `spec`: opened if it is a prepared folder, else taken from the cache, else prepared into the cache.
+def prepare_cached(
+    spec: Spec, config: DataConfig, cache_dir: Path | str | None = None, say: Say = print
+) -> PreparedData:
+    """The prepared form of `spec`: opened if it is a prepared folder, else taken from the cache, else prepared into the
+    cache.
 
-    The cache is `cache_dir`, or $CHATGOT_CACHE, or ~/.cache/chatgot, folder `prepared`; its key is made of path, size and modification time
-    of every file and of the settings. Processes that want the same entry wait for the one that makes it; a damaged entry is made anew.
+    The cache is `cache_dir`, or $CHATGOT_CACHE, or ~/.cache/chatgot, folder `prepared`; its key is made of path, size
+    and modification time of every file and of the settings. Processes that want the same entry wait for the one that
+    makes it; a damaged entry is made anew.
 
     Raises:
         DataError, ConfigError: as `prepare` and `open_prepared`.
@@ -112,7 +126,10 @@ def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None 
     if source.kind == "prepared":
         assert source.path is not None
         data = open_prepared(source.path)
-        say(f"opened prepared folder {source.path}: source {data.meta.source}, {data.meta.tokenizer} vocabulary of {data.meta.vocab_size}")
+        say(
+            f"opened prepared folder {source.path}: source {data.meta.source}, {data.meta.tokenizer} vocabulary of "
+            f"{data.meta.vocab_size}"
+        )
         return data
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     entry = root / "prepared" / cache_key(source, config)
@@ -182,21 +199,25 @@ class _Scan:
     characters: tuple[str, ...]
 
 
-def _build(source: Source, folder: Path, config: DataConfig, block_size: int | None, given: Tokenizer | None, say: Say) -> PreparedMeta:
+def _build(
+    source: Source, folder: Path, config: DataConfig, block_size: int | None, given: Tokenizer | None, say: Say
+) -> PreparedMeta:
     encoding = check_encoding(config.encoding)
     scan = _scan(source, encoding, say)
     plan = plan_split(scan.file_characters, config)
     for (name, end), begin in zip(plan.ends, (0, plan.train_end, plan.val_end)):
         if end - begin < 2:
             raise DataError(
-                f"{source.name}: {plan.total} characters are too few: the {name} split has {end - begin}, at least 2 are needed"
+                f"{source.name}: {plan.total} characters are too few: the {name} split has {end - begin}, at least 2 "
+                f"are needed"
             )
     pieces = _unchanged_text(source, encoding, scan)
     tokenizer = given or _make_tokenizer(scan, plan, config, source, encoding, say)
     unknown = tokenizer.unknown("".join(scan.characters)) if isinstance(tokenizer, CharTokenizer) else []
     if unknown and config.unknown_characters == "error":
         raise DataError(
-            f"{source.name}: {describe_unknown(unknown, tokenizer)}; they stand {_count(source, encoding, unknown):,} times in the text; "
+            f"{source.name}: {describe_unknown(unknown, tokenizer)}; they stand {_count(source, encoding, unknown):,} "
+            f"times in the text; "
             f"set data.unknown_characters: skip to leave them out, or make a new vocabulary"
         )
     repeats = RepeatDetector()
@@ -262,12 +283,17 @@ def _scan(source: Source, encoding: str, say: Say) -> _Scan:
     if crlf:
         say(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
     if empty:
-        say(f"warning: {len(empty)} empty file{'s' * (len(empty) > 1)} left out: {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
+        say(
+            f"warning: {len(empty)} empty file{'s' * (len(empty) > 1)} left out: "
+            f"{', '.join(empty[:5])}{', ...' * (len(empty) > 5)}"
+        )
     return _Scan(tuple(files), tuple(lengths), seen.sorted())
 
 
 class _Characters:
-    """The distinct characters of a text. Known ASCII is deleted from each piece in C first, so that little is left to look at."""
+    """The distinct characters of a text. Known ASCII is deleted from each piece in C first, so that little is left to
+    look at.
+    """
 
     def __init__(self) -> None:
         self._ascii = b""
@@ -312,7 +338,9 @@ def _file_end(source: Source) -> bool:
     return len(source.files) > 1
 
 
-def _make_tokenizer(scan: _Scan, plan: SplitPlan, config: DataConfig, source: Source, encoding: str, say: Say) -> Tokenizer:
+def _make_tokenizer(
+    scan: _Scan, plan: SplitPlan, config: DataConfig, source: Source, encoding: str, say: Say
+) -> Tokenizer:
     if config.tokenizer == "char":
         return CharTokenizer(scan.characters)
     if config.tokenizer == "byte":
@@ -320,12 +348,20 @@ def _make_tokenizer(scan: _Scan, plan: SplitPlan, config: DataConfig, source: So
     train = (text for name, text in split_pieces(_text(source, encoding), plan) if name == "train")
     tokenizer = BpeTokenizer.train(_bpe_pieces(train), config.bpe_vocab_size)
     if tokenizer.vocab_size < config.bpe_vocab_size:
-        say(f"bpe: the training text gave {tokenizer.vocab_size} tokens, data.bpe_vocab_size asked for {config.bpe_vocab_size}")
+        say(
+            f"bpe: the training text gave {tokenizer.vocab_size} tokens, data.bpe_vocab_size asked for "
+            f"{config.bpe_vocab_size}"
+        )
     return tokenizer
 
 
 def _encode(
-    pieces: Iterable[str], plan: SplitPlan, tokenizer: Tokenizer, unknown: Sequence[str], repeats: RepeatDetector, folder: Path
+    pieces: Iterable[str],
+    plan: SplitPlan,
+    tokenizer: Tokenizer,
+    unknown: Sequence[str],
+    repeats: RepeatDetector,
+    folder: Path,
 ) -> tuple[dict[str, SplitMeta], int]:
     """Second pass: write the token files. Returns each split's numbers, and how many characters were left out."""
     splits: dict[str, SplitMeta] = {}
@@ -369,7 +405,9 @@ def _encode(
 
 
 def _bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Cut a text anew into pieces of about _BPE_PIECE characters, at line ends, so that tokens hardly depend on where pieces end."""
+    """Cut a text anew into pieces of about _BPE_PIECE characters, at line ends, so that tokens hardly depend on where
+    pieces end.
+    """
     held = ""
     for text in texts:
         held += text
@@ -396,9 +434,15 @@ def _warn_of_repeats(scan: _Scan, repeated: float, leaked: float, say: Say) -> N
         if twin != file.name and file.bytes:
             say(f"warning: {file.name} has the same content as {twin}")
     if repeated >= WARN_REPEATED_SHARE:
-        say(f"warning: about {repeated:.0%} of the text repeats an earlier passage word for word; is something in it twice?")
+        say(
+            f"warning: about {repeated:.0%} of the text repeats an earlier passage word for word; is something in it "
+            f"twice?"
+        )
     if leaked >= WARN_VAL_IN_TRAIN_SHARE:
-        say(f"warning: about {leaked:.0%} of the validation text also stands in the training text; val/loss will look better than it is")
+        say(
+            f"warning: about {leaked:.0%} of the validation text also stands in the training text; val/loss will look "
+            f"better than it is"
+        )
 
 
 def _check_out_dir(out_dir: Path, source: Source) -> None:
@@ -411,7 +455,8 @@ def _check_out_dir(out_dir: Path, source: Source) -> None:
             raise DataError(f"--out {out_dir}: the text {file.path} lies in it; choose a folder of its own")
     if source.kind == "folder" and source.path is not None and source.path.resolve() in (out, *out.parents):
         raise DataError(
-            f"--out {out_dir}: inside the folder of texts {source.path}, a later run would read its own output; choose another place"
+            f"--out {out_dir}: inside the folder of texts {source.path}, a later run would read its own output; "
+            f"choose another place"
         )
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out_dir}: exists and is not a folder")

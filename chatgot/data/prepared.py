@@ -90,7 +90,9 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the vocabulary and the tokens of every split: equal data, equal fingerprint, wherever the folder lies."""
+        """sha256 over the vocabulary and the tokens of every split: equal data, equal fingerprint, wherever the folder
+        lies.
+        """
         defines = {
             "format_version": self.meta.format_version,
             "tokenizer": self.meta.tokenizer_sha256,
@@ -130,7 +132,8 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
 
     Args:
         path: the folder.
-        verify: also read every token file and compare its sha256 (about 1 GB/s); sizes and the vocabulary are always compared.
+        verify: also read every token file and compare its sha256 (about 1 GB/s); sizes and the vocabulary are always
+            compared.
 
     Raises:
         DataError: not a prepared folder, written by another version, truncated or damaged.
@@ -144,16 +147,20 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
     again = f"prepare the text again (source: {meta.source})"
     if tokenizer.fingerprint != meta.tokenizer_sha256:
         raise DataError(
-            f"{path / TOKENIZER_FILE}: sha256 of the vocabulary is {tokenizer.fingerprint}, meta.json says {meta.tokenizer_sha256}; {again}"
+            f"{path / TOKENIZER_FILE}: sha256 of the vocabulary is {tokenizer.fingerprint}, meta.json says "
+            f"{meta.tokenizer_sha256}; {again}"
         )
     if tokenizer.vocab_size != meta.vocab_size or tokenizer.dtype.name != meta.dtype:
         raise DataError(
-            f"{path / META_FILE}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its tokenizer.json; {again}"
+            f"{path / META_FILE}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its "
+            f"tokenizer.json; {again}"
         )
     arrays: dict[str, np.ndarray | None] = {}
     for name in SPLITS:
         split = meta.split(name)
-        arrays[name] = None if split is None else _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
+        arrays[name] = (
+            None if split is None else _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
+        )
     train, val = arrays["train"], arrays["val"]
     assert train is not None  # meta.json has both
     assert val is not None
@@ -161,7 +168,9 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
 
 
 def check_block_size(prepared: PreparedData, max_seq_length: int) -> None:
-    """Raises DataError, with both numbers, if a split is too short for one sample of max_seq_length tokens and its targets."""
+    """Raises DataError, with both numbers, if a split is too short for one sample of max_seq_length tokens and its
+    targets.
+    """
     for name in SPLITS:
         split = prepared.meta.split(name)
         if split is not None:
@@ -172,8 +181,10 @@ def check_split_size(source: str, split: str, tokens: int, max_seq_length: int) 
     """See `check_block_size`."""
     if tokens < max_seq_length + 1:
         raise DataError(
-            f"{source}: the {split} split has {tokens} tokens, one sample needs model.max_seq_length + 1 = {max_seq_length + 1}; "
-            f"use more text, a smaller max_seq_length" + ("" if split == "train" else f", or a larger data.{split}_fraction")
+            f"{source}: the {split} split has {tokens} tokens, one sample needs model.max_seq_length + 1 = "
+            f"{max_seq_length + 1}; "
+            f"use more text, a smaller max_seq_length"
+            + ("" if split == "train" else f", or a larger data.{split}_fraction")
         )
 
 
@@ -184,12 +195,15 @@ def _read_meta(path: Path) -> PreparedMeta:
     except FileNotFoundError:
         raise DataError(f"{path}: not a prepared folder, {META_FILE} is missing; prepare the text again") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read, the prepared folder is damaged: {error}; prepare the text again") from error
+        raise DataError(
+            f"{file}: cannot be read, the prepared folder is damaged: {error}; prepare the text again"
+        ) from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise DataError(f"{file}: not a {FORMAT} folder")
     if tree.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{file}: format_version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; prepare the text again"
+            f"{file}: format_version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; prepare the "
+            f"text again"
         )
     try:
         return read_section(PreparedMeta, tree, str(file))

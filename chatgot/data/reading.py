@@ -17,7 +17,8 @@ CHUNK_BYTES = 1 << 20
 class TextReader:
     """Iterating yields the text of one file: BOM stripped, CRLF turned into LF, everything else as it is.
 
-    After the iteration `bytes`, `sha256` (of the file as it lies on disk), `had_bom`, `crlf` and `nul` (how many) are set.
+    After the iteration `bytes`, `sha256` (of the file as it lies on disk), `had_bom`, `crlf` and `nul` (how many) are
+    set.
     """
 
     def __init__(self, path: Path, encoding: str = "utf-8", chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -31,7 +32,9 @@ class TextReader:
         self._chunk_bytes = chunk_bytes
 
     def __iter__(self) -> Iterator[str]:
-        """Raises DataError: not a regular file, unreadable, or bytes that the encoding does not allow (with their offset in the file)."""
+        """Raises DataError: not a regular file, unreadable, or bytes that the encoding does not allow (with their
+        offset in the file).
+        """
         self.bytes, self.had_bom, self.crlf, self.nul = 0, False, 0, 0
         digest = hashlib.sha256()
         at_start, held = True, ""  # held: a carriage return whose line feed may open the next chunk
@@ -68,7 +71,8 @@ class TextReader:
                         text.encode("utf-8")  # some codecs let lone surrogates through
                     except UnicodeEncodeError as error:
                         raise DataError(
-                            f"{self.path}: lone surrogate U+{ord(error.object[error.start]):04X} near byte {self.bytes}: not valid text"
+                            f"{self.path}: lone surrogate U+{ord(error.object[error.start]):04X} near byte "
+                            f"{self.bytes}: not valid text"
                         ) from None
                     except UnicodeDecodeError as error:
                         raise DataError(self._describe(error, self.bytes - held + error.start)) from None
@@ -90,7 +94,9 @@ class TextReader:
 
 
 def open_regular(path: Path):
-    """Open a regular file for reading. Raises DataError for FIFOs, devices, sockets and folders, without waiting on them."""
+    """Open a regular file for reading. Raises DataError for FIFOs, devices, sockets and folders, without waiting on
+    them.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -118,7 +124,8 @@ def check_encoding(encoding: str) -> str:
         codec = codecs.lookup(encoding)
     except LookupError:
         raise ConfigError(
-            f"data.encoding = {encoding!r}: unknown encoding; allowed is what Python knows (utf-8, latin-1, cp1252, utf-16, ...)"
+            f"data.encoding = {encoding!r}: unknown encoding; allowed is what Python knows (utf-8, latin-1, cp1252, "
+            f"utf-16, ...)"
         ) from None
     if not getattr(codec, "_is_text_encoding", True) or codec.incrementaldecoder is None:
         raise ConfigError(f"data.encoding = {encoding!r}: not an encoding of text")

@@ -1,8 +1,9 @@
 """Estimates how much of a text stands in it twice, in one pass and bounded memory.
 
-Passages are recognised by content: wherever the hash of 8 consecutive bytes falls under a threshold, the 256 bytes from there are hashed
-and counted. The same passage gives the same samples wherever it stands, so copies are found at any distance and any alignment. The
-threshold falls as distinct samples accumulate (adaptive sampling of distinct values), which keeps at most MAX_SAMPLES of them.
+Passages are recognised by content: wherever the hash of 8 consecutive bytes falls under a threshold, the 256 bytes from
+there are hashed and counted. The same passage gives the same samples wherever it stands, so copies are found at any
+distance and any alignment. The threshold falls as distinct samples accumulate (adaptive sampling of distinct values),
+which keeps at most MAX_SAMPLES of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ _FIRST_RATE = 16
 """At first one byte position in 16 is sampled."""
 _BATCH_BYTES = 1 << 19
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_WEIGHTS = np.array([pow(int(_MULTIPLIER), 2 * j + 3, 1 << 64) for j in range(PASSAGE_BYTES // 8)], dtype=np.uint64)  # all odd
+_WEIGHTS = np.array(
+    [pow(int(_MULTIPLIER), 2 * j + 3, 1 << 64) for j in range(PASSAGE_BYTES // 8)], dtype=np.uint64
+)  # all odd
 
 
 class RepeatDetector:
@@ -28,7 +31,8 @@ class RepeatDetector:
         self._pending = bytearray()
         self._new: list[
             np.ndarray
-        ] = []  # (2 + splits, n) columns of samples not yet merged: passage hash, anchor hash, count in train, val, rest
+            # (2 + splits, n) columns of samples not yet merged: passage hash, anchor hash, count in train, val, rest
+        ] = []
         self._new_samples = 0
         self._known = np.empty((5, 0), np.uint64)
 
@@ -84,7 +88,9 @@ class RepeatDetector:
             _, first, which = np.unique(samples[0], return_index=True, return_inverse=True)
             merged = samples[:, first]
             for column in (2, 3, 4):
-                merged[column] = np.bincount(which.reshape(-1), weights=samples[column], minlength=len(first)).astype(np.uint64)
+                merged[column] = np.bincount(which.reshape(-1), weights=samples[column], minlength=len(first)).astype(
+                    np.uint64
+                )
             if len(first) <= self._max_samples:
                 break
             self._threshold //= np.uint64(2)

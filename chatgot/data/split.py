@@ -16,7 +16,9 @@ AUTO_TOLERANCE = 0.2
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Character positions in the whole text: train is [0, train_end), val [train_end, val_end), test [val_end, total)."""
+    """Character positions in the whole text: train is [0, train_end), val [train_end, val_end), test [val_end,
+    total).
+    """
 
     split_by: Literal["position", "file"]
     train_end: int
@@ -43,17 +45,21 @@ def plan_split(file_characters: Sequence[int], config: DataConfig) -> SplitPlan:
     val, test = config.val_fraction, config.test_fraction
     if val + test >= 1.0:
         raise ConfigError(
-            f"data.val_fraction = {val} and data.test_fraction = {test} leave nothing for training; their sum must be below 1"
+            f"data.val_fraction = {val} and data.test_fraction = {test} leave nothing for training; their sum must be "
+            f"below 1"
         )
     total = sum(file_characters)
-    by_position = SplitPlan("position", int(total * (1.0 - val - test)), int(total * (1.0 - test)) if test else total, total)
+    by_position = SplitPlan(
+        "position", int(total * (1.0 - val - test)), int(total * (1.0 - test)) if test else total, total
+    )
     if config.split_by == "position":
         return by_position
     held_out = 2 if test else 1
     if len(file_characters) <= held_out:
         if config.split_by == "file":
             raise ConfigError(
-                f"data.split_by: file needs at least {held_out + 1} text files, got {len(file_characters)}; use position or auto"
+                f"data.split_by: file needs at least {held_out + 1} text files, got {len(file_characters)}; use "
+                f"position or auto"
             )
         return by_position
     boundaries = list(accumulate(file_characters))[:-1]
@@ -66,7 +72,9 @@ def plan_split(file_characters: Sequence[int], config: DataConfig) -> SplitPlan:
 
 
 def split_pieces(pieces: Iterable[str], plan: SplitPlan) -> Iterator[tuple[str, str]]:
-    """Cut a stream of text at the plan's positions: yields (split name, text). The last split takes all that is left."""
+    """Cut a stream of text at the plan's positions: yields (split name, text). The last split takes all that is
+    left.
+    """
     names, ends = zip(*plan.ends)
     current = position = 0
     for piece in pieces:

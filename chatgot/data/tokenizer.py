@@ -1,4 +1,6 @@
-"""Text to token ids and back, without loss: characters, UTF-8 bytes, or byte-level BPE. `tokenizer.json` holds all of it."""
+"""Text to token ids and back, without loss: characters, UTF-8 bytes, or byte-level BPE. `tokenizer.json` holds all of
+it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Tokenizer(ABC):
         return b"".join(self.token_bytes(i) for i in self._checked(ids).tolist()).decode("utf-8", errors="replace")
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Like `encode`, for text from the command line: raises ConfigError naming each character that cannot be encoded."""
+        """Like `encode`, for text from the command line: raises ConfigError naming each character that cannot be
+        encoded.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -107,22 +111,29 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: Iterable[str]) -> None:
         """Raises DataError unless `characters` are 1 to 65536 single, distinct characters in code point order."""
         self.characters = tuple(characters)
-        bad = next((c for c in self.characters if not isinstance(c, str) or len(c) != 1 or 0xD800 <= ord(c) <= 0xDFFF), None)
+        bad = next(
+            (c for c in self.characters if not isinstance(c, str) or len(c) != 1 or 0xD800 <= ord(c) <= 0xDFFF), None
+        )
         if bad is not None:
             raise DataError(f"character vocabulary: {bad!r} is not a single character")
         if list(self.characters) != sorted(set(self.characters)):
             raise DataError("character vocabulary: the characters are not distinct and in code point order")
         if not 1 <= len(self.characters) <= MAX_VOCAB_SIZE:
             raise DataError(
-                f"character vocabulary: {len(self.characters)} characters, allowed 1 to {MAX_VOCAB_SIZE}; use tokenizer: byte or bpe"
+                f"character vocabulary: {len(self.characters)} characters, allowed 1 to {MAX_VOCAB_SIZE}; use "
+                f"tokenizer: byte or bpe"
             )
         self.vocab_size = len(self.characters)
         self._code_points = np.array([ord(c) for c in self.characters], dtype="<u4")
         last = int(self._code_points[-1])
-        self._ids = np.full(last + 2, self.vocab_size, dtype=np.uint32)  # code point -> id; the last entry stands for everything beyond
+        self._ids = np.full(
+            last + 2, self.vocab_size, dtype=np.uint32
+        )  # code point -> id; the last entry stands for everything beyond
         self._ids[self._code_points] = np.arange(self.vocab_size, dtype=np.uint32)
         self._known_ascii = bytes(ord(c) for c in self.characters if c.isascii())
-        self._ascii_table = bytes(self._known_ascii.find(i) % 256 for i in range(256))  # ASCII sorts first, so its ids fit a byte
+        self._ascii_table = bytes(
+            self._known_ascii.find(i) % 256 for i in range(256)
+        )  # ASCII sorts first, so its ids fit a byte
 
     def encode(self, text: str) -> np.ndarray:
         if text.isascii():
@@ -182,7 +193,9 @@ class BpeTokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, definition: dict[str, Any]) -> None:
-        """`definition` is the library's own JSON. Raises DataError if the library cannot read it, ConfigError without the library."""
+        """`definition` is the library's own JSON. Raises DataError if the library cannot read it, ConfigError without
+        the library.
+        """
         library = _tokenizers_library()
         self._definition = definition
         try:
@@ -192,15 +205,21 @@ class BpeTokenizer(Tokenizer):
         vocabulary: dict[str, int] = self._bpe.get_vocab()
         self.vocab_size = len(vocabulary)
         byte_of = _byte_level_alphabet()
-        if sorted(vocabulary.values()) != list(range(self.vocab_size)) or not set().union(*vocabulary) <= set(byte_of) <= set(vocabulary):
+        if sorted(vocabulary.values()) != list(range(self.vocab_size)) or not set().union(*vocabulary) <= set(
+            byte_of
+        ) <= set(vocabulary):
             raise DataError("bpe tokenizer: not a byte-level vocabulary with ids from 0")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise DataError(f"bpe tokenizer: vocabulary of {self.vocab_size}, allowed up to {MAX_VOCAB_SIZE}")
-        self._bytes = [bytes(byte_of[c] for c in token) for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
+        self._bytes = [
+            bytes(byte_of[c] for c in token) for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])
+        ]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Learn at most `vocab_size` tokens (the 256 bytes among them) from pieces of text; memory grows with its distinct words."""
+        """Learn at most `vocab_size` tokens (the 256 bytes among them) from pieces of text; memory grows with its
+        distinct words.
+        """
         library = _tokenizers_library()
         bpe = library.Tokenizer(library.models.BPE())
         bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -248,7 +267,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if tokenizer.vocab_size != tree.get("vocab_size"):
-        raise DataError(f"{path}: vocab_size = {tree.get('vocab_size')!r}, but the vocabulary has {tokenizer.vocab_size} entries")
+        raise DataError(
+            f"{path}: vocab_size = {tree.get('vocab_size')!r}, but the vocabulary has {tokenizer.vocab_size} entries"
+        )
     return tokenizer
 
 
@@ -260,7 +281,9 @@ def _from_content(tree: dict[str, Any]) -> Tokenizer:
         return ByteTokenizer()
     if kind == "bpe" and isinstance(tree.get("tokenizers"), dict):
         return BpeTokenizer(tree["tokenizers"])
-    raise DataError(f"kind = {kind!r}: expected char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')")
+    raise DataError(
+        f"kind = {kind!r}: expected char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')"
+    )
 
 
 def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:
@@ -276,7 +299,9 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py, bytes_to_unicode)."""
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py,
+    bytes_to_unicode).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -291,6 +316,7 @@ def _tokenizers_library() -> Any:
         import tokenizers.trainers
     except ImportError as error:
         raise ConfigError(
-            f"tokenizer: bpe needs the library tokenizers ({error}); pip install tokenizers, or use tokenizer: char or byte"
+            f"tokenizer: bpe needs the library tokenizers ({error}); pip install tokenizers, or use tokenizer: char "
+            f"or byte"
         ) from error
     return tokenizers

@@ -1,7 +1,8 @@
 """What the JSON's `activation_checkpointing` section means, wired into the model's own forward.
 
 DeepSpeed does nothing with the section by itself (deepspeed.checkpointing.configure reads it, and only calls of
-deepspeed.checkpointing.checkpoint obey it). Its presence turns recomputation on; each of its keys does what DeepSpeed says.
+deepspeed.checkpointing.checkpoint obey it). Its presence turns recomputation on; each of its keys does what DeepSpeed
+says.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ def wire(model: GPT, config: EngineConfig) -> str:
 def _check_room(config: EngineConfig, recomputed: int) -> None:
     section = config.activation_checkpointing or {}
     room = section.get("number_checkpoints") or 0
-    # DeepSpeed allocates room for so many and fails at the next one, in the first step (checkpointing.py, partition_activations).
+    # DeepSpeed allocates room for so many and fails at the next one, in the first step (checkpointing.py,
+    # partition_activations).
     if section.get("contiguous_memory_optimization") and room < recomputed:
         raise ConfigError(
-            f"{config.path}: activation_checkpointing.number_checkpoints = {room}: contiguous_memory_optimization must have room for the "
+            f"{config.path}: activation_checkpointing.number_checkpoints = {room}: contiguous_memory_optimization "
+            f"must have room for the "
             f"{recomputed} blocks that this model recomputes; write {recomputed}"
         )

@@ -12,14 +12,22 @@ import torch.distributed as dist
 from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.errors import ConfigError, NumericsError
 from chatgot.engine import activation_checkpointing, guards, numerics
-from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups, weight_decay
+from chatgot.engine.optimizer import (
+    base_learning_rates,
+    build_client_optimizer,
+    is_muon,
+    parameter_groups,
+    weight_decay,
+)
 from chatgot.engine.out_of_memory import MemoryGuard
 from chatgot.model.gpt import GPT
 
 
 @dataclass
 class TrainingEngine:
-    """The DeepSpeedEngine with what has to happen around its step. The engine owns steps, optimizer and precision: ask `.engine`."""
+    """The DeepSpeedEngine with what has to happen around its step. The engine owns steps, optimizer and precision: ask
+    `.engine`.
+    """
 
     engine: Any
     """The DeepSpeedEngine; untyped, because torch's Module answers any attribute."""
@@ -30,7 +38,9 @@ class TrainingEngine:
     stage0: guards.Stage0Gradients | None = None
     norms: numerics.LayerNorms | None = None
     skips_in_a_row: int = 0
-    """Steps that were skipped, not counting those with which dynamic loss scaling looks for its scale; the guard ends a run by it."""
+    """Steps that were skipped, not counting those with which dynamic loss scaling looks for its scale; the guard ends a
+    run by it.
+    """
     before_step: Callable[[], None] | None = None
     """Called when the gradients of all micro batches are reduced and the optimizer has not stepped yet."""
 
@@ -41,7 +51,8 @@ class TrainingEngine:
             micro_batches: as many (input_ids, targets), each (B, T), as there are accumulation steps.
 
         Returns:
-            This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar, detached, on the device.
+            This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar,
+            detached, on the device.
 
         Raises:
             RanOut: on all ranks, if one ran out of memory; the step has left no trace but in the random state.
@@ -137,7 +148,9 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         given = {key: value for key, value in given.items() if key != "optimizer"}
         if config.offload_optimizer != "none" and given.get("zero_force_ds_cpu_optimizer", True):
             given["zero_force_ds_cpu_optimizer"] = False
-            notes.append("zero_force_ds_cpu_optimizer = false: torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would")
+            notes.append(
+                "zero_force_ds_cpu_optimizer = false: torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would"
+            )
     if is_muon(config):
         notes.extend(_prepare_muon(given, device))
     guards.quiet_memory_report(config.deepspeed)
@@ -146,7 +159,9 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            model_parameters=None if optimizer is not None else cast(Any, groups),  # annotated as a Module, takes groups
+            model_parameters=None
+            if optimizer is not None
+            else cast(Any, groups),  # annotated as a Module, takes groups
             config=given,
             dist_init_required=False,
         )
@@ -163,13 +178,16 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
 
 
 def _prepare_muon(given: dict[str, Any], device: torch.device) -> list[str]:
-    """Spare Muon the compilers: its Adam half becomes torch's, and on a CPU its Newton-Schulz iteration runs in eager PyTorch."""
+    """Spare Muon the compilers: its Adam half becomes torch's, and on a CPU its Newton-Schulz iteration runs in eager
+    PyTorch.
+    """
     notes = []
     params = given["optimizer"].get("params") or {}
     if "torch_adam" not in params:
         given["optimizer"] = {**given["optimizer"], "params": {**params, "torch_adam": True}}
         notes.append(
-            "optimizer.params.torch_adam = true: Muon's Adam half is torch's; DeepSpeed's is the same update, but needs a compiler"
+            "optimizer.params.torch_adam = true: Muon's Adam half is torch's; DeepSpeed's is the same update, but "
+            "needs a compiler"
         )
     if device.type == "cpu":
         guards.run_muon_uncompiled()

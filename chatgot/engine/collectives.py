@@ -1,7 +1,8 @@
 """Counts DeepSpeed's collectives, so that a rank that lost its way inside a micro-batch can meet the others again.
 
-Every rank issues the same collectives in the same order, whatever the size of its batch. A rank that ran out of memory after n of them
-runs a tiny batch from the beginning: its first n collectives are left out, because the others have had them, and the rest is real.
+Every rank issues the same collectives in the same order, whatever the size of its batch. A rank that ran out of memory
+after n of them runs a tiny batch from the beginning: its first n collectives are left out, because the others have had
+them, and the rest is real.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class Collectives:
         self.muted = False
 
     def _trust_traces(self) -> None:
-        """Before a forward, ZeRO-3 compares its trace between the ranks while it learns it: not when the answer is left out."""
+        """Before a forward, ZeRO-3 compares its trace between the ranks while it learns it: not when the answer is left
+        out.
+        """
         from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
         compare: Any = coordinator.assert_ints_same_as_other_ranks

@@ -27,8 +27,8 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] = os.environ) -> Place:
     """Read the launcher's variables and fill in those that torch.distributed needs.
 
-    Plain `python` sets none of them, and DeepSpeed would then ask for mpi4py (its comm.mpi_discovery). SLURM and Open MPI
-    have their own names for them.
+    Plain `python` sets none of them, and DeepSpeed would then ask for mpi4py (its comm.mpi_discovery). SLURM and Open
+    MPI have their own names for them.
 
     Args:
         local_rank: the --local_rank argument, if the launcher passed one.
@@ -45,13 +45,19 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
     elif "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
         _copy(environ, {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"})
-        environ.setdefault("MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")))
+        environ.setdefault(
+            "MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
+        )
         environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
         launcher = "slurm"
     elif "OMPI_COMM_WORLD_RANK" in environ:
         _copy(
             environ,
-            {"RANK": "OMPI_COMM_WORLD_RANK", "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"},
+            {
+                "RANK": "OMPI_COMM_WORLD_RANK",
+                "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+                "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+            },
         )
         launcher = "mpi"
     else:
@@ -71,7 +77,8 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
             raise EnvironmentFault(f"environment: {name} = {environ[name]!r}: expected a whole number") from None
     if not 0 < numbers["MASTER_PORT"] < 65536:
         raise EnvironmentFault(
-            f"environment: MASTER_PORT = {numbers['MASTER_PORT']}: expected 1..65535; the ranks would wait for each other for ever"
+            f"environment: MASTER_PORT = {numbers['MASTER_PORT']}: expected 1..65535; the ranks would wait for each "
+            f"other for ever"
         )
     place = Place(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], launcher)
     if not 0 <= place.rank < place.world_size:

@@ -1,4 +1,6 @@
-"""Guards around defects of DeepSpeed 0.19.8. Each one is pinned by a test in tests/engine/test_deepspeed_contracts.py."""
+"""Guards around defects of DeepSpeed 0.19.8. Each one is pinned by a test in
+tests/engine/test_deepspeed_contracts.py.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import torch.distributed as dist
 class Stage0Gradients:
     """Measures and clips the gradients of an fp32 engine without ZeRO, and refuses non-finite ones.
 
-    DeepSpeed clips there but throws the norm away, measures nothing when clipping is off, and applies NaN to the weights
-    (engine.py, _take_model_step); every ZeRO stage skips such a step. After `before_step` they all behave alike:
-    `engine.get_global_grad_norm()` answers, and a bad step is skipped and counted in `engine.skipped_steps`.
+    DeepSpeed clips there but throws the norm away, measures nothing when clipping is off, and applies NaN to the
+    weights (engine.py, _take_model_step); every ZeRO stage skips such a step. After `before_step` they all behave
+    alike: `engine.get_global_grad_norm()` answers, and a bad step is skipped and counted in `engine.skipped_steps`.
     """
 
     def __init__(self, engine: Any, muon: bool):
@@ -36,7 +38,9 @@ class Stage0Gradients:
             engine.enable_backward_allreduce = False
 
     def before_step(self) -> None:
-        """Call once per optimizer step, after the last backward and before engine.step(). The gradients are averaged over ranks by then."""
+        """Call once per optimizer step, after the last backward and before engine.step(). The gradients are averaged
+        over ranks by then.
+        """
         if self.max_norm > 0:
             return  # DeepSpeed unscales the gradients (torch_autocast with fp16) and then calls clip_fp32_gradients
         scaler = self.engine.torch_autocast_z0_gradscaler
@@ -45,7 +49,9 @@ class Stage0Gradients:
         self.measure_and_clip()
 
     def measure_and_clip(self) -> None:
-        """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be skipped."""
+        """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be
+        skipped.
+        """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         total = norm
         if len(self.parameters) != len(self.all_parameters):
@@ -60,16 +66,19 @@ class Stage0Gradients:
         self.engine.optimizer.overflow = not finite
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer's step, unless the gradients were not finite. Without gradients Muon would still apply its momentum."""
+        """The optimizer's step, unless the gradients were not finite. Without gradients Muon would still apply its
+        momentum.
+        """
         return None if self.engine.optimizer.overflow else self._apply(*args, **kwargs)
 
 
 class ClipAdamGroupsOnly:
     """Lets Muon learn under ZeRO: clipping applies to the AdamW groups' gradients, by their own norm.
 
-    ZeRO 1-3 orthogonalise Muon's gradients before they clip, so it is the update that gets clipped: with the default of 1.0
-    the first step moves the weights by 5e-5 instead of 1.8e-3. An orthogonalised update has a fixed size and needs no clipping.
-    Raw gradients of Muon's matrices no longer exist at that point, so `optim/grad_norm` is the AdamW groups' norm at every stage.
+    ZeRO 1-3 orthogonalise Muon's gradients before they clip, so it is the update that gets clipped: with the default of
+    1.0 the first step moves the weights by 5e-5 instead of 1.8e-3. An orthogonalised update has a fixed size and needs
+    no clipping. Raw gradients of Muon's matrices no longer exist at that point, so `optim/grad_norm` is the AdamW
+    groups' norm at every stage.
     """
 
     def __init__(self, zero: Any):
@@ -81,7 +90,9 @@ class ClipAdamGroupsOnly:
         zero.unscale_and_clip_grads = self.unscale_and_clip_grads
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> torch.Tensor:
-        """DeepSpeed's norm of one group, remembered. `params` is the very list that the optimizer keeps for the group."""
+        """DeepSpeed's norm of one group, remembered. `params` is the very list that the optimizer keeps for the
+        group.
+        """
         norm = self._norm(gradients, params, norm_type)
         self.norms[id(params)] = norm
         return norm
@@ -99,7 +110,9 @@ class ClipAdamGroupsOnly:
         return bool(self.zero.optimizer.param_groups[group]["use_muon"])
 
     def unscale_and_clip_grads(self, group: Any, total_norm: torch.Tensor) -> None:
-        """In place of DeepSpeed's: Muon groups are only divided by the loss scale, AdamW groups are clipped by their own norm."""
+        """In place of DeepSpeed's: Muon groups are only divided by the loss scale, AdamW groups are clipped by their
+        own norm.
+        """
         if self.stage3:
             index = group
         else:
@@ -112,8 +125,9 @@ class ClipAdamGroupsOnly:
 def forget_skipped_gradients(zero: Any) -> None:
     """Lets a run with optimizer offload at stage 1-2 and fp32 accumulation in 16 bit outlive a skipped step.
 
-    DeepSpeed keeps the flat gradient buffer of such a step (stage_1_and_2.py, step: only the branch without offload drops
-    averaged_gradients), and the next backward adds to its NaN: every later step is skipped too. In a good step they are dropped already.
+    DeepSpeed keeps the flat gradient buffer of such a step (stage_1_and_2.py, step: only the branch without offload
+    drops averaged_gradients), and the next backward adds to its NaN: every later step is skipped too. In a good step
+    they are dropped already.
     """
     reset = zero.reset_cpu_buffers
 
@@ -138,7 +152,9 @@ def install(engine: Any, muon: bool) -> Stage0Gradients | None:
 
 
 def quiet_memory_report(given: dict[str, Any]) -> None:
-    """The BF16_Optimizer reports memory 16 times at its start, asked or not; print that only where the JSON says memory_breakdown."""
+    """The BF16_Optimizer reports memory 16 times at its start, asked or not; print that only where the JSON says
+    memory_breakdown.
+    """
     from deepspeed.runtime import bf16_optimizer, utils
 
     def see_memory_usage(message: str, force: bool = False) -> None:
@@ -148,9 +164,11 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
 
 
 def run_muon_uncompiled() -> None:
-    """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU, where torch.compile needs a C++ compiler and about a minute.
+    """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU, where torch.compile needs a C++ compiler and
+    about a minute.
 
-    DeepSpeed decorates its functions while the module is imported (zero/muon/original_muon.py), and every ZeRO engine imports it.
+    DeepSpeed decorates its functions while the module is imported (zero/muon/original_muon.py), and every ZeRO engine
+    imports it.
     """
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
@@ -162,7 +180,8 @@ def run_muon_uncompiled() -> None:
 
 
 def forget_autocast() -> None:
-    """Call before every initialize: an engine with torch_autocast leaves its mark on the whole process (runtime/torch_autocast.py).
+    """Call before every initialize: an engine with torch_autocast leaves its mark on the whole process
+    (runtime/torch_autocast.py).
 
     A later ZeRO engine without autocast would scale its loss and communicate in the former one's dtype.
     """

@@ -20,10 +20,12 @@ _BUFFERS = ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offloa
 
 
 def live_model_states(engine: Any) -> dict[str, int]:
-    """Bytes of parameters, gradients, master_weights, optimizer_states and buffers that a DeepSpeedEngine holds on this rank.
+    """Bytes of parameters, gradients, master_weights, optimizer_states and buffers that a DeepSpeedEngine holds on this
+    rank.
 
-    Device and host together, every storage once: a view costs nothing, and padding counts. The gradients are whole between the last
-    backward and the step. Attribute names are those of DeepSpeed 0.19.8 (zero/stage_1_and_2.py, zero/stage3.py, bf16_optimizer.py).
+    Device and host together, every storage once: a view costs nothing, and padding counts. The gradients are whole
+    between the last backward and the step. Attribute names are those of DeepSpeed 0.19.8 (zero/stage_1_and_2.py,
+    zero/stage3.py, bf16_optimizer.py).
     """
     zero = engine.optimizer
     optimizer = getattr(zero, "optimizer", zero)
@@ -38,7 +40,10 @@ def live_model_states(engine: Any) -> dict[str, int]:
             getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", None),
         ],
         "master_weights": masters,
-        "optimizer_states": [optimizer.state, [staged for staged, _ in getattr(zero, "_muon_pending_momentum", {}).values()]],
+        "optimizer_states": [
+            optimizer.state,
+            [staged for staged, _ in getattr(zero, "_muon_pending_momentum", {}).values()],
+        ],
         "buffers": [*buckets, *(getattr(zero, name, None) for name in _BUFFERS)],
         "gradients": [
             *(p.grad for p in parameters),

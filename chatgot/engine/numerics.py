@@ -1,4 +1,6 @@
-"""What a step that is not finite leaves behind: gradient norms by layer, losses by sample, and the rank it came from."""
+"""What a step that is not finite leaves behind: gradient norms by layer, losses by sample, and the rank it came
+from.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,20 @@ from chatgot.engine.guards import Stage0Gradients
 def poisoned_by(loss: torch.Tensor) -> torch.Tensor:
     """`loss`, bit for bit, but with gradients that are NaN where it is not finite.
 
-    A loss can be lost while its gradients are finite (a NaN constant in it). DeepSpeed looks at gradients only, so they are made to tell:
-    every rank then skips the step through the check that it has anyway, before weights are touched.
+    A loss can be lost while its gradients are finite (a NaN constant in it). DeepSpeed looks at gradients only, so they
+    are made to tell: every rank then skips the step through the check that it has anyway, before weights are touched.
     """
     return loss * (1.0 + 0.0 * loss.detach())
 
 
 class LayerNorms:
-    """Norms of the gradients, by layer, of a step that is being skipped: taken between DeepSpeed's overflow check and its clearing of them.
+    """Norms of the gradients, by layer, of a step that is being skipped: taken between DeepSpeed's overflow check and
+    its clearing of them.
 
-    They are those of the averaged gradients, all ranks together, and cost a good step nothing. At stage 0 the guard calls `take`; ZeRO
-    1-3 call _update_scale(overflow) there (stage_1_and_2.py and stage3.py, step), the BF16_Optimizer clear_hp_grads (bf16_optimizer.py,
-    step). All ranks agree on the overflow by then, which `take` needs: at ZeRO it assembles one parameter's gradient after the other.
+    They are those of the averaged gradients, all ranks together, and cost a good step nothing. At stage 0 the guard
+    calls `take`; ZeRO 1-3 call _update_scale(overflow) there (stage_1_and_2.py and stage3.py, step), the BF16_Optimizer
+    clear_hp_grads (bf16_optimizer.py, step). All ranks agree on the overflow by then, which `take` needs: at ZeRO it
+    assembles one parameter's gradient after the other.
     """
 
     def __init__(self, engine: Any, stage0: Stage0Gradients | None, wanted: Callable[[], bool]) -> None:
@@ -36,7 +40,9 @@ class LayerNorms:
             wanted: asked on all ranks whether this skip is worth the assembling.
         """
         self.found: dict[str, float] | None = None
-        """Of the last step, if it was skipped: {'embed_tokens': ..., 'layers.0': ..., ...}, unclipped and without a loss scale."""
+        """Of the last step, if it was skipped: {'embed_tokens': ..., 'layers.0': ..., ...}, unclipped and without a
+        loss scale.
+        """
         self._engine, self._wanted = engine, wanted
         optimizer = engine.optimizer
         if stage0 is not None:
@@ -67,7 +73,9 @@ class LayerNorms:
         from deepspeed.utils import safe_get_full_grad
 
         zero = self._engine.zero_optimization()
-        scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if zero and self._engine.fp16_enabled() else 1.0
+        scale = (
+            float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if zero and self._engine.fp16_enabled() else 1.0
+        )
         squares: dict[str, float] = {}
         for name, parameter in self._engine.module.named_parameters():
             gradient = safe_get_full_grad(parameter) if zero else parameter.grad
@@ -82,7 +90,9 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One rank's share of a skipped batch, computed again without dropout; weights, counters and random state are untouched."""
+    """One rank's share of a skipped batch, computed again without dropout; weights, counters and random state are
+    untouched.
+    """
 
     losses: list[float]
     """Of this rank's samples in order, nats per token."""
@@ -91,10 +101,12 @@ class Diagnosis:
 
 
 def diagnose(training_engine: Any, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Diagnosis:
-    """Compute a skipped step's batch again, sample by sample and rank by rank: averaged gradients do not tell whose they were. Collective.
+    """Compute a skipped step's batch again, sample by sample and rank by rank: averaged gradients do not tell whose
+    they were. Collective.
 
-    The engine's own backward would count and reduce, so gradients are asked of torch directly; parameters' .grad stay as they are. Each
-    gradient is looked at as it comes and given up at once: at ZeRO 2-3 there is no room for all of them.
+    The engine's own backward would count and reduce, so gradients are asked of torch directly; parameters' .grad stay
+    as they are. Each gradient is looked at as it comes and given up at once: at ZeRO 2-3 there is no room for all of
+    them.
     """
     engine = training_engine.engine
     losses: list[float] = []

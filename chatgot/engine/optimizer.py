@@ -16,7 +16,9 @@ ONLY_DEEPSPEED = ("bias_correction", "fp32_optimizer_states")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and embeddings decay; biases and norm gains, all of one dimension, do not (GPT-2, nanoGPT)."""
+    """Two groups: matrices and embeddings decay; biases and norm gains, all of one dimension, do not (GPT-2,
+    nanoGPT).
+    """
     decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     no_decay = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
@@ -29,7 +31,9 @@ def is_muon(config: EngineConfig) -> bool:
 
 
 def state_kind(config: EngineConfig) -> str:
-    """What decides which state an optimizer keeps for a parameter: optimizers of one kind can go on from each other's checkpoints."""
+    """What decides which state an optimizer keeps for a parameter: optimizers of one kind can go on from each other's
+    checkpoints.
+    """
     if config.optimizer is None:
         return "none"
     if not _is_adam(config):
@@ -38,7 +42,9 @@ def state_kind(config: EngineConfig) -> str:
 
 
 def weight_decay(config: EngineConfig) -> float:
-    """The optimizer section's; not stated, the default of the optimizer that DeepSpeed would build (0.01 for torch's AdamW, else 0)."""
+    """The optimizer section's; not stated, the default of the optimizer that DeepSpeed would build (0.01 for torch's
+    AdamW, else 0).
+    """
     assert config.optimizer is not None
     params = config.optimizer.params
     torchs = _is_adam(config) and bool(params.get("torch_adam")) and _decoupled(config)
@@ -56,11 +62,14 @@ def _decoupled(config: EngineConfig) -> bool:
     return config.optimizer.type.lower() == "adamw" or bool(config.optimizer.params.get("adam_w_mode", True))
 
 
-def build_client_optimizer(config: EngineConfig, groups: list[dict[str, Any]]) -> tuple[torch.optim.Optimizer | None, str]:
+def build_client_optimizer(
+    config: EngineConfig, groups: list[dict[str, Any]]
+) -> tuple[torch.optim.Optimizer | None, str]:
     """torch's fused AdamW for the Adam family; None for what DeepSpeed builds itself from the JSON.
 
     DeepSpeed's FusedAdam and CPUAdam compute the same update but are compiled at the first start, with nvcc or g++.
-    `"torch_adam": false` in the JSON asks for them explicitly and gets them; so does false for an argument that only they have.
+    `"torch_adam": false` in the JSON asks for them explicitly and gets them; so does false for an argument that only
+    they have.
 
     Args:
         config: with an `optimizer` section.
@@ -71,7 +80,9 @@ def build_client_optimizer(config: EngineConfig, groups: list[dict[str, Any]]) -
     """
     assert config.optimizer is not None
     name, params = config.optimizer.type, dict(config.optimizer.params)
-    own = params.get("torch_adam") is False or (not params.get("torch_adam") and any(params.get(key) is False for key in ONLY_DEEPSPEED))
+    own = params.get("torch_adam") is False or (
+        not params.get("torch_adam") and any(params.get(key) is False for key in ONLY_DEEPSPEED)
+    )
     if not _is_adam(config) or own:
         return None, f"optimizer: {name}, built by DeepSpeed from the JSON"
     decoupled = _decoupled(config)
@@ -87,7 +98,11 @@ def build_client_optimizer(config: EngineConfig, groups: list[dict[str, Any]]) -
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{config.path}: optimizer.params = {config.optimizer.params}: {error}") from error
     how = "fused" if params.get("fused") else "not fused"
-    return optimizer, f"optimizer: torch.optim.{kind.__name__} ({how}), the same update as DeepSpeed's, which needs a compiler at start"
+    return (
+        optimizer,
+        f"optimizer: torch.optim.{kind.__name__} ({how}), the same update as DeepSpeed's, which needs a compiler at "
+        f"start",
+    )
 
 
 def base_learning_rates(optimizer: Any) -> list[float]:

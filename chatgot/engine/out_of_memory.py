@@ -1,8 +1,10 @@
-"""A rank that runs out of memory in a step must not leave the others waiting in a collective, nor leave a trace in the weights.
+"""A rank that runs out of memory in a step must not leave the others waiting in a collective, nor leave a trace in the
+weights.
 
-Forward and backward: the rank goes on with a batch of one token in place of its own, so that every collective of the step takes place
-(engine/collectives.py). Before the weights are touched all ranks ask whether anybody ran out; then all drop the step's gradients and raise
-`RanOut`, and the loop repeats the step with smaller micro-batches. Optimizer step: the update is tried again on that rank alone.
+Forward and backward: the rank goes on with a batch of one token in place of its own, so that every collective of the
+step takes place (engine/collectives.py). Before the weights are touched all ranks ask whether anybody ran out; then all
+drop the step's gradients and raise `RanOut`, and the loop repeats the step with smaller micro-batches. Optimizer step:
+the update is tried again on that rank alone.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class RanOut(Exception):
-    """Memory ran out on some rank. Raised on all ranks together; weights and optimizer are those before the step, its gradients dropped."""
+    """Memory ran out on some rank. Raised on all ranks together; weights and optimizer are those before the step, its
+    gradients dropped.
+    """
 
     def __init__(self, where: dict[int, str]) -> None:
         super().__init__(f"out of memory: {where}")
@@ -55,12 +59,16 @@ class MemoryGuard:
         self._ranks = ControlGroup()
         self._collectives = Collectives.of_process()
         self._hooked = engine.zero_optimization_stage() == 3
-        if self._hooked:  # after ZeRO-3's own hook, which is older: what it communicates while it records a trace is not counted
+        if (
+            self._hooked
+        ):  # after ZeRO-3's own hook, which is older: what it communicates while it records a trace is not counted
             engine.module.register_forward_pre_hook(lambda *_: self._collectives.begin())
         self._watch_optimizer()
 
     def micro_step(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Forward and backward of one micro-batch (B, T); its loss, detached. Never raises for want of memory, if one token fits."""
+        """Forward and backward of one micro-batch (B, T); its loss, detached. Never raises for want of memory, if one
+        token fits.
+        """
         if self._ran_out is None:
             then = partial_step.before(self.engine)
             try:
@@ -80,10 +88,13 @@ class MemoryGuard:
                 raise
             self._collectives.muted, self._collectives.left_out = False, 0
             raise EnvironmentFault(
-                f"rank {self._ranks.rank}: out of memory in {self._ran_out}, and again with a batch of one token: {_first_line(error)}"
+                f"rank {self._ranks.rank}: out of memory in {self._ran_out}, and again with a batch of one token: "
+                f"{_first_line(error)}"
             ) from error
         if self._collectives.left_out:
-            raise RuntimeError(f"{self._collectives.left_out} collectives of the abandoned micro-batch had no counterpart")
+            raise RuntimeError(
+                f"{self._collectives.left_out} collectives of the abandoned micro-batch had no counterpart"
+            )
         return loss
 
     def _forward_backward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -131,9 +142,13 @@ class MemoryGuard:
 
 
 def _versions(optimizer: Any) -> list[int]:
-    """How often each tensor of an optimizer that exists has been written in place: a broken update is repeated only if it wrote none."""
+    """How often each tensor of an optimizer that exists has been written in place: a broken update is repeated only if
+    it wrote none.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
     return [tensor._version for tensor in (*parameters, *states)]
 
 

@@ -1,4 +1,5 @@
-"""Undoing a part of a step inside a living DeepSpeedEngine: what a broken forward or backward left, partial gradients, the batch's numbers.
+"""Undoing a part of a step inside a living DeepSpeedEngine: what a broken forward or backward left, partial gradients,
+the batch's numbers.
 
 All of it is DeepSpeed 0.19.8's inner state; tests/distributed/test_out_of_memory.py pins it at every stage.
 """
@@ -34,7 +35,8 @@ def before(engine: Any) -> Before:
 
 
 def repair(engine: Any, then: Before) -> None:
-    """After an exception in forward or backward: bring this rank's engine to where it stood before that micro-batch began.
+    """After an exception in forward or backward: bring this rank's engine to where it stood before that micro-batch
+    began.
 
     No collective. Gradients of the micro-batch are lost, and so are those before it: the step has to be discarded.
     """
@@ -56,7 +58,9 @@ def repair(engine: Any, then: Before) -> None:
 
 def _clear_buckets(optimizer: Any) -> None:
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
-        (getattr(bucket, "clear_params", None) or bucket.clear)()  # ZeRO-3 keeps its buffer, ZeRO 1 and 2 take a new one
+        (
+            getattr(bucket, "clear_params", None) or bucket.clear
+        )()  # ZeRO-3 keeps its buffer, ZeRO 1 and 2 take a new one
     reduced = getattr(optimizer, "params_already_reduced", None)
     if reduced is not None:
         for index in reduced if isinstance(reduced, dict) else range(len(reduced)):
@@ -87,13 +91,16 @@ def _close_modules(engine: Any, then: Before) -> None:
         if parameter.ds_status == ZeroParamStatus.AVAILABLE and parameter.ds_id not in then.available:
             parameter.partition()
     if coordinator.is_record_trace():
-        coordinator._invalidate_trace()  # the trace was cut short: the tiny batch records it anew, as the other ranks did
+        # the trace was cut short: the tiny batch records it anew, as the other ranks did
+        coordinator._invalidate_trace()
 
 
 def discard(engine: Any) -> None:
-    """Drop all gradients of the step that is under way, on every rank, after its last backward and in place of engine.step().
+    """Drop all gradients of the step that is under way, on every rank, after its last backward and in place of
+    engine.step().
 
-    Weights, optimizer, step counters and loss scale stay. Afterwards the engine expects the first micro-batch of a step.
+    Weights, optimizer, step counters and loss scale stay. Afterwards the engine expects the first micro-batch of a
+    step.
     """
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
@@ -120,7 +127,8 @@ def _drop_partitions(optimizer: Any, stage: int) -> None:
         optimizer._offload_boundary_param_ids = set()
         if not offload:
             optimizer.averaged_gradients = {}
-        optimizer.empty_partition_cache()  # small parameters that stay whole: a rank that left collectives out holds rubbish
+        # small parameters that stay whole: a rank that left collectives out holds rubbish
+        optimizer.empty_partition_cache()
         return
     from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
@@ -138,8 +146,8 @@ def _drop_partitions(optimizer: Any, stage: int) -> None:
 def resize(engine: Any, micro_batch: int, accumulation: int) -> None:
     """Another micro-batch and accumulation for the same global batch, between two steps.
 
-    DeepSpeed's set_train_micro_batch_size and set_train_batch_size change its config only; its optimizers keep the accumulation, and the
-    boundary is counted in micro steps since the start of the process.
+    DeepSpeed's set_train_micro_batch_size and set_train_batch_size change its config only; its optimizers keep the
+    accumulation, and the boundary is counted in micro steps since the start of the process.
     """
     total = engine.train_batch_size()
     engine.set_train_micro_batch_size(micro_batch)
@@ -153,7 +161,9 @@ def resize(engine: Any, micro_batch: int, accumulation: int) -> None:
 
 
 def forget_checkpointed_activations() -> None:
-    """contiguous_memory_optimization keeps buffers for one micro-batch size, and a forward without its backward leaves them full."""
+    """contiguous_memory_optimization keeps buffers for one micro-batch size, and a forward without its backward leaves
+    them full.
+    """
     import deepspeed
 
     deepspeed.checkpointing.reset()

@@ -1,4 +1,6 @@
-"""Before the engine exists: one slice of a batch in fp32 and in the run's precision, so that a precision that does not work says so."""
+"""Before the engine exists: one slice of a batch in fp32 and in the run's precision, so that a precision that does not
+work says so.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ SAMPLES = 2
 """Of a rank's first micro batch: enough to pass through every kernel, at a few percent of a step's cost."""
 
 BOUNDS = {"bf16": (2e-2, 0.2), "fp16": (5e-3, 0.05)}
-"""Relative difference from fp32 allowed to the loss and to the gradient norm. bf16 has 8 significant bits and fp16 has 11; sound models of
-both architectures differ by less than a tenth of this at their initial weights."""
+"""Relative difference from fp32 allowed to the loss and to the gradient norm. bf16 has 8 significant bits and fp16 has
+11; sound models of both architectures differ by less than a tenth of this at their initial weights."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ class PrecisionCheck:
         """One line."""
         loss, norm = self.differences
         return (
-            f"precision check, {self.samples} sample(s) per rank in {self.precision} and fp32: loss {self.measured.loss:.5f} and "
-            f"{self.fp32.loss:.5f} (differ by {loss:.1e}, bound {self.bounds[0]:g}), gradient norm {self.measured.grad_norm:.5g} and "
+            f"precision check, {self.samples} sample(s) per rank in {self.precision} and fp32: loss "
+            f"{self.measured.loss:.5f} and "
+            f"{self.fp32.loss:.5f} (differ by {loss:.1e}, bound {self.bounds[0]:g}), gradient norm "
+            f"{self.measured.grad_norm:.5g} and "
             f"{self.fp32.grad_norm:.5g} (differ by {norm:.1e}, bound {self.bounds[1]:g})"
         )
 
@@ -82,11 +86,17 @@ class PrecisionCheck:
 
 
 def check_precision(
-    model: GPT, config: EngineConfig, input_ids: torch.Tensor, targets: torch.Tensor, device: torch.device, ranks: ControlGroup
+    model: GPT,
+    config: EngineConfig,
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    device: torch.device,
+    ranks: ControlGroup,
 ) -> tuple[PrecisionCheck | None, str]:
     """Compare the run's precision with fp32, forward and backward, on copies of the model without dropout. Collective.
 
-    The plain module is used, before DeepSpeed has seen it, so that it is the same at every ZeRO stage and no counter moves.
+    The plain module is used, before DeepSpeed has seen it, so that it is the same at every ZeRO stage and no counter
+    moves.
 
     Args:
         model: with its initial weights; they stay as they are.
@@ -101,9 +111,15 @@ def check_precision(
     if config.precision == "fp32":
         return None, "precision check: not needed in fp32"
     n_bytes = 4 * sum(p.numel() for p in model.parameters())
-    roomy = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 4 * n_bytes  # two copies, their gradients, some activations
+    roomy = (
+        device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 4 * n_bytes
+    )  # two copies, their gradients, some activations
     if not all(ranks.gather(roomy)):
-        return None, f"precision check: skipped, no room for an fp32 copy of {n_bytes / 2**30:.1f} GiB with its gradients beside another"
+        return (
+            None,
+            f"precision check: skipped, no room for an fp32 copy of {n_bytes / 2**30:.1f} GiB with its gradients "
+            f"beside another",
+        )
     input_ids, targets = input_ids[:SAMPLES].to(device), targets[:SAMPLES].to(device)
     own = PrecisionCheck(
         config.precision,
@@ -117,7 +133,8 @@ def check_precision(
     worst = max(ranks.gather(own), key=lambda found: found.excess)
     if worst.excess > 1:
         raise NumericsError(
-            f"{config.path}: {worst.describe()}: {config.precision} does not compute this model; train in fp32, or in bf16 instead of fp16"
+            f"{config.path}: {worst.describe()}: {config.precision} does not compute this model; train in fp32, or in "
+            f"bf16 instead of fp16"
         )
     return worst, worst.describe()
 
@@ -133,7 +150,12 @@ def _scales(config: EngineConfig) -> tuple[float, ...]:
 
 
 def _measured(
-    model: GPT, precision: str, input_ids: torch.Tensor, targets: torch.Tensor, device: torch.device, scales: tuple[float, ...]
+    model: GPT,
+    precision: str,
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    device: torch.device,
+    scales: tuple[float, ...],
 ) -> Measured:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     copied = copy.deepcopy(model).to(device=device, dtype=dtypes.get(precision)).eval()
@@ -144,7 +166,9 @@ def _measured(
         with torch.autocast(device.type, dtype=autocast) if autocast is not None else contextlib.nullcontext():
             loss_tensor = copied(input_ids, targets)
         gradients = torch.autograd.grad(loss_tensor * scale, parameters, allow_unused=True)
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients if gradient is not None]
+        norms = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients if gradient is not None
+        ]
         loss, norm = float(loss_tensor.detach()), float(torch.linalg.vector_norm(torch.stack(norms))) / scale
         if math.isfinite(norm) or not math.isfinite(loss):
             break

@@ -21,7 +21,8 @@ from chatgot.engine.environment import Place
 def device_facts() -> DeviceFacts:
     """What this machine's accelerator can compute in."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        # fp16 needs tensor cores to be worth it, but every CUDA device computes it. Emulated bf16 (before Ampere) is slower than fp32.
+        # fp16 needs tensor cores to be worth it, but every CUDA device computes it. Emulated bf16 (before Ampere) is
+        # slower than fp32.
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return DeviceFacts(kind="cuda", bf16=bf16, fp16=True, name=torch.cuda.get_device_name())
     return DeviceFacts(kind="cpu", bf16=True, fp16=bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()), name="cpu")
@@ -49,10 +50,14 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
     if kind == "cuda":
         devices, index = torch.cuda.device_count(), place.local_rank
         if place.launcher in ("slurm", "mpi") and devices == 1:
-            index = 0  # the scheduler shows every task its own device (srun --gpus-per-task 1); DeepSpeed reads LOCAL_RANK
+            index = (
+                0  # the scheduler shows every task its own device (srun --gpus-per-task 1); DeepSpeed reads LOCAL_RANK
+            )
             os.environ["LOCAL_RANK"] = "0"
         if index >= devices:
-            raise EnvironmentFault(f"local rank {index}: this machine has {devices} CUDA devices; start fewer ranks per machine")
+            raise EnvironmentFault(
+                f"local rank {index}: this machine has {devices} CUDA devices; start fewer ranks per machine"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -78,8 +83,14 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What decides how a sum is rounded, beside the number of threads: the GPU's name, or the CPU's vector unit ('cpu AVX512')."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    """What decides how a sum is rounded, beside the number of threads: the GPU's name, or the CPU's vector unit ('cpu
+    AVX512').
+    """
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def deterministic(device: torch.device) -> bool:
@@ -94,14 +105,17 @@ class ControlGroup:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         alone = self.world_size == 1
-        self._group: Any = None if alone else (dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+        self._group: Any = (
+            None if alone else (dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+        )
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any rank raised it. Collective."""
         return self.exchange(flags, ())[0]
 
     def exchange(self, flags: Sequence[bool], sums: Sequence[float]) -> tuple[tuple[bool, ...], tuple[float, ...]]:
-        """For each flag, whether any rank raised it, and each number summed over the ranks in fp64. One collective, for both.
+        """For each flag, whether any rank raised it, and each number summed over the ranks in fp64. One collective, for
+        both.
 
         Whole numbers below 2**32 are summed exactly for up to 2**20 ranks.
         """
@@ -133,7 +147,8 @@ class ControlGroup:
         self.any(False)
 
     def agree(self, error: ChatGoTError | None) -> None:
-        """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead. Collective.
+        """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead.
+        Collective.
 
         Raises:
             ChatGoTError: the error of the lowest rank that had one, with its exit code.

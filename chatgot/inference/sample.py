@@ -50,17 +50,26 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[G
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    os.environ.setdefault("DS_ACCELERATOR", chosen)  # reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself
+    os.environ.setdefault(
+        "DS_ACCELERATOR", chosen
+    )  # reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself
     found = find(run / "checkpoints", tag)
     if found is None:
-        raise CheckpointError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; is it a run folder of train.py?")
+        raise CheckpointError(
+            f"{run}: no complete checkpoint in {run / 'checkpoints'}; is it a run folder of train.py?"
+        )
     for note in found.notes:
         print(f"WARNING: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     if tokenizer.fingerprint != found.manifest["tokenizer"]:
-        raise CheckpointError(f"{run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with (fingerprints differ)")
+        raise CheckpointError(
+            f"{run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with (fingerprints differ)"
+        )
     fields = dict(found.manifest["model"])
-    model = GPT(read_section(ModelConfig, {k: v for k, v in fields.items() if k != "vocab_size"}, str(found.path)), fields["vocab_size"])
+    model = GPT(
+        read_section(ModelConfig, {k: v for k, v in fields.items() if k != "vocab_size"}, str(found.path)),
+        fields["vocab_size"],
+    )
     try:
         model.load_state_dict(fp32_weights(found), strict=True)
     except RuntimeError as error:

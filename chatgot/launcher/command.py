@@ -29,15 +29,23 @@ from chatgot.launcher.gpus import visible_gpus
 from chatgot.launcher.hostfile import read_hostfile
 from chatgot.launcher.supervisor import Supervisor, say
 
-NEVER_RESTARTED = (EXIT_DONE, EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
+NEVER_RESTARTED = (
+    EXIT_DONE,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_CHECKPOINT,
+    EXIT_NUMERICS,
+    EXIT_INTERRUPTED,
+    EXIT_SECOND_INTERRUPT,
+)
 """A refusal would refuse again, and an interruption was asked for."""
 GRACE_SECONDS = 60.0
 
 EPILOG = """With one process and no restarts, the program replaces launch/run: nothing stands between you and it.
 With --hostfile, launch/run becomes DeepSpeed's runner, which reaches the hosts by pdsh or ssh.
 
-exit code: that of the first rank that failed, 128 + N if signal N ended it; 75 interrupted and saved; 130 second Ctrl-C;
-2 or 6 when launch/run itself refuses the command line or the machine"""
+exit code: that of the first rank that failed, 128 + N if signal N ended it; 75 interrupted and saved; 130 second
+Ctrl-C; 2 or 6 when launch/run itself refuses the command line or the machine"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,14 +75,31 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--nproc", type=_process_count, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)")
+    parser.add_argument(
+        "--nproc", type=_process_count, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)"
+    )
     parser.add_argument("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
     parser.add_argument(
-        "--master_port", type=_port, metavar="P", help="port of the rendezvous (default: a free one, or 29500 with --hostfile)"
+        "--master_port",
+        type=_port,
+        metavar="P",
+        help="port of the rendezvous (default: a free one, or 29500 with --hostfile)",
     )
-    parser.add_argument("--max_restarts", type=_restart_count, metavar="K", help="start again after a crash, K times at most (default: 0)")
-    parser.add_argument("--grace", type=_seconds, metavar="S", help="seconds that ranks have to save and end after a signal (default: 60)")
-    parser.add_argument("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
+    parser.add_argument(
+        "--max_restarts",
+        type=_restart_count,
+        metavar="K",
+        help="start again after a crash, K times at most (default: 0)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_seconds,
+        metavar="S",
+        help="seconds that ranks have to save and end after a signal (default: 60)",
+    )
+    parser.add_argument(
+        "--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)"
+    )
     parser.add_argument("--script", metavar="PATH", help="another program to start instead of launch/train.py")
     return parser
 
@@ -108,14 +133,18 @@ def _seconds(text: str) -> float:
 def _interpreter(given: str | None) -> str:
     found = shutil.which(given if given is not None else sys.executable)
     if found is None:
-        raise ConfigError(f"--python {given}: no such program, or it is not executable; name a Python that has ChatGoT's dependencies")
+        raise ConfigError(
+            f"--python {given}: no such program, or it is not executable; name a Python that has ChatGoT's dependencies"
+        )
     return found
 
 
 def _script(given: str | None) -> str:
     path = Path(given) if given is not None else Path(__file__).resolve().parent.parent.parent / "launch" / "train.py"
     if not path.is_file():
-        raise ConfigError(f"{path}: no such program to start; run launch/run from a checkout, or name one with --script PATH")
+        raise ConfigError(
+            f"{path}: no such program to start; run launch/run from a checkout, or name one with --script PATH"
+        )
     return str(path)
 
 
@@ -123,7 +152,8 @@ def _exec_deepspeed(arguments: argparse.Namespace, command: Sequence[str]) -> in
     for name in ("nproc", "max_restarts", "grace"):
         if getattr(arguments, name) is not None:
             raise ConfigError(
-                f"--{name} does not go with --hostfile: DeepSpeed's runner then starts and stops the ranks, as many as the file has slots"
+                f"--{name} does not go with --hostfile: DeepSpeed's runner then starts and stops the ranks, as many "
+                f"as the file has slots"
             )
     read_hostfile(arguments.hostfile)
     python, *program = command
@@ -136,8 +166,9 @@ def _exec_deepspeed(arguments: argparse.Namespace, command: Sequence[str]) -> in
 def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
     """Environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
 
-    glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are 4 to 14 % faster.
-    libgomp's threads spin for each other; where another program takes a core, spinning less makes a step half as long (BENCHMARKS.md).
+    glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are
+    4 to 14 % faster. libgomp's threads spin for each other; where another program takes a core, spinning less makes a
+    step half as long (BENCHMARKS.md).
     """
     defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
     if not on_gpu:
@@ -159,11 +190,15 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
 def rendezvous_port(wanted: int | None) -> int:
     """`wanted` if it can be bound, else EnvironmentFault; a free port for None."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for torch's TCPStore too
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # a port in TIME_WAIT is free for torch's TCPStore too
         try:
             probe.bind(("", wanted or 0))
         except OSError as error:
-            raise EnvironmentFault(f"--master_port {wanted}: {error.strerror}; name another, or leave it out for a free one") from error
+            raise EnvironmentFault(
+                f"--master_port {wanted}: {error.strerror}; name another, or leave it out for a free one"
+            ) from error
         return probe.getsockname()[1]
 
 
@@ -172,7 +207,8 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     nproc = arguments.nproc or max(1, len(gpus))
     if gpus and nproc > len(gpus):
         raise EnvironmentFault(
-            f"--nproc {nproc}: more processes than the {len(gpus)} visible GPUs; give {len(gpus)} or fewer, or set DS_ACCELERATOR=cpu"
+            f"--nproc {nproc}: more processes than the {len(gpus)} visible GPUs; give {len(gpus)} or fewer, or set "
+            f"DS_ACCELERATOR=cpu"
         )
     restarts = arguments.max_restarts or 0
     if nproc == 1 and restarts == 0:
@@ -183,14 +219,19 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup, a closed terminal stops nothing
         stops.add(signal.SIGHUP)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the ranks' exit codes
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})  # until this process ends: the supervisor waits for them
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, stops | {signal.SIGCHLD}
+    )  # until this process ends: the supervisor waits for them
     for restart in range(restarts + 1):
         if restart:
             say(f"restart {restart} of {restarts}: all ranks start again")
         port = rendezvous_port(arguments.master_port)
         environments = [rank_environment(os.environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
         where = f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
-        say(f"{nproc} {'ranks' if nproc > 1 else 'rank'} on {where}, OMP_NUM_THREADS={environments[0]['OMP_NUM_THREADS']}, port {port}")
+        say(
+            f"{nproc} {'ranks' if nproc > 1 else 'rank'} on {where}, "
+            f"OMP_NUM_THREADS={environments[0]['OMP_NUM_THREADS']}, port {port}"
+        )
         supervisor = Supervisor(stops, grace)
         code = supervisor.run(command, environments)
         if supervisor.stopping or signal.sigpending() & stops or code in NEVER_RESTARTED:
@@ -204,4 +245,6 @@ def _exec(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     try:
         os.execve(command[0], list(command), environment)
     except OSError as error:
-        raise EnvironmentFault(f"{command[0]}: cannot be started: {error.strerror}; name a working Python with --python PATH") from error
+        raise EnvironmentFault(
+            f"{command[0]}: cannot be started: {error.strerror}; name a working Python with --python PATH"
+        ) from error

@@ -12,7 +12,8 @@ from chatgot.config.errors import EnvironmentFault
 
 
 def present_gpus() -> list[str]:
-    """NVIDIA GPUs of this machine: their UUIDs from nvidia-smi, else the names of their device files; no CUDA context is made.
+    """NVIDIA GPUs of this machine: their UUIDs from nvidia-smi, else the names of their device files; no CUDA context
+    is made.
 
     EnvironmentFault if nvidia-smi hangs, which it does when a GPU or the driver does.
     """
@@ -21,7 +22,8 @@ def present_gpus() -> list[str]:
             listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
         except subprocess.TimeoutExpired as error:
             raise EnvironmentFault(
-                "nvidia-smi -L did not answer within 60 s: a GPU or its driver hangs; set DS_ACCELERATOR=cpu to train without GPUs"
+                "nvidia-smi -L did not answer within 60 s: a GPU or its driver hangs; set DS_ACCELERATOR=cpu to train "
+                "without GPUs"
             ) from error
         if listing.returncode == 0:
             return re.findall(r"^GPU \d+: .*\(UUID: (\S+)\)", listing.stdout, flags=re.MULTILINE)
@@ -29,10 +31,11 @@ def present_gpus() -> list[str]:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
-    """GPUs that the ranks will see, in their order: those of CUDA_VISIBLE_DEVICES (indices or UUIDs), else all. Empty: train on the CPU.
+    """GPUs that the ranks will see, in their order: those of CUDA_VISIBLE_DEVICES (indices or UUIDs), else all. Empty:
+    train on the CPU.
 
-    As CUDA does, the list is read up to its first entry that names no device, such as -1. EnvironmentFault for an index the machine lacks
-    or a device named twice, for which CUDA would show fewer devices than listed, or none.
+    As CUDA does, the list is read up to its first entry that names no device, such as -1. EnvironmentFault for an index
+    the machine lacks or a device named twice, for which CUDA would show fewer devices than listed, or none.
     """
     if environ.get("DS_ACCELERATOR") == "cpu":
         return []
@@ -45,11 +48,14 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
         if entry.isdecimal():
             if int(entry) >= len(present):
                 raise EnvironmentFault(
-                    f"CUDA_VISIBLE_DEVICES={listed}: names GPU {entry}, but this machine has {len(present)}; give 0 to {len(present) - 1}"
+                    f"CUDA_VISIBLE_DEVICES={listed}: names GPU {entry}, but this machine has {len(present)}; give 0 "
+                    f"to {len(present) - 1}"
                 )
         elif not entry.startswith(("GPU-", "MIG-")):
             break
         if entry in chosen:
-            raise EnvironmentFault(f"CUDA_VISIBLE_DEVICES={listed}: names {entry} twice, and CUDA then shows no GPU at all; name it once")
+            raise EnvironmentFault(
+                f"CUDA_VISIBLE_DEVICES={listed}: names {entry} twice, and CUDA then shows no GPU at all; name it once"
+            )
         chosen.append(entry)
     return chosen

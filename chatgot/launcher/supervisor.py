@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, EnvironmentFault
 
 PEERS_END_SECONDS = 10.0
-"""After one rank ended badly, the others are often about to end with the same code: wait this long before they are told to."""
+"""After one rank ended badly, the others are often about to end with the same code: wait this long before they are told
+to.
+"""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -35,7 +37,9 @@ def say(message: str) -> None:
 
 
 class Supervisor:
-    """Starts the ranks once and sees them to their end. `stops` and SIGCHLD have to be blocked, in a process with one thread."""
+    """Starts the ranks once and sees them to their end. `stops` and SIGCHLD have to be blocked, in a process with one
+    thread.
+    """
 
     def __init__(self, stops: set[signal.Signals], grace: float) -> None:
         self.stops = stops
@@ -48,7 +52,9 @@ class Supervisor:
         self._kill_at: float | None = None
 
     def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
-        """The exit code of the launcher. Every rank is a session of its own: a terminal's Ctrl-C reaches it through us, once."""
+        """The exit code of the launcher. Every rank is a session of its own: a terminal's Ctrl-C reaches it through us,
+        once.
+        """
         try:
             for index, environment in enumerate(environments):
                 self.ranks.append(Rank(index, _start(command, environment, self.stops | {signal.SIGCHLD})))
@@ -104,7 +110,9 @@ class Supervisor:
             self._kill_at = time.monotonic() + self.grace
 
     def _collect(self) -> None:
-        """Note the ranks that ended. Of several found at once, one that a signal ended is the likelier cause and goes first."""
+        """Note the ranks that ended. Of several found at once, one that a signal ended is the likelier cause and goes
+        first.
+        """
         found: list[Rank] = []
         for rank in self._alive():
             rank.exit_code = rank.process.poll()
@@ -119,7 +127,9 @@ class Supervisor:
                     self._end_peers_at = time.monotonic() + min(PEERS_END_SECONDS, self.grace)
 
     def _kill(self) -> None:
-        """SIGKILL to every rank that still runs, and only to it: a wandb worker ends by itself, after it has handed over what it has."""
+        """SIGKILL to every rank that still runs, and only to it: a wandb worker ends by itself, after it has handed
+        over what it has.
+        """
         alive = self._alive()
         for rank in alive:
             rank.told_to_end = True
@@ -151,17 +161,25 @@ def _how_it_ended(rank: Rank) -> str:
     return f"ended with exit code {code}" + (" (interrupted, state saved)" if code == EXIT_INTERRUPTED else "")
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str], unblock: set[signal.Signals]) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], unblock: set[signal.Signals]
+) -> subprocess.Popen[bytes]:
     launcher = os.getpid()
     libc = ctypes.CDLL(None)
 
     def before_exec() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # no orphans, even when the launcher is killed with SIGKILL
+        libc.prctl(
+            PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0
+        )  # no orphans, even when the launcher is killed with SIGKILL
         if os.getppid() != launcher:  # it died before the line above
             os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, unblock)
 
     try:
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=before_exec)
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=before_exec
+        )
     except OSError as error:
-        raise EnvironmentFault(f"{command[0]}: rank {environment['RANK']} cannot be started: {error.strerror}") from error
+        raise EnvironmentFault(
+            f"{command[0]}: rank {environment['RANK']} cannot be started: {error.strerror}"
+        ) from error

@@ -11,17 +11,19 @@ Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 def flops_per_token(n_params_non_embedding: int, n_layers: int, d_model: int, seq: int) -> float:
     """Model FLOPs of forward and backward for one token: 6 N + 12 L d T.
 
-    N counts the parameters that are multiplied with: all but the lookups, the output head included also where it is tied to the
-    token embedding. The second term is attention's scores and weighted sum, causality not discounted. Recomputation
-    (activation checkpointing) is not model work and does not count.
-    Source: PaLM (arXiv:2204.02311), appendix B, with heads x head size = d_model; the same formula as nanoGPT's estimate_mfu.
+    N counts the parameters that are multiplied with: all but the lookups, the output head included also where it is
+    tied to the token embedding. The second term is attention's scores and weighted sum, causality not discounted.
+    Recomputation (activation checkpointing) is not model work and does not count.
+    Source: PaLM (arXiv:2204.02311), appendix B, with heads x head size = d_model; the same formula as nanoGPT's
+        estimate_mfu.
     """
     return 6.0 * n_params_non_embedding + 12.0 * n_layers * d_model * seq
 
 
 _T = 1e12
-# Dense (no 2:4 sparsity) peaks from NVIDIA's data sheets, with fp32 accumulation; tf32 is absent where the chip has no such unit.
-# Names as torch.cuda.get_device_name gives them, matched as a whole: a laptop chip, a MIG slice or a "D" variant is another device.
+# Dense (no 2:4 sparsity) peaks from NVIDIA's data sheets, with fp32 accumulation; tf32 is absent where the chip has no
+# such unit. Names as torch.cuda.get_device_name gives them, matched as a whole: a laptop chip, a MIG slice or a "D"
+# variant is another device.
 _PEAKS: tuple[tuple[str, dict[Precision, float]], ...] = (
     (r"GB200.*", {"bf16": 2500 * _T, "fp16": 2500 * _T, "tf32": 1250 * _T, "fp32": 80 * _T}),
     (r"B200.*", {"bf16": 2250 * _T, "fp16": 2250 * _T, "tf32": 1125 * _T, "fp32": 75 * _T}),
@@ -29,7 +31,10 @@ _PEAKS: tuple[tuple[str, dict[Precision, float]], ...] = (
     (r"H200|GH200.*", {"bf16": 989 * _T, "fp16": 989 * _T, "tf32": 494.5 * _T, "fp32": 67 * _T}),
     (r"H[18]00 PCIe", {"bf16": 756 * _T, "fp16": 756 * _T, "tf32": 378 * _T, "fp32": 51 * _T}),
     (r"H100 NVL", {"bf16": 835.5 * _T, "fp16": 835.5 * _T, "tf32": 417.5 * _T, "fp32": 60 * _T}),
-    (r"H[18]00(-SXM5.*| \d+GB HBM\S*| SXM5.*)?", {"bf16": 989 * _T, "fp16": 989 * _T, "tf32": 494.5 * _T, "fp32": 67 * _T}),
+    (
+        r"H[18]00(-SXM5.*| \d+GB HBM\S*| SXM5.*)?",
+        {"bf16": 989 * _T, "fp16": 989 * _T, "tf32": 494.5 * _T, "fp32": 67 * _T},
+    ),
     (r"A[18]00(-| ).*\d+GB.*", {"bf16": 312 * _T, "fp16": 312 * _T, "tf32": 156 * _T, "fp32": 19.5 * _T}),
     (r"A30", {"bf16": 165 * _T, "fp16": 165 * _T, "tf32": 82 * _T, "fp32": 10.3 * _T}),
     (r"A40", {"bf16": 149.7 * _T, "fp16": 149.7 * _T, "tf32": 74.8 * _T, "fp32": 37.4 * _T}),

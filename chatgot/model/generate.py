@@ -32,15 +32,16 @@ def generate(
 ) -> list[list[int]]:
     """Continue each row of input_ids.
 
-    A row's tokens depend on its prompt, the settings and seed + row only: not on the other rows, not on `use_cache`, not on the
-    global random state, which stays untouched like the training mode of every module. Texts longer than the context slide: see
-    `context_start`.
+    A row's tokens depend on its prompt, the settings and seed + row only: not on the other rows, not on `use_cache`,
+    not on the global random state, which stays untouched like the training mode of every module. Texts longer than the
+    context slide: see `context_start`.
 
-    Ranks in step. Under ZeRO-3 every forward is a collective, so all ranks must call the model equally often, however long their
-    prompts are and however early their rows stop. Each turn of the loop is exactly one forward (the whole context, or one token
-    after a cache) followed by one call of `agree(done here)`, and the loop ends when agree returns True. With an `agree` that
-    reduces by AND over the ranks, all of them leave after the same number of forwards; a rank that is done goes on with forwards
-    of a single dummy token until then. The number of rows may differ between ranks too.
+    Ranks in step. Under ZeRO-3 every forward is a collective, so all ranks must call the model equally often, however
+    long their prompts are and however early their rows stop. Each turn of the loop is exactly one forward (the whole
+    context, or one token after a cache) followed by one call of `agree(done here)`, and the loop ends when agree
+    returns True. With an `agree` that reduces by AND over the ranks, all of them leave after the same number of
+    forwards; a rank that is done goes on with forwards of a single dummy token until then. The number of rows may
+    differ between ranks too.
 
     Args:
         model: a GPT, or a module that wraps one and is called like it (DeepSpeedEngine, a compiled module).
@@ -48,12 +49,14 @@ def generate(
         max_new_tokens: tokens per row, where `stop` doesn't end it before.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample from the k likeliest tokens only (more than the vocabulary: all of it).
-        top_p: sample from the smallest set of likeliest tokens with at least this probability, after temperature and top_k.
+        top_p: sample from the smallest set of likeliest tokens with at least this probability, after temperature and
+            top_k.
         seed: row i draws from its own generator, seeded seed + i.
         stop: given a row's new tokens after each of them, whether the row ends there (the last token stays).
         use_cache: keep keys and values; without it the whole context is computed for each token.
         on_token: called with (row, token) as soon as a token is drawn.
-        agree: called once per turn with whether all rows here are done; returns whether all ranks are. None: this rank decides alone.
+        agree: called once per turn with whether all rows here are done; returns whether all ranks are. None: this rank
+            decides alone.
         max_seq_length: a context shorter than the model's.
 
     Returns:
@@ -68,7 +71,10 @@ def generate(
         raise ValueError(f"{type(model).__name__} contains no GPT")
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least one of each (an empty prompt?)")
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least one of each (an empty "
+            f"prompt?)"
+        )
     window = gpt.config.max_seq_length if max_seq_length is None else max_seq_length
     if not 1 <= window <= gpt.config.max_seq_length:
         raise ValueError(f"max_seq_length = {window}: must be between 1 and the model's {gpt.config.max_seq_length}")
@@ -93,7 +99,9 @@ def generate(
                 logits = model(text[:, start:length], cache=cache, last_only=True)  # (B, 1, V)
             last = logits[:, -1].float().cpu()  # (B, V)
             if not torch.isfinite(last).all():
-                raise NumericsError(f"sampling: the logits after {length} tokens are not finite; the weights have diverged")
+                raise NumericsError(
+                    f"sampling: the logits after {length} tokens are not finite; the weights have diverged"
+                )
             for row in range(rows):
                 if not running[row]:
                     continue
@@ -119,9 +127,9 @@ def generate(
 def context_start(length: int, max_seq_length: int) -> int:
     """First token of the context that predicts the token after `length` others.
 
-    A pure function of the length, so that a cache changes nothing: 0 while the text fits, then the start hops forward by a quarter
-    of the context whenever it is full. Positions count from the start, so a hop costs one pass over the whole context, and every
-    token sees at least about three quarters of it.
+    A pure function of the length, so that a cache changes nothing: 0 while the text fits, then the start hops forward
+    by a quarter of the context whenever it is full. Positions count from the start, so a hop costs one pass over the
+    whole context, and every token sees at least about three quarters of it.
     """
     if length <= max_seq_length:
         return 0
@@ -129,11 +137,15 @@ def context_start(length: int, max_seq_length: int) -> int:
     return -(-(length - max_seq_length) // hop) * hop
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     """Draw one token from logits (V,) fp32 on the CPU; the settings are those of `generate`."""
     if temperature < torch.finfo(logits.dtype).tiny:  # 0, or too small to divide by
         return int(logits.argmax())
-    scaled = (logits - logits.max()) / temperature  # <= 0, so that a small temperature underflows instead of overflowing
+    scaled = (
+        logits - logits.max()
+    ) / temperature  # <= 0, so that a small temperature underflows instead of overflowing
     if top_k is None and top_p is None:
         return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
     scaled, tokens = scaled.sort(descending=True, stable=True)  # ties: the lower token id first

@@ -1,9 +1,12 @@
-"""The GPT: both architectures in plain PyTorch, single device. What wraps it (DeepSpeed, checkpointing, compile) lives elsewhere.
+"""The GPT: both architectures in plain PyTorch, single device. What wraps it (DeepSpeed, checkpointing, compile) lives
+elsewhere.
 
 gpt2:   LayerNorm, learned positions, GELU (tanh), biases; what transformers' GPT2LMHeadModel computes.
-modern: RMSNorm, rotary positions, QK-norm, SwiGLU, no biases, grouped key/value heads; what transformers' Qwen3ForCausalLM computes.
+modern: RMSNorm, rotary positions, QK-norm, SwiGLU, no biases, grouped key/value heads; what transformers'
+    Qwen3ForCausalLM computes.
 
-Shapes in comments: B rows, T tokens, C = d_model, V = vocab_size, nh query heads, nkv key/value heads, hd = head_dim = C // nh.
+Shapes in comments: B rows, T tokens, C = d_model, V = vocab_size, nh query heads, nkv key/value heads, hd = head_dim =
+C // nh.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ Rope = tuple[Tensor, Tensor]
 class GPT(nn.Module):
     """A decoder-only transformer.
 
-    The weights are NaN until `init_weights` or `load_state_dict` fills them: a forgotten initialisation shows in the first loss,
-    and building the model draws nothing from the global random state.
+    The weights are NaN until `init_weights` or `load_state_dict` fills them: a forgotten initialisation shows in the
+    first loss, and building the model draws nothing from the global random state.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -42,7 +45,9 @@ class GPT(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.embed_tokens = _Embedding(vocab_size, config.d_model)
-        self.embed_positions = _Embedding(config.max_seq_length, config.d_model) if config.architecture == "gpt2" else None
+        self.embed_positions = (
+            _Embedding(config.max_seq_length, config.d_model) if config.architecture == "gpt2" else None
+        )
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = _norm(config)
         self.lm_head = _Linear(config.d_model, vocab_size, bias=False)
@@ -55,8 +60,8 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """GPT-2's initialisation: N(0, init_std), block outputs scaled by 1/sqrt(2 n_layers), biases 0, norms 1.
 
-        A pure function of (config, vocab_size, seed): drawn in fp32 on the CPU from a generator of its own, whatever the
-        parameters' device and dtype.
+        A pure function of (config, vocab_size, seed): drawn in fp32 on the CPU from a generator of its own, whatever
+        the parameters' device and dtype.
         """
         generator = torch.Generator().manual_seed(seed)
         config = self.config
@@ -70,12 +75,15 @@ class GPT(nn.Module):
             else:
                 parameter.fill_(1.0)
 
-    def set_activation_checkpointing(self, checkpoint: Callable[[BlockCall, Tensor], Any] | None, every_n_layers: int = 1) -> None:
+    def set_activation_checkpointing(
+        self, checkpoint: Callable[[BlockCall, Tensor], Any] | None, every_n_layers: int = 1
+    ) -> None:
         """Recompute every n-th block in the backward pass, beginning with the first; None turns it off.
 
         Args:
-            checkpoint: called as checkpoint(block, x) with x (B, T, C) the only tensor argument, during training forwards with
-                gradients. torch: functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False).
+            checkpoint: called as checkpoint(block, x) with x (B, T, C) the only tensor argument, during training
+                forwards with gradients. torch: functools.partial(torch.utils.checkpoint.checkpoint,
+                use_reentrant=False).
         """
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers = {every_n_layers}: must be at least 1")
@@ -95,14 +103,14 @@ class GPT(nn.Module):
         Args:
             input_ids: (B, T) int64.
             targets: (B, T) int64, the token that follows each input; -100 counts in no loss.
-            cache: keys and values of the tokens before input_ids; filled and advanced. Only one token at a time may follow a
-                filled cache.
+            cache: keys and values of the tokens before input_ids; filled and advanced. Only one token at a time may
+                follow a filled cache.
             reduction: of the loss; mean and sum run over the targets that count. The mean over none of them is NaN.
             last_only: logits of the last position only.
 
         Returns:
-            logits (B, T, V), or (B, 1, V) with last_only, in the model's dtype; or the loss in nats, fp32: a scalar, or (B, T) with
-            reduction 'none' (0 where ignored).
+            logits (B, T, V), or (B, 1, V) with last_only, in the model's dtype; or the loss in nats, fp32: a scalar, or
+            (B, T) with reduction 'none' (0 where ignored).
 
         Raises:
             ValueError: more tokens than max_seq_length, or arguments that exclude each other.
@@ -114,7 +122,9 @@ class GPT(nn.Module):
         if targets is not None and (cache is not None or last_only):
             raise ValueError("a loss needs all positions: targets exclude cache and last_only")
         if start and T != 1:
-            raise ValueError(f"{T} tokens after a filled cache: only one at a time may follow (reset the cache to start anew)")
+            raise ValueError(
+                f"{T} tokens after a filled cache: only one at a time may follow (reset the cache to start anew)"
+            )
 
         x = self.embed_tokens(input_ids)  # (B, T, C)
         positions = torch.arange(start, start + T, device=input_ids.device)
@@ -128,7 +138,8 @@ class GPT(nn.Module):
         checkpoint = self._checkpoint if self.training and torch.is_grad_enabled() else None
         for index, block in enumerate(self.layers):
             if checkpoint is not None and index % self._checkpoint_every == 0:
-                # The tables are closed over: DeepSpeed's partition_activations and cpu_checkpointing empty every float argument.
+                # The tables are closed over: DeepSpeed's partition_activations and cpu_checkpointing empty every float
+                # argument.
                 x = checkpoint(lambda h, block=block: block(h, rope=rope), x)
             else:
                 x = block(x, rope=rope, cache=cache)
@@ -140,7 +151,9 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))  # (B, T, V)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+        )
         return loss.view_as(targets) if reduction == "none" else loss
 
 
@@ -172,10 +185,13 @@ class Attention(nn.Module):
         self.head_dim = config.d_model // config.n_head
         self.dropout = config.dropout
         bias = config.architecture == "gpt2"
-        self.qkv = _Linear(config.d_model, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias)  # rows: all q, all k, all v
+        self.qkv = _Linear(
+            config.d_model, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias
+        )  # rows: all q, all k, all v
         self.proj = _Linear(config.d_model, config.d_model, bias=bias)
         if config.architecture == "modern":
-            # Parameters of this module and not of children, because ZeRO-3 gathers a parameter when its own module runs.
+            # Parameters of this module and not of children, because ZeRO-3 gathers a parameter when its own module
+            # runs.
             self.q_norm = nn.Parameter(torch.ones(self.head_dim))
             self.k_norm = nn.Parameter(torch.ones(self.head_dim))
         else:
@@ -243,11 +259,15 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """Rotary tables (Su et al., 2021) for positions (T,), in the half-split layout of transformers: cos and sin, (T, 1, hd) each.
+    """Rotary tables (Su et al., 2021) for positions (T,), in the half-split layout of transformers: cos and sin, (T, 1,
+    hd) each.
 
-    Computed in fp32 and then cast, as transformers does. The first half of sin is negated, so that rotating is one roll.
+    Computed in fp32 and then cast, as transformers does. The first half of sin is negated, so that rotating is one
+    roll.
     """
-    inverse_wavelength = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (hd / 2,)
+    inverse_wavelength = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    )  # (hd / 2,)
     angles = torch.outer(positions.float(), inverse_wavelength)[:, None, :]  # (T, 1, hd / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

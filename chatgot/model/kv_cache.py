@@ -11,13 +11,20 @@ from chatgot.config.run import ModelConfig
 class KVCache:
     """Preallocated keys and values of all layers; attention reads slices of them, never a mask over the full length.
 
-    One forward of T tokens stores them at positions [length, length + T) in every layer; GPT.forward then calls `advance(T)`.
+    One forward of T tokens stores them at positions [length, length + T) in every layer; GPT.forward then calls
+    `advance(T)`.
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Device and dtype left at None are those of the first keys stored (under autocast they differ from the parameters')."""
+        """Device and dtype left at None are those of the first keys stored (under autocast they differ from the
+        parameters').
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1")
         head_dim = config.d_model // config.n_head
@@ -46,7 +53,9 @@ class KVCache:
         self.length += n_tokens
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, n_kv, T, hd) of the next T tokens; return all of this layer's so far, (B, n_kv, length + T, hd) each."""
+        """Store k and v (B, n_kv, T, hd) of the next T tokens; return all of this layer's so far, (B, n_kv, length + T,
+        hd) each.
+        """
         if self._buffer is None:
             self._buffer = torch.empty(self._shape, device=self._device or k.device, dtype=self._dtype or k.dtype)
         end = self.length + k.shape[2]

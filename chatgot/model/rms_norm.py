@@ -1,4 +1,6 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019), with a hand-written backward where PyTorch has no fused one."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019), with a hand-written backward where PyTorch has no fused
+one.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The digest of an optimizer step: enough to tell whether a step that was trained again is the same step. Imports no torch.
+"""The digest of an optimizer step: enough to tell whether a step that was trained again is the same step. Imports no
+torch.
 
-One line of metrics.jsonl for every step: {"step": 7, "digest": {"batch": ..., "loss": ..., ...}}. JSON numbers are written with repr,
-which gives back the same bits, so a loss of the journal *is* the loss, bit for bit.
+One line of metrics.jsonl for every step: {"step": 7, "digest": {"batch": ..., "loss": ..., ...}}. JSON numbers are
+written with repr, which gives back the same bits, so a loss of the journal *is* the loss, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Digest:
     """What identifies one optimizer step."""
 
     batch: str
-    """16 hex digits: the samples (index and tokens) that were fed to the model, whatever ranks, micro batch and accumulation are."""
+    """16 hex digits: the samples (index and tokens) that were fed to the model, whatever ranks, micro batch and
+    accumulation are.
+    """
     loss: float
     """Nats per token, mean over ranks in fp64 of each rank's fp32 loss."""
     grad_norm: float | None
@@ -41,8 +44,8 @@ class Digest:
     setup: str
     """Id of the `Setup` that it was computed with."""
     offset: int = 0
-    """First global sample of the step, minus that of a run which leaves nothing out: moved by rollbacks. Steps of different offsets are
-    different batches by intention, and are not compared."""
+    """First global sample of the step, minus that of a run which leaves nothing out: moved by rollbacks. Steps of
+    different offsets are different batches by intention, and are not compared."""
 
     def to_json(self) -> dict[str, Any]:
         """For `Journal.digest`."""
@@ -71,12 +74,16 @@ class Digest:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the numbers of a run depend on, besides its state; one start of a run has one. Kept in the `started` or `resumed` event."""
+    """What the numbers of a run depend on, besides its state; one start of a run has one. Kept in the `started` or
+    `resumed` event.
+    """
 
     id: str
     """8 hex digits over all of it. Equal ids: equal numbers, bit for bit (where the device is deterministic)."""
     numbers: str
-    """8 hex digits over the settings that are meant to change the numbers: rates, clipping, data, seed, length of the schedule."""
+    """8 hex digits over the settings that are meant to change the numbers: rates, clipping, data, seed, length of the
+    schedule.
+    """
     batches: str
     """8 hex digits over what decides which batch a step sees: data, seed, batch size, length of a sample."""
     dropout: bool
@@ -158,7 +165,12 @@ def terms(before: Setup | None, now: Setup | None) -> Terms:
     if not changed:
         if now.deterministic and before.deterministic:
             return Terms(EVERYTHING)
-        return Terms(("batch", "rng", "lr"), ("loss", "grad_norm"), tolerance, "this device's kernels do not repeat their own roundings")
+        return Terms(
+            ("batch", "rng", "lr"),
+            ("loss", "grad_norm"),
+            tolerance,
+            "this device's kernels do not repeat their own roundings",
+        )
     named = [f"{key}: {before.topology.get(key)} -> {now.topology.get(key)}" for key in changed if key != "layout"]
     why = ", ".join(named) or "engine settings that change roundings are others"
     if now.dropout and any(key in changed for key in _SHAPES_DROPOUT):
@@ -168,17 +180,23 @@ def terms(before: Setup | None, now: Setup | None) -> Terms:
 
 
 def first_difference(journal: Digest, now: Digest, by: Terms, steps: int) -> Difference | None:
-    """The first field in which two digests of one step differ, `steps` steps after the checkpoint from which it was trained again."""
+    """The first field in which two digests of one step differ, `steps` steps after the checkpoint from which it was
+    trained again.
+    """
     allowed = min(by.tolerance * steps, LARGEST_TOLERANCE)
     for name in EVERYTHING:
         before, after = getattr(journal, name), getattr(now, name)
-        if (name in by.exactly and repr(before) != repr(after)) or (name in by.nearly and not _near(before, after, allowed)):
+        if (name in by.exactly and repr(before) != repr(after)) or (
+            name in by.nearly and not _near(before, after, allowed)
+        ):
             return Difference(name, before, after)
     return None
 
 
 def _near(before: float | None, after: float | None, tolerance: float) -> bool:
-    """Norms that are not measured, or of a step that was skipped (which another precision need not skip), say nothing."""
+    """Norms that are not measured, or of a step that was skipped (which another precision need not skip), say
+    nothing.
+    """
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
         return True
     return abs(before - after) <= tolerance * max(abs(before), abs(after))
@@ -194,7 +212,9 @@ class History:
 
 
 def history(run: Path, after: int = 0) -> History:
-    """Read the latest branch of a run folder: a step lower than the one before it gives up what had been written from that step on."""
+    """Read the latest branch of a run folder: a step lower than the one before it gives up what had been written from
+    that step on.
+    """
     found: dict[int, Digest] = {}
     last = -1
     for record in lines(run / "metrics.jsonl"):

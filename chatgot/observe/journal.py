@@ -1,9 +1,10 @@
 """The run folder's two append-only records: metrics.jsonl (the truth every plot is drawn from) and events.jsonl.
 
-One JSON object a line, ASCII: the metrics of a logged step or of an evaluation, or the digest of a step (observe/digest.py), of which
-every step has one. A number is written with repr, which gives back the same bits when it is read. JSON knows no NaN or infinity, so a
-non-finite metric is written as the string "nan", "inf" or "-inf", and `read_journal` turns it back into a float. A kill leaves at most
-one broken line, the last: every line is a single O_APPEND write.
+One JSON object a line, ASCII: the metrics of a logged step or of an evaluation, or the digest of a step
+(observe/digest.py), of which every step has one. A number is written with repr, which gives back the same bits when it
+is read. JSON knows no NaN or infinity, so a non-finite metric is written as the string "nan", "inf" or "-inf", and
+`read_journal` turns it back into a float. A kill leaves at most one broken line, the last: every line is a single
+O_APPEND write.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ METRICS = (
     "mem/peak_gib",
     "data/tokens",
 )
-"""Every metric name there is. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over ranks."""
+"""Every metric name there is. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over
+ranks.
+"""
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """How JSON, which has no words for them, is given numbers that are not finite."""
 
 
 class Patient:
-    """Writing that outlives a disk that is full or ill: training goes on, and what could not be written is counted and said.
+    """Writing that outlives a disk that is full or ill: training goes on, and what could not be written is counted and
+    said.
 
     It speaks once when writing begins to fail, and once when it works again.
     """
@@ -57,7 +61,10 @@ class Patient:
             write()
         except OSError as error:
             if not self.lost:
-                self._say(f"WARNING: {self.what} cannot be written: {error}; training goes on without them, every further one is tried")
+                self._say(
+                    f"WARNING: {self.what} cannot be written: {error}; training goes on without them, every further "
+                    f"one is tried"
+                )
             self.lost += 1
             return False
         if self.lost:
@@ -74,7 +81,9 @@ class LineFile:
     """
 
     def __init__(self, path: str | os.PathLike, say: Callable[[str], None] | None = None) -> None:
-        """With `say`, a line that the file system refuses is lost with a warning (`Patient`); without, `append` raises."""
+        """With `say`, a line that the file system refuses is lost with a warning (`Patient`); without, `append`
+        raises.
+        """
         self.path = Path(path)
         self._patient = None if say is None else Patient(f"lines of {self.path}", say)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,16 +93,15 @@ class LineFile:
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             self._attempt(b"\n")
-            self.note = (
-                f"{self.path}: the last line was cut off (the run was killed while it was written); it stays, and new lines follow it"
-            )
+            self.note = f"{self.path}: the last line was cut off (the run was killed while it was written); it stays, and new lines follow it"
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line.
 
         Raises:
             ValueError: closed, or a value that JSON cannot hold.
-            OSError: there is no `say`, and the file system refused (full, read-only). The next append starts on a fresh line.
+            OSError: there is no `say`, and the file system refused (full, read-only). The next append starts on a fresh
+                line.
         """
         self._attempt(json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n")
 
@@ -129,10 +137,12 @@ class Journal:
         """None, or the report of a broken last line found on opening."""
 
     def append(self, record: Mapping[str, SupportsFloat | None]) -> None:
-        """Write the metrics of one optimizer step: {"step": 250, "train/loss": 1.48, ...}. A metric that is None is left out.
+        """Write the metrics of one optimizer step: {"step": 250, "train/loss": 1.48, ...}. A metric that is None is
+        left out.
 
         Raises:
-            ValueError: "step" is missing or not a whole number >= 0, a name that is not in METRICS, a value that is not a number.
+            ValueError: "step" is missing or not a whole number >= 0, a name that is not in METRICS, a value that is not
+                a number.
         """
         step = record.get("step")
         if not isinstance(step, numbers.Integral) or isinstance(step, bool) or int(step) < 0:
@@ -160,12 +170,15 @@ class Journal:
 class Events:
     """events.jsonl: started, resumed, saved, skipped step, preempted, finished, ... Rank 0 owns it.
 
-    `time` is UTC for people; `seconds_since_start` counts from this object's construction on the monotonic clock, because the
-    wall clock may jump.
+    `time` is UTC for people; `seconds_since_start` counts from this object's construction on the monotonic clock,
+    because the wall clock may jump.
     """
 
     def __init__(
-        self, path: str | os.PathLike, clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] | None = None
+        self,
+        path: str | os.PathLike,
+        clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """With `say`, an ill disk costs lines and not the run; see `LineFile`."""
         self._clock = clock
@@ -178,7 +191,8 @@ class Events:
         """Write one event. Fields are JSON values (a Path is written as text).
 
         Raises:
-            ValueError: a field named like one of the three that every event has; TypeError: a value that JSON cannot hold.
+            ValueError: a field named like one of the three that every event has; TypeError: a value that JSON cannot
+                hold.
         """
         own = {
             "event": kind,
@@ -197,7 +211,8 @@ class Events:
 def lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
     """The records of a metrics.jsonl or events.jsonl one by one, in the order of writing; None for a broken line.
 
-    A broken line is one that a kill cut off (or that a power cut filled with zeros). A file that does not exist has no lines.
+    A broken line is one that a kill cut off (or that a power cut filled with zeros). A file that does not exist has no
+    lines.
     """
     if not Path(path).exists():
         return
@@ -213,7 +228,9 @@ def lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
 
 
 def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
-    """All records of a metrics.jsonl or events.jsonl in the order of writing, and the number of broken lines, which are left out."""
+    """All records of a metrics.jsonl or events.jsonl in the order of writing, and the number of broken lines, which are
+    left out.
+    """
     records, broken = [], 0
     for record in lines(path):
         if record is None:
@@ -230,8 +247,9 @@ def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
 def live_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The history of the run as it stands: one record per logged step, sorted by step; digests are left out.
 
-    Records of the same step are merged, the later value winning. A step lower than the one before it means that the run was
-    resumed from an older checkpoint: what had been written from that step on belongs to a past that was given up, and is dropped.
+    Records of the same step are merged, the later value winning. A step lower than the one before it means that the run
+    was resumed from an older checkpoint: what had been written from that step on belongs to a past that was given up,
+    and is dropped.
     """
     live: dict[int, dict[str, Any]] = {}
     last = -1
@@ -246,11 +264,14 @@ def live_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def newest_step(path: str | os.PathLike) -> int | None:
-    """The highest step ever logged, given-up pasts included: what a dashboard that cannot forget has already seen. None: no step.
+    """The highest step ever logged, given-up pasts included: what a dashboard that cannot forget has already seen.
+    None: no step.
 
     Steps with a digest alone are no dashboard's.
     """
-    return max((record["step"] for record in lines(path) if record is not None and "digest" not in record), default=None)
+    return max(
+        (record["step"] for record in lines(path) if record is not None and "digest" not in record), default=None
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""How much memory a process may still take, and how much it took: of its CUDA device, or on a CPU of the machine, its cgroup and limits."""
+"""How much memory a process may still take, and how much it took: of its CUDA device, or on a CPU of the machine, its
+cgroup and limits.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def peak(device: torch.device, available_before: int) -> dict[str, int]:
 
 
 def _cgroup() -> int | None:
-    """Bytes left in this process' cgroup (version 2, or version 1's memory controller), None where there is no limit."""
+    """Bytes left in this process' cgroup (version 2, or version 1's memory controller), None where there is no
+    limit.
+    """
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

@@ -29,8 +29,8 @@ class Interval:
 class Throughput:
     """Counts steps and global tokens over the time spent training.
 
-    Sections run under `paused("eval")` are excluded and summed by kind. A section inside another is charged to the inner kind
-    only, so that all the times add up to the time since construction.
+    Sections run under `paused("eval")` are excluded and summed by kind. A section inside another is charged to the
+    inner kind only, so that all the times add up to the time since construction.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -96,9 +96,9 @@ class Throughput:
     def eta_seconds(self, steps_left: int) -> float | None:
         """Seconds until `steps_left` more steps are done, or None before the second step has been read by `interval`.
 
-        Training time follows an exponential average of the step time, updated once per interval (on a GPU single steps only
-        measure the launch of kernels). The process's first step, which compiles and allocates, is left out of it. Paused
-        sections are expected to go on at the rate seen since the first step.
+        Training time follows an exponential average of the step time, updated once per interval (on a GPU single steps
+        only measure the launch of kernels). The process's first step, which compiles and allocates, is left out of it.
+        Paused sections are expected to go on at the rate seen since the first step.
         """
         if steps_left <= 0:
             return 0.0
@@ -129,7 +129,9 @@ class Throughput:
 class Mfu:
     """Model FLOPs utilization: achieved model FLOP/s over the devices' peak (PaLM, appendix B)."""
 
-    def __init__(self, flops_per_token: float, device_name: str, dtype: Precision, n_devices: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, flops_per_token: float, device_name: str, dtype: Precision, n_devices: int, say: Callable[[str], None]
+    ) -> None:
         self._flops_per_token = flops_per_token
         peak = peak_flops(device_name, dtype)
         self._peak = peak * n_devices if peak else None
@@ -142,13 +144,16 @@ class Mfu:
 
 
 def peak_memory_gib(device_kind: str) -> float:
-    """Most memory this rank has held so far, in GiB: tensors on the current CUDA device for "cuda", else the process's resident set."""
+    """Most memory this rank has held so far, in GiB: tensors on the current CUDA device for "cuda", else the process's
+    resident set.
+    """
     if device_kind == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
     try:
-        # Not getrusage where there is a choice: its ru_maxrss is handed down through fork and exec (Linux), launcher's peak included.
+        # Not getrusage where there is a choice: its ru_maxrss is handed down through fork and exec (Linux), launcher's
+        # peak included.
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:
                 if line.startswith("VmHWM:"):

@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # tqdm's watcher thread serves bars whose updates are skipped; ours skips none, and a thread is in the way of fork
+    # tqdm's watcher thread serves bars whose updates are skipped; ours skips none, and a thread is in the way of fork
+    monitor_interval = 0
 
 
 class Progress:
     """Rank 0's voice; every other rank constructs it with enabled=False and stays silent.
 
-    A stream that is gone (closed pipe, vanished terminal, full disk behind a redirect) makes it quiet for good: `on_quiet` is
-    told the reason once, and the file descriptor is pointed at the null device, so that a library's print does not raise either.
+    A stream that is gone (closed pipe, vanished terminal, full disk behind a redirect) makes it quiet for good:
+    `on_quiet` is told the reason once, and the file descriptor is pointed at the null device, so that a library's print
+    does not raise either.
     """
 
     def __init__(
@@ -52,7 +54,8 @@ class Progress:
                     total=self.max_steps,
                     initial=self._start_step,
                     file=self._stream,
-                    bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",  # rate and time to go are the meter's
+                    # rate and time to go are the meter's
+                    bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
                     miniters=1,
                     dynamic_ncols=sized,
                     # A pseudo-terminal that nobody gave a size has 0 columns and 0 rows, and tqdm then shows nothing.
@@ -129,7 +132,9 @@ class Progress:
 
 
 def describe(metrics: Mapping[str, float | int | None]) -> list[str]:
-    """Metrics as the parts of a progress line: ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...]. Absent ones are left out."""
+    """Metrics as the parts of a progress line: ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...]. Absent ones are left
+    out.
+    """
     formats: dict[str, Callable[[float], str]] = {
         "train/loss": lambda v: f"loss {v:.4f}",
         "val/loss": lambda v: f"val {v:.4f} nats",

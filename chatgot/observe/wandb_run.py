@@ -1,8 +1,8 @@
 """One wandb run per run folder, beside the journal. wandb can neither stop nor slow nor hang a training.
 
-The training process never imports wandb: observe.wandb_worker does, in a process of its own that is waited for with a bound and
-killed when the bound is over. Why not DeepSpeed's WandbMonitor: it sets no id, no resume and no mode, puts samples on the step axis,
-and raises on rank 0 alone when there is no API key (deepspeed/monitor/wandb.py, 0.19.8).
+The training process never imports wandb: observe.wandb_worker does, in a process of its own that is waited for with a
+bound and killed when the bound is over. Why not DeepSpeed's WandbMonitor: it sets no id, no resume and no mode, puts
+samples on the step axis, and raises on rank 0 alone when there is no API key (deepspeed/monitor/wandb.py, 0.19.8).
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class WandbRun:
         init_timeout: float = 30.0,
         finish_timeout: float = 60.0,
     ) -> WandbRun:
-        """Open or continue the run folder's wandb run. Raises nothing that is wandb's, the network's or the server's fault.
+        """Open or continue the run folder's wandb run. Raises nothing that is wandb's, the network's or the server's
+        fault.
 
         Args:
             config: enabled, project, group, team. Disabled: no process is started.
@@ -70,8 +71,8 @@ class WandbRun:
             run_config: the resolved configuration, shown by wandb.
             say: prints one line; told once about everything that is not as asked for.
             resumed_from_step: the checkpoint's step; None for a new start.
-            last_step: the highest step ever journaled before this start (journal.newest_step). Steps up to it are in wandb already;
-                trained again after a resume from an older checkpoint, they are not logged a second time.
+            last_step: the highest step ever journaled before this start (journal.newest_step). Steps up to it are in
+                wandb already; trained again after a resume from an older checkpoint, they are not logged a second time.
             init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.
             finish_timeout: seconds granted to the upload at the end.
         """
@@ -116,13 +117,19 @@ class WandbRun:
             because = ready["offline_because"]
             self.mode = "offline" if because else "online"
             what = f"wandb: {'run' if known else 'new run'} {self.id} {'goes on, ' if known else ''}{self.mode}"
-            say(f"{what} ({because}); upload later: wandb sync {folder}/offline-run-*" if because else f"{what}: {ready['url']}")
+            say(
+                f"{what} ({because}); upload later: wandb sync {folder}/offline-run-*"
+                if because
+                else f"{what}: {ready['url']}"
+            )
             return self
         self._off(str(failure))
         return self
 
     def log(self, metrics: Mapping[str, float | int | None], step: int) -> None:
-        """Send a step's metrics; calls for the same step become one record, which wandb sees when the next step comes. Never blocks."""
+        """Send a step's metrics; calls for the same step become one record, which wandb sees when the next step comes.
+        Never blocks.
+        """
         self._send(step, {name: value for name, value in metrics.items() if value is not None and name != "step"}, {})
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -243,7 +250,9 @@ class _Worker:
             self._process.wait(timeout=5)
             self._lines.put_nowait(None)
         except (subprocess.TimeoutExpired, queue.Full):
-            pass  # a process stuck in the kernel dies when that lets go of it; a full queue has a writer, whom the broken pipe ends
+            # a process stuck in the kernel dies when that lets go of it; a full queue has a writer, whom the broken
+            # pipe ends
+            pass
         for thread in self._threads:
             thread.join(timeout=1)
 
@@ -273,7 +282,9 @@ class _Worker:
 
 
 def _run_id(folder: Path, say: Callable[[str], None]) -> tuple[str, bool]:
-    """The run folder's wandb id, and whether it existed. Stored before wandb sees it, so that a kill during init cannot fork the run."""
+    """The run folder's wandb id, and whether it existed. Stored before wandb sees it, so that a kill during init cannot
+    fork the run.
+    """
     path = folder / "run_id.json"
     try:
         stored = json.loads(path.read_bytes())["id"]

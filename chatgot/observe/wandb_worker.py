@@ -1,12 +1,12 @@
 """The process that owns a wandb run, started and fed by observe.wandb_run. A process, because it can be killed.
 
-Measured with wandb 0.31: a wandb.init that a silent server keeps waiting leaves its run id "in use", so that the same process cannot
-go offline with it, and holds the interpreter's exit for another 12 s. In a process of its own all that is one kill away. It also
-outlives a killed training just long enough to hand over what it was given.
+Measured with wandb 0.31: a wandb.init that a silent server keeps waiting leaves its run id "in use", so that the same
+process cannot go offline with it, and holds the interpreter's exit for another 12 s. In a process of its own all that
+is one kill away. It also outlives a killed training just long enough to hand over what it was given.
 
-Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics", "texts"}..., then {"exit_code"} or the end
-of input, which means that the training is gone. Out, on the descriptor named by the only argument: {"ready": {...}} or
-{"failed": why}; {"warning": text}; {"finished": true}.
+Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics", "texts"}..., then
+{"exit_code"} or the end of input, which means that the training is gone. Out, on the descriptor named by the only
+argument: {"ready": {...}} or {"failed": why}; {"warning": text}; {"finished": true}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 STEP = "train/step"
-"""The step axis of every chart. wandb's own step counter is not used, because it drops what is out of order without a word."""
+"""The step axis of every chart. wandb's own step counter is not used, because it drops what is out of order without a
+word.
+"""
 
 _REACH_SECONDS = 3.0
 _TRAINING_IS_GONE = 1
@@ -50,7 +52,9 @@ class _Replies:
 
 
 class _Stderr:
-    """Standard error: everything goes to worker.log; wandb's warnings and errors are also told to the training process."""
+    """Standard error: everything goes to worker.log; wandb's warnings and errors are also told to the training
+    process.
+    """
 
     encoding = "utf-8"
 
@@ -80,7 +84,11 @@ class _Stderr:
 
 def main() -> None:
     """Run one wandb run from the first line of standard input to its end."""
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the training gets them too, and decides; we end when it does
+    for ignored in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # the training gets them too, and decides; we end when it does
         signal.signal(ignored, signal.SIG_IGN)
     replies = _Replies(int(sys.argv[1]))
     sys.stderr = _Stderr(sys.stderr, replies)
@@ -94,7 +102,7 @@ def main() -> None:
         run.finish(exit_code=exit_code)
         replies.send(finished=True)
         exit_status = 0
-    except Exception as error:  # noqa: BLE001 third-party boundary: wandb fails in any way it likes, and the training process is told about each
+    except Exception as error:  # noqa: BLE001
         replies.send(failed=describe(error))
         exit_status = 1
     sys.stderr.flush()
@@ -110,7 +118,8 @@ def _open(job: dict[str, Any], replies: _Replies) -> tuple[Any, Any]:
     offline_because = job["offline_because"] or _why_offline(settings)
     own = {
         "console": "off",
-        "init_timeout": 0.8 * job["init_timeout"],  # a little tighter than the bounds around it, so that wandb ends by itself
+        "init_timeout": 0.8
+        * job["init_timeout"],  # a little tighter than the bounds around it, so that wandb ends by itself
         "finish_timeout": 0.8 * job["finish_timeout"],
         "x_transaction_log_flush_interval": 1.0,  # wandb's 15 s is what a machine that dies would lose
         "x_stats_pid": job["pid"],
@@ -149,7 +158,9 @@ def _feed(wandb: Any, run: Any) -> int:
         if pending and pending[STEP] != message["step"]:
             run.log(pending)
             pending = {}
-        texts = {name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False) for name, text in message["texts"].items()}
+        texts = {
+            name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False) for name, text in message["texts"].items()
+        }
         pending = {STEP: message["step"], **pending, **message["metrics"], **texts}
     if pending:
         run.log(pending)

@@ -1,8 +1,8 @@
 """Bytes that a forward pass keeps for the backward pass, block by block, as the modules of model/gpt.py save them.
 
-The shapes are held against tensors that autograd saves on a CPU (tests/plan/test_activations.py). On CUDA three things differ, by the
-sources of torch 2.9 and later: rms_norm is fused and keeps its input, dropout keeps a mask of one byte, and attention keeps no (T, T)
-matrix with dropout either.
+The shapes are held against tensors that autograd saves on a CPU (tests/plan/test_activations.py). On CUDA three things
+differ, by the sources of torch 2.9 and later: rms_norm is fused and keeps its input, dropout keeps a mask of one byte,
+and attention keeps no (T, T) matrix with dropout either.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from chatgot.plan.settings import FP32, HALF, Settings
 
 INT64 = 8
 LOSS_BYTES = 3 * FP32
-"""Per logit, at the start of the backward pass: log-probabilities, their gradient, and the gradient of the logits, all in fp32."""
+"""Per logit, at the start of the backward pass: log-probabilities, their gradient, and the gradient of the logits, all
+in fp32.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Activations:
     block: int
     """What one block keeps when nothing is recomputed; a recomputed block has it again during its own backward."""
     ends: int
-    """Kept by what comes before and after the blocks: embeddings, final norm, the head's input; casts of weights under autocast."""
+    """Kept by what comes before and after the blocks: embeddings, final norm, the head's input; casts of weights under
+    autocast.
+    """
     logits: int
     """Log-probabilities kept by the loss."""
     loss_peak: int
@@ -46,7 +50,9 @@ def activations(settings: Settings) -> Activations:
     model, tokens = settings.model, settings.tokens
     block = _block(settings)
     block_input = tokens * model.d_model * _residual(settings)
-    recomputed = [settings.recompute_every is not None and i % settings.recompute_every == 0 for i in range(model.n_layers)]
+    recomputed = [
+        settings.recompute_every is not None and i % settings.recompute_every == 0 for i in range(model.n_layers)
+    ]
     kept = 0 if settings.activations_on_cpu else block_input
     logits = tokens * settings.vocab_size * FP32
     return Activations(
@@ -86,7 +92,9 @@ def _block(settings: Settings) -> int:
     model, e = settings.model, _element(settings)
     d, f = model.d_model, model.d_hid
     kv = model.kv_heads * (d // model.n_head)
-    per_token = 2 * _norm(settings) + 2 * d * e + 2 * d * _mask(settings)  # two norms, the inputs of qkv and up, two dropouts
+    per_token = (
+        2 * _norm(settings) + 2 * d * e + 2 * d * _mask(settings)
+    )  # two norms, the inputs of qkv and up, two dropouts
     if model.architecture == "modern":
         per_token += 4 * f * e  # gate and up in one, silu(gate), its product with up
         per_token += FP32 * (model.n_head + model.kv_heads) + (0 if settings.on_cuda else FP32 * (d + kv))  # QK-norm
@@ -94,13 +102,17 @@ def _block(settings: Settings) -> int:
         per_token += 2 * f * e  # before and after GELU
     grouped = model.kv_heads != model.n_head
     if settings.on_cuda and settings.precision == "fp32" and grouped:
-        matrices = 1 + 2 * bool(model.dropout)  # no kernel for grouped heads in fp32: softmax, and what dropout makes of it
+        matrices = 1 + 2 * bool(
+            model.dropout
+        )  # no kernel for grouped heads in fp32: softmax, and what dropout makes of it
     elif not settings.on_cuda and model.dropout:
         matrices = 3
     else:
         matrices = 0
     if matrices:
-        per_token += 3 * d * FP32 + d * e + matrices * FP32 * model.n_head * model.max_seq_length  # scaled q and k, v, the result
+        per_token += (
+            3 * d * FP32 + d * e + matrices * FP32 * model.n_head * model.max_seq_length
+        )  # scaled q and k, v, the result
     else:
         rotated = d + kv if model.architecture == "modern" else 0
         per_token += (d + 2 * kv + rotated) * e + d * e + FP32 * model.n_head  # q, k, v; the result; logsumexp
@@ -121,5 +133,7 @@ def _ends(settings: Settings, recomputed: list[bool]) -> int:
 
 def _workspace(settings: Settings) -> int:
     model, e = settings.model, _element(settings)
-    wide = 2 if model.architecture == "modern" else 1  # gradients as wide as the feed-forward layer, less what has been freed by then
+    wide = (
+        2 if model.architecture == "modern" else 1
+    )  # gradients as wide as the feed-forward layer, less what has been freed by then
     return settings.tokens * (2 * model.d_model * _residual(settings) + wide * model.d_hid * e)

@@ -51,7 +51,9 @@ def _sweep(arguments: PlanArguments) -> str:
     folder = arguments.deepspeed_config or SHIPPED
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise ConfigError(f"--sweep: {folder} is no folder with JSON files; name the one that holds them: chatgot plan FOLDER --sweep")
+        raise ConfigError(
+            f"--sweep: {folder} is no folder with JSON files; name the one that holds them: chatgot plan FOLDER --sweep"
+        )
     rows: list[tuple[str, Estimate | str]] = []
     trees = []
     for path in paths:
@@ -71,4 +73,6 @@ def _sweep(arguments: PlanArguments) -> str:
 
 
 def _request(arguments: PlanArguments, path: Path):
-    return read_request(path, arguments.config, arguments.world_size, arguments.device, list(arguments.overrides), arguments.vocab_size)
+    return read_request(
+        path, arguments.config, arguments.world_size, arguments.device, list(arguments.overrides), arguments.vocab_size
+    )

@@ -10,7 +10,18 @@ from chatgot.config.device import DeviceFacts
 from chatgot.config.errors import ConfigError
 
 GIB = 2**30
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": GIB, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": GIB,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,15 @@ class Device:
         return self.facts.kind == "cuda"
 
 
-def _gpu(name: str, gib: float, facts_name: str, bf16: bool = True, link: float = 12.0, host: float = 20.0, library_mib: int = 9) -> Device:
+def _gpu(
+    name: str,
+    gib: float,
+    facts_name: str,
+    bf16: bool = True,
+    link: float = 12.0,
+    host: float = 20.0,
+    library_mib: int = 9,
+) -> Device:
     facts = DeviceFacts("cuda", bf16=bf16, fp16=True, name=facts_name)
     return Device(name, round(gib * GIB), facts, link, host, library_mib * 2**20)
 
@@ -60,7 +79,9 @@ DEVICES = {
         _gpu("t4", 14.6, "Tesla T4", bf16=False, host=10),
     )
 }
-"""GPUs by the names that --device takes. Memory as CUDA reports it; link and host rates are typical ones, for the estimate of speed."""
+"""GPUs by the names that --device takes. Memory as CUDA reports it; link and host rates are typical ones, for the
+estimate of speed.
+"""
 
 
 def find_device(text: str) -> Device:
@@ -78,6 +99,13 @@ def find_device(text: str) -> Device:
         return Device("cpu", memory, facts, note="memory of this machine, shared by its ranks")
     size = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?i?b)?", name)
     if size is None or (size[2] or "") not in _UNITS or float(size[1]) <= 0:
-        raise ConfigError(f"--device {text}: no such device (known: {', '.join(DEVICES)}, cpu; or a size: 24GiB, 80GB, 25e9)")
+        raise ConfigError(
+            f"--device {text}: no such device (known: {', '.join(DEVICES)}, cpu; or a size: 24GiB, 80GB, 25e9)"
+        )
     memory = int(float(size[1]) * _UNITS[size[2] or ""])
-    return Device(text, memory, DeviceFacts("cuda", bf16=True, fp16=True, name=text), note="a GPU of this size; its speed is not known")
+    return Device(
+        text,
+        memory,
+        DeviceFacts("cuda", bf16=True, fp16=True, name=text),
+        note="a GPU of this size; its speed is not known",
+    )

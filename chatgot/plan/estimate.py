@@ -34,7 +34,9 @@ CUDA_CONTEXT = round(0.8 * GIB)
 PROCESS = round(0.6 * GIB)
 """Resident size of Python with torch and DeepSpeed, before a model exists."""
 ALLREDUCE_ELEMENTS = 500_000_000
-"""engine.py, MEMORY_OPT_ALLREDUCE_SIZE: stage 0 and the BF16_Optimizer flatten gradients up to so many elements into a copy."""
+"""engine.py, MEMORY_OPT_ALLREDUCE_SIZE: stage 0 and the BF16_Optimizer flatten gradients up to so many elements into a
+copy.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,11 @@ class Estimate:
     @property
     def needed(self) -> int:
         """Peak and margin, and on a CPU what is offloaded too."""
-        return self.peak + self.margin + (0 if self.device.on_cuda else sum(self.states.host.values()) + self.activations.host)
+        return (
+            self.peak
+            + self.margin
+            + (0 if self.device.on_cuda else sum(self.states.host.values()) + self.activations.host)
+        )
 
     @property
     def fits(self) -> bool:
@@ -108,7 +114,10 @@ def _phases(settings: Settings, states: Memory, kept: Activations) -> Iterator[t
     always = {part: size for part, size in states.device.items() if part != "gradients"}
     before, growth = _gradients(settings, states)
     element = settings.parameter_bytes
-    bucket, sharing = _bucket(settings), element * min(settings.reduce_bucket, settings.numel) * _sharing_copies(settings)
+    bucket, sharing = (
+        _bucket(settings),
+        element * min(settings.reduce_bucket, settings.numel) * _sharing_copies(settings),
+    )
     # A bucket that holds all gradients is reduced once, after the last block.
     late = settings.stage > 0 and not settings.bf16_optimizer and settings.reduce_bucket >= settings.numel
     running = {**always, "gathered": _gathered(settings)}
@@ -118,7 +127,8 @@ def _phases(settings: Settings, states: Memory, kept: Activations) -> Iterator[t
     waiting = own + (bucket if settings.stage == 1 and settings.accumulation > 1 else 0)
     yield (
         "the loss",
-        running | {"buffers": waiting, "gradients": before, "activations": kept.saved - kept.logits, "logits": kept.loss_peak},
+        running
+        | {"buffers": waiting, "gradients": before, "activations": kept.saved - kept.logits, "logits": kept.loss_peak},
     )
     n_layers = len(kept.blocks)
     for index in reversed(range(n_layers)):
@@ -136,7 +146,11 @@ def _phases(settings: Settings, states: Memory, kept: Activations) -> Iterator[t
             },
         )
     resting = always | {"gradients": states.device.get("gradients", 0)}
-    reduced = {"buffers": own + bucket, "gradients": before + growth, "temporaries": _reduction_copy(settings) + sharing}
+    reduced = {
+        "buffers": own + bucket,
+        "gradients": before + growth,
+        "temporaries": _reduction_copy(settings) + sharing,
+    }
     yield "the reduction of gradients", always | reduced
     yield "the optimizer step", resting | {"temporaries": _stepping(settings)}
 
@@ -171,7 +185,9 @@ def _bucket(settings: Settings) -> int:
 
 
 def _sharing_copies(settings: Settings) -> int:
-    """Copies that are made of a bucket while it is reduced: two for ZeRO-3's reduce-scatter, one for sending it at stages 1 and 2."""
+    """Copies that are made of a bucket while it is reduced: two for ZeRO-3's reduce-scatter, one for sending it at
+    stages 1 and 2.
+    """
     if settings.stage == 3:
         return 2
     return int(settings.stage > 0 and settings.world_size > 1 and not settings.bf16_optimizer)
@@ -210,7 +226,9 @@ def _stepping(settings: Settings) -> int:
 
 
 def _checkpoint(settings: Settings) -> int:
-    """Weights as the model has them (none at stage 3), and every rank's master weights and moments, padding included."""
+    """Weights as the model has them (none at stage 3), and every rank's master weights and moments, padding
+    included.
+    """
     total = settings.parameter_bytes * settings.numel if settings.stage < 3 else 0
     for group in settings.groups:
         if settings.stage == 0:

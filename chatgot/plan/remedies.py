@@ -27,13 +27,17 @@ class Remedy:
 
     def words(self) -> list[str]:
         """As train.py and plan take them: ['ds.zero_optimization.stage=2']."""
-        return [f"ds.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.overrides.items()]
+        return [
+            f"ds.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in self.overrides.items()
+        ]
 
 
 def find_remedies(request: Request, current: Estimate, limit: int = 5) -> list[Remedy]:
     """Smallest sets of changes that fit, by predicted speed, then by their number; empty where nothing helps.
 
-    A change that is refused (16 bit at stage 0, offload with Muon) is left out, and so is a set that contains another one that fits.
+    A change that is refused (16 bit at stage 0, offload with Muon) is left out, and so is a set that contains another
+    one that fits.
     """
     kinds = (_micro_batches(request, current), _recomputation(request, current), _stages(current), _offload(current))
     knobs = [list(kind) for kind in kinds]
@@ -66,7 +70,9 @@ def _best(request: Request, current: Estimate, knobs: list[list[Overrides]]) -> 
 
 
 def _price(remedy: Remedy) -> tuple[float, int]:
-    """Speed lost, then the number of changes; equals keep their order, in which the mildest setting of every knob comes first."""
+    """Speed lost, then the number of changes; equals keep their order, in which the mildest setting of every knob comes
+    first.
+    """
     return (-(remedy.speed_ratio or 0.0), len(remedy.overrides))
 
 

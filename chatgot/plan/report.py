@@ -41,17 +41,27 @@ def text(request: Request, plan: Estimate, remedies: list[Remedy]) -> str:
         f"  {'margin':<24}{_size(plan.margin):>12}   {_margin(plan)}",
     ]
     if not plan.device.on_cuda and plan.needed > plan.peak + plan.margin:
-        lines.append(f"  {'offloaded':<24}{_size(plan.needed - plan.peak - plan.margin):>12}   the same memory on a CPU")
+        lines.append(
+            f"  {'offloaded':<24}{_size(plan.needed - plan.peak - plan.margin):>12}   the same memory on a CPU"
+        )
     lines.append(f"  {'needed':<24}{_size(plan.needed):>12}   of {_size(plan.capacity)}: {_verdict(plan)}")
     if plan.device.on_cuda:
-        parts = ", ".join(f"{_NAMES[part]} {_size(size)}" for part, size in offloaded.items()) if offloaded else "nothing offloaded"
+        parts = (
+            ", ".join(f"{_NAMES[part]} {_size(size)}" for part, size in offloaded.items())
+            if offloaded
+            else "nothing offloaded"
+        )
         lines.append(f"host memory of one rank: {_size(plan.host)} ({parts})")
     lines.append(f"checkpoint: {_size(plan.checkpoint)} on disk")
     lines.append(f"speed: {_speed(plan)}")
     lines += [f"note: {note}" for note in (*request.notes, *settings.notes)]
     if not plan.fits:
         lines.append("")
-        lines.append("cheapest changes that make it fit:" if remedies else "no micro batch, recomputation, stage or offload makes it fit")
+        lines.append(
+            "cheapest changes that make it fit:"
+            if remedies
+            else "no micro batch, recomputation, stage or offload makes it fit"
+        )
         for remedy in remedies:
             cost = "" if remedy.speed_ratio is None else f", {100 * (remedy.speed_ratio - 1):+.0f} % tokens/s"
             lines.append(f"  {' '.join(remedy.words())}")
@@ -70,7 +80,15 @@ def table(rows: list[tuple[str, Estimate | str]]) -> str:
         states = sum(plan.parts[part] for part in STATES)
         buffers = sum(plan.parts[part] for part in ("buffers", "gathered", "temporaries", "libraries"))
         rate = f"{plan.speed.tokens_per_sec:,.0f}" if plan.speed else "?"
-        sizes = (plan.needed, states, plan.parts["activations"], plan.parts["logits"], buffers, plan.host, plan.checkpoint)
+        sizes = (
+            plan.needed,
+            states,
+            plan.parts["activations"],
+            plan.parts["logits"],
+            buffers,
+            plan.host,
+            plan.checkpoint,
+        )
         body.append((name, "yes" if plan.fits else "NO", *map(_size, sizes), rate))
     measured = [row for row in (head, *body) if row[1] != "refused"]
     widths = [max(len(row[column]) for row in measured) for column in range(len(head))]
@@ -80,7 +98,9 @@ def table(rows: list[tuple[str, Estimate | str]]) -> str:
         if row[1] == "refused":
             lines.append(f"{row[0]:<{widths[0]}}  refused: {row[2]}")
         else:
-            lines.append(f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:])))
+            lines.append(
+                f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
+            )
     return "\n".join(lines)
 
 
@@ -117,7 +137,11 @@ def tree(request: Request, plan: Estimate, remedies: list[Remedy]) -> dict[str, 
         },
         "notes": [*request.notes, *settings.notes],
         "remedies": [
-            {"overrides": remedy.words(), "needed": remedy.plan.needed, "speed_ratio": remedy.speed_ratio and round(remedy.speed_ratio, 4)}
+            {
+                "overrides": remedy.words(),
+                "needed": remedy.plan.needed,
+                "speed_ratio": remedy.speed_ratio and round(remedy.speed_ratio, 4),
+            }
             for remedy in remedies
         ],
     }
@@ -136,7 +160,11 @@ def _recomputation(plan: Estimate) -> str:
 
 def _margin(plan: Estimate) -> str:
     share = f"{100 * FRAGMENTATION:.0f} % for the allocator"
-    return f"{share}, {_size(CUDA_CONTEXT)} for CUDA and NCCL" if plan.device.on_cuda else f"{share}, {_size(PROCESS)} for Python and torch"
+    return (
+        f"{share}, {_size(CUDA_CONTEXT)} for CUDA and NCCL"
+        if plan.device.on_cuda
+        else f"{share}, {_size(PROCESS)} for Python and torch"
+    )
 
 
 def _verdict(plan: Estimate) -> str:
@@ -148,7 +176,11 @@ def _verdict(plan: Estimate) -> str:
 def _speed(plan: Estimate) -> str:
     if plan.speed is None:
         return f"not estimated: {plan.settings.precision} on {plan.device.name} has no known peak"
-    moving = f", {100 * plan.speed.moving_share:.0f} % of it communication and offload" if plan.speed.moving_share >= 0.005 else ""
+    moving = (
+        f", {100 * plan.speed.moving_share:.0f} % of it communication and offload"
+        if plan.speed.moving_share >= 0.005
+        else ""
+    )
     return (
         f"about {plan.speed.tokens_per_sec:,.0f} tokens/s, {plan.speed.step_ms:,.0f} ms a step{moving}; "
         f"assumes {100 * plan.speed.efficiency:.0f} % of the peak while computing"

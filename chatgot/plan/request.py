@@ -57,7 +57,12 @@ class Request:
 
 
 def read_request(
-    path: Path, config: str, world_size: int, device: str, overrides: list[str] | None = None, vocab_size: int | None = None
+    path: Path,
+    config: str,
+    world_size: int,
+    device: str,
+    overrides: list[str] | None = None,
+    vocab_size: int | None = None,
 ) -> Request:
     """Read what the command line names.
 

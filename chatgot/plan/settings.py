@@ -88,7 +88,9 @@ class Settings:
 
     @property
     def gathers(self) -> bool:
-        """Whether ZeRO-3 copies a parameter to use it; a single rank uses its partition, unless that lies in another memory."""
+        """Whether ZeRO-3 copies a parameter to use it; a single rank uses its partition, unless that lies in another
+        memory.
+        """
         return self.stage == 3 and (self.world_size > 1 or (self.offload_param and self.on_cuda))
 
     @property
@@ -99,10 +101,17 @@ class Settings:
     @property
     def bf16_optimizer(self) -> bool:
         """DeepSpeed takes its BF16_Optimizer and not ZeRO's (engine.py, _do_optimizer_sanity_check)."""
-        return self.precision == "bf16" and self.stage == 1 and self.accumulator_bytes == FP32 and not self.offload_optimizer
+        return (
+            self.precision == "bf16"
+            and self.stage == 1
+            and self.accumulator_bytes == FP32
+            and not self.offload_optimizer
+        )
 
 
-def read_settings(model: ModelConfig, vocab_size: int, engine: EngineConfig, world_size: int, on_cuda: bool) -> Settings:
+def read_settings(
+    model: ModelConfig, vocab_size: int, engine: EngineConfig, world_size: int, on_cuda: bool
+) -> Settings:
     """Put together what the plan computes with."""
 
     def zero(key: str) -> Any:
@@ -123,11 +132,15 @@ def read_settings(model: ModelConfig, vocab_size: int, engine: EngineConfig, wor
         if zero(key):
             notes.append(f"zero_optimization.{key} is not part of this arithmetic")
     if int(zero("zero_hpz_partition_size") or 1) > 1:
-        notes.append("zero_optimization.zero_hpz_partition_size: the secondary partition is not part of this arithmetic")
+        notes.append(
+            "zero_optimization.zero_hpz_partition_size: the secondary partition is not part of this arithmetic"
+        )
     if "nvme" in (engine.offload_optimizer, engine.offload_param):
         notes.append("offload to nvme is counted as host memory")
     if engine.chatgot.compile.enabled:
-        notes.append("torch.compile: memory is that of eager PyTorch, an upper bound, because compiling fuses activations away")
+        notes.append(
+            "torch.compile: memory is that of eager PyTorch, an upper bound, because compiling fuses activations away"
+        )
     overlap = zero("overlap_comm")
     recompute = engine.activation_checkpointing or {}
     momentum_sgd = kind == "sgd" and not params.get("momentum")
@@ -164,14 +177,22 @@ def read_settings(model: ModelConfig, vocab_size: int, engine: EngineConfig, wor
 
 
 def _groups(model: ModelConfig, vocab_size: int, muon: bool) -> tuple[Group, ...]:
-    """As engine/optimizer.py makes them, and as DeepSpeed's Muon splits them by name (engine.py, _muon_param_groups)."""
+    """As engine/optimizer.py makes them, and as DeepSpeed's Muon splits them by name (engine.py,
+    _muon_param_groups).
+    """
     shapes = parameter_shapes(model, vocab_size)
     matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) >= 2}
     vectors = tuple(prod(shape) for shape in shapes.values() if len(shape) < 2)
     if not muon:
         return (Group(tuple(matrices.values()), False), Group(vectors, False))
-    hidden = {name: shape for name, shape in shapes.items() if name in matrices and "embed" not in name and "lm_head" not in name}
-    largest_first = tuple(prod(shape) for shape in sorted(hidden.values(), reverse=True))  # muon_optimizer.py sorts them by size()
+    hidden = {
+        name: shape
+        for name, shape in shapes.items()
+        if name in matrices and "embed" not in name and "lm_head" not in name
+    }
+    largest_first = tuple(
+        prod(shape) for shape in sorted(hidden.values(), reverse=True)
+    )  # muon_optimizer.py sorts them by size()
     looked_up = tuple(n for name, n in matrices.items() if name not in hidden)
     return (Group(largest_first, True), Group(looked_up, False), Group(vectors, False))
 
@@ -186,7 +207,9 @@ def _section(engine: EngineConfig, name: str) -> dict[str, Any]:
 
 
 def _value(engine: EngineConfig, section: str, key: str) -> Any:
-    """A value as given under either spelling, else DeepSpeed's default; "auto" that nothing resolved counts as the default."""
+    """A value as given under either spelling, else DeepSpeed's default; "auto" that nothing resolved counts as the
+    default.
+    """
     node = schema.NODES[f"{section}.{key}"]
     assert isinstance(node, schema.Key) or key == "zenflow"
     given = _section(engine, section)

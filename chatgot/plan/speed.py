@@ -1,4 +1,6 @@
-"""Tokens per second from FLOPs, a stated efficiency, and what moving data adds. For choosing between settings, no promise."""
+"""Tokens per second from FLOPs, a stated efficiency, and what moving data adds. For choosing between settings, no
+promise.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ from chatgot.plan.devices import Device
 from chatgot.plan.settings import FP32, Settings
 
 BEST_EFFICIENCY, HALF_AT = 0.45, 15e6
-"""Share of the peak that a compiled model of N parameters reaches: BEST / (1 + HALF_AT / N). Anchors on A100 and H100: about 18 % at
-10.7 M, 40 % at 124 M, 45 % at 1.3 B (nanoGPT, llm.c, llm-foundry)."""
+"""Share of the peak that a compiled model of N parameters reaches: BEST / (1 + HALF_AT / N). Anchors on A100 and H100:
+about 18 % at 10.7 M, 40 % at 124 M, 45 % at 1.3 B (nanoGPT, llm.c, llm-foundry)."""
 EAGER = 0.6
 """Speed without torch.compile over the speed with it (nanoGPT: 250 ms against 135 ms a step)."""
 CPU_CORE_FLOPS, CPU_EFFICIENCY, CPU_HALF_AT = 165e9, 0.75, 0.6e6
-"""fp32 peak of one AVX-512 core, and the share of it that training reached (45 % at 0.8 M parameters, 72 % at 14 M); other cores differ
-by a factor of four."""
+"""fp32 peak of one AVX-512 core, and the share of it that training reached (45 % at 0.8 M parameters, 72 % at 14 M);
+other cores differ by a factor of four."""
 HOST_ADAM_GB = 20.0
 """GB/s of host memory that an AdamW step on the CPU reads and writes."""
 
@@ -66,7 +68,9 @@ def _precision(settings: Settings) -> Precision:
 
 
 def _moving_seconds(settings: Settings, device: Device) -> float:
-    """Gradients reduced once a step (ZeRO-2 and 3: once a micro batch), parameters gathered, states and weights to the host and back."""
+    """Gradients reduced once a step (ZeRO-2 and 3: once a micro batch), parameters gathered, states and weights to the
+    host and back.
+    """
     world, weights = settings.world_size, settings.parameter_bytes * settings.numel
     gathered = 0.0
     if world > 1:
@@ -77,7 +81,9 @@ def _moving_seconds(settings: Settings, device: Device) -> float:
     seconds = 0.0
     if settings.offload_optimizer:
         hosted += 2 * weights / world
-        seconds += 7 * FP32 * settings.numel / world / (HOST_ADAM_GB * 1e9)  # gradient, weights and moments read, all but one written
+        seconds += (
+            7 * FP32 * settings.numel / world / (HOST_ADAM_GB * 1e9)
+        )  # gradient, weights and moments read, all but one written
     if settings.offload_param:
         hosted += 2 * settings.accumulation * weights / world
     return seconds + gathered / (device.link_gb * 1e9) + hosted / (device.host_gb * 1e9)

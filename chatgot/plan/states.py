@@ -1,7 +1,8 @@
-"""Model states of one rank in bytes: parameters, gradients, fp32 master weights and moments, as DeepSpeed 0.19.8 lays them out.
+"""Model states of one rank in bytes: parameters, gradients, fp32 master weights and moments, as DeepSpeed 0.19.8 lays
+them out.
 
-Every formula is held against live tensors (tests/plan/test_states.py). The moment is the one before the optimizer step of any step but
-the first: the gradients of all micro batches are reduced, and the moments exist.
+Every formula is held against live tensors (tests/plan/test_states.py). The moment is the one before the optimizer step
+of any step but the first: the gradients of all micro batches are reduced, and the moments exist.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Memory:
 
 
 def model_states(settings: Settings, rank: int = 0) -> Memory:
-    """Bytes of parameters, gradients, master_weights, optimizer_states and buffers (whatever else the engine keeps meanwhile)."""
+    """Bytes of parameters, gradients, master_weights, optimizer_states and buffers (whatever else the engine keeps
+    meanwhile).
+    """
     memory = Memory()
     if settings.stage == 0:
         _plain(settings, memory)
@@ -49,7 +52,9 @@ def model_states(settings: Settings, rank: int = 0) -> Memory:
 
 
 def fullest_rank(settings: Settings) -> int:
-    """The rank with the most bytes on its device: parameters that lie across two ranks' partitions count whole on both."""
+    """The rank with the most bytes on its device: parameters that lie across two ranks' partitions count whole on
+    both.
+    """
     if settings.stage not in (1, 2) or settings.bf16_optimizer:
         return 0
     return max(range(settings.world_size), key=lambda rank: sum(model_states(settings, rank).device.values()))
@@ -84,7 +89,8 @@ def _zero_1_2(settings: Settings, memory: Memory, rank: int) -> None:
         raw += element * sum(touched)
         memory.add("parameters", element * padded)
         if group.muon:
-            # Sized by whole matrices, in the gradients' dtype; a second buffer stages the momentum of a step that may be skipped.
+            # Sized by whole matrices, in the gradients' dtype; a second buffer stages the momentum of a step that may
+            # be skipped.
             memory.add("master_weights", settings.master_bytes * share, host)
             memory.add("optimizer_states", 2 * element * sum(touched))
             memory.add("gradients", element * sum(touched) + accumulator * (share - covered))
@@ -105,7 +111,9 @@ def _zero_1_2(settings: Settings, memory: Memory, rank: int) -> None:
         memory.add("buffers", largest)
         memory.add("buffers", largest, host=True)
         if settings.stage == 1 and accumulator != element and world > 1:
-            memory.add("gradients", accumulator * settings.reduce_bucket)  # grad_accum of the last parameters still points into it
+            memory.add(
+                "gradients", accumulator * settings.reduce_bucket
+            )  # grad_accum of the last parameters still points into it
         if settings.stage == 2 and settings.accumulation > 1 and accumulator == element:
             memory.add("gradients", raw, host=True)
 
@@ -115,7 +123,9 @@ def _zero_3(settings: Settings, memory: Memory) -> None:
     memory.add("buffers", settings.parameter_bytes * settings.reduce_bucket)
     if settings.muon and world > 1:
         # Kept from step to step for gathering gradients, up to a limit (stage3.py, _muon_allgather_buffers).
-        gathering = sum(FP32 * (1 + world) * -(-numel // world) for group in settings.groups if group.muon for numel in group.numels)
+        gathering = sum(
+            FP32 * (1 + world) * -(-numel // world) for group in settings.groups if group.muon for numel in group.numels
+        )
         memory.add("buffers", min(gathering, MUON_GATHER_BYTES))
     for group in settings.groups:
         shares = [-(-numel // world) for numel in group.numels]
@@ -126,7 +136,9 @@ def _zero_3(settings: Settings, memory: Memory) -> None:
         for sub_group in _sub_groups(shares, settings.sub_group_size):
             _master_and_moments(settings, memory, group, sum(sub_group), host)
         if settings.gathers:
-            kept = sum(world * share for numel, share in zip(group.numels, shares) if numel <= settings.persistence_threshold)
+            kept = sum(
+                world * share for numel, share in zip(group.numels, shares) if numel <= settings.persistence_threshold
+            )
             memory.add("parameters", settings.parameter_bytes * kept)
 
 
@@ -151,7 +163,9 @@ def padded_numel(group: Group, world_size: int) -> int:
 
 
 def _touching(group: Group, share: int, rank: int) -> tuple[list[int], int]:
-    """Sizes of the parameters that lie in a rank's partition, whole or in part, and how many elements of it they fill."""
+    """Sizes of the parameters that lie in a rank's partition, whole or in part, and how many elements of it they
+    fill.
+    """
     start, touched, covered = 0, [], 0
     for numel in group.numels:
         overlap = min(start + numel, (rank + 1) * share) - max(start, rank * share)

@@ -24,7 +24,8 @@ class Evaluation:
 
 
 def evaluate(engine, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> Evaluation:
-    """Token-weighted loss over `batches`, summed over ranks. Collective: every rank must have as many batches (ZeRO-3 gathers in forward).
+    """Token-weighted loss over `batches`, summed over ranks. Collective: every rank must have as many batches (ZeRO-3
+    gathers in forward).
 
     Leaves training mode and the random state as they were: nothing is drawn in evaluation mode.
     """

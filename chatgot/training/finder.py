@@ -1,4 +1,6 @@
-"""`"train_micro_batch_size_per_gpu": "auto"`: the largest micro-batch that fits, found by real steps; the global batch stays."""
+"""`"train_micro_batch_size_per_gpu": "auto"`: the largest micro-batch that fits, found by real steps; the global batch
+stays.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from chatgot.training.forecast import Forecast, this_device
 from chatgot.training.probe import OUTSIDE, Outcome, Probes, Task
 
 MARGIN = 0.05
-"""Part of the memory that must stay free in a probe: a run holds more than its steps, and other processes come and go."""
+"""Part of the memory that must stay free in a probe: a run holds more than its steps, and other processes come and
+go.
+"""
 
 STORED = "micro_batch.json"
 """In the run folder: what was found, and for which settings."""
@@ -28,11 +32,15 @@ STORED = "micro_batch.json"
 
 def wants_probe(tree: dict[str, Any]) -> bool:
     """Whether the JSON leaves the micro-batch to memory: "auto", and not determined by the other two batch numbers."""
-    return tree.get(MICRO) == "auto" and isinstance(tree.get(TOTAL), int) and not isinstance(tree.get(ACCUMULATION), int)
+    return (
+        tree.get(MICRO) == "auto" and isinstance(tree.get(TOTAL), int) and not isinstance(tree.get(ACCUMULATION), int)
+    )
 
 
 def candidates(total: int, world_size: int) -> list[int]:
-    """Micro-batches that make the global batch with whole accumulation steps, ascending; none if it cannot be shared out."""
+    """Micro-batches that make the global batch with whole accumulation steps, ascending; none if it cannot be shared
+    out.
+    """
     per_rank, rest = divmod(total, world_size)
     return [size for size in range(1, per_rank + 1) if per_rank % size == 0] if rest == 0 else []
 
@@ -50,7 +58,9 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int 
 
 
 def probe_tree(tree: dict[str, Any], micro: int, world_size: int) -> dict[str, Any]:
-    """The JSON of a probe: this micro-batch, and accumulation as in the run but for its length: 1, or 2 where there are several."""
+    """The JSON of a probe: this micro-batch, and accumulation as in the run but for its length: 1, or 2 where there are
+    several.
+    """
     accumulation = min(2, tree[TOTAL] // (micro * world_size))
     kept = {key: value for key, value in tree.items() if key not in OUTSIDE}
     return {**kept, TOTAL: micro * accumulation * world_size, MICRO: micro, ACCUMULATION: accumulation}
@@ -109,7 +119,9 @@ def find(
         return known
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     probes = Probes((place.rank,), place.world_size, MARGIN, address, place.local_rank, ranks.gather)
-    smallest = min(ranks.gather(this_device(device_facts())), key=lambda one: one.memory)  # the same on all ranks: they probe together
+    smallest = min(
+        ranks.gather(this_device(device_facts())), key=lambda one: one.memory
+    )  # the same on all ranks: they probe together
     return search(tree, probes, Forecast(model, vocab_size, place.world_size, smallest), say, key)
 
 
@@ -123,7 +135,11 @@ def search(tree: dict[str, Any], probes: Probes, forecast: Forecast, say: Callab
         beyond = forecast.beyond(probe)
         outcome = Outcome(False, beyond) if beyond else probes.run(Task(probe, model, forecast.vocab_size))
         tried[micro] = outcome
-        verdict = f"fits, {outcome.peak_bytes / 2**30:.2f} of {outcome.limit_bytes / 2**30:.2f} GiB" if outcome.fits else outcome.reason
+        verdict = (
+            f"fits, {outcome.peak_bytes / 2**30:.2f} of {outcome.limit_bytes / 2**30:.2f} GiB"
+            if outcome.fits
+            else outcome.reason
+        )
         say(f"micro-batch {micro}: {verdict}")
         return outcome.fits
 
@@ -132,7 +148,8 @@ def search(tree: dict[str, Any], probes: Probes, forecast: Forecast, say: Callab
     if found is None:
         raise EnvironmentFault(
             f'{MICRO} = "auto": not even one sample of {model["max_seq_length"]} tokens fits ({tried[1].reason}). What needs less memory: '
-            "an activation_checkpointing section, a higher zero_optimization.stage on several ranks, offload, a smaller model; "
+            "an activation_checkpointing section, a higher zero_optimization.stage on several ranks, offload, a "
+            "smaller model; "
             "`chatgot tune` tries some of them"
         )
     larger = [size for size in tried if size > found]
@@ -143,4 +160,6 @@ def search(tree: dict[str, Any], probes: Probes, forecast: Forecast, say: Callab
 def settings_key(tree: dict[str, Any], model: dict[str, Any], vocab_size: int, world_size: int, device: str) -> str:
     """What an answer depends on."""
     kept = {name: value for name, value in tree.items() if name not in OUTSIDE}
-    return hashlib.sha256(json.dumps([kept, model, vocab_size, world_size, device], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([kept, model, vocab_size, world_size, device], sort_keys=True, default=str).encode()
+    ).hexdigest()

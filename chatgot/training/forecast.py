@@ -15,7 +15,9 @@ from chatgot.plan.devices import GIB, Device, find_device
 from chatgot.plan.estimate import estimate
 
 CERTAIN = 1.5
-"""A probe is left out if the plan's peak is this many times what there is: far beyond what the plan errs by (BENCHMARKS.md)."""
+"""A probe is left out if the plan's peak is this many times what there is: far beyond what the plan errs by
+(BENCHMARKS.md).
+"""
 
 
 def this_device(facts: DeviceFacts) -> Device:
@@ -38,7 +40,9 @@ class Forecast:
         """Why a probe of this JSON, its batch numbers resolved, need not be started; None: it may fit."""
         model = ModelConfig(**self.model)
         n_params = count_parameters(model, self.vocab_size)
-        config = build_engine_config(tree, "probe", world_size=self.world_size, facts=self.device.facts, n_params=n_params)
+        config = build_engine_config(
+            tree, "probe", world_size=self.world_size, facts=self.device.facts, n_params=n_params
+        )
         plan = estimate(model, self.vocab_size, config, self.world_size, self.device)
         needed = plan.needed - plan.margin
         if needed <= CERTAIN * plan.capacity:

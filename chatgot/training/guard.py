@@ -19,7 +19,8 @@ SPIKE_WINDOW = 50
 class Guard:
     """chatgot.guard at work.
 
-    The losses are sums over ranks in fp64 of fp32 numbers: exact whatever the order of the ranks, so that all of them see the same bits.
+    The losses are sums over ranks in fp64 of fp32 numbers: exact whatever the order of the ranks, so that all of them
+    see the same bits.
     """
 
     config: GuardConfig
@@ -32,7 +33,8 @@ class Guard:
 
         Args:
             step: optimizer steps done.
-            losses: (step, mean over ranks) of the steps whose losses have become known since the last call; on a GPU they come a step late.
+            losses: (step, mean over ranks) of the steps whose losses have become known since the last call; on a GPU
+                they come a step late.
         """
         spike = None
         for at, loss in losses:
@@ -52,7 +54,8 @@ class Guard:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
             if loss > mean + limit * deviation:
                 return (
-                    f"step {step}: train/loss {loss:.4f} lies more than {limit:g} standard deviations ({deviation:.4f}) above the mean of "
+                    f"step {step}: train/loss {loss:.4f} lies more than {limit:g} standard deviations "
+                    f"({deviation:.4f}) above the mean of "
                     f"the {SPIKE_WINDOW} steps before it, {mean:.4f} (chatgot.guard.spike_zscore = {limit:g})"
                 )
         self._losses.append(loss)
@@ -60,7 +63,11 @@ class Guard:
 
     def state(self, skips_in_a_row: int) -> dict[str, Any]:
         """For the client state of a checkpoint."""
-        return {"skips_in_a_row": skips_in_a_row, "losses": list(self._losses), "rollbacks": [dict(one) for one in self.rollbacks]}
+        return {
+            "skips_in_a_row": skips_in_a_row,
+            "losses": list(self._losses),
+            "rollbacks": [dict(one) for one in self.rollbacks],
+        }
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Counterpart of `state` (None: a checkpoint from before there was one); returns the skips in a row."""

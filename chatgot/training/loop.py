@@ -1,4 +1,6 @@
-"""The training loop: step, log, evaluate, sample, save, stop. One generator, so that a benchmark can drive it step by step."""
+"""The training loop: step, log, evaluate, sample, save, stop. One generator, so that a benchmark can drive it step by
+step.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Position:
 
 @dataclass
 class Loop:
-    """One run in one process. The engine owns steps, optimizer and precision; this object only holds what it works with."""
+    """One run in one process. The engine owns steps, optimizer and precision; this object only holds what it works
+    with.
+    """
 
     engine: TrainingEngine
     config: RunConfig
@@ -105,8 +109,11 @@ class Loop:
         train = self.config.train
         while self.step < train.max_steps and self.stopped_by is None:
             loss = self._train_step()
-            # The one collective a step, before any line of this step: those of metrics.jsonl never go back within a run.
-            signalled, minutes_over, writing = self.share(loss, self.stop.received is not None, self._minutes_over(), self.saver.busy)
+            # The one collective a step, before any line of this step: those of metrics.jsonl never go back within a
+            # run.
+            signalled, minutes_over, writing = self.share(
+                loss, self.stop.received is not None, self._minutes_over(), self.saver.busy
+            )
             step, last = self.step, self.step == train.max_steps
             self.meter.step(self.train_batches.tokens_per_step)
             if not self.engine.engine.was_step_applied():
@@ -148,7 +155,9 @@ class Loop:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
         memory = self.engine.memory
         flags = (*flags, memory.retried, memory.lost)
-        *raised, retried, lost = self.proof.end_step(self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples)
+        *raised, retried, lost = self.proof.end_step(
+            self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples
+        )
         if retried:
             micro_batch.after_update(self, lost)
         return tuple(raised)
@@ -176,12 +185,15 @@ class Loop:
         return loss
 
     def _log(self, step: int, loss: torch.Tensor) -> None:
-        mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval below counts what has really been computed
+        mean_loss = mean_over_ranks(
+            loss
+        )  # waits for the device, so that the interval below counts what has really been computed
         interval = self.meter.interval()
         if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
             raise rollback.stopped(
                 self,
-                f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The JSON has switched its "
+                f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The "
+                f"JSON has switched its "
                 "check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false)",
                 hint="",
             )
@@ -231,7 +243,12 @@ class Loop:
     def _sample(self, step: int) -> None:
         with self.meter.paused("sample"):
             drawn = samples.draw(
-                self.engine.engine, self.prompts, self.data.tokenizer, self.config.train, self.config.model.max_seq_length, self.ranks
+                self.engine.engine,
+                self.prompts,
+                self.data.tokenizer,
+                self.config.train,
+                self.config.model.max_seq_length,
+                self.ranks,
             )
             if self.ranks.rank == 0:
                 path, text = samples.path(self.out_dir / "samples", step), samples.as_text(drawn)
@@ -255,7 +272,9 @@ class Loop:
         self._save(must)
 
     def _save(self, must: bool) -> None:
-        """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the last chance."""
+        """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the
+        last chance.
+        """
         self.proof.flush()
         if why := self._diverged(self.step):  # on a GPU the last loss has become known only now
             rollback.diverged(self, why, must)
@@ -312,10 +331,14 @@ class Loop:
         for note in saved.notes:
             self.records.progress.say(f"WARNING: {note}")
         seconds, stalled = round(saved.seconds, 3), round(saved.stalled_seconds, 3)
-        self.records.event("saved", step=saved.step, tag=saved.tag, seconds=seconds, stalled_seconds=stalled, pruned=list(saved.pruned))
+        self.records.event(
+            "saved", step=saved.step, tag=saved.tag, seconds=seconds, stalled_seconds=stalled, pruned=list(saved.pruned)
+        )
 
     def client_state(self) -> dict[str, Any]:
-        """What DeepSpeed does not save. Collective: for ZeRO 0-2 only rank 0's client state is stored, so it holds every rank's RNG."""
+        """What DeepSpeed does not save. Collective: for ZeRO 0-2 only rank 0's client state is stored, so it holds
+        every rank's RNG.
+        """
         return {
             "format": 1,
             "next_sample": self.position.next_sample,
@@ -337,7 +360,9 @@ class Loop:
             last_val=client_state["last_val"],
         )
         self.engine.skips_in_a_row = self.guard.restore(client_state.get("guard"))
-        return rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
+        return rng.resume(
+            client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step
+        )
 
     def _manifest(self) -> dict[str, Any]:
         val = self.position.last_val

@@ -42,10 +42,12 @@ class MemoryCheck:
             self.engine.before_step = None
 
     def compare(self, ranks: ControlGroup) -> tuple[dict[str, Any], str] | None:
-        """After the second step: the fields of the event `memory` in bytes, the most over ranks, and a line for the log. Collective.
+        """After the second step: the fields of the event `memory` in bytes, the most over ranks, and a line for the
+        log. Collective.
 
-        None at every other step. Model states are counted by their live tensors, before the optimizer step. The peak is what PyTorch's
-        CUDA allocator had in use; on a CPU it is the process's resident set, and the plan's figure beside it includes the interpreter.
+        None at every other step. Model states are counted by their live tensors, before the optimizer step. The peak is
+        what PyTorch's CUDA allocator had in use; on a CPU it is the process's resident set, and the plan's figure
+        beside it includes the interpreter.
         """
         if self.live is None:
             return None
@@ -71,7 +73,12 @@ class MemoryCheck:
 
 
 def check_memory(
-    model: ModelConfig, vocab_size: int, engine: TrainingEngine, world_size: int, facts: DeviceFacts, device: torch.device
+    model: ModelConfig,
+    vocab_size: int,
+    engine: TrainingEngine,
+    world_size: int,
+    facts: DeviceFacts,
+    device: torch.device,
 ) -> MemoryCheck:
     """The plan of the run that this engine is about to make."""
     if facts.kind == "cuda":

@@ -38,16 +38,21 @@ def shrink(loop: Loop, step: int, where: dict[int, str]) -> None:
     places = ", ".join(f"{place} on rank {rank}" for rank, place in where.items())
     if before.micro_batch_size == 1:
         raise EnvironmentFault(
-            f"step {step}: out of memory in {places}, at micro-batch 1, the smallest; nothing of it was saved, and earlier checkpoints are "
+            f"step {step}: out of memory in {places}, at micro-batch 1, the smallest; nothing of it was saved, and "
+            f"earlier checkpoints are "
             f"untouched. What needs less: {'; '.join(_remedies(before))}. `chatgot plan` shows what each of them costs"
         )
     world_size = loop.ranks.world_size
-    now = with_micro_batch(before, largest(before.train_batch_size // world_size, before.micro_batch_size // 2), world_size)
+    now = with_micro_batch(
+        before, largest(before.train_batch_size // world_size, before.micro_batch_size // 2), world_size
+    )
     partial_step.resize(loop.engine.engine, now.micro_batch_size, now.accumulation)
     loop.engine.config = now
     tokens, order = loop.data.train, loop.train_batches.order
     hashed = loop.train_batches.batch_hash
-    loop.train_batches = TrainBatches(tokens, order, now.train_batch_size, now.micro_batch_size, loop.ranks.rank, world_size)
+    loop.train_batches = TrainBatches(
+        tokens, order, now.train_batch_size, now.micro_batch_size, loop.ranks.rank, world_size
+    )
     loop.train_batches.batch_hash = hashed
     loop.eval_batches = EvalBatches(loop.data.val, order.block_size, now.micro_batch_size, loop.ranks.rank, world_size)
     setup = loop.proof.settings_changed(now)
@@ -60,7 +65,8 @@ def shrink(loop: Loop, step: int, where: dict[int, str]) -> None:
         **({"setup": setup.to_json()} if setup is not None else {}),
     )
     loop.records.progress.say(
-        f"WARNING: step {step}: out of memory in {places}; micro-batch {before.micro_batch_size} -> {now.micro_batch_size}, accumulation "
+        f"WARNING: step {step}: out of memory in {places}; micro-batch {before.micro_batch_size} -> "
+        f"{now.micro_batch_size}, accumulation "
         f"{before.accumulation} -> {now.accumulation}, global batch {now.train_batch_size} as before"
     )
 
@@ -80,29 +86,34 @@ def after_update(loop: Loop, lost: bool) -> None:
     where = {rank: "the optimizer step" for rank, retried in enumerate(found) if retried}
     if lost:
         raise EnvironmentFault(
-            f"step {loop.step}: out of memory in the optimizer step on rank {', '.join(map(str, where))}, and other ranks have made "
-            "theirs: the weights in memory are lost, and were not saved. Resume from the last checkpoint with what needs less memory: "
-            + "; ".join(_remedies(loop.engine.config))
+            f"step {loop.step}: out of memory in the optimizer step on rank {', '.join(map(str, where))}, and other "
+            f"ranks have made "
+            "theirs: the weights in memory are lost, and were not saved. Resume from the last checkpoint with what "
+            "needs less memory: " + "; ".join(_remedies(loop.engine.config))
         )
     shrink(loop, loop.step, where)
 
 
 def carry_on(engine: TrainingEngine, client_state: dict[str, Any] | None, world_size: int) -> list[str]:
-    """After a resume: the micro-batch that memory had been enough for, unless the JSON's own is another one now. Returns a note."""
+    """After a resume: the micro-batch that memory had been enough for, unless the JSON's own is another one now.
+    Returns a note.
+    """
     carried = (client_state or {}).get("micro_batch")
     config = engine.config
     if carried is None or carried["json"] == carried["used"]:
         return []
     if carried["json"] != config.micro_batch_size:
         return [
-            f"micro-batch {config.micro_batch_size}: the JSON's is another one than the checkpoint's run had ({carried['json']}, of which "
+            f"micro-batch {config.micro_batch_size}: the JSON's is another one than the checkpoint's run had "
+            f"({carried['json']}, of which "
             f"memory allowed {carried['used']})"
         ]
     micro = largest(config.train_batch_size // world_size, carried["used"])
     engine.config = with_micro_batch(config, micro, world_size)
     partial_step.resize(engine.engine, micro, engine.config.accumulation)
     return [
-        f"micro-batch {micro}, accumulation {engine.config.accumulation}: memory ran out with the JSON's {config.micro_batch_size} before "
+        f"micro-batch {micro}, accumulation {engine.config.accumulation}: memory ran out with the JSON's "
+        f"{config.micro_batch_size} before "
         f"the checkpoint; another {MICRO} in the JSON overrules this"
     ]
 

@@ -1,4 +1,5 @@
-"""A few real optimizer steps in processes of their own, so that running out of memory there, or being killed for it, costs nothing here.
+"""A few real optimizer steps in processes of their own, so that running out of memory there, or being killed for it,
+costs nothing here.
 
 Run as a program it is one rank of a probe: `python -m chatgot.training.probe TASK`, with the rank in the environment.
 """
@@ -79,7 +80,10 @@ class Probes:
         with tempfile.TemporaryDirectory(prefix="chatgot-probe-") as name, contextlib.ExitStack() as files:
             folder = Path(name)
             (folder / "task.json").write_text(json.dumps(asdict(task)), encoding="utf-8")
-            logs = [files.enter_context(open(folder / f"log.{rank}", "w+", encoding="utf-8", errors="replace")) for rank in self.ranks]
+            logs = [
+                files.enter_context(open(folder / f"log.{rank}", "w+", encoding="utf-8", errors="replace"))
+                for rank in self.ranks
+            ]
             processes = [
                 subprocess.Popen(
                     [sys.executable, *self.program, str(folder / "task.json")],
@@ -102,17 +106,23 @@ class Probes:
                 if code:
                     mine.append(_verdict(rank, code, log.read()))
                 elif code == 0:
-                    mine.append(self._measured(json.loads((folder / f"result.{rank}.json").read_text(encoding="utf-8"))))
+                    mine.append(
+                        self._measured(json.loads((folder / f"result.{rank}.json").read_text(encoding="utf-8")))
+                    )
         return _together([one for each in self.share(mine) for one in each])
 
     def _wait(self, processes: list[subprocess.Popen]) -> list[int | None]:
-        """Until all ranks have ended, or one has failed and the others had time to; the exit codes, None: still running."""
+        """Until all ranks have ended, or one has failed and the others had time to; the exit codes, None: still
+        running.
+        """
         last_chance = None
         while True:
             codes = [process.poll() for process in processes]
             states = self.share((any(codes), None in codes))
             if last_chance is None and any(bad for bad, _ in states):
-                last_chance = time.monotonic() + 1.0  # who lost its peer may end before the one that says that memory ran out
+                last_chance = (
+                    time.monotonic() + 1.0
+                )  # who lost its peer may end before the one that says that memory ran out
             late = any(self.share(last_chance is not None and time.monotonic() > last_chance))
             if late or not any(running for _, running in states):
                 return codes
@@ -121,7 +131,11 @@ class Probes:
     def _environment(self, rank: int, local_rank: int, port: int) -> dict[str, str]:
         package = str(Path(__file__).resolve().parents[2])
         return {
-            **{name: value for name, value in os.environ.items() if name != "CHATGOT_FAULT" and not name.startswith("TORCHELASTIC_")},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name != "CHATGOT_FAULT" and not name.startswith("TORCHELASTIC_")
+            },
             "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
@@ -146,7 +160,10 @@ def _verdict(rank: int, code: int, log: str) -> dict[str, Any]:
         return {"fits": False, "reason": f"rank {rank} ran out of memory"}
     if "std::bad_alloc" in log:
         return {"fits": False, "reason": f"rank {rank} ran out of memory (std::bad_alloc)"}
-    return {"fits": False, "error": f"rank {rank} of a probe ended with {code}, not for want of memory:\n{log[-3000:].strip()}"}
+    return {
+        "fits": False,
+        "error": f"rank {rank} of a probe ended with {code}, not for want of memory:\n{log[-3000:].strip()}",
+    }
 
 
 def _together(results: list[dict[str, Any]]) -> Outcome:
@@ -198,7 +215,10 @@ def measure(task: Task) -> dict[str, Any]:
     for step in range(task.steps):
         if step == 1:
             began = time.perf_counter()
-        batches = ((torch.randint(task.vocab_size, shape), torch.randint(task.vocab_size, shape)) for _ in range(config.accumulation))
+        batches = (
+            (torch.randint(task.vocab_size, shape), torch.randint(task.vocab_size, shape))
+            for _ in range(config.accumulation)
+        )
         loss = engine.train_step(batches)
         float(loss)  # waits for the device
         if engine.memory.retried:

@@ -1,4 +1,6 @@
-"""Proof that a run is the run it says it is: a digest of every step, and after a resume the comparison with the journal."""
+"""Proof that a run is the run it says it is: a digest of every step, and after a resume the comparison with the
+journal.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ _ROUNDING = (
 
 
 def changes_numbers(name: str) -> bool:
-    """Whether the setting (named as overrides name it, or a line of run_folder.changed_settings) is meant to change a run's numbers."""
+    """Whether the setting (named as overrides name it, or a line of run_folder.changed_settings) is meant to change a
+    run's numbers.
+    """
     return not name.startswith((*_NO_NUMBER, *_ROUNDING))
 
 
@@ -136,8 +140,8 @@ class _Step:
 class Proof:
     """Every rank has one; rank 0 writes the digests and compares them.
 
-    Reading a loss right after its step would make the CPU wait for a GPU: there it is copied away behind the step's kernels, and its digest
-    follows one step later. `flush` catches up.
+    Reading a loss right after its step would make the CPU wait for a GPU: there it is copied away behind the step's
+    kernels, and its digest follows one step later. `flush` catches up.
     """
 
     def __init__(self, ranks: ControlGroup, device: torch.device) -> None:
@@ -147,7 +151,9 @@ class Proof:
         self.journal: Journal | None = None
         """Rank 0's, with the id of the setup; both are set before the first step."""
         self.losses: list[tuple[int, float]] = []
-        """(step, loss as in its digest) of the steps whose losses have become known, on every rank; the guard takes them."""
+        """(step, loss as in its digest) of the steps whose losses have become known, on every rank; the guard takes
+        them.
+        """
         self.describe: Callable[[EngineConfig], Setup] | None = None
         """Rank 0's: the setup of this start with these settings."""
         self._ranks = ranks
@@ -171,15 +177,32 @@ class Proof:
         self._rng = rng.fingerprint(self._ranks.rank)
 
     def end_step(
-        self, step: int, loss: torch.Tensor, engine: TrainingEngine, batches: TrainBatches, flags: Sequence[bool], offset: int = 0
+        self,
+        step: int,
+        loss: torch.Tensor,
+        engine: TrainingEngine,
+        batches: TrainBatches,
+        flags: Sequence[bool],
+        offset: int = 0,
     ) -> tuple[bool, ...]:
-        """After optimizer step `step`: write what is known of it, and share `flags` (see ControlGroup.any). The one collective of a step.
+        """After optimizer step `step`: write what is known of it, and share `flags` (see ControlGroup.any). The one
+        collective of a step.
 
         Args:
             loss: this rank's, a scalar on the device.
             offset: of the digest.
         """
-        done = _Step(step, loss, engine.raw_grad_norm, engine.learning_rate, batches.batch_hash, self._rng, offset, self.setup_id, None)
+        done = _Step(
+            step,
+            loss,
+            engine.raw_grad_norm,
+            engine.learning_rate,
+            batches.batch_hash,
+            self._rng,
+            offset,
+            self.setup_id,
+            None,
+        )
         if self.lags:
             done.loss, done.grad_norm = _sent(loss), _sent(done.grad_norm)
             if loss.is_cuda:
@@ -229,14 +252,21 @@ class Overlap:
     """Compares the first steps after a resume with those that the journal has already. Rank 0's."""
 
     def __init__(
-        self, from_step: int, now: Setup, known: History, event: Callable[..., None], say: Callable[[str], None], offset: int = 0
+        self,
+        from_step: int,
+        now: Setup,
+        known: History,
+        event: Callable[..., None],
+        say: Callable[[str], None],
+        offset: int = 0,
     ) -> None:
         """
         Args:
-            known: the digests after `from_step` of the run that the checkpoint belongs to, read before this start writes its own.
+            known: the digests after `from_step` of the run that the checkpoint belongs to, read before this start
+                writes its own.
             event: writes to events.jsonl.
-            offset: of the steps' digests that follow: those that were trained after a rollback, of which the checkpoint does not know,
-                are other batches.
+            offset: of the steps' digests that follow: those that were trained after a rollback, of which the checkpoint
+                does not know, are other batches.
         """
         self.from_step = from_step
         self.expected = {step: digest for step, digest in known.digests.items() if digest.offset == offset}
@@ -251,16 +281,23 @@ class Overlap:
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
         self._open = True
         if not self.expected and known.digests:
-            self._nothing(f"{len(known.digests)} journaled steps follow the checkpoint, and were trained on other data after a rollback")
+            self._nothing(
+                f"{len(known.digests)} journaled steps follow the checkpoint, and were trained on other data after a "
+                f"rollback"
+            )
         elif not self.expected:
             self._nothing("the journal ends at the checkpoint")
         elif not self.compares_anything:
             why = _describe(self._terms)
-            self._nothing(f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: {why}")
+            self._nothing(
+                f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: {why}"
+            )
 
     def settings_changed(self, now: Setup) -> None:
         """The coming steps are compared as those of this setup."""
-        self._terms = {name: digest.terms(self._known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}}
+        self._terms = {
+            name: digest.terms(self._known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}
+        }
 
     @property
     def exact(self) -> bool:
@@ -293,9 +330,12 @@ class Overlap:
 
     def _differs(self, step: int, found: digest.Difference) -> None:
         self._open, self.difference = False, (step, found)
-        self._event("resume_differs", step=step, field=found.field, journal=found.journal, now=found.now, **self._counts())
+        self._event(
+            "resume_differs", step=step, field=found.field, journal=found.journal, now=found.now, **self._counts()
+        )
         self._say(
-            f"WARNING: resume differs at step {step}: {found} ({self.compared} of {len(self.expected)} journaled steps repeated, compared "
+            f"WARNING: resume differs at step {step}: {found} ({self.compared} of {len(self.expected)} journaled "
+            f"steps repeated, compared "
             f"{self.compares}); training goes on"
         )
 
@@ -303,7 +343,10 @@ class Overlap:
         self._open = False
         self._event("resume_verified", **self._counts())
         how = "repeat the journal bit for bit" if self.exact else f"repeat the journal ({self.compares})"
-        self._say(f"resume verified {self.compared}/{len(self.expected)}: steps {min(self.expected)}..{max(self.expected)} {how}")
+        self._say(
+            f"resume verified {self.compared}/{len(self.expected)}: steps {min(self.expected)}..{max(self.expected)} "
+            f"{how}"
+        )
 
     def _counts(self) -> dict[str, Any]:
         return {

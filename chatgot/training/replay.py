@@ -1,4 +1,6 @@
-"""Train some steps of a run again and compare them with its journal. The run folder is only read; needs no torch in this process."""
+"""Train some steps of a run again and compare them with its journal. The run folder is only read; needs no torch in
+this process.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,20 @@ from chatgot.training.verify import check_run_folder, settings
 OUTSIDE = ("wandb", "tensorboard", "csv_monitor", "comet", "flops_profiler", "comms_logger")
 """Sections of the JSON that write somewhere else; a replay leaves them out."""
 
-_ERRORS = {EXIT_CONFIG: ConfigError, EXIT_DATA: DataError, EXIT_CHECKPOINT: CheckpointError, EXIT_NUMERICS: NumericsError}
+_ERRORS = {
+    EXIT_CONFIG: ConfigError,
+    EXIT_DATA: DataError,
+    EXIT_CHECKPOINT: CheckpointError,
+    EXIT_NUMERICS: NumericsError,
+}
 
 
 def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], None] = print) -> bool:
-    """Resume the run in a temporary folder, train `steps` steps and compare their digests; whether they are the journal's.
+    """Resume the run in a temporary folder, train `steps` steps and compare their digests; whether they are the
+    journal's.
 
-    The ranks are as many as trained the journaled steps, started by launch/run; one, within a tolerance, where there are too few GPUs.
+    The ranks are as many as trained the journaled steps, started by launch/run; one, within a tolerance, where there
+    are too few GPUs.
 
     Args:
         tag: the checkpoint to start from; default: the oldest with `steps` journaled steps after it, or else with most.
@@ -64,14 +73,20 @@ def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], N
     environment = _environment(setup)
     gpus = len(visible_gpus(environment))
     if 0 < gpus < ranks:
-        say(f"replay: {ranks} ranks trained these steps, and this machine has {gpus} GPU(s): one rank, compared within a tolerance")
+        say(
+            f"replay: {ranks} ranks trained these steps, and this machine has {gpus} GPU(s): one rank, compared "
+            f"within a tolerance"
+        )
         ranks = 1
     with tempfile.TemporaryDirectory(prefix="chatgot-replay-") as folder:
         task = {"steps": steps, "data": data, "deterministic": setup is not None and setup.deterministic}
         result = _train(run, found, task, ranks, environment, Path(folder))
     span = f"steps {step + 1}..{step + steps} after {found.tag}"
     if result["difference"] is not None:
-        say(f"replay differs at {result['difference']} ({result['compared']} of {steps} steps repeated, compared {result['compares']})")
+        say(
+            f"replay differs at {result['difference']} ({result['compared']} of {steps} steps repeated, compared "
+            f"{result['compares']})"
+        )
         return False
     if not result["compares_anything"]:
         say(f"replay: {span} cannot be compared: {result['compares']}")
@@ -103,7 +118,8 @@ def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Fou
         if found is not None and (count := _following(known, found.manifest["step"])):
             return found, count
     raise ConfigError(
-        f"{run}: no journaled step follows {f'checkpoint {tag}' if tag is not None else 'a whole checkpoint'}, so that there is nothing to "
+        f"{run}: no journaled step follows {f'checkpoint {tag}' if tag is not None else 'a whole checkpoint'}, so "
+        f"that there is nothing to "
         "compare a replay with; name an earlier one with --tag, or keep more (chatgot.checkpoint.keep_last)"
     )
 
@@ -115,7 +131,11 @@ def _left(one: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> bool:
 def _following(known: History, step: int) -> int:
     count = 0
     first = known.digests.get(step + 1)
-    while first is not None and (following := known.digests.get(step + count + 1)) is not None and following.offset == first.offset:
+    while (
+        first is not None
+        and (following := known.digests.get(step + count + 1)) is not None
+        and following.offset == first.offset
+    ):
         count += 1
     return count
 
@@ -133,15 +153,22 @@ def _data(run: Path, found: Found) -> str:
     data = prepare_cached(spec, load_run_config(str(run / "run.yaml")).data, say=lambda message: None)
     if data.fingerprint != found.manifest["data"]:
         raise DataError(
-            f"--data {spec}: is not the data that {run} was trained on (fingerprint {data.fingerprint[:12]}…, the checkpoint has "
+            f"--data {spec}: is not the data that {run} was trained on (fingerprint {data.fingerprint[:12]}…, the "
+            f"checkpoint has "
             f"{str(found.manifest['data'])[:12]}…), so that its steps cannot be trained again"
         )
     return spec
 
 
 def _environment(setup: Setup | None) -> dict[str, str]:
-    """Of the ranks: the kind of device and the number of threads that the journal's steps had, no dashboard, no rehearsed disaster."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CHATGOT_FAULT")}
+    """Of the ranks: the kind of device and the number of threads that the journal's steps had, no dashboard, no
+    rehearsed disaster.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CHATGOT_FAULT")
+    }
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
     environment["WANDB_MODE"] = "disabled"
@@ -152,7 +179,9 @@ def _environment(setup: Setup | None) -> dict[str, str]:
     return environment
 
 
-def _train(run: Path, found: Found, task: dict[str, Any], ranks: int, environment: dict[str, str], folder: Path) -> dict[str, Any]:
+def _train(
+    run: Path, found: Found, task: dict[str, Any], ranks: int, environment: dict[str, str], folder: Path
+) -> dict[str, Any]:
     """What replay_rank reports of its task, done by `ranks` processes in `folder`."""
     tree = {name: value for name, value in settings(run, "ds_config.json").items() if name not in OUTSIDE}
     if ranks != settings(run, "environment.json").get("world_size"):
@@ -173,7 +202,17 @@ def _train(run: Path, found: Found, task: dict[str, Any], ranks: int, environmen
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
     start = "import sys; from chatgot.launcher import main; sys.exit(main(sys.argv[1:]))"
     program = Path(__file__).with_name("replay_rank.py")
-    command = [sys.executable, "-c", start, "--nproc", str(ranks), "--script", str(program), "--", str(folder / "task.json")]
+    command = [
+        sys.executable,
+        "-c",
+        start,
+        "--nproc",
+        str(ranks),
+        "--script",
+        str(program),
+        "--",
+        str(folder / "task.json"),
+    ]
     with open(folder / "log.txt", "w+", encoding="utf-8", errors="replace") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
         log.seek(0)

@@ -88,7 +88,10 @@ def finish(loop: Loop) -> int:
         exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
         if loop.stopped_by:
             records.event("preempted", step=loop.step, signal=loop.stopped_by)
-            records.progress.say(f"stopped by {loop.stopped_by} at step {loop.step}; saved. Run the same command again to go on (exit 75)")
+            records.progress.say(
+                f"stopped by {loop.stopped_by} at step {loop.step}; saved. Run the same command again to go on (exit "
+                f"75)"
+            )
         else:
             records.event("finished", **{**loop.position.last_val, "step": loop.step})
     except ChatGoTError as error:  # of all ranks together
@@ -148,7 +151,9 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             found_micro_batch=found_micro_batch,
         )
 
-    read(None, TO_BE_FOUND)  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
+    read(
+        None, TO_BE_FOUND
+    )  # refuses a wrong JSON before anything expensive; read again below, when the model's size is known
     device = join(place, facts.kind)
     ranks = ControlGroup()
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
@@ -169,9 +174,14 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     order = DataOrder(len(data.train), block, config.train.seed)
 
     def batches(config: EngineConfig) -> TrainBatches:
-        return TrainBatches(data.train, order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+        return TrainBatches(
+            data.train, order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size
+        )
 
-    checked, precision_note = None, "precision check: skipped on a resume, whose weights are loaded after the engine is built"
+    checked, precision_note = (
+        None,
+        "precision check: skipped on a resume, whose weights are loaded after the engine is built",
+    )
     if found is None:
         first = next(batches(engine_config).micro_batches(0))
         checked, precision_note = check_precision(model, engine_config, *first, device, ranks)
@@ -227,13 +237,23 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         answer.store(arguments.out_dir)
     if checked is not None:
         records.event("precision_check", **checked.to_json())
-    for note in (*engine_config.notes, precision_note, *engine.notes, *prompt_notes, *load_notes, *micro_notes, *resume_notes):
+    for note in (
+        *engine_config.notes,
+        precision_note,
+        *engine.notes,
+        *prompt_notes,
+        *load_notes,
+        *micro_notes,
+        *resume_notes,
+    ):
         progress.say(note)
     _announce(loop, arguments, found, n_params, disk_notes)
     return loop
 
 
-def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, data: PreparedData, world_size: int) -> dict[str, Any]:
+def manifest_fields(
+    model: GPT, config: RunConfig, engine_config: EngineConfig, data: PreparedData, world_size: int
+) -> dict[str, Any]:
     """What identifies a run, for the manifest of its checkpoints."""
     optimizer = engine_config.optimizer
     return {
@@ -243,7 +263,9 @@ def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, 
         "data": data.fingerprint,
         "train": {"seed": config.train.seed},
         "optimizer": state_kind(engine_config),
-        "learning_rates": {key: value for key, value in optimizer.params.items() if key.endswith("lr")} if optimizer is not None else {},
+        "learning_rates": {key: value for key, value in optimizer.params.items() if key.endswith("lr")}
+        if optimizer is not None
+        else {},
         "gradient_clipping": engine_config.gradient_clipping,
         "world_size": world_size,
         "zero_stage": engine_config.zero_stage,
@@ -255,7 +277,9 @@ def manifest_fields(model: GPT, config: RunConfig, engine_config: EngineConfig, 
 
 
 def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup, progress: Progress) -> PreparedData:
-    """Rank 0 of every machine prepares, the others wait for it as long as it takes; all must end with the same tokens."""
+    """Rank 0 of every machine prepares, the others wait for it as long as it takes; all must end with the same
+    tokens.
+    """
     patient: Any = None
     if place.world_size > 1:
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
@@ -275,7 +299,8 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
     fingerprints = ranks.gather(data.fingerprint)
     if len(set(fingerprints)) > 1:
         raise DataError(
-            f"--data {spec}: the ranks see different data (fingerprints {sorted(set(fingerprints))}); give every machine the same files"
+            f"--data {spec}: the ranks see different data (fingerprints {sorted(set(fingerprints))}); give every "
+            f"machine the same files"
         )
     return data
 
@@ -296,7 +321,9 @@ def _find_micro_batch(
         return None
     model = dataclasses.asdict(config.model)
     name = facts.name or facts.kind
-    return finder.find(tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks, progress.say)
+    return finder.find(
+        tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks, progress.say
+    )
 
 
 def _choose_checkpoint(
@@ -308,7 +335,10 @@ def _choose_checkpoint(
         The checkpoint to go on from, and how it differs from this run as far as the command line allows.
     """
     found, allowed, error = None, [], None
-    switches = {"--allow_data_change": arguments.allow_data_change, "--allow_batch_change": arguments.allow_batch_change}
+    switches = {
+        "--allow_data_change": arguments.allow_data_change,
+        "--allow_batch_change": arguments.allow_batch_change,
+    }
     if ranks.rank == 0:
         try:
             run_folder.check_writable(arguments.out_dir)
@@ -319,7 +349,9 @@ def _choose_checkpoint(
             if found is not None:
                 for note in found.notes:
                     progress.say(f"WARNING: {note}")
-                allowed = load.refuse_differences(found, fields, [switch for switch, given in switches.items() if given])
+                allowed = load.refuse_differences(
+                    found, fields, [switch for switch, given in switches.items() if given]
+                )
                 refuse_layouts(found, fields)
         except ChatGoTError as caught:
             error = caught
@@ -336,11 +368,14 @@ def _mfu_precision(config: EngineConfig) -> Precision:
     return "bf16" if config.precision.endswith("bf16") else "fp16" if config.precision.endswith("fp16") else "fp32"
 
 
-def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, place: Place, since_checkpoint: list[str]) -> None:
+def _open_records(
+    loop: Loop, arguments: TrainArguments, found: Found | None, place: Place, since_checkpoint: list[str]
+) -> None:
     """Rank 0 opens journal, events and wandb, and writes the resolved settings.
 
     Args:
-        since_checkpoint: what differs from the checkpoint, a line each; what differs from the settings in its run folder is found here.
+        since_checkpoint: what differs from the checkpoint, a line each; what differs from the settings in its run
+            folder is found here.
     """
     if place.rank != 0:
         return
@@ -367,7 +402,9 @@ def _open_records(loop: Loop, arguments: TrainArguments, found: Found | None, pl
         "world_size": place.world_size,
     }
     known = digest.history(found.folder.parent, after=loop.step) if found else None
-    run_folder.write_settings(out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer)
+    run_folder.write_settings(
+        out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer
+    )
     loop.records.journal = Journal(out / "metrics.jsonl", say)
     loop.records.events = Events(out / "events.jsonl", say=say)
     for note in (loop.records.journal.note, loop.records.events.note):
@@ -410,9 +447,13 @@ def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_para
         f"model: {config.model.architecture}, {human_count(n_params)} parameters ({n_params:,}), "
         f"vocabulary {loop.data.tokenizer.vocab_size}"
     )
-    say(f"data: {meta.source}, {human_count(len(loop.data.train))} tokens to train on, {human_count(len(loop.data.val))} to validate")
     say(
-        f"engine: {engine_config.precision}, ZeRO stage {engine_config.zero_stage}, {loop.ranks.world_size} rank(s) on {loop.device.type}; "
+        f"data: {meta.source}, {human_count(len(loop.data.train))} tokens to train on, "
+        f"{human_count(len(loop.data.val))} to validate"
+    )
+    say(
+        f"engine: {engine_config.precision}, ZeRO stage {engine_config.zero_stage}, {loop.ranks.world_size} rank(s) "
+        f"on {loop.device.type}; "
         f"batch {engine_config.train_batch_size} x {config.model.max_seq_length} tokens"
     )
     if engine_config.chatgot.schedule is not None:
@@ -439,7 +480,9 @@ def _check_disk(loop: Loop) -> list[str]:
         saver, config = loop.saver, loop.engine.config
         try:
             expected = expected_bytes(saver.folder, loop.fields, saver.estimated_bytes, saver.damaged)
-            notes = preflight(saver.folder, saver.config, expected, loop.config.train.max_steps, config.path, saver.damaged)
+            notes = preflight(
+                saver.folder, saver.config, expected, loop.config.train.max_steps, config.path, saver.damaged
+            )
         except ChatGoTError as caught:
             error = caught
     loop.ranks.agree(error)

@@ -49,7 +49,9 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any], environ: dict[str, Any], tokenizer) -> None:
+def write_settings(
+    folder: Path, run: dict[str, Any], engine: dict[str, Any], environ: dict[str, Any], tokenizer
+) -> None:
     """run.yaml, ds_config.json, environment.json and tokenizer.json, in a folder that is made here. Rank 0 only."""
     import yaml
 
@@ -63,7 +65,8 @@ def write_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any], en
 def changed_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
     """One line per key of run.yaml and ds_config.json that differs from the folder's: 'train.max_steps: 1000 -> 2000'.
 
-    Keys of the JSON are named as overrides name them: 'ds.optimizer.params.lr: 0.003 -> 0.001'. No files there: no lines.
+    Keys of the JSON are named as overrides name them: 'ds.optimizer.params.lr: 0.003 -> 0.001'. No files there: no
+    lines.
     """
     import yaml
 
@@ -96,6 +99,7 @@ def describe(run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
     """The resolved settings as lines for the log, one per section of run.yaml and one for the JSON."""
     sections = [*((name, section) for name, section in run.items()), ("ds", engine)]
     return [
-        f"settings: {name}: " + ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flattened(section).items())
+        f"settings: {name}: "
+        + ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flattened(section).items())
         for name, section in sections
     ]

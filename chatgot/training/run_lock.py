@@ -1,4 +1,6 @@
-"""One run per run folder: `.lock` in it, held with flock by rank 0, so that the kernel lets go of it when the process dies."""
+"""One run per run folder: `.lock` in it, held with flock by rank 0, so that the kernel lets go of it when the process
+dies.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class _Held:
 
 
 _held: dict[str, _Held] = {}
-"""By absolute path: runs of one process follow each other, so that one that was abandoned is not in the way of the next."""
+"""By absolute path: runs of one process follow each other, so that one that was abandoned is not in the way of the
+next.
+"""
 
 
 def acquire(folder: Path) -> str | None:
@@ -71,11 +75,15 @@ def acquire(folder: Path) -> str | None:
 
 
 def release(folder: Path) -> None:
-    """Let go of the lock and delete it, and the folders made for it if they are still empty. Does nothing where it is not held."""
+    """Let go of the lock and delete it, and the folders made for it if they are still empty. Does nothing where it is
+    not held.
+    """
     held = _held.pop(os.path.realpath(folder), None)
     if held is None:
         return
-    with contextlib.suppress(OSError):  # the folder may be gone, or no longer writable: the lock ends with the file all the same
+    with contextlib.suppress(
+        OSError
+    ):  # the folder may be gone, or no longer writable: the lock ends with the file all the same
         (folder / NAME).unlink()
         for path in held.made:
             path.rmdir()

@@ -24,7 +24,9 @@ class Sample:
 
 
 def usable_prompts(prompts: tuple[str, ...], tokenizer: Tokenizer, fallback: str) -> tuple[list[str], list[str]]:
-    """Prompts that the tokenizer can encode, and notes. One with characters that the text never had is replaced by `fallback`."""
+    """Prompts that the tokenizer can encode, and notes. One with characters that the text never had is replaced by
+    `fallback`.
+    """
     usable, notes = [], []
     for prompt in prompts:
         try:
@@ -37,11 +39,14 @@ def usable_prompts(prompts: tuple[str, ...], tokenizer: Tokenizer, fallback: str
     return list(dict.fromkeys(usable)), notes
 
 
-def draw(engine, prompts: list[str], tokenizer: Tokenizer, config: TrainConfig, max_seq_length: int, ranks: ControlGroup) -> list[Sample]:
+def draw(
+    engine, prompts: list[str], tokenizer: Tokenizer, config: TrainConfig, max_seq_length: int, ranks: ControlGroup
+) -> list[Sample]:
     """Continue every prompt. Collective; all samples on every rank.
 
-    Under ZeRO-3 every forward gathers weights from all ranks, so all ranks run the same number of rounds and, within a round, the same
-    number of forwards: `agree` ends a round when the last rank is done, and a rank without a prompt goes along with a dummy.
+    Under ZeRO-3 every forward gathers weights from all ranks, so all ranks run the same number of rounds and, within a
+    round, the same number of forwards: `agree` ends a round when the last rank is done, and a rank without a prompt
+    goes along with a dummy.
     """
     was_training = engine.module.training
     engine.module.eval()
@@ -50,7 +55,9 @@ def draw(engine, prompts: list[str], tokenizer: Tokenizer, config: TrainConfig, 
         index = first + ranks.rank
         prompt = prompts[index] if index < len(prompts) else None
         ids = np.zeros(1, dtype=np.int64) if prompt is None else tokenizer.encode_prompt(prompt).astype(np.int64)
-        with torch.compiler.set_stance("force_eager"):  # a compiled model would be compiled anew for every length of the cache
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # a compiled model would be compiled anew for every length of the cache
             [new] = generate(
                 engine.module,
                 torch.from_numpy(ids)[None].to(engine.device),

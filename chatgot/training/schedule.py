@@ -10,8 +10,8 @@ from chatgot.config.chatgot_section import ScheduleConfig
 def factor(step: int, max_steps: int, config: ScheduleConfig) -> float:
     """What the JSON's lr is multiplied with in optimizer step `step` (0 is the first one).
 
-    Warm-up rises linearly and never has a step at rate 0: step 0 already has 1 / warmup_steps (DeepSpeed's own schedulers spend two
-    steps at 0). The last step of all has min_lr_ratio; steps beyond max_steps keep it.
+    Warm-up rises linearly and never has a step at rate 0: step 0 already has 1 / warmup_steps (DeepSpeed's own
+    schedulers spend two steps at 0). The last step of all has min_lr_ratio; steps beyond max_steps keep it.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -19,10 +19,13 @@ CHARACTERS = 200
 
 
 def report(loop: Loop, step: int, loss: torch.Tensor, first_sample: int) -> None:
-    """Write the event `skipped_step`. Collective: the batch is computed again, but for the steps of fp16's search for a loss scale.
+    """Write the event `skipped_step`. Collective: the batch is computed again, but for the steps of fp16's search for a
+    loss scale.
 
-    Fields: ranks whose loss (in the step itself) or own gradients (computed again) were not finite; repeated, whether the second time
-    found anything; losses by sample index; layer_grad_norms of the averaged gradients that were thrown away; texts by sample index.
+    Fields: ranks whose loss (in the step itself) or own gradients (computed again) were not finite; repeated, whether
+        the second time
+    found anything; losses by sample index; layer_grad_norms of the averaged gradients that were thrown away; texts by
+    sample index.
 
     Args:
         loss: this rank's, of the step.
@@ -40,7 +43,9 @@ def report(loop: Loop, step: int, loss: torch.Tensor, first_sample: int) -> None
         return
     trained_on = batches.batch_hash
     with loop.meter.paused("diagnose"):
-        diagnosis = diagnose(engine, ((x.to(loop.device), y.to(loop.device)) for x, y in batches.micro_batches(first_sample)))
+        diagnosis = diagnose(
+            engine, ((x.to(loop.device), y.to(loop.device)) for x, y in batches.micro_batches(first_sample))
+        )
     batches.batch_hash = trained_on
     indices = batches.indices(first_sample).tolist()
     mine = (math.isfinite(float(loss)), diagnosis.gradients_finite, dict(zip(indices, diagnosis.losses, strict=True)))
@@ -53,8 +58,12 @@ def report(loop: Loop, step: int, loss: torch.Tensor, first_sample: int) -> None
     loop.records.event(
         "skipped_step",
         **common,
-        ranks=[rank for rank, (loss_fine, gradients_fine, _) in enumerate(shares) if not (loss_fine and gradients_fine)],
-        repeated=not all(gradients_fine and all(map(math.isfinite, found.values())) for _, gradients_fine, found in shares),
+        ranks=[
+            rank for rank, (loss_fine, gradients_fine, _) in enumerate(shares) if not (loss_fine and gradients_fine)
+        ],
+        repeated=not all(
+            gradients_fine and all(map(math.isfinite, found.values())) for _, gradients_fine, found in shares
+        ),
         first_sample=first_sample,
         losses=dict(sorted(losses.items())),
         layer_grad_norms=engine.norms.found if engine.norms is not None else None,

@@ -10,7 +10,9 @@ from chatgot.config.errors import EXIT_SECOND_INTERRUPT
 
 
 class StopSignals:
-    """Within `with`, SIGTERM, SIGINT and SIGUSR1 raise a flag that the loop shares between ranks; a second SIGINT exits 130 at once."""
+    """Within `with`, SIGTERM, SIGINT and SIGUSR1 raise a flag that the loop shares between ranks; a second SIGINT exits
+    130 at once.
+    """
 
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

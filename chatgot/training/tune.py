@@ -1,7 +1,8 @@
-"""`chatgot tune`: which micro-batch, activation checkpointing, ZeRO stage and compilation train fastest within the memory that there is.
+"""`chatgot tune`: which micro-batch, activation checkpointing, ZeRO stage and compilation train fastest within the
+memory that there is.
 
-Every row of the table is a real run of a few steps in processes of its own (training/probe.py), but for those that the memory plan puts far
-beyond the device.
+Every row of the table is a real run of a few steps in processes of its own (training/probe.py), but for those that the
+memory plan puts far beyond the device.
 """
 
 from __future__ import annotations
@@ -66,7 +67,15 @@ class Row:
         one = self.outcome
         memory = f"{one.peak_bytes / 2**30:.2f}" if one.peak_bytes else "-"
         speed = f"{one.tokens_per_sec:,.0f}" if one.fits else "-"
-        return (str(self.stage), self.recomputed, self.compiled, str(self.micro_batch or "-"), memory, speed, one.reason or "fits")
+        return (
+            str(self.stage),
+            self.recomputed,
+            self.compiled,
+            str(self.micro_batch or "-"),
+            memory,
+            speed,
+            one.reason or "fits",
+        )
 
 
 HEAD = ("ZeRO", "recomputed", "compiled", "micro-batch", "peak GiB", "tokens/s", "result")
@@ -98,7 +107,8 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
     if arguments.micro_batches is not None:
         if wrong := sorted(set(arguments.micro_batches) - set(sizes)):
             raise ConfigError(
-                f"--micro_batches {' '.join(map(str, wrong))}: {TOTAL} = {total} on {arguments.world_size} rank(s) can be made of "
+                f"--micro_batches {' '.join(map(str, wrong))}: {TOTAL} = {total} on {arguments.world_size} rank(s) "
+                f"can be made of "
                 f"{', '.join(map(str, sizes))}"
             )
         sizes = sorted(set(arguments.micro_batches))
@@ -111,7 +121,9 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
             say(" | ".join(rows[-1].cells()))
             continue
 
-        def measured(micro: int, kind: tuple[int, str, str] = (stage, recomputed, compiled), tree: dict[str, Any] = variant) -> bool:
+        def measured(
+            micro: int, kind: tuple[int, str, str] = (stage, recomputed, compiled), tree: dict[str, Any] = variant
+        ) -> bool:
             run = {key: value for key, value in _with_micro_batch(tree, micro).items() if key not in OUTSIDE}
             beyond = forecast.beyond(run)
             outcome = Outcome(False, beyond) if beyond else probes.run(Task(run, model, vocab_size, arguments.steps))
@@ -125,7 +137,9 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
     return _fastest(rows, arguments, total, say)
 
 
-def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+def variants(
+    tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts
+) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
     """(ZeRO stage, recomputed, compiled, the JSON's tree with these)."""
     zero = tree.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {"stage": int(bool(zero))}
@@ -178,8 +192,10 @@ def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int, say: Cal
     assert best.micro_batch is not None
     accumulation = total // (best.micro_batch * arguments.world_size)
     say(
-        f"fastest that leaves {arguments.margin:.0%} of the memory free: ZeRO stage {best.stage}, recomputation {best.recomputed}, "
-        f"compilation {best.compiled}, micro-batch {best.micro_batch}, accumulation {accumulation}, global batch {total} as before"
+        f"fastest that leaves {arguments.margin:.0%} of the memory free: ZeRO stage {best.stage}, recomputation "
+        f"{best.recomputed}, "
+        f"compilation {best.compiled}, micro-batch {best.micro_batch}, accumulation {accumulation}, global batch "
+        f"{total} as before"
     )
     if arguments.out is not None:
         write_atomically(arguments.out, json.dumps(_with_micro_batch(best.tree, best.micro_batch), indent=2) + "\n")

@@ -1,4 +1,6 @@
-"""Is a run folder whole? Every checkpoint against its manifest, and the journal against itself. Reads only, and needs no torch."""
+"""Is a run folder whole? Every checkpoint against its manifest, and the journal against itself. Reads only, and needs
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,10 @@ def _latest(folder: Path, whole: list[Found], say: Callable[[str], None]) -> lis
     if named == newest:
         say(f"latest: {named}")
     elif any(named == found.tag for found in whole):
-        say(f"note: latest is {named}, and {newest} is newer: the run was killed in between, or is saving now; a resume takes {newest}")
+        say(
+            f"note: latest is {named}, and {newest} is newer: the run was killed in between, or is saving now; a "
+            f"resume takes {newest}"
+        )
     else:
         return [f"{path}: names {named!r}, which is no whole checkpoint; the newest is {newest}"]
     return []
@@ -132,7 +137,8 @@ def read(run: Path) -> Journal:
     for event in events:
         if event.get("event") == "rolled_back":
             found.notes.append(
-                f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; {event.get('samples')} samples from "
+                f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; {event.get('samples')} "
+                f"samples from "
                 f"{event.get('first_sample')} on were left out"
             )
     path = run / "metrics.jsonl"
@@ -166,13 +172,17 @@ def read(run: Path) -> Journal:
         ending = "the last line was cut off by a kill; " if torn_end else ""
         found.notes.append(f"{path}: {ending}{broken} broken line(s) in all, after {restarts} restart(s)")
     if broken > restarts + torn_end:
-        found.problems.append(f"{path}: {broken} broken lines, and a kill leaves one at most: somebody else changed the file")
+        found.problems.append(
+            f"{path}: {broken} broken lines, and a kill leaves one at most: somebody else changed the file"
+        )
     if broken_events:
         found.notes.append(f"{run / 'events.jsonl'}: {broken_events} broken line(s)")
     return found
 
 
-def _compare(found: Journal, path: Path, step: int, before: Digest, now: Digest, setups: dict[str, Setup], base: int) -> None:
+def _compare(
+    found: Journal, path: Path, step: int, before: Digest, now: Digest, setups: dict[str, Setup], base: int
+) -> None:
     by = digest.terms(setups.get(before.setup), setups.get(now.setup))
     if not by.exactly or before.offset != now.offset:  # a rollback in between: other data by intention
         return
@@ -180,7 +190,10 @@ def _compare(found: Journal, path: Path, step: int, before: Digest, now: Digest,
     found.exact &= by.exact
     difference = digest.first_difference(before, now, by, step - base)
     if difference is not None and not any("was trained again" in problem for problem in found.problems):
-        found.problems.append(f"{path}: step {step} was trained again after a resume, and differs: {difference} (compared {by.describe()})")
+        found.problems.append(
+            f"{path}: step {step} was trained again after a resume, and differs: {difference} (compared "
+            f"{by.describe()})"
+        )
 
 
 def _gaps(found: Journal, path: Path) -> list[str]:
@@ -192,7 +205,9 @@ def _tokens(tokens: dict[int, int], path: Path) -> list[str]:
     steps = sorted(tokens)
     for before, after in itertools.pairwise(steps):
         if tokens[after] <= tokens[before]:
-            return [f"{path}: data/tokens does not grow: {tokens[before]} at step {before}, {tokens[after]} at step {after}"]
+            return [
+                f"{path}: data/tokens does not grow: {tokens[before]} at step {before}, {tokens[after]} at step {after}"
+            ]
     return []
 
 

@@ -1,6 +1,7 @@
 """Two real ranks, one of which cannot write during some saves: the kernel refuses to let its files grow (RLIMIT_FSIZE).
 
-Arguments: a JSON of runs {"name", "argv" (of train.py), "fail_at": steps at whose save rank 1 must not write}, and where to report.
+Arguments: a JSON of runs {"name", "argv" (of train.py), "fail_at": steps at whose save rank 1 must not write}, and
+    where to report.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Real ranks on a disk that fills up and is emptied again.
 
-Arguments: a JSON of runs {"name", "argv" (of train.py), "filler", "fill", "empty"}, and where each rank reports its exit codes.
+Arguments: a JSON of runs {"name", "argv" (of train.py), "filler", "fill", "empty"}, and where each rank reports its
+    exit codes.
 After step `fill` rank 0 fills the disk with the file `filler`, after step `empty` it deletes that file.
 """
 

@@ -1,4 +1,6 @@
-"""Prints how much resident memory reading a checkpoint takes, in bytes: opened, one parameter read, everything read and kept."""
+"""Prints how much resident memory reading a checkpoint takes, in bytes: opened, one parameter read, everything read and
+kept.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,16 @@ def main() -> None:
     one = tensors[0].whole()
     read_one = resident() - before
     kept = [one, *(t.whole() for t in tensors)]
-    print(json.dumps({"opened": opened, "one": read_one, "all": resident() - before, "bytes": sum(t.numel() * 4 for t in kept[1:])}))
+    print(
+        json.dumps(
+            {
+                "opened": opened,
+                "one": read_one,
+                "all": resident() - before,
+                "bytes": sum(t.numel() * 4 for t in kept[1:]),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

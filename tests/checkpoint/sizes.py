@@ -1,4 +1,5 @@
-"""Checkpoints of many engines, as large as estimated or not. Ranks are real; arguments: a folder, and where rank 0 writes its results.
+"""Checkpoints of many engines, as large as estimated or not. Ranks are real; arguments: a folder, and where rank 0
+writes its results.
 
 The folder holds plan.json, {name: DeepSpeed JSON}, run.yaml and text.txt.
 """

@@ -1,4 +1,6 @@
-"""A file system of its own, of a given size, for a test: a tmpfs, which only root may mount, or who is root in a namespace of his own."""
+"""A file system of its own, of a given size, for a test: a tmpfs, which only root may mount, or who is root in a
+namespace of his own.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ from tests.support import ROOT, environment
 def small_disk(place: Path, size: int, inodes: int = 10_000) -> Iterator[Path]:
     """A file system of `size` bytes at `place`, a folder that is made."""
     place.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", str(place)], check=True, capture_output=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs", str(place)],
+        check=True,
+        capture_output=True,
+    )
     try:
         yield place
     finally:
@@ -27,7 +33,9 @@ def small_disk(place: Path, size: int, inodes: int = 10_000) -> Iterator[Path]:
 
 
 def needs_small_disk(test: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a test that mounts: here where that is allowed, else in a process that is root of its own user and mount namespace, else not."""
+    """Run a test that mounts: here where that is allowed, else in a process that is root of its own user and mount
+    namespace, else not.
+    """
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,9 @@ from tests.training import in_process
 from tests.training.in_process import argv, contents, events, series, tags
 
 
-def command(folder: Path, text: Path, stage: int = 1, precision: str = "fp32", *, background: bool = True, **keys: Any) -> list[str]:
+def command(
+    folder: Path, text: Path, stage: int = 1, precision: str = "fp32", *, background: bool = True, **keys: Any
+) -> list[str]:
     checkpoint = {"every_steps": 2, "every_minutes": None, "keep_best": 0, "keep_last": 99, "async": background, **keys}
     folder.mkdir(exist_ok=True)
     engine = write_json(folder / "engine.json", engine_json(stage, precision, chatgot={"checkpoint": checkpoint}))
@@ -27,7 +29,9 @@ def command(folder: Path, text: Path, stage: int = 1, precision: str = "fp32", *
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two state dicts have the same values; DeepSpeed numbers its ZeRO-3 tensors through all engines of a process."""
+    """Whether two state dicts have the same values; DeepSpeed numbers its ZeRO-3 tensors through all engines of a
+    process.
+    """
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -52,7 +56,9 @@ def held_back(loop: Any) -> threading.Event:
     return gate
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
+)
 def test_checkpoint_is_of_the_moment_when_it_began_and_the_same_as_without(stage, precision, tmp_path, text_file):
     at_once = command(tmp_path / "at once", text_file, stage, precision, background=False)
     assert in_process.train(at_once) == 0
@@ -68,7 +74,9 @@ def test_checkpoint_is_of_the_moment_when_it_began_and_the_same_as_without(stage
         here, there = out / "checkpoints" / tag, tmp_path / "at once" / "out" / "checkpoints" / tag
         names = manifest.listed(here)
         assert names == manifest.listed(there)
-        assert all(same(pickles.read(here / name), pickles.read(there / name)) for name in names if name.endswith(".pt"))
+        assert all(
+            same(pickles.read(here / name), pickles.read(there / name)) for name in names if name.endswith(".pt")
+        )
         if stage < 3:
             assert contents(here).keys() == contents(there).keys()
             assert manifest.read(here)["files"] == manifest.read(there)["files"], "byte for byte"
@@ -87,7 +95,10 @@ def test_control_without_the_copy_it_would_be_of_another_moment(tmp_path, text_f
     for step in loop.steps():
         if step == 3:
             gate.set()
-    files = [manifest.read(tmp_path / name / "out" / "checkpoints" / "step-00000002")["files"] for name in ("at once", "background")]
+    files = [
+        manifest.read(tmp_path / name / "out" / "checkpoints" / "step-00000002")["files"]
+        for name in ("at once", "background")
+    ]
     assert files[0] != files[1]
 
 

@@ -1,4 +1,6 @@
-"""Damage to any file of a checkpoint is found before it is used, and the one before it is taken; a checkpoint never runs code."""
+"""Damage to any file of a checkpoint is found before it is used, and the one before it is taken; a checkpoint never
+runs code.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +167,9 @@ def test_every_bit_of_a_manifest_counts(trained, tmp_path):
     (tmp_path / manifest.NAME).write_bytes(text)
     manifest.read(tmp_path)
     for position in range(len(text)):
-        (tmp_path / manifest.NAME).write_bytes(text[:position] + bytes([text[position] ^ 1 << position % 7]) + text[position + 1 :])
+        (tmp_path / manifest.NAME).write_bytes(
+            text[:position] + bytes([text[position] ^ 1 << position % 7]) + text[position + 1 :]
+        )
         with pytest.raises(CheckpointError):
             manifest.read(tmp_path)
 

@@ -1,4 +1,6 @@
-"""A save that fails publishes nothing and leaves training going; the third in a row, or the last chance, ends the run with 4."""
+"""A save that fails publishes nothing and leaves training going; the third in a row, or the last chance, ends the run
+with 4.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def launched(tmp_path_factory, text_file) -> tuple[Path, list[dict[str, int]]]:
             out = folder / f"{name} {stage}"
             plan.append({"name": out.name, "argv": in_process.argv(engine, out, config, text_file), "fail_at": steps})
     (folder / "plan.json").write_text(json.dumps(plan))
-    run_ranks(["-m", "tests.checkpoint.failing_ranks", str(folder / "plan.json"), str(folder / "result")], 2, timeout=120)
+    run_ranks(
+        ["-m", "tests.checkpoint.failing_ranks", str(folder / "plan.json"), str(folder / "result")], 2, timeout=120
+    )
     return folder, [json.loads((folder / f"result.{rank}").read_text()) for rank in range(2)]
 
 
@@ -82,7 +86,9 @@ def test_part_that_does_not_load_on_one_rank_is_refused_by_both(two_ranks, launc
     part.write_bytes(part.read_bytes()[:2000])
     in_process.rehash(part.parent)  # so that only the loading itself can notice
     before = in_process.contents(copy)
-    words = in_process.argv(launched[0] / f"engine{stage}.json", copy, launched[0] / "run.yaml", text_file, "--resume_from", "must")
+    words = in_process.argv(
+        launched[0] / f"engine{stage}.json", copy, launched[0] / "run.yaml", text_file, "--resume_from", "must"
+    )
     ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, timeout=120, check=False)
     assert [rank.returncode for rank in ranks] == [4, 4]
     assert ranks[0].stderr.startswith("chatgot: rank 1: ")
@@ -124,7 +130,10 @@ def test_the_run_ends_with_4_when_nothing_could_ever_be_saved(tmp_path, text_fil
 
 def test_damaged_checkpoint_is_named_once_left_alone_and_no_hindrance_to_deleting_others(tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
-    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}))
+    engine = write_json(
+        tmp_path / "engine.json",
+        engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}),
+    )
     out = tmp_path / "out"
     loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
     for step in loop.steps():
@@ -143,9 +152,14 @@ def test_damaged_checkpoint_is_named_once_left_alone_and_no_hindrance_to_deletin
     assert (found.tag, found.damaged) == ("step-00000006", ("step-00000001",)), "step 3 is older, and was not looked at"
 
 
-def test_checkpoint_that_a_resume_found_damaged_counts_for_nothing_until_it_is_written_anew(tmp_path, text_file, capsys):
+def test_checkpoint_that_a_resume_found_damaged_counts_for_nothing_until_it_is_written_anew(
+    tmp_path, text_file, capsys
+):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=8)
-    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}))
+    engine = write_json(
+        tmp_path / "engine.json",
+        engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}),
+    )
     out = tmp_path / "out"
     words = in_process.argv(engine, out, config, text_file)
     in_process.abandon_after(4, words)
@@ -169,9 +183,14 @@ def test_checkpoint_that_a_resume_found_damaged_counts_for_nothing_until_it_is_w
 
 def test_checkpoint_that_cannot_be_deleted_is_reported_tried_again_and_no_hindrance(tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
-    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}))
+    engine = write_json(
+        tmp_path / "engine.json",
+        engine_json(chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}),
+    )
     out = tmp_path / "out"
-    in_the_way = out / "checkpoints" / f"{PRUNED}step-00000001"  # a file: no folder can be renamed to it, nor is it a folder to delete
+    in_the_way = (
+        out / "checkpoints" / f"{PRUNED}step-00000001"
+    )  # a file: no folder can be renamed to it, nor is it a folder to delete
     loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
     for step in loop.steps():
         if step == 1:
@@ -180,7 +199,10 @@ def test_checkpoint_that_cannot_be_deleted_is_reported_tried_again_and_no_hindra
             assert in_process.tags(out) == [1, 3, 4]
             in_the_way.unlink()
     said = capsys.readouterr().out
-    assert f"WARNING: {out / 'checkpoints' / 'step-00000001'}: the old checkpoint could not be deleted: [Errno 20] Not a directory" in said
+    assert (
+        f"WARNING: {out / 'checkpoints' / 'step-00000001'}: the old checkpoint could not be deleted: [Errno 20] Not a "
+        f"directory" in said
+    )
     assert in_process.tags(out) == [5, 6]
     assert not in_process.events(out, "save_failed")
 
@@ -189,7 +211,8 @@ def test_checkpoint_that_cannot_be_deleted_is_reported_tried_again_and_no_hindra
 def test_deletion_that_fails_halfway_is_finished_after_the_next_save(operation, left, tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=4)
     engine = write_json(
-        tmp_path / "engine.json", engine_json(1, chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}})
+        tmp_path / "engine.json",
+        engine_json(1, chatgot={"checkpoint": {"every_steps": 1, "keep_last": 2, "keep_best": 0}}),
     )
     out = tmp_path / "out"
     with in_process.cpu_environment(CHATGOT_FAULT=f"save:{2 * 17 + operation}:eio"):

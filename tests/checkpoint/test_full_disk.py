@@ -1,4 +1,6 @@
-"""A real file system that fills up: the save is refused before it writes, training goes on, and when there is room again it saves again."""
+"""A real file system that fills up: the save is refused before it writes, training goes on, and when there is room
+again it saves again.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ MB = 1 << 20
 
 
 @needs_small_disk
-def test_save_on_a_full_disk_is_refused_with_the_numbers_and_the_next_one_succeeds(tmp_path, text_file, capsys, request):
+def test_save_on_a_full_disk_is_refused_with_the_numbers_and_the_next_one_succeeds(
+    tmp_path, text_file, capsys, request
+):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=10)
     engine = write_json(tmp_path / "engine.json", engine_json(1, chatgot=SAVING))
     out = tmp_path / "out"
@@ -44,7 +48,10 @@ def test_save_on_a_full_disk_is_refused_with_the_numbers_and_the_next_one_succee
         assert [(failure["step"], failure["in_a_row"]) for failure in failures] == [(4, 1), (6, 2)]
         for failure in failures:
             assert "the checkpoint could not be saved: it needs about 40" in failure["error"]
-            assert "kB and a margin of 3 % and 64 KiB), and 0 bytes are free on this file system; make room there" in failure["error"]
+            assert (
+                "kB and a margin of 3 % and 64 KiB), and 0 bytes are free on this file system; make room there"
+                in failure["error"]
+            )
         assert "training goes on, the next save will try again" in capsys.readouterr().out
         assert sorted(in_process.series(out, "train/loss")) == list(range(1, 11))
         found = find(checkpoints)
@@ -54,7 +61,9 @@ def test_save_on_a_full_disk_is_refused_with_the_numbers_and_the_next_one_succee
 
 
 @needs_small_disk
-def test_disk_that_fills_up_in_the_middle_of_a_save_leaves_nothing_of_it(tmp_path, text_file, monkeypatch, capsys, request):
+def test_disk_that_fills_up_in_the_middle_of_a_save_leaves_nothing_of_it(
+    tmp_path, text_file, monkeypatch, capsys, request
+):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
     engine = write_json(tmp_path / "engine.json", engine_json(1, chatgot=SAVING))
     out = tmp_path / "out"
@@ -74,7 +83,9 @@ def test_disk_that_fills_up_in_the_middle_of_a_save_leaves_nothing_of_it(tmp_pat
             if step == 2:
                 first = in_process.contents(checkpoints / "step-00000002")
             if step == 4:
-                assert sorted(path.name for path in checkpoints.glob("[.s]*")) == ["step-00000002"], "room is made at once"
+                assert sorted(path.name for path in checkpoints.glob("[.s]*")) == ["step-00000002"], (
+                    "room is made at once"
+                )
                 (checkpoints / "filler").unlink()
         assert in_process.contents(checkpoints / "step-00000002") == first
         assert in_process.tags(out) == [2, 6]
@@ -140,7 +151,10 @@ def test_run_whose_checkpoints_cannot_fit_is_warned_or_refused_before_it_trains(
 
 @needs_small_disk
 def test_file_system_without_inodes_is_noticed(tmp_path, request):
-    with small_disk(tmp_path / "disk", MB, inodes=50) as place, pytest.raises(CheckpointError, match=r"64 new files, and .* inodes for 4"):
+    with (
+        small_disk(tmp_path / "disk", MB, inodes=50) as place,
+        pytest.raises(CheckpointError, match=r"64 new files, and .* inodes for 4"),
+    ):
         make_room(place / "checkpoints", CheckpointConfig(), 1000)
 
 
@@ -157,7 +171,11 @@ def test_two_ranks_on_a_disk_that_fills_up(tmp_path, text_file, request):
             argv = in_process.argv(engine, tmp_path / name, config, text_file)
             plan.append({"name": name, "argv": argv, "filler": str(disk / f"{name}.filler"), "fill": 2, "empty": empty})
         (tmp_path / "plan.json").write_text(json.dumps(plan))
-        run_ranks(["-m", "tests.checkpoint.full_disk_ranks", str(tmp_path / "plan.json"), str(tmp_path / "codes")], 2, timeout=120)
+        run_ranks(
+            ["-m", "tests.checkpoint.full_disk_ranks", str(tmp_path / "plan.json"), str(tmp_path / "codes")],
+            2,
+            timeout=120,
+        )
         codes = [json.loads(Path(f"{tmp_path / 'codes'}.{rank}").read_text()) for rank in range(2)]
         assert codes == [{"recovers": 0, "three in a row": 4}] * 2
         recovers, ends = tmp_path / "recovers", tmp_path / "three in a row"

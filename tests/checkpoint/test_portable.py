@@ -1,4 +1,6 @@
-"""Reading a checkpoint parameter by parameter: lazily, completely, and the same weights that DeepSpeed's own zero_to_fp32 finds."""
+"""Reading a checkpoint parameter by parameter: lazily, completely, and the same weights that DeepSpeed's own
+zero_to_fp32 finds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from tests.training import in_process
 from tests.training.in_process import argv
 
 
-def trained(folder: Path, text: Path, stage: int, precision: str = "fp32", model: dict | None = None, **engine) -> Found:
+def trained(
+    folder: Path, text: Path, stage: int, precision: str = "fp32", model: dict | None = None, **engine
+) -> Found:
     config = write_run_yaml(folder / "run.yaml", max_steps=1, model=model)
     settings = write_json(folder / "engine.json", engine_json(stage, precision, **engine))
     assert in_process.train(argv(settings, folder / "out", config, text)) == 0
@@ -112,8 +116,14 @@ def test_ranges_are_read_across_pieces():
     [
         ([CUTS[0], CUTS[1][1:]], "a: the shards have 5 of 6 elements"),
         ([CUTS[0], CUTS[1][:1]], "b: the shards have 0 of 4 elements"),
-        ([CUTS[0], [Fragment("a", 4, 2, 0), CUTS[1][1]]], "a: a shard continues with element 4, the ones before it end at 5"),
-        ([CUTS[0], [*CUTS[1], Fragment("a", 5, 1, 0)]], "a: a shard continues with element 5, the ones before it end at 6"),
+        (
+            [CUTS[0], [Fragment("a", 4, 2, 0), CUTS[1][1]]],
+            "a: a shard continues with element 4, the ones before it end at 5",
+        ),
+        (
+            [CUTS[0], [*CUTS[1], Fragment("a", 5, 1, 0)]],
+            "a: a shard continues with element 5, the ones before it end at 6",
+        ),
         ([CUTS[0], [CUTS[1][0], Fragment("b", 0, 4, 2)]], r"b: elements \[2, 6\) of rank 1's shard, which has 5"),
     ],
 )

@@ -24,7 +24,9 @@ STAGES = [(stage, "fp32") for stage in range(4)] + [(1, "bf16"), (2, "bf16")]
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory, text_file):
-    """Given stage and precision: a folder with run.yaml, engine.json and a run in out/ that was left after step 4 of 8."""
+    """Given stage and precision: a folder with run.yaml, engine.json and a run in out/ that was left after step 4 of
+    8.
+    """
     made: dict[tuple[int, str], Path] = {}
 
     def get(stage: int, precision: str, into: Path) -> Path:
@@ -119,7 +121,8 @@ def scheduled(folder: Path, kind: str, stage: int, lr: float = 3e-3) -> Path:
 @pytest.mark.filterwarnings("ignore:Seems like `optimizer.step..` has been overridden")  # the stage 0 guard has
 @pytest.mark.parametrize(
     ("kind", "before", "after"),
-    [(kind, 0, 0) for kind in SCHEDULERS] + [("WarmupLR", 1, 1), ("OneCycle", 3, 3), ("WarmupLR", 0, 1), ("WarmupCosineLR", 3, 0)],
+    [(kind, 0, 0) for kind in SCHEDULERS]
+    + [("WarmupLR", 1, 1), ("OneCycle", 3, 3), ("WarmupLR", 0, 1), ("WarmupCosineLR", 3, 0)],
 )
 def test_stock_scheduler_goes_on_where_it_was(kind, before, after, tmp_path, text_file, capsys):
     write_run_yaml(tmp_path / "run.yaml", max_steps=2 * STEPS)

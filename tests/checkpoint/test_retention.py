@@ -47,7 +47,9 @@ def folders(draw) -> list[Published]:
     others=st.integers(0, 20).map(lambda hundreds: hundreds * 10**8),
     coming=st.none() | st.integers(1, 20).map(lambda hundreds: hundreds * 10**8),
 )
-def test_plan_keeps_the_newest_good_one_the_budget_and_then_the_rules(good, keep_last, keep_best, every, limit, others, coming):
+def test_plan_keeps_the_newest_good_one_the_budget_and_then_the_rules(
+    good, keep_last, keep_best, every, limit, others, coming
+):
     config = CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every_steps=every, disk_budget_gb=limit)
     made = plan(good, config, others, coming)
     gone = [checkpoint.tag for checkpoint, _ in made.gone]
@@ -63,7 +65,9 @@ def test_plan_keeps_the_newest_good_one_the_budget_and_then_the_rules(good, keep
     if good:
         assert good[-1].tag in made.kept, "the newest good one never goes"
     ruled = {*last, *best, *multiples}
-    assert gone[: len(by_tag.keys() - ruled)] == [c.tag for c in good if c.tag not in ruled], "first what no rule keeps, oldest first"
+    assert gone[: len(by_tag.keys() - ruled)] == [c.tag for c in good if c.tag not in ruled], (
+        "first what no rule keeps, oldest first"
+    )
     sacrificed = gone[len(by_tag.keys() - ruled) :]
     if limit is None:
         assert not sacrificed
@@ -96,7 +100,9 @@ def test_room_is_made_only_where_it_is_needed_and_by_what_the_rules_no_longer_ke
     held = sum(checkpoint.bytes for checkpoint in examine(tmp_path).good)
     new = needed(1_000_000)
     roomy = CheckpointConfig(keep_last=3, keep_best=0, disk_budget_gb=gb(held + new))
-    assert make_room(tmp_path, roomy, 1_000_000).tags == (), "the oldest would go after the save, but it is in nobody's way"
+    assert make_room(tmp_path, roomy, 1_000_000).tags == (), (
+        "the oldest would go after the save, but it is in nobody's way"
+    )
     tight = CheckpointConfig(keep_last=9, keep_best=0, disk_budget_gb=gb(held + new - 1))
     assert make_room(tmp_path, tight, 1_000_000).tags == (tags[0],)
     assert prune(tmp_path, tight).tags == ()
@@ -113,7 +119,9 @@ def test_damaged_checkpoints_count_for_the_budget_and_stay(tmp_path):
     os.remove(tmp_path / tags[1] / manifest.NAME)
     config = CheckpointConfig(keep_last=2, keep_best=0, disk_budget_gb=gb(4_050_000))
     pruned = make_room(tmp_path, config, 1_000_000, damaged={tags[3]})
-    assert pruned.tags == (tags[0],), "1.9 MB are damaged, so that the newest good one and the coming one fill the budget"
+    assert pruned.tags == (tags[0],), (
+        "1.9 MB are damaged, so that the newest good one and the coming one fill the budget"
+    )
     assert pruned.damaged == (tags[1],)
     [warning] = pruned.warnings
     assert f"checkpoint {tmp_path / tags[1]} is damaged: {tmp_path / tags[1]}: no manifest.json" in warning
@@ -133,7 +141,14 @@ def test_what_a_save_has_left_unfinished_is_no_hindrance_because_it_is_swept(tmp
 
 
 def budgeted(tmp_path: Path, gigabytes: float | None, **keys) -> Path:
-    checkpoint = {"every_steps": 1, "every_minutes": None, "keep_best": 1, "keep_last": 3, "disk_budget_gb": gigabytes, **keys}
+    checkpoint = {
+        "every_steps": 1,
+        "every_minutes": None,
+        "keep_best": 1,
+        "keep_last": 3,
+        "disk_budget_gb": gigabytes,
+        **keys,
+    }
     return write_json(tmp_path / "engine.json", engine_json(1, chatgot={"checkpoint": checkpoint}))
 
 
@@ -172,7 +187,9 @@ def test_budget_without_room_for_two_is_refused_before_anything_is_written(tmp_p
     assert not list(out.rglob("*"))
     found = re.search(r"give at least ([\d.]+)", error)
     assert found is not None
-    assert in_process.train(in_process.argv(budgeted(tmp_path, float(found[1])), out, config, text_file)) == 0, "what it asks for is enough"
+    assert in_process.train(in_process.argv(budgeted(tmp_path, float(found[1])), out, config, text_file)) == 0, (
+        "what it asks for is enough"
+    )
     assert 1 <= len(in_process.tags(out)) <= 2
 
 
@@ -198,12 +215,21 @@ def test_first_lines_say_how_large_a_checkpoint_is_and_how_many_fit(tmp_path, te
     [*_, one] = examine(out / "checkpoints").good
     assert 0.7 < float(found[1].removesuffix(" kB")) * 1e3 / one.bytes < 1.3
     assert in_process.train(in_process.argv(budgeted(tmp_path, None), out, config, text_file, "train.max_steps=7")) == 0
-    assert f"checkpoints: about {shown(one.bytes)} each" in capsys.readouterr().out, "a resume knows the size from the newest checkpoint"
+    assert f"checkpoints: about {shown(one.bytes)} each" in capsys.readouterr().out, (
+        "a resume knows the size from the newest checkpoint"
+    )
 
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (168_400_000, "168 MB"), (76_100_000_000, "76.1 GB"), (999_900_000, "1 GB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1500, "1.5 kB"),
+        (168_400_000, "168 MB"),
+        (76_100_000_000, "76.1 GB"),
+        (999_900_000, "1 GB"),
+    ],
 )
 def test_sizes_have_three_digits(size, words):
     assert shown(size) == words

@@ -52,7 +52,11 @@ def test_invariant_14_rotation_keeps_latest_and_best(tmp_path, text_file):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=14, eval_every=1)
     engine = saving(tmp_path, every_steps=1, keep_last=2, keep_best=1, keep_every_steps=7)
     # A rate that rises and wrecks the model: the best checkpoint is an old one.
-    words = [*argv(engine, tmp_path / "out", config, text_file), "ds.optimizer.params.lr=2.0", "ds.chatgot.schedule.warmup_steps=100"]
+    words = [
+        *argv(engine, tmp_path / "out", config, text_file),
+        "ds.optimizer.params.lr=2.0",
+        "ds.chatgot.schedule.warmup_steps=100",
+    ]
     assert in_process.train(words) == 0
     val = series(tmp_path / "out", "val/loss")
     best = min(val, key=lambda step: val[step])
@@ -102,7 +106,10 @@ def test_the_same_step_saved_again_replaces_its_checkpoint(tmp_path, text_file):
     checkpoints = tmp_path / "out" / "checkpoints"
     before = manifest.read(checkpoints / tag_of(4))
     # From step 2 again, with another rate: step 4 is another model now.
-    assert in_process.train([*words, "--resume_from", f"{tmp_path / 'out'}@{tag_of(2)}", "ds.optimizer.params.lr=1e-4"]) == 0
+    assert (
+        in_process.train([*words, "--resume_from", f"{tmp_path / 'out'}@{tag_of(2)}", "ds.optimizer.params.lr=1e-4"])
+        == 0
+    )
     assert tags(tmp_path / "out") == [2, 4]
     assert manifest.read(checkpoints / tag_of(4))["val_loss"] != before["val_loss"]
     assert not list(checkpoints.glob(".*"))
@@ -116,7 +123,9 @@ def test_invariant_14_latest_is_kept_when_a_resume_went_back_behind_newer_checkp
     in_process.abandon_after(4, [*words, "--resume_from", f"{tmp_path / 'out'}@{tag_of(2)}"])
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == tag_of(4)
     assert tags(tmp_path / "out") == [4, 9], "the two that were published last"
-    assert in_process.prepare(words).step == 4, "the run goes on from where it was left, not from the past that was given up"
+    assert in_process.prepare(words).step == 4, (
+        "the run goes on from where it was left, not from the past that was given up"
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -174,7 +183,14 @@ def test_pointer_that_is_lost_or_wrong_is_never_followed(tmp_path):
     assert found is not None
     assert found.tag == tag_of(12)
     assert "not followed" in found.notes[0]
-    for name in ("../outside/step-00000050", str(outside / tag_of(50)), "..", "", ".unfinished-step-00000020", tag_of(12) + "\n"):
+    for name in (
+        "../outside/step-00000050",
+        str(outside / tag_of(50)),
+        "..",
+        "",
+        ".unfinished-step-00000020",
+        tag_of(12) + "\n",
+    ):
         with pytest.raises(CheckpointError):
             find(folder, name)
 
@@ -195,7 +211,10 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path):
     assert found.tag == tag_of(3)
     said = "\n".join(found.notes)
     assert f"{folder / tag_of(50)} is damaged: it is a symbolic link" in said
-    assert f"{folder / tag_of(12)} is damaged: file mp_rank_00_model_states.pt: is, or is reached through, a symbolic link" in said
+    assert (
+        f"{folder / tag_of(12)} is damaged: file mp_rank_00_model_states.pt: is, or is reached through, a symbolic link"
+        in said
+    )
     for step in (50, 12):
         with pytest.raises(CheckpointError, match="symbolic link"):
             find(folder, tag_of(step))

@@ -50,7 +50,11 @@ def sizes(request, tmp_path_factory, text_file) -> dict[str, tuple[int, int]]:
 
 def test_estimate_is_within_3_percent_of_every_real_checkpoint(sizes):
     assert len(sizes) >= len(CASES[2])
-    off = {name: (estimated, written) for name, (estimated, written) in sizes.items() if abs(estimated - written) > 0.03 * written}
+    off = {
+        name: (estimated, written)
+        for name, (estimated, written) in sizes.items()
+        if abs(estimated - written) > 0.03 * written
+    }
     assert not off
     assert all(abs(estimated - written) <= CONSTANT for estimated, written in sizes.values()), sizes
 

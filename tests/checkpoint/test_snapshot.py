@@ -15,7 +15,9 @@ def state() -> dict:
     flat = torch.arange(12, dtype=torch.float32)
     marked = torch.ones(3, requires_grad=True)
     marked.ds_id = 7  # type: ignore[attr-defined]
-    module = OrderedDict(embed=flat[:6].view(2, 3), lm_head=flat[:6].view(2, 3), norm=flat[6:9], half=torch.ones(2).bfloat16())
+    module = OrderedDict(
+        embed=flat[:6].view(2, 3), lm_head=flat[:6].view(2, 3), norm=flat[6:9], half=torch.ones(2).bfloat16()
+    )
     module._metadata = {"version": 1}  # type: ignore[attr-defined]
     return {
         "module": module,

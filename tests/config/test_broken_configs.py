@@ -1,4 +1,6 @@
-"""Broken and unwise configurations with what must be said of each: level, key, and words of the message, at the right line of the file."""
+"""Broken and unwise configurations with what must be said of each: level, key, and words of the message, at the right
+line of the file.
+"""
 
 from __future__ import annotations
 
@@ -111,10 +113,18 @@ CASES: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "level", "key", "words", "more"), CASES, ids=[f"{case[2]}-{i}" for i, case in enumerate(CASES)])
-def test_finding_is_made(tmp_path: Path, changes: dict[str, Any], level: str, key: str, words: str, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "level", "key", "words", "more"), CASES, ids=[f"{case[2]}-{i}" for i, case in enumerate(CASES)]
+)
+def test_finding_is_made(
+    tmp_path: Path, changes: dict[str, Any], level: str, key: str, words: str, more: dict[str, Any]
+) -> None:
     report = looked_at(tmp_path, changes, **more)
-    found = [finding for finding in report.findings if (finding.level, finding.key) == (level, key) and words in finding.message]
+    found = [
+        finding
+        for finding in report.findings
+        if (finding.level, finding.key) == (level, key) and words in finding.message
+    ]
     assert len(found) == 1, [(f.level, f.key, f.message) for f in report.findings]
     assert report.exit_code == (2 if any(finding.level == "error" for finding in report.findings) else 0)
     lines = (tmp_path / "ds.json").read_text(encoding="utf-8").splitlines()
@@ -132,7 +142,13 @@ def test_there_are_enough_cases() -> None:
 
 
 def test_all_findings_come_at_once_in_order(tmp_path: Path) -> None:
-    changes = {"gradient_cliping": 1, "steps_per_print": 0, f"{ZERO}.overlap_comm": True, "gradient_clipping": ..., "optimizer.params.l": 1}
+    changes = {
+        "gradient_cliping": 1,
+        "steps_per_print": 0,
+        f"{ZERO}.overlap_comm": True,
+        "gradient_clipping": ...,
+        "optimizer.params.l": 1,
+    }
     changes["wall_clock_breakdown"] = True
     report = looked_at(tmp_path, changes, overrides={"bf16.enabled": 3})
     assert [(f.level, f.key, f.file == OVERRIDE) for f in report.findings] == [
@@ -155,7 +171,9 @@ def test_all_findings_come_at_once_in_order(tmp_path: Path) -> None:
         ('{"a": "b', 1, 7, '    {"a": "b\n          ^'),
     ],
 )
-def test_syntax_error_is_a_finding_with_a_caret(tmp_path: Path, text: str, line: int, column: int, excerpt: str) -> None:
+def test_syntax_error_is_a_finding_with_a_caret(
+    tmp_path: Path, text: str, line: int, column: int, excerpt: str
+) -> None:
     (finding,) = looked_at(tmp_path, text).findings
     assert (finding.level, finding.line, finding.column, finding.excerpt) == ("error", line, column, excerpt)
     assert "not valid JSON" in finding.message
@@ -175,7 +193,11 @@ def test_dialect_is_noted_once_per_kind_and_unquoted_text_is_warned_of(tmp_path:
     report = looked_at(tmp_path, text)
     assert report.exit_code == 0
     said = {(finding.level, finding.why.partition(":")[0]) for finding in report.findings}
-    assert said == {("note", "comment (2 places in this file)"), ("note", "missing comma"), ("warning", "unquoted text")}
+    assert said == {
+        ("note", "comment (2 places in this file)"),
+        ("note", "missing comma"),
+        ("warning", "unquoted text"),
+    }
 
 
 def test_what_the_machine_lacks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

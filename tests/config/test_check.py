@@ -1,4 +1,6 @@
-"""`chatgot check` as a program: exit codes, formats, overrides, effective configuration, explanations, and how little it imports."""
+"""`chatgot check` as a program: exit codes, formats, overrides, effective configuration, explanations, and how little
+it imports.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,17 @@ def test_what_is_wrong_around_the_file_is_listed_too(run, tmp_path: Path) -> Non
 
 
 def test_check_imports_nothing_heavy() -> None:
-    words = ["check", str(SHIPPED), "--config", "modern_14M", "--effective", "--format", "json", "--set", "ds.gradient_clipping=0.5"]
+    words = [
+        "check",
+        str(SHIPPED),
+        "--config",
+        "modern_14M",
+        "--effective",
+        "--format",
+        "json",
+        "--set",
+        "ds.gradient_clipping=0.5",
+    ]
     program = f"""
 import sys
 from chatgot.cli import main
@@ -127,17 +139,23 @@ try:
 except SystemExit as end:
     print(end.code, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stderr == "0 []\n"
 
 
 def test_train_and_check_say_the_same(write) -> None:
     tree = with_keys({"gradient_cliping": 2, "zero_optimization.offload_param": {"device": "cpu"}})
     path = write(tree)
-    errors = [finding.text for finding in check(str(path), world_size=1, facts=GPU).findings if finding.level == "error"]
+    errors = [
+        finding.text for finding in check(str(path), world_size=1, facts=GPU).findings if finding.level == "error"
+    ]
     with pytest.raises(ConfigError) as refused:
         build_engine_config(tree, str(path), world_size=1, facts=GPU)
-    assert sorted(str(refused.value).splitlines()) == sorted(error.replace(f"{path}:1:", f"{path}:") for error in errors)
+    assert sorted(str(refused.value).splitlines()) == sorted(
+        error.replace(f"{path}:1:", f"{path}:") for error in errors
+    )
 
 
 def test_warnings_and_notes_reach_the_run(read) -> None:
@@ -146,7 +164,8 @@ def test_warnings_and_notes_reach_the_run(read) -> None:
     assert [note.partition(": ")[0] for note in config.notes][-2:] == ["note", "warning"]
 
 
-# ------------------------------------------------------------------------------------------------------------ the effective configuration
+# ------------------------------------------------------------------------------------------------------------ the
+# effective configuration
 
 
 def sources(path: Path, overrides: dict[str, Any] | None = None, **more: Any) -> dict[str, Effective]:
@@ -157,7 +176,10 @@ def sources(path: Path, overrides: dict[str, Any] | None = None, **more: Any) ->
 
 
 def test_every_value_has_its_source(write) -> None:
-    changes = {"bf16.enabled": "auto", "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "prefetch_bucket_size": 5}}
+    changes = {
+        "bf16.enabled": "auto",
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "prefetch_bucket_size": 5},
+    }
     path = write(json.dumps(with_keys({**changes, "activation_checkpointing": {}, "gradient_clipping": ...}), indent=1))
     found = sources(path, {"optimizer.params.lr": 0.5, "chatgot.schedule.type": "wsd"})
     expected = {
@@ -192,7 +214,9 @@ def test_every_value_has_its_source(write) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_effective_values_are_those_that_deepspeed_uses(path: Path) -> None:
-    config = build_engine_config(json.loads(path.read_text(encoding="utf-8")), str(path), world_size=1, facts=GPU, n_params=1001)
+    config = build_engine_config(
+        json.loads(path.read_text(encoding="utf-8")), str(path), world_size=1, facts=GPU, n_params=1001
+    )
     stock = DeepSpeedConfig(config.deepspeed)
     found = sources(path, world_size=1)
     sections = {"zero_optimization": stock.zero_config, "bf16": stock.bfloat16_config, "fp16": stock.float16_config}
@@ -205,7 +229,13 @@ def test_effective_values_are_those_that_deepspeed_uses(path: Path) -> None:
                 compared += 1
                 assert getattr(model, documented[name]) == value.value, key
     assert compared > 2
-    scalars = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print")
+    scalars = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "steps_per_print",
+    )
     for name in scalars:
         assert getattr(stock, name) == found[name].value
 
@@ -216,7 +246,16 @@ def _field_names(model: Any) -> dict[str, str]:
 
 def test_values_of_a_broken_file_are_shown_as_far_as_they_go(write) -> None:
     found = sources(
-        write(with_keys({"optimizer": {"type": 3, "params": {"lr": 1}}, "train_batch_size": 9, "scheduler": {"params": 4}, "wandb": 5}))
+        write(
+            with_keys(
+                {
+                    "optimizer": {"type": 3, "params": {"lr": 1}},
+                    "train_batch_size": 9,
+                    "scheduler": {"params": 4},
+                    "wandb": 5,
+                }
+            )
+        )
     )
     assert found["zero_optimization.stage"].value == 1
     assert "gradient_accumulation_steps" in found

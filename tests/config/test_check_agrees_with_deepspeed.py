@@ -24,8 +24,19 @@ from tests.support import engine_json
 HERE = Path(__file__).parent
 SHIPPED = sorted((HERE.parents[1] / "ds_configs").glob("*.json"))
 STOCK = sorted((HERE / "stock").glob("*.json"))
-REJECTED = (AssertionError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, hjson.HjsonDecodeError)
-"""pydantic's ValidationError and DeepSpeedConfigError are ValueErrors or Exceptions of DeepSpeed's own, see `deepspeed_rejects`."""
+REJECTED = (
+    AssertionError,
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    hjson.HjsonDecodeError,
+)
+"""pydantic's ValidationError and DeepSpeedConfigError are ValueErrors or Exceptions of DeepSpeed's own, see
+`deepspeed_rejects`.
+"""
 WRONG = (None, True, -1, 0, 1.5, 3, "x", "auto", [], {}, {"x": 1})
 
 
@@ -46,7 +57,9 @@ def looked_at(tmp_path: Path, tree: dict[str, Any] | str, **more: Any) -> Report
 
 
 def generated() -> Iterator[dict[str, Any]]:
-    """VALID with one wrong value, one unknown key or one removed key, for every key and section that DeepSpeed knows."""
+    """VALID with one wrong value, one unknown key or one removed key, for every key and section that DeepSpeed
+    knows.
+    """
     for dotted, node in schema.NODES.items():
         if dotted.startswith("chatgot"):
             continue
@@ -61,8 +74,14 @@ def generated() -> Iterator[dict[str, Any]]:
     for dotted in schema.REMOVED:
         yield with_keys({dotted: {"enabled": False}})
     for total, micro, accumulation in itertools.product((None, 7, 8), (None, 2, 3), (None, 2, 5)):
-        numbers = {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
-        yield with_keys({name: ... for name in numbers if name in VALID}) | {n: v for n, v in numbers.items() if v is not None}
+        numbers = {
+            "train_batch_size": total,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+        }
+        yield with_keys({name: ... for name in numbers if name in VALID}) | {
+            n: v for n, v in numbers.items() if v is not None
+        }
     yield with_keys({"bf16.enabled": True, "fp16.enabled": True})
 
 
@@ -78,15 +97,30 @@ def test_whatever_deepspeed_rejects_check_rejects(tmp_path: Path) -> None:
 
 
 def test_auto_that_is_resolved_reaches_deepspeed_as_a_value() -> None:
-    for changes in ({"gradient_accumulation_steps": "auto"}, {"train_batch_size": "auto", "gradient_accumulation_steps": 2}):
+    for changes in (
+        {"gradient_accumulation_steps": "auto"},
+        {"train_batch_size": "auto", "gradient_accumulation_steps": 2},
+    ):
         assert deepspeed_rejects(with_keys(changes))
         ours = build_engine_config(with_keys(changes), "ds.json", world_size=1, facts=GPU)
         assert DeepSpeedConfig(ours.deepspeed).gradient_accumulation_steps == 2
 
 
 TEXTS = (
-    *('{"train_batch_size": 8', '{"train_batch_size" 8}', '{"train_batch_size": 8, "train_batch_size": 8}', '{"a": "b', '{"a": [1, 2}'),
-    *('{"bf16": {"enabled": true, "enabled": true}, "train_batch_size": 8}', '{"train_batch_size": }', "{train batch: 8}", "[1, 2]", "{]"),
+    *(
+        '{"train_batch_size": 8',
+        '{"train_batch_size" 8}',
+        '{"train_batch_size": 8, "train_batch_size": 8}',
+        '{"a": "b',
+        '{"a": [1, 2}',
+    ),
+    *(
+        '{"bf16": {"enabled": true, "enabled": true}, "train_batch_size": 8}',
+        '{"train_batch_size": }',
+        "{train batch: 8}",
+        "[1, 2]",
+        "{]",
+    ),
     *('{"train_batch_size": 8} x', '"train_batch_size"', '{"train_batch_size": 1e999}', '{"a": "\\q"}', '{"a": "\n"}'),
 )
 
@@ -98,7 +132,9 @@ def test_whatever_hjson_rejects_check_rejects(tmp_path: Path, text: str) -> None
         DeepSpeedConfig(str(tmp_path / "ds.json"))
     assert report.exit_code == 2
     said = {
-        finding.why.partition(":")[0].partition(" in ")[0].partition(" {")[0] for finding in report.findings if finding.level == "error"
+        finding.why.partition(":")[0].partition(" in ")[0].partition(" {")[0]
+        for finding in report.findings
+        if finding.level == "error"
     }
     assert said & {"not valid JSON", "given twice", "expected a JSON object"}
 
@@ -108,7 +144,11 @@ def test_whatever_hjson_rejects_check_rejects(tmp_path: Path, text: str) -> None
 def test_shipped_json_has_no_error_and_no_warning(path: Path, ranks: int) -> None:
     report = check(str(path), world_size=ranks, facts=GPU, n_params=14_000_000)
     notes = {"bf16_zero3": "nobody to share with" if ranks == 1 else "", "fp16_zero2": "needs no loss scaling"}
-    assert [f.message for f in report.findings if f.level != "note" or not notes.get(path.stem) or notes[path.stem] not in f.message] == []
+    assert [
+        f.message
+        for f in report.findings
+        if f.level != "note" or not notes.get(path.stem) or notes[path.stem] not in f.message
+    ] == []
 
 
 EXPLAINED = {
@@ -135,7 +175,9 @@ def test_stock_example_has_no_error_and_no_unexplained_warning(path: Path) -> No
 TRAINED: list[dict[str, Any]] = [
     *(
         engine_json(stage=stage, precision=precision, offload=offload, batch=batch)
-        for stage, precision, offload, batch in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (False, True), (8, 32))
+        for stage, precision, offload, batch in itertools.product(
+            (0, 1, 2, 3), ("fp32", "bf16"), (False, True), (8, 32)
+        )
         if not (stage == 0 and (offload or precision == "bf16"))
     ),
     engine_json(stage=3, offload_param=True),
@@ -158,6 +200,11 @@ def test_what_trains_is_not_rejected(tmp_path: Path, tree: dict[str, Any]) -> No
 
 def test_deepspeed_still_ignores_what_only_check_sees() -> None:
     """The control: without check nobody would hear of these."""
-    for changes in ({"gradient_cliping": 1.0}, {"gradient_clipping": "one"}, {"optimizer.type": "AdamX"}, {"steps_per_print": 0}):
+    for changes in (
+        {"gradient_cliping": 1.0},
+        {"gradient_clipping": "one"},
+        {"optimizer.type": "AdamX"},
+        {"steps_per_print": 0},
+    ):
         assert not deepspeed_rejects(with_keys(changes)), f"DeepSpeed now refuses {changes}"
     assert DeepSpeedConfigModel(**{}).model_config["extra"] == "forbid"

@@ -1,7 +1,7 @@
 """The schema against the installed DeepSpeed: a key that was added or removed, or a default that moved, is named.
 
-Pydantic sections are compared by their fields. The others are read by getters, so a dict that remembers what was asked of it shows what
-DeepSpeed knows.
+Pydantic sections are compared by their fields. The others are read by getters, so a dict that remembers what was asked
+of it shows what DeepSpeed knows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def model_of(section: Section) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- pydantic sections
+# ----------------------------------------------------------------------------------------------------------------------
+# pydantic sections
 
 
 @pytest.mark.parametrize("name", TYPED)
@@ -80,7 +81,26 @@ def test_pydantic_section_has_the_same_defaults_and_ranges(name: str) -> None:
 
 SCALARS = [
     *(True, False, 0, 1, 2, -3, 0.0, 1.0, 1.5, 5e8),
-    *("1", "true", "TRUE", "On", "yes", "y", "t", "maybe", "2", "2.0", " 2 ", "1_000", "5e8", "2.5", "+3", "-3", "", " true "),
+    *(
+        "1",
+        "true",
+        "TRUE",
+        "On",
+        "yes",
+        "y",
+        "t",
+        "maybe",
+        "2",
+        "2.0",
+        " 2 ",
+        "1_000",
+        "5e8",
+        "2.5",
+        "+3",
+        "-3",
+        "",
+        " true ",
+    ),
     *([], {}, [1], "0", "off", "12345678901234567890"),
 ]
 
@@ -122,7 +142,9 @@ class Remembering(dict):
 
     def __init__(self, values: dict[str, Any], asked: dict[str, Any], where: str = "") -> None:
         self.asked, self.where = asked, where
-        super().__init__({k: Remembering(v, asked, f"{where}{k}.") if isinstance(v, dict) else v for k, v in values.items()})
+        super().__init__(
+            {k: Remembering(v, asked, f"{where}{k}.") if isinstance(v, dict) else v for k, v in values.items()}
+        )
 
     def _ask(self, key: str, default: Any = ...) -> None:
         if self.asked.get(self.where + key, ...) is ...:
@@ -205,7 +227,9 @@ def test_schema_has_no_key_that_deepspeed_never_asks_for() -> None:
     }
     root = Path(deepspeed.__file__).parent.parent
     for name, file in elsewhere.items():
-        assert file == "ours" or f'"{name.rpartition(".")[2]}"' in (root / file).read_text(encoding="utf-8"), f"{name} is gone from {file}"
+        assert file == "ours" or f'"{name.rpartition(".")[2]}"' in (root / file).read_text(encoding="utf-8"), (
+            f"{name} is gone from {file}"
+        )
     ours = {name for name in schema.NODES if not name.startswith(typed) and name not in elsewhere}
     wildcard = {name for name in ours if name.startswith("data_efficiency.data_sampling.dynamic_batching.")}
     assert {name for name in ours - wildcard if name not in asked} == set(), "DeepSpeed never asks for these"
@@ -226,12 +250,18 @@ def test_plain_defaults_are_deepspeeds() -> None:
 
 
 def test_removed_keys_are_deepspeeds_list() -> None:
-    theirs = set(ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS) | {f"zero_optimization.{key}" for key in ds_config._REMOVED_ZERO_CONFIG_KEYS}
+    theirs = set(ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS) | {
+        f"zero_optimization.{key}" for key in ds_config._REMOVED_ZERO_CONFIG_KEYS
+    }
     assert set(schema.REMOVED) == theirs
 
 
 def test_names_of_types_modes_and_levels_are_deepspeeds() -> None:
-    for names, dtype in ((schema.FP16_NAMES, torch.float16), (schema.BF16_NAMES, torch.bfloat16), (schema.FP32_NAMES, torch.float32)):
+    for names, dtype in (
+        (schema.FP16_NAMES, torch.float16),
+        (schema.BF16_NAMES, torch.bfloat16),
+        (schema.FP32_NAMES, torch.float32),
+    ):
         assert set(names) == set(ds_config.DtypeEnum(dtype)._all_values[1:])
     validation = schema.NODES["checkpoint.tag_validation"]
     assert isinstance(validation, Key)
@@ -239,11 +269,14 @@ def test_names_of_types_modes_and_levels_are_deepspeeds() -> None:
     assert set(schema.LOG_LEVELS) == set(log_levels)
 
 
-# ---------------------------------------------------------------------------------------------------------------- optimizers, schedulers
+# ----------------------------------------------------------------------------------------------------------------
+# optimizers, schedulers
 
 
 def arguments(function: Any, but: tuple[str, ...]) -> set[str]:
-    return {name for name in inspect.signature(function).parameters if name not in ("self", "params", "model_params", *but)}
+    return {
+        name for name in inspect.signature(function).parameters if name not in ("self", "params", "model_params", *but)
+    }
 
 
 def test_optimizer_names_are_deepspeeds() -> None:
@@ -254,7 +287,9 @@ def test_optimizer_names_are_deepspeeds() -> None:
         if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
     }
     ours = set(schema.TORCH_OPTIMIZERS) | set(schema.REFUSED_OPTIMIZERS)
-    assert {name for name in torch_names - ours if name.lower() not in schema.DEEPSPEED_OPTIMIZERS} == set(), "new in torch.optim"
+    assert {name for name in torch_names - ours if name.lower() not in schema.DEEPSPEED_OPTIMIZERS} == set(), (
+        "new in torch.optim"
+    )
     assert set(schema.TORCH_OPTIMIZERS) - torch_names == set(), "gone from torch.optim"
 
 
@@ -266,7 +301,9 @@ def test_optimizers_tested_with_zero_are_deepspeeds() -> None:
 
 @pytest.mark.parametrize("entry", [name for name in schema.OPTIMIZER_PARAMS if name.startswith("torch.")])
 def test_torch_optimizer_arguments(entry: str) -> None:
-    assert set(schema.OPTIMIZER_PARAMS[entry]) == arguments(getattr(torch.optim, entry.removeprefix("torch.")).__init__, ())
+    assert set(schema.OPTIMIZER_PARAMS[entry]) == arguments(
+        getattr(torch.optim, entry.removeprefix("torch.")).__init__, ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +336,11 @@ def test_scheduler_arguments(name: str) -> None:
     cls = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name)
     theirs = arguments(cls.__init__, ("optimizer", "scale_fn", "verbose"))
     assert set(schema.SCHEDULER_PARAMS[name]) == theirs
-    required = {n for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty and n not in ("self", "optimizer")}
+    required = {
+        n
+        for n, p in inspect.signature(cls.__init__).parameters.items()
+        if p.default is p.empty and n not in ("self", "optimizer")
+    }
     assert {n for n, key in schema.SCHEDULER_PARAMS[name].items() if key.required} == required
 
 
@@ -312,7 +353,8 @@ def test_no_scheduler_is_forgotten() -> None:
     assert theirs - set(schema.SCHEDULER_PARAMS) - set(schema.REFUSED_SCHEDULERS) - {"LRScheduler"} == set()
 
 
-# ------------------------------------------------------------------------------------------------------------- what we accept, they accept
+# ------------------------------------------------------------------------------------------------------------- what we
+# accept, they accept
 
 
 @pytest.mark.parametrize(
@@ -326,7 +368,12 @@ def test_no_scheduler_is_forgotten() -> None:
         {"bfloat16": {"enabled": "yes"}, "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["norm"]}},
         {"fp16": {"enabled": True, "loss_scale": "128"}},
         {"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization.stage": 0},
-        {"checkpoint": {"tag_validation": "ignore", "writer": None}, "activation_checkpointing": {}, "aio": None, "comms_logger": {}},
+        {
+            "checkpoint": {"tag_validation": "ignore", "writer": None},
+            "activation_checkpointing": {},
+            "aio": None,
+            "comms_logger": {},
+        },
         {"zero_optimization": {"stage": 1, "leaf_module": {"classes": "a.b"}, "offload_param": None}},
         {"scheduler": {"type": "WarmupLR", "params": {}}, "log_level": "ERROR", "prescale_gradients": None},
     ],
@@ -345,7 +392,31 @@ def test_what_is_accepted_here_is_accepted_by_deepspeed(changes: dict[str, Any])
         assert theirs.float16_config.enabled == (ours.precision == "fp16")
 
 
-ODD = [None, True, False, 0, 1, 2, 3, -1, 1.5, 1e9, "auto", "", "x", "true", "1", "cpu", "bf16", "Fail", [], [1], ["a"], [0.9, 0.99], {}]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    3,
+    -1,
+    1.5,
+    1e9,
+    "auto",
+    "",
+    "x",
+    "true",
+    "1",
+    "cpu",
+    "bf16",
+    "Fail",
+    [],
+    [1],
+    ["a"],
+    [0.9, 0.99],
+    {},
+]
 ODD += [{"enabled": True}, {"device": "cpu"}, {"type": "AdamW"}, 10**30, float("inf"), float("nan")]
 
 

@@ -28,7 +28,12 @@ def test_missing_file_folder_and_empty_file_are_named(tmp_path: Path, refused) -
 @pytest.mark.parametrize(
     ("text", "place", "line", "column"),
     [
-        ('{\n  "train_batch_size": 8,\n  "bf16": {"enabled": tru, "x": 1}\n}', "3", '  "bf16": {"enabled": tru, "x": 1}', 23),
+        (
+            '{\n  "train_batch_size": 8,\n  "bf16": {"enabled": tru, "x": 1}\n}',
+            "3",
+            '  "bf16": {"enabled": tru, "x": 1}',
+            23,
+        ),
         ('{"a": [1, 2}', "1", '{"a": [1, 2}', 12),
         ('{\n  "a": 1 "b": 2}', "2", '  "a": 1 "b": 2}', 10),
         ('{\n  # a comment\n  "a": {"b": 1,}, "c": }', "3", '  "a": {"b": 1,}, "c": }', 24),
@@ -63,7 +68,9 @@ def test_encodings(read, refused) -> None:
 
 
 def test_key_given_twice_is_named_with_its_section(refused) -> None:
-    lines = refused('{"train_batch_size": 1, "bf16": {"enabled": true, "enabled": false}, "train_batch_size": 2, "a": [{"b": 1, "b": 1}]}')
+    lines = refused(
+        '{"train_batch_size": 1, "bf16": {"enabled": true, "enabled": false}, "train_batch_size": 2, "a": [{"b": 1, "b": 1}]}'
+    )
     assert lines[:3] == [
         "ds.json: bf16.enabled: given twice in bf16; keep one of them",
         "ds.json: train_batch_size: given twice in the top level; keep one of them",
@@ -71,7 +78,8 @@ def test_key_given_twice_is_named_with_its_section(refused) -> None:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- unknown keys, types
+# ----------------------------------------------------------------------------------------------------------------
+# unknown keys, types
 
 
 @pytest.mark.parametrize(
@@ -122,7 +130,9 @@ def test_invariant_10_unknown_key_is_refused_at_every_depth(refused, typo: str, 
 
 def test_key_in_the_wrong_place_is_sent_home(refused) -> None:
     (line,) = refused({"cpu_checkpointing": True})
-    assert line.endswith("unknown key, DeepSpeed would ignore it; it belongs at activation_checkpointing.cpu_checkpointing")
+    assert line.endswith(
+        "unknown key, DeepSpeed would ignore it; it belongs at activation_checkpointing.cpu_checkpointing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,12 +241,21 @@ def test_two_spellings_of_one_key_are_refused(refused, read) -> None:
 
 
 def test_all_problems_come_in_one_message(refused) -> None:
-    lines = refused({"gradient_cliping": 1, "steps_per_print": 0, "bf16.enable": True, "train_batch_size": 9, "optimizer.type": "AdamX"})
+    lines = refused(
+        {
+            "gradient_cliping": 1,
+            "steps_per_print": 0,
+            "bf16.enable": True,
+            "train_batch_size": 9,
+            "optimizer.type": "AdamX",
+        }
+    )
     assert len(lines) == 5
     assert all(line.startswith("ds.json: ") for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------- optimizer, scheduler
+# -------------------------------------------------------------------------------------------------------------------
+# optimizer, scheduler
 
 
 @pytest.mark.parametrize("kind", ["Adam", "ADAMW", "adagrad", "Lamb", "Lion", "SGD", "NAdam", "RMSprop", "Adafactor"])
@@ -259,8 +278,14 @@ def test_known_optimizers_are_accepted(read, kind: str) -> None:
         ({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, "gradient_clipping"),
         ({"type": "AdamW", "params": {"momentum": 0.9}}, "no such argument"),
         ({"type": "AdamW", "params": {"fused": True}}, 'add "torch_adam": true'),
-        ({"type": "AdamW", "params": {"torch_adam": True, "bias_correction": True}}, "torch's AdamW has no such argument"),
-        ({"type": "AdamW", "params": {"torch_adam": True, "fused": True, "foreach": True}}, "fused or foreach, not both"),
+        (
+            {"type": "AdamW", "params": {"torch_adam": True, "bias_correction": True}},
+            "torch's AdamW has no such argument",
+        ),
+        (
+            {"type": "AdamW", "params": {"torch_adam": True, "fused": True, "foreach": True}},
+            "fused or foreach, not both",
+        ),
         ({"type": "AdamW", "params": {"adam_w_mode": False}}, 'set optimizer.type = "Adam"'),
         ({"type": "AdamW", "params": {"amsgrad": True}}, 'add "torch_adam": true'),
         ({"type": "Muon", "params": {"nesterov": True}}, "no such argument"),
@@ -283,7 +308,10 @@ def test_fused_kernels_are_refused_on_a_cpu(refused) -> None:
         ({"type": "WarmupCosine", "params": {}}, "did you mean 'WarmupCosineLR'?"),
         ({"type": "WarmupLR"}, "scheduler.params: must be given"),
         ({"params": {}}, "scheduler.type: must be given"),
-        ({"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5}}, "scheduler.params.total_num_steps: must be given"),
+        (
+            {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5}},
+            "scheduler.params.total_num_steps: must be given",
+        ),
         ({"type": "WarmupLR", "params": {"warmup_steps": 5}}, "no such argument"),
         ({"type": "WarmupLR", "params": {"warmup_type": "cubic"}}, "one of log, linear"),
         ({"type": "ReduceLROnPlateau", "params": {}}, "needs a metric"),
@@ -322,7 +350,11 @@ def test_stock_scheduler_is_kept_but_not_beside_ours(read, refused) -> None:
     ],
 )
 def test_third_batch_number_is_derived(read, total, micro, accumulation, ranks, expected) -> None:
-    keys = {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
+    keys = {
+        "train_batch_size": total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
     base = {k: v for k, v in VALID.items() if "batch" not in k}
     tree = {**base, **{k: v for k, v in keys.items() if v is not ...}}
     config = read(json.dumps(tree), world_size=ranks)
@@ -333,14 +365,20 @@ def test_third_batch_number_is_derived(read, total, micro, accumulation, ranks, 
 
 
 def test_derived_batch_is_explained(read) -> None:
-    notes = read({"train_batch_size": ..., "train_micro_batch_size_per_gpu": 12, "gradient_accumulation_steps": 2}).notes
+    notes = read(
+        {"train_batch_size": ..., "train_micro_batch_size_per_gpu": 12, "gradient_accumulation_steps": 2}
+    ).notes
     assert "train_batch_size = 24: 12 per rank x 2 accumulation x 1 rank" in notes
 
 
 @pytest.mark.parametrize(
     ("keys", "ranks", "said"),
     [
-        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 5}, 1, "expected train_batch_size = 30 or train_batch_size = 35"),
+        (
+            {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 5},
+            1,
+            "expected train_batch_size = 30 or train_batch_size = 35",
+        ),
         ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 3}, 2, "or train_micro_batch_size_per_gpu = 2"),
         (
             {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3},
@@ -358,18 +396,30 @@ def test_derived_batch_is_explained(read) -> None:
             "micro_batch_size_per_gpu = 12",
         ),
         ({"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4}, 2, "train_micro_batch_size_per_gpu = 2"),
-        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5}, 3, "train_batch_size = 45"),
-        ({"train_batch_size": 7, "train_micro_batch_size_per_gpu": ..., "gradient_accumulation_steps": 4}, 2, "train_batch_size = 8"),
+        (
+            {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5},
+            3,
+            "train_batch_size = 45",
+        ),
+        (
+            {"train_batch_size": 7, "train_micro_batch_size_per_gpu": ..., "gradient_accumulation_steps": 4},
+            2,
+            "train_batch_size = 8",
+        ),
         ({"train_batch_size": 10**15, "train_micro_batch_size_per_gpu": 3}, 1, "train_micro_batch_size_per_gpu = 4"),
     ],
 )
-def test_batch_that_does_not_fit_is_refused_with_numbers_that_do(refused, read, keys: dict, ranks: int, said: str) -> None:
+def test_batch_that_does_not_fit_is_refused_with_numbers_that_do(
+    refused, read, keys: dict, ranks: int, said: str
+) -> None:
     (line,) = refused(keys, world_size=ranks)
     assert said in line
     options = line.partition("; expected ")[2].split(" or ")
     assert len(options) >= 3
     for option in options:
-        changes = {name: int(value) for name, _, value in (change.partition(" = ") for change in option.split(" with "))}
+        changes = {
+            name: int(value) for name, _, value in (change.partition(" = ") for change in option.split(" with "))
+        }
         read({**keys, **changes}, world_size=ranks)  # every correction is one
 
 
@@ -437,7 +487,10 @@ def test_precision_that_cannot_work_is_refused(refused, keys: dict, facts, said:
 def test_autocast_is_allowed_at_stage_0(read) -> None:
     config = read({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization.stage": 0})
     assert config.precision == "autocast_bf16"
-    assert read({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization.stage": 0}).precision == "autocast_fp16"
+    assert (
+        read({"torch_autocast": {"enabled": True, "dtype": "half"}, "zero_optimization.stage": 0}).precision
+        == "autocast_fp16"
+    )
 
 
 def test_fp16_autocast_is_refused_where_deepspeed_clips_scaled_gradients(refused) -> None:
@@ -474,10 +527,19 @@ def test_persistence_threshold_auto_is_the_default(read) -> None:
     ("keys", "said"),
     [
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "set zero_optimization.stage = 3"),
-        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "set zero_optimization.stage >= 1"),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "set zero_optimization.stage >= 1",
+        ),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "nvme_path: must be given"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}}, '"nvme" needs ZeRO stage 3'),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "below 1 needs ZeRO stage 3"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/n"}}},
+            '"nvme" needs ZeRO stage 3',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "below 1 needs ZeRO stage 3",
+        ),
         ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 3}}, "must be an even number"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "false needs gradient_clipping = 0"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "must divide the number of ranks, 1"),
@@ -489,7 +551,10 @@ def test_persistence_threshold_auto_is_the_default(read) -> None:
         ({"gradient_allreduce_op": "sum", "zero_optimization.stage": 3}, 'use "mean"'),
         ({"allgather_size": 5}, "write zero_optimization.allgather_bucket_size"),
         ({"optimizer": {"type": "Muon"}, "zero_optimization.stage": 3}, "reduce_scatter = false"),
-        ({"optimizer": {"type": "Muon"}, "zero_optimization.offload_optimizer": {"device": "cpu"}}, "does not work with optimizer offload"),
+        (
+            {"optimizer": {"type": "Muon"}, "zero_optimization.offload_optimizer": {"device": "cpu"}},
+            "does not work with optimizer offload",
+        ),
     ],
 )
 def test_zero_settings_that_contradict_each_other_are_refused(refused, keys: dict, said: str) -> None:
@@ -499,7 +564,10 @@ def test_zero_settings_that_contradict_each_other_are_refused(refused, keys: dic
 def test_muon_is_accepted_where_it_works(read) -> None:
     for zero in ({"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3, "reduce_scatter": False}):
         params = {"muon_lr": 0.02, "adam_lr": 1e-3, "momentum": 0.95}
-        assert read({"optimizer": {"type": "muon", "params": params}, "zero_optimization": zero}).zero_stage == zero["stage"]
+        assert (
+            read({"optimizer": {"type": "muon", "params": params}, "zero_optimization": zero}).zero_stage
+            == zero["stage"]
+        )
 
 
 def test_old_forms_are_understood(read) -> None:
@@ -513,7 +581,9 @@ def test_old_forms_are_understood(read) -> None:
 
 def test_overlap_at_stage_1_and_2_is_remarked(read) -> None:
     assert any("overlap_comm" in note for note in read({"zero_optimization.overlap_comm": True}).notes)
-    assert not any("overlap_comm" in note for note in read({"zero_optimization": {"stage": 3, "overlap_comm": True}}).notes)
+    assert not any(
+        "overlap_comm" in note for note in read({"zero_optimization": {"stage": 3, "overlap_comm": True}}).notes
+    )
 
 
 def test_defaults_that_changed_are_stated(read) -> None:
@@ -578,7 +648,8 @@ def test_what_is_switched_off_is_accepted(read) -> None:
     assert read(off).precision == "fp32"
 
 
-# -------------------------------------------------------------------------------------------------------------- activation checkpointing
+# --------------------------------------------------------------------------------------------------------------
+# activation checkpointing
 
 
 def test_presence_of_the_section_turns_recomputation_on(read) -> None:
@@ -588,7 +659,10 @@ def test_presence_of_the_section_turns_recomputation_on(read) -> None:
     assert config.activation_checkpointing == {}
     assert config.activation_backend == "torch"
     assert read({"activation_checkpointing": {"profile": True}}).activation_backend == "deepspeed"
-    both = {"activation_checkpointing": {}, "chatgot.activation_checkpointing": {"backend": "deepspeed", "every_n_layers": 2}}
+    both = {
+        "activation_checkpointing": {},
+        "chatgot.activation_checkpointing": {"backend": "deepspeed", "every_n_layers": 2},
+    }
     assert read(both).activation_backend == "deepspeed"
     assert read(both).chatgot.activation_checkpointing.every_n_layers == 2
 
@@ -599,10 +673,34 @@ def test_presence_of_the_section_turns_recomputation_on(read) -> None:
         ({"cpu_checkpointing": True}, "auto", {}, CPU, "works on CUDA only"),
         ({"profile": True}, "torch", {}, GPU, 'only the backend "deepspeed" does this'),
         ({"partition_activations": True}, "torch", {}, GPU, 'only the backend "deepspeed" does this'),
-        ({}, "deepspeed", {"torch_autocast": {"enabled": True, "dtype": "bf16"}}, GPU, "wrong gradients under torch_autocast"),
-        ({"profile": True}, "auto", {"torch_autocast": {"enabled": True, "dtype": "bf16"}}, GPU, "wrong gradients under torch_autocast"),
-        ({"contiguous_memory_optimization": True, "number_checkpoints": 2}, "auto", {}, GPU, "partition_activations = true"),
-        ({"contiguous_memory_optimization": True, "partition_activations": True}, "auto", {}, GPU, "number_checkpoints"),
+        (
+            {},
+            "deepspeed",
+            {"torch_autocast": {"enabled": True, "dtype": "bf16"}},
+            GPU,
+            "wrong gradients under torch_autocast",
+        ),
+        (
+            {"profile": True},
+            "auto",
+            {"torch_autocast": {"enabled": True, "dtype": "bf16"}},
+            GPU,
+            "wrong gradients under torch_autocast",
+        ),
+        (
+            {"contiguous_memory_optimization": True, "number_checkpoints": 2},
+            "auto",
+            {},
+            GPU,
+            "partition_activations = true",
+        ),
+        (
+            {"contiguous_memory_optimization": True, "partition_activations": True},
+            "auto",
+            {},
+            GPU,
+            "number_checkpoints",
+        ),
     ],
 )
 def test_recomputation_that_cannot_work_is_refused(refused, section, backend, more, facts, said) -> None:
@@ -615,7 +713,8 @@ def test_refinement_without_the_section_is_refused(refused) -> None:
     assert "does nothing without the DeepSpeed section" in line
 
 
-# ------------------------------------------------------------------------------------------------------------------- what comes of it
+# -------------------------------------------------------------------------------------------------------------------
+# what comes of it
 
 
 def test_wandb_is_ours_and_not_deepspeeds(read) -> None:
@@ -631,7 +730,11 @@ EVERYTHING = {
     "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "cpu"}},
     "gradient_clipping": ...,
     "activation_checkpointing": {"profile": False},
-    "chatgot": {"schedule": {"type": "wsd"}, "checkpoint": {"every_minutes": None}, "activation_checkpointing": {"every_n_layers": 2}},
+    "chatgot": {
+        "schedule": {"type": "wsd"},
+        "checkpoint": {"every_minutes": None},
+        "activation_checkpointing": {"every_n_layers": 2},
+    },
     "wandb": {"enabled": True, "group": "g"},
     "steps_per_print": None,
     "comms_logger": {},
@@ -646,7 +749,9 @@ def test_stored_configuration_reads_back_as_the_same(read, write, changes: dict,
     assert again == config
     assert again.to_dict() == config.to_dict()
     assert "auto" not in json.dumps({k: v for k, v in config.to_dict().items() if k != "chatgot"})
-    assert not [note for note in again.notes if not note.startswith(("note: ", "warning: ")) and "backend" not in note]  # nothing to derive
+    assert not [
+        note for note in again.notes if not note.startswith(("note: ", "warning: ")) and "backend" not in note
+    ]  # nothing to derive
 
 
 def test_configurations_that_differ_are_not_equal(read) -> None:
@@ -657,7 +762,9 @@ def test_configurations_that_differ_are_not_equal(read) -> None:
 def test_invariant_11_nothing_stated_in_the_file_is_changed(read, write) -> None:
     changes = {**EVERYTHING, "zero_optimization": {"stage": "3", "overlap_comm": "false", "sub_group_size": 1e9}}
     tree = with_keys({k: v for k, v in changes.items() if v is not ... and "16" not in k})
-    tree.update({"tensorboard": {"enabled": False}, "timers": {"throughput": {"enabled": False}}, "bf16": {"enabled": True}})
+    tree.update(
+        {"tensorboard": {"enabled": False}, "timers": {"throughput": {"enabled": False}}, "bf16": {"enabled": True}}
+    )
     stated = copy.deepcopy(tree)
     config = read_engine_config(write(tree), world_size=1, facts=GPU, n_params=999)
     assert config.source == stated

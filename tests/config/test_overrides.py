@@ -19,7 +19,12 @@ def refusal(*items: str) -> str:
 
 def test_keys_go_to_their_home() -> None:
     run, ds = parse_overrides(
-        ["model.n_layers=4", "ds.optimizer.params.lr=3e-4", 'train.sample_prompts=["a","b"]', "ds.chatgot.schedule.type=wsd"]
+        [
+            "model.n_layers=4",
+            "ds.optimizer.params.lr=3e-4",
+            'train.sample_prompts=["a","b"]',
+            "ds.chatgot.schedule.type=wsd",
+        ]
     )
     assert run == {"model.n_layers": 4, "train.sample_prompts": ["a", "b"]}
     assert ds == {"optimizer.params.lr": 3e-4, "chatgot.schedule.type": "wsd"}
@@ -95,7 +100,15 @@ def test_all_mistakes_come_together_and_twice_is_one() -> None:
 
 
 def test_override_is_put_in_before_the_check(read, refused) -> None:
-    config = read({}, {"optimizer.params.lr": 3e-4, "zero_optimization.stage": 2, "chatgot.schedule.type": "wsd", "wandb.enabled": True})
+    config = read(
+        {},
+        {
+            "optimizer.params.lr": 3e-4,
+            "zero_optimization.stage": 2,
+            "chatgot.schedule.type": "wsd",
+            "wandb.enabled": True,
+        },
+    )
     assert config.optimizer is not None
     assert config.optimizer.params["lr"] == 3e-4
     assert config.deepspeed["zero_optimization"]["stage"] == config.zero_stage == 2
@@ -103,7 +116,9 @@ def test_override_is_put_in_before_the_check(read, refused) -> None:
     assert config.chatgot.schedule.type == "wsd"
     assert config.wandb.enabled
     assert config.source["optimizer"]["params"]["lr"] == 1e-3
-    lines = refused({}, {"zero_optimization.stage": 7, "chatgot.checkpoint.keep_last": 1, "optimizer.params.momentum": 0.9})
+    lines = refused(
+        {}, {"zero_optimization.stage": 7, "chatgot.checkpoint.keep_last": 1, "optimizer.params.momentum": 0.9}
+    )
     assert sorted(line.split(" = ")[0] for line in lines) == [
         "override ds.chatgot.checkpoint.keep_last",
         "override ds.optimizer.params.momentum",

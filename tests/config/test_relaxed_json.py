@@ -1,4 +1,6 @@
-"""Our reader against hjson, which DeepSpeed uses: what hjson accepts we accept with the same values, and we know where everything stood."""
+"""Our reader against hjson, which DeepSpeed uses: what hjson accepts we accept with the same values, and we know where
+everything stood.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ PIECES += [
 ]
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -123,7 +129,13 @@ def test_plain_json_is_read_as_by_hjson_and_without_remarks(tree: dict[str, Any]
 def test_every_key_has_its_place() -> None:
     text = '{\n  "a": {"b": 1,\n    "c": [{"d": 2}, {"d": 3}]},\n\t"e": 4, "a": 5\n}'
     document = parse(text)
-    assert document.marks == {"a": Mark(2, 3), "a.b": Mark(2, 9), "a.c": Mark(3, 5), "a.c.d": Mark(3, 12), "e": Mark(4, 2)}
+    assert document.marks == {
+        "a": Mark(2, 3),
+        "a.b": Mark(2, 9),
+        "a.c": Mark(3, 5),
+        "a.c.d": Mark(3, 12),
+        "e": Mark(4, 2),
+    }
     assert document.duplicates == [("a", Mark(4, 10))]
     assert document.tree["a"] == 5
 

@@ -76,7 +76,9 @@ def test_every_shipped_json_but_fp16_runs_on_a_cpu(path: Path) -> None:
 def test_the_files_differ_only_where_their_names_say() -> None:
     trees = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
     own = {"bf16", "fp16", "data_types", "zero_optimization", "activation_checkpointing"}
-    common = {name: {k: v for k, v in tree.items() if k not in own} for name, tree in trees.items() if "muon" not in name}
+    common = {
+        name: {k: v for k, v in tree.items() if k not in own} for name, tree in trees.items() if "muon" not in name
+    }
     for tree in common.values():
         tree["chatgot"].pop("activation_checkpointing", None)
     assert all(tree == common["bf16_zero1"] for tree in common.values())

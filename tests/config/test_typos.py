@@ -1,4 +1,6 @@
-"""Every one-character slip in every known key, at every depth: always an error, and nearly always with the key that was meant."""
+"""Every one-character slip in every known key, at every depth: always an error, and nearly always with the key that was
+meant.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def slips(word: str) -> set[str]:
     return found - {word}
 
 
-def chatgot_sections(cls: type = ChatGoTSection, where: str = "chatgot") -> Iterator[tuple[str, list[str], dict[str, Any]]]:
+def chatgot_sections(
+    cls: type = ChatGoTSection, where: str = "chatgot"
+) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     fields = dataclasses.fields(cls)
     yield where, [key_of(field) for field in fields], {}
     for field in fields:
@@ -45,7 +49,9 @@ def argument_sections() -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     """Optimizers and schedulers with the configuration in which each takes its arguments."""
     offload = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     for entry, arguments in schema.OPTIMIZER_PARAMS.items():
-        kind = {"adam/fused": "AdamW", "adam/cpu": "Adam", "adam/torch": "AdamW"}.get(entry, entry.removeprefix("torch.").partition("/")[0])
+        kind = {"adam/fused": "AdamW", "adam/cpu": "Adam", "adam/torch": "AdamW"}.get(
+            entry, entry.removeprefix("torch.").partition("/")[0]
+        )
         params = {"torch_adam": True} if entry == "adam/torch" else {}
         changes = {"optimizer": {"type": kind, "params": params}, "zero_allow_untested_optimizer": True}
         yield "optimizer.params", list(arguments), changes | (offload if entry.endswith("/cpu") else {})
@@ -56,7 +62,11 @@ def argument_sections() -> Iterator[tuple[str, list[str], dict[str, Any]]]:
 def sections() -> Iterator[tuple[str, list[str], dict[str, Any]]]:
     """Dotted name of every section, the spellings it knows, and what the configuration needs besides."""
     for dotted, node in {"": schema.ROOT, **schema.NODES}.items():
-        if isinstance(node, Section) and dotted not in ("optimizer.params", "scheduler.params", "chatgot") and node.keys:
+        if (
+            isinstance(node, Section)
+            and dotted not in ("optimizer.params", "scheduler.params", "chatgot")
+            and node.keys
+        ):
             yield dotted, list(schema.spellings(node)), {}
     yield from argument_sections()
     yield from chatgot_sections()
@@ -73,7 +83,11 @@ def judged(dotted: str, known: list[str], needs: dict[str, Any]) -> Iterator[tup
         here.update(dict.fromkeys(wrong, 1))
         found = inspect(Document(tree), "ds.json", world_size=1, facts=GPU).findings.at_level("error")
         prefix = f"{dotted}." if dotted else ""
-        suggestions = {finding.key: finding.suggestion for finding in found if finding.value == 1 and "." not in finding.key[len(prefix) :]}
+        suggestions = {
+            finding.key: finding.suggestion
+            for finding in found
+            if finding.value == 1 and "." not in finding.key[len(prefix) :]
+        }
         for slip in sorted(wrong):
             yield key, slip, suggestions.get(prefix + slip)
 
@@ -126,5 +140,8 @@ def test_nothing_is_suggested_for_a_word_like_no_other() -> None:
 
 def test_key_of_another_section_is_sent_home_but_a_slip_is_believed_first() -> None:
     tree = with_keys({"cpu_checkpointing": True, "fp15": {"enabled": False}})
-    found = {f.key: f.suggestion for f in inspect(Document(tree), "ds.json", world_size=1, facts=GPU).findings.at_level("error")}
+    found = {
+        f.key: f.suggestion
+        for f in inspect(Document(tree), "ds.json", world_size=1, facts=GPU).findings.at_level("error")
+    }
     assert found == {"cpu_checkpointing": "activation_checkpointing.cpu_checkpointing", "fp15": "fp16"}

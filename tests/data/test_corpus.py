@@ -48,7 +48,9 @@ def test_folder_without_texts_says_what_is_there(tmp_path):
 
 def test_missing_package_gives_the_pip_command(monkeypatch):
     monkeypatch.setitem(
-        BUILT_INS, "wars_of_the_roses", BuiltIn("no_such_module", "texts", ("a.txt",), "pip install --no-deps x==1", "a text")
+        BUILT_INS,
+        "wars_of_the_roses",
+        BuiltIn("no_such_module", "texts", ("a.txt",), "pip install --no-deps x==1", "a text"),
     )
     with pytest.raises(DataError, match=r"not installed .*pip install --no-deps x==1"):
         resolve("wars_of_the_roses")

@@ -39,7 +39,14 @@ def test_order_is_a_pure_function_of_seed_and_index(size, seed, indices):
 
 def test_order_never_changes_between_versions():
     """A run resumed with a later version must go on with the same samples: these numbers may never be edited."""
-    assert DataOrder(1000, 8, 1337).starts(np.array([0, 1, 2, 123, 124, 10**9])).tolist() == [493, 37, 957, 101, 16, 386]
+    assert DataOrder(1000, 8, 1337).starts(np.array([0, 1, 2, 123, 124, 10**9])).tolist() == [
+        493,
+        37,
+        957,
+        101,
+        16,
+        386,
+    ]
 
 
 def test_other_seed_and_other_epoch_give_other_orders():
@@ -48,7 +55,9 @@ def test_other_seed_and_other_epoch_give_other_orders():
     other = DataOrder(10_000, 10, 1).starts(np.arange(n))
     assert (first // 10 == second // 10).mean() < 0.02
     assert (first // 10 == other // 10).mean() < 0.02
-    assert len({int(DataOrder(10_000, 10, 0).starts(np.array([e * n]))[0]) % 10 for e in range(60)}) == 10  # every offset occurs
+    assert (
+        len({int(DataOrder(10_000, 10, 0).starts(np.array([e * n]))[0]) % 10 for e in range(60)}) == 10
+    )  # every offset occurs
 
 
 def test_order_is_shuffled_evenly():
@@ -75,7 +84,13 @@ def test_impossible_orders_are_refused():
         DataOrder(100, 8, 0).starts(np.array([-1]))
 
 
-@given(world=st.sampled_from([1, 2, 4]), micro=st.integers(1, 4), accumulation=st.integers(1, 3), step=st.integers(0, 50), data=st.data())
+@given(
+    world=st.sampled_from([1, 2, 4]),
+    micro=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    step=st.integers(0, 50),
+    data=st.data(),
+)
 @settings(max_examples=40, deadline=None)
 def test_global_batch_is_the_same_for_any_ranks_micro_batch_and_accumulation(world, micro, accumulation, step, data):
     tokens = np.arange(501, dtype=np.uint16)
@@ -90,7 +105,9 @@ def test_global_batch_is_the_same_for_any_ranks_micro_batch_and_accumulation(wor
         assert all(x.shape == y.shape == (micro, 7) and x.dtype == y.dtype == torch.int64 for x, y in micro_batches)
         assert all(torch.equal(x[:, 1:], y[:, :-1]) for x, y in micro_batches)
         indices = batches.indices(first)
-        assert torch.cat([x for x, _ in micro_batches])[:, 0].tolist() == order.starts(indices).tolist()  # tokens[i] == i
+        assert (
+            torch.cat([x for x, _ in micro_batches])[:, 0].tolist() == order.starts(indices).tolist()
+        )  # tokens[i] == i
         trace.append(indices.reshape(accumulation, micro))
         seen.extend(indices.tolist())
     assert sorted(seen) == list(range(first, first + global_batch))

@@ -1,4 +1,6 @@
-"""prepare: the same bytes every time, no validation text in training, and a refusal with numbers for what is not a usable text."""
+"""prepare: the same bytes every time, no validation text in training, and a refusal with numbers for what is not a
+usable text.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_invariant_02_prepared_tokens_decode_to_the_text(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_invariant_01_validation_text_is_not_in_training(kind, tmp_path):
-    """Every line is unique, so a line that two splits share could only come from a split after windowing or shuffling."""
+    """Every line is unique, so a line that two splits share could only come from a split after windowing or
+    shuffling.
+    """
     text = "".join(f"line {i} of the book\n" for i in range(4000))
     notes: list[str] = []
     data = prepare(write(tmp_path / "t.txt", text), tmp_path / "out", config(kind, test_fraction=0.1), say=notes.append)
@@ -255,7 +259,9 @@ def test_text_shorter_than_a_block_is_refused_with_both_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 64, 5])
-@pytest.mark.parametrize(("bad", "reason"), [(b"\xff", "0xff"), (b"\xe2\x80", "0xe2"), (b"\xed\xa0\x80", "0xed"), (b"\xc3(", "0xc3")])
+@pytest.mark.parametrize(
+    ("bad", "reason"), [(b"\xff", "0xff"), (b"\xe2\x80", "0xe2"), (b"\xed\xa0\x80", "0xed"), (b"\xc3(", "0xc3")]
+)
 def test_invalid_utf8_is_refused_with_file_and_byte_offset(bad, reason, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(reading.TextReader.__init__, "__defaults__", ("utf-8", chunk))
     for before in ("é…" * 13, "é…" * 12 + "a", ""):
@@ -283,7 +289,11 @@ def test_special_files_are_refused_without_waiting_for_them(tmp_path):
         prepare(tmp_path / "in", tmp_path / "out", config())
     (tmp_path / "pipe.txt").unlink()
     for attempt in (prepare, prepare_cached):
-        arguments = (tmp_path / "in", tmp_path / "out", config()) if attempt is prepare else (tmp_path / "in", config(), tmp_path / "cache")
+        arguments = (
+            (tmp_path / "in", tmp_path / "out", config())
+            if attempt is prepare
+            else (tmp_path / "in", config(), tmp_path / "cache")
+        )
         with pytest.raises(DataError, match=r"b\.txt: cannot be read: No such file"):
             attempt(*arguments)
 
@@ -392,7 +402,13 @@ def test_cache_is_used_until_text_or_settings_change(tmp_path, monkeypatch):
         prepare_cached(path, config(**changes), say=notes.append)
         return "taken from" in notes[-1]
 
-    assert [hit(), hit(), hit(val_fraction=0.2), hit(kind="byte"), hit(kind="byte")] == [False, True, False, False, True]
+    assert [hit(), hit(), hit(val_fraction=0.2), hit(kind="byte"), hit(kind="byte")] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     write(tmp_path / "t.txt", prose(500, seed=1))
     assert [hit(), hit()] == [False, True]
     assert len(list((tmp_path / "cache" / "prepared").glob("*/meta.json"))) == 4
@@ -422,7 +438,9 @@ def test_two_processes_share_one_preparation_and_a_kill_leaves_nothing(tmp_path)
     assert outputs[0][-1] == outputs[1][-1]
     assert sorted("taken from" in o[0] for o in outputs) == [False, True]
     (entry,) = (tmp_path / "cache" / "prepared").glob("*/")
-    orphan = entry.with_name(f".{entry.name}.tmp-killed")  # what a process leaves behind that was killed while it prepared
+    orphan = entry.with_name(
+        f".{entry.name}.tmp-killed"
+    )  # what a process leaves behind that was killed while it prepared
     write(orphan / "train.bin", b"half")
     assert prepare_cached(path, config(), tmp_path / "cache").fingerprint == outputs[0][-1]
     assert not orphan.exists()

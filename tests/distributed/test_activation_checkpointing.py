@@ -17,12 +17,24 @@ EXPLOSIONS = {"forward": 3, "recomputation": LAYERS + 3}
 EXPLODING_STAGES = (0, 3)
 
 
-def settings(world_size: int, stage: int, section: dict[str, Any] | None, backend: str = "auto", every: int = 1, **extra: Any) -> dict:
-    """A case of the program; with deepspeed's backend, `inputs_beside_the_graph` blocks keep their input where the measurement is blind."""
-    chatgot = {} if section is None else {"chatgot": {"activation_checkpointing": {"backend": backend, "every_n_layers": every}}}
+def settings(
+    world_size: int, stage: int, section: dict[str, Any] | None, backend: str = "auto", every: int = 1, **extra: Any
+) -> dict:
+    """A case of the program; with deepspeed's backend, `inputs_beside_the_graph` blocks keep their input where the
+    measurement is blind.
+    """
+    chatgot = (
+        {}
+        if section is None
+        else {"chatgot": {"activation_checkpointing": {"backend": backend, "every_n_layers": every}}}
+    )
     common = {"stage": stage, "batch": BATCH, "micro": BATCH // world_size, "gradient_clipping": 0.0}
     beside = LAYERS // every if backend == "deepspeed" or section else 0
-    return {"json": {**common, "activation_checkpointing": section, **chatgot}, "inputs_beside_the_graph": beside, **extra}
+    return {
+        "json": {**common, "activation_checkpointing": section, **chatgot},
+        "inputs_beside_the_graph": beside,
+        **extra,
+    }
 
 
 def cases(world_size: int) -> dict[str, dict[str, Any]]:
@@ -38,7 +50,9 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         found[f"stage {stage} partition_activations"] = settings(world_size, stage, partition)
         contiguous = {**partition, "contiguous_memory_optimization": True, "number_checkpoints": LAYERS}
         found[f"stage {stage} contiguous_memory_optimization"] = settings(world_size, stage, contiguous)
-    found["stage 0 synchronize and profile"] = settings(world_size, 0, {"synchronize_checkpoint_boundary": True, "profile": True})
+    found["stage 0 synchronize and profile"] = settings(
+        world_size, 0, {"synchronize_checkpoint_boundary": True, "profile": True}
+    )
     gpt2 = {"model": {"architecture": "gpt2"}}
     found["gpt2 off"] = settings(world_size, 1, None, **gpt2)
     for backend in BACKENDS:

@@ -1,4 +1,6 @@
-"""A checkpoint of any ZeRO stage, number of ranks, precision and offload resumes in any other: weights and moments bit for bit."""
+"""A checkpoint of any ZeRO stage, number of ranks, precision and offload resumes in any other: weights and moments bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,11 @@ def written(folder: Path, ranks: int, names: list[str]) -> dict[str, Any]:
 
 def loads(folder: Path, ranks: int, pairs: list[tuple[str, int, str]], **extra: Any) -> dict[str, Any]:
     return {
-        f"{source} @{was} -> {name} @{ranks}": {"from": str(folder / f"ranks{was}" / source), "case": case(name, ranks, 1), **extra}
+        f"{source} @{was} -> {name} @{ranks}": {
+            "from": str(folder / f"ranks{was}" / source),
+            "case": case(name, ranks, 1),
+            **extra,
+        }
         for source, was, name in pairs
     }
 
@@ -124,7 +130,9 @@ def worst(losses: list[float], reference: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
 
 
-MATRIX_NAMES = [f"{source} @{was} -> {name} @{ranks}" for source in MATRIX for was in (1, 2) for name in MATRIX for ranks in (1, 2)]
+MATRIX_NAMES = [
+    f"{source} @{was} -> {name} @{ranks}" for source in MATRIX for was in (1, 2) for name in MATRIX for ranks in (1, 2)
+]
 OTHER_NAMES = [f"{source} @{was} -> {name} @{ranks}" for ranks in (1, 2) for source, was, name in PAIRS[ranks]]
 
 
@@ -151,7 +159,9 @@ def test_precision_offload_and_layout_change(results, name):
 
 @pytest.mark.parametrize("name", MATRIX_NAMES)
 def test_every_rank_reads_its_own_fragments_and_nothing_else(results, name):
-    """Weight and both moments; DeepSpeed's own load, where nothing but the rank's own files is read, does not count here."""
+    """Weight and both moments; DeepSpeed's own load, where nothing but the rank's own files is read, does not count
+    here.
+    """
     read, parameters, now = results[name]["read"], results[name]["parameters"], name.split(" -> ")[1]
     if name.split(" -> ")[0] == now:
         assert sum(read) == 0

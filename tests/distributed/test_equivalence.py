@@ -1,4 +1,6 @@
-"""The engine computes what a plain PyTorch loop computes: every ZeRO stage, 1 and 2 ranks, accumulation, offload, bf16."""
+"""The engine computes what a plain PyTorch loop computes: every ZeRO stage, 1 and 2 ranks, accumulation, offload,
+bf16.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,18 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
                 }
         if stage == 3:
             found["fp32 stage 3 parameters and optimizer offloaded"] = {
-                "json": {"stage": 3, "batch": BATCH, "micro": BATCH // world_size, "offload": True, "offload_param": True}
+                "json": {
+                    "stage": 3,
+                    "batch": BATCH,
+                    "micro": BATCH // world_size,
+                    "offload": True,
+                    "offload_param": True,
+                }
             }
         if stage:
-            found[f"bf16 stage {stage}"] = {"json": {"stage": stage, "batch": BATCH, "micro": BATCH // world_size, "precision": "bf16"}}
+            found[f"bf16 stage {stage}"] = {
+                "json": {"stage": stage, "batch": BATCH, "micro": BATCH // world_size, "precision": "bf16"}
+            }
     return found
 
 

@@ -1,4 +1,6 @@
-"""Two ranks of which one computes a loss that is not finite: both skip, both go back or stop, and the journal names the one."""
+"""Two ranks of which one computes a loss that is not finite: both skip, both go back or stop, and the journal names the
+one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from tests.support import run_ranks
 from tests.training.in_process import events, series
 from tests.training.test_guard import BAD, BATCH, FROM, LEFT_OUT, TO, words
 
-RUNS = {"stage 1 bf16": (1, "bf16"), "stage 2 fp32": (2, "fp32"), "stage 3 bf16": (3, "bf16"), "stage 0 fp32": (0, "fp32")}
+RUNS = {
+    "stage 1 bf16": (1, "bf16"),
+    "stage 2 fp32": (2, "fp32"),
+    "stage 3 bf16": (3, "bf16"),
+    "stage 0 fp32": (0, "fp32"),
+}
 STEPS = 24
 
 
@@ -38,17 +45,24 @@ def test_all_ranks_go_back_together_and_complete_the_run(results, name):
     assert ranks[0][name] == ranks[1][name]
     outcome, fed = ranks[0][name]
     assert (outcome["step"], outcome["position"]) == (STEPS, STEPS * BATCH + LEFT_OUT)
-    assert [(one["from_step"], one["to_step"], one["samples"]) for one in outcome["rollbacks"]] == [(FROM, TO, LEFT_OUT)]
+    assert [(one["from_step"], one["to_step"], one["samples"]) for one in outcome["rollbacks"]] == [
+        (FROM, TO, LEFT_OUT)
+    ]
     assert fed.count(BAD[0]) == 2, "trained on once, looked at once"
     out = folder / name / "out"
-    assert series(out, "val/loss")[STEPS] == pytest.approx(series(folder / "clean" / "out", "val/loss")[STEPS], rel=1e-2)
+    assert series(out, "val/loss")[STEPS] == pytest.approx(
+        series(folder / "clean" / "out", "val/loss")[STEPS], rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("name", [*RUNS, "stop"])
 def test_the_journal_names_the_rank_and_its_samples(results, name):
     folder, _ = results
     skipped = events(folder / name / "out", "skipped_step")
-    assert [(event["step"], event["ranks"], event["first_sample"]) for event in skipped] == [(5, [1], BAD[0]), (6, [1], BAD[1])]
+    assert [(event["step"], event["ranks"], event["first_sample"]) for event in skipped] == [
+        (5, [1], BAD[0]),
+        (6, [1], BAD[1]),
+    ]
     for event in skipped:
         bad = {int(sample) - event["first_sample"] for sample, loss in event["losses"].items() if loss == "nan"}
         assert bad == {4, 5, 6, 7}, "rank 1's micro batch"

@@ -11,7 +11,10 @@ import pytest
 from tests.support import run_ranks
 
 BATCH, STEPS = 8, 20
-OPTIMIZER = {"type": "Muon", "params": {"lr": 0.02, "muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1}}
+OPTIMIZER = {
+    "type": "Muon",
+    "params": {"lr": 0.02, "muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1},
+}
 MATRICES_ONLY = {"type": "Muon", "params": {**OPTIMIZER["params"], "adam_lr": 0.0}}
 
 
@@ -48,7 +51,11 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     plan, out = folder / "plan.json", folder / "results.json"
     plan.write_text(json.dumps({"steps": STEPS, "runs": runs(request.param), "resumes": resumes(request.param)}))
     # An empty cache and no compiler: nothing of Muon may be compiled on a CPU.
-    env = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "CXX": "/nonexistent"}
+    env = {
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "CXX": "/nonexistent",
+    }
     run_ranks(["-m", "tests.distributed.programs.muon", str(plan), str(out)], request.param, **env)
     built = [str(path) for name in ("extensions", "inductor") for path in folder.glob(f"{name}/**/*") if path.is_file()]
     return {**json.loads(out.read_text()), "built": built}
@@ -72,13 +79,19 @@ def test_fp32_stages_agree_and_learn(results, clipping):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_learns_like_fp32(results, stage):
     found = results["runs"][f"bf16 stage {stage}"]
-    assert found["optimizer"] == {1: "BF16_Optimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}[stage]
+    assert (
+        found["optimizer"]
+        == {1: "BF16_Optimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}[stage]
+    )
     assert worst(found["losses"], results["runs"]["stage 0"]["losses"]) <= 2e-2
 
 
 def test_clipping_leaves_muon_alone_and_still_clips_adam(results):
     runs = results["runs"]
-    fall = {name: runs[name]["losses"][0] - runs[name]["losses"][-1] for name in ("stage 1", "stage 1 unclipped", "stage 1 tight")}
+    fall = {
+        name: runs[name]["losses"][0] - runs[name]["losses"][-1]
+        for name in ("stage 1", "stage 1 unclipped", "stage 1 tight")
+    }
     assert fall["stage 1"] > 0.9 * fall["stage 1 unclipped"]
     assert runs["stage 1 tight"]["losses"] != runs["stage 1 unclipped"]["losses"]
 

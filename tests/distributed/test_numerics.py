@@ -1,4 +1,6 @@
-"""Non-finite gradients: the step is skipped on every rank, nothing of it stays, and a run that only skips ends. And torch_autocast."""
+"""Non-finite gradients: the step is skipped on every rank, nothing of it stays, and a run that only skips ends. And
+torch_autocast.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,16 @@ def poisoned(world_size: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for stage in range(4):
         if stage != 2:  # the code path of stage 1
-            found[f"fp32 stage {stage} loss, no clipping"] = {"kind": "loss", "json": {"stage": stage, "gradient_clipping": 0.0, **common}}
+            found[f"fp32 stage {stage} loss, no clipping"] = {
+                "kind": "loss",
+                "json": {"stage": stage, "gradient_clipping": 0.0, **common},
+            }
         for precision in ("fp32", "bf16") if stage else ("fp32",):
             for kind in ("gradient", "activation", "loss alone"):
-                found[f"{precision} stage {stage} {kind}"] = {"kind": kind, "json": {"stage": stage, "precision": precision, **common}}
+                found[f"{precision} stage {stage} {kind}"] = {
+                    "kind": kind,
+                    "json": {"stage": stage, "precision": precision, **common},
+                }
         found[f"fp32 stage {stage} gradient Muon"] = {
             "kind": "gradient",
             "json": {"stage": stage, "optimizer": MUON, **common},
@@ -51,7 +59,12 @@ NAMES = [name for name in poisoned(1) if not name.startswith("control")]
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp(f"numerics{request.param}")
     plan, out = folder / "plan.json", folder / "results.json"
-    cases = {"poisoned": poisoned(request.param), "autocast": autocast(request.param), "schedule": SCHEDULE, "steps": STEPS}
+    cases = {
+        "poisoned": poisoned(request.param),
+        "autocast": autocast(request.param),
+        "schedule": SCHEDULE,
+        "steps": STEPS,
+    }
     plan.write_text(json.dumps(cases))
     run_ranks(["-m", "tests.distributed.programs.numerics", str(plan), str(out)], request.param)
     return json.loads(out.read_text())

@@ -1,4 +1,6 @@
-"""Memory runs out on one of two ranks: the step is repeated with smaller micro-batches, as if they had been small from the start."""
+"""Memory runs out on one of two ranks: the step is repeated with smaller micro-batches, as if they had been small from
+the start.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from tests.support import engine_json, run_ranks, write_json, write_run_yaml
 
 STEPS = 9
 SHORTAGES = [
-    # While ZeRO-3 records the order of its modules, and in a step's second micro-batch, which reduces gradients at every stage.
+    # While ZeRO-3 records the order of its modules, and in a step's second micro-batch, which reduces gradients at
+    # every stage.
     {"site": "backward", "step": 1, "micro": 0, "size": 8, "rank": 1},
     {"site": "forward", "step": 7, "micro": 1, "size": 4, "rank": 1},
     {"site": "optimizer", "step": 7, "size": 2, "rank": 1},
@@ -31,7 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 CONTROLS = ("stage0", "stage3", "stage2, offload")
-"""Where gradients stay between steps unless they are dropped; ZeRO 1 and 2 on the device hand them over in a step's last backward."""
+"""Where gradients stay between steps unless they are dropped; ZeRO 1 and 2 on the device hand them over in a step's
+last backward.
+"""
 
 
 def plan_of(folder: Path, text_file: Path) -> list[dict[str, Any]]:
@@ -40,7 +45,9 @@ def plan_of(folder: Path, text_file: Path) -> list[dict[str, Any]]:
     dropping = write_run_yaml(folder / "dropping.yaml", model={"dropout": 0.1}, max_steps=STEPS)
     longer = write_run_yaml(folder / "longer.yaml", max_steps=STEPS + 1)
 
-    def item(name: str, settings: str, micro: int | str, out: str | None = None, config: Path = config, **more: Any) -> None:
+    def item(
+        name: str, settings: str, micro: int | str, out: str | None = None, config: Path = config, **more: Any
+    ) -> None:
         saving = {"every_steps": None, "every_minutes": None, "keep_best": 0}
         tree = engine_json(**{"batch": 16, "micro": micro, "chatgot": {"checkpoint": saving}, **SETTINGS[settings]})
         path = write_json(folder / f"{len(plan)}.json", tree)

@@ -1,4 +1,6 @@
-"""Two ranks, killed with SIGKILL after a checkpoint: two more repeat their journal bit for bit, one within a tolerance."""
+"""Two ranks, killed with SIGKILL after a checkpoint: two more repeat their journal bit for bit, one within a
+tolerance.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ TRAIN = str(ROOT / "launch" / "train.py")
 
 
 def killed(folder: Path, text: Path, stage: int, dropout: float) -> tuple[list[str], int]:
-    """The command line of a run of two ranks that was killed some steps after its only checkpoint, and the last step that it journaled."""
+    """The command line of a run of two ranks that was killed some steps after its only checkpoint, and the last step
+    that it journaled.
+    """
     config = write_run_yaml(folder / "run.yaml", max_steps=100_000, model={"dropout": dropout})
     engine = engine_json(stage, micro=2, chatgot={"schedule": {"type": "constant", "warmup_steps": 2}})
     line = argv(write_json(folder / "engine.json", engine), folder / "out", config, text)
@@ -59,7 +63,11 @@ def test_one_rank_repeats_the_journal_of_two_within_a_tolerance(tmp_path, text_f
     assert (event["steps"], event["of"], event["exact"]) == (steps, steps, False)
     assert "world_size: 2 -> 1" in event["compares"]
     before, after = (
-        {r["step"]: r["digest"] for r in in_process.read_journal(out / "metrics.jsonl")[0] if "digest" in r and r["digest"]["setup"] == id}
+        {
+            r["step"]: r["digest"]
+            for r in in_process.read_journal(out / "metrics.jsonl")[0]
+            if "digest" in r and r["digest"]["setup"] == id
+        }
         for id in dict.fromkeys(e["setup"]["id"] for e in events(out) if "setup" in e)
     )
     assert before[SAVED + 1]["batch"] == after[SAVED + 1]["batch"]

@@ -16,9 +16,18 @@ CONTROLS = ("rng", "position", "schedule")
 
 def variants() -> list[tuple[str, int, str, str]]:
     """(name, stage, precision, extra)"""
-    found = [(f"{precision}-stage{stage}", stage, precision, "") for precision in ("fp32", "bf16") for stage in range(4)]
+    found = [
+        (f"{precision}-stage{stage}", stage, precision, "") for precision in ("fp32", "bf16") for stage in range(4)
+    ]
     found = [v for v in found if not (v[2] == "bf16" and v[1] == 0)]  # refused: 16 bit needs ZeRO
-    return [*found, *((f"fp32-stage{stage}-{extra}", stage, "fp32", extra) for stage in range(4) for extra in ("act_ckpt", "async"))]
+    return [
+        *found,
+        *(
+            (f"fp32-stage{stage}-{extra}", stage, "fp32", extra)
+            for stage in range(4)
+            for extra in ("act_ckpt", "async")
+        ),
+    ]
 
 
 def drive(folder: Path, world_size: int, items: list[dict[str, Any]], label: str) -> dict[str, Any]:
@@ -47,7 +56,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     first, second = [], []
     for name, stage, precision, extra in variants():
-        saving = {"every_steps": N // 2 if extra == "async" else N, "async": extra == "async", "every_minutes": None, "keep_best": 0}
+        saving = {
+            "every_steps": N // 2 if extra == "async" else N,
+            "async": extra == "async",
+            "every_minutes": None,
+            "keep_best": 0,
+        }
         write_json(
             folder / f"{name}.json",
             engine_json(
@@ -60,10 +74,16 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         )
         first.append({"name": f"{name} whole", "argv": argv(name, f"{name}-whole")})
         first.append(
-            {"name": f"{name} first half", "argv": argv(name, f"{name}-halves"), "abandon_after": N + (3 if extra == "async" else 1)}
+            {
+                "name": f"{name} first half",
+                "argv": argv(name, f"{name}-halves"),
+                "abandon_after": N + (3 if extra == "async" else 1),
+            }
         )
         second.append({"name": f"{name} second half", "argv": [*argv(name, f"{name}-halves"), "--resume_from", "must"]})
-    first += [{"name": f"{c} first half", "argv": argv("fp32-stage1", f"control-{c}"), "abandon_after": N} for c in CONTROLS]
+    first += [
+        {"name": f"{c} first half", "argv": argv("fp32-stage1", f"control-{c}"), "abandon_after": N} for c in CONTROLS
+    ]
     found = drive(folder, world_size, first, "first")
     found |= drive(folder, world_size, second, "second")
     for control in CONTROLS:

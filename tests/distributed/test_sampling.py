@@ -1,4 +1,6 @@
-"""Sampling on two ranks, where under ZeRO-3 every forward is a collective, and sampling in one process from what they leave."""
+"""Sampling on two ranks, where under ZeRO-3 every forward is a collective, and sampling in one process from what they
+leave.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def folder(tmp_path_factory, text_file) -> Path:
     for stage, precision in KINDS:
         write_json(folder / f"{precision}-{stage}.json", engine_json(stage, precision, micro=2))
     gathering = engine_json(3, micro=2)
-    # DeepSpeed keeps parameters that are used again soon, in this model all of them: then no forward would be a collective.
+    # DeepSpeed keeps parameters that are used again soon, in this model all of them: then no forward would be a
+    # collective.
     gathering["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     write_json(folder / "gathering.json", gathering)
     for name, train in RUNS.items():
@@ -45,7 +48,11 @@ def folder(tmp_path_factory, text_file) -> Path:
         name = f"{precision}-{stage}"
         plan.append({"name": name, "argv": argv(folder / f"{name}.json", folder / name, config, text_file)})
     (folder / "plan.json").write_text(json.dumps(plan))
-    run_ranks(["-m", "tests.distributed.programs.runs", str(folder / "plan.json"), str(folder / "results.json")], 2, timeout=200)
+    run_ranks(
+        ["-m", "tests.distributed.programs.runs", str(folder / "plan.json"), str(folder / "results.json")],
+        2,
+        timeout=200,
+    )
     return folder
 
 

@@ -1,4 +1,5 @@
-"""Rotary tables that all blocks share survive every option of deepspeed.checkpointing, because the model never passes them on.
+"""Rotary tables that all blocks share survive every option of deepspeed.checkpointing, because the model never passes
+them on.
 
 cpu_checkpointing needs CUDA: tests/gpu/test_activation_checkpointing.py. Stages, ranks and memory: tests/distributed.
 """
@@ -50,7 +51,9 @@ def deepspeeds_settings() -> Iterator[None]:
 def tables(monkeypatch: pytest.MonkeyPatch) -> gpt.Rope:
     """One pair of tables for all forwards of all models: the worst case of sharing."""
     shape = model_config()
-    shared = gpt.rope_tables(torch.arange(shape.max_seq_length), shape.d_model // shape.n_head, shape.rope_theta, torch.float32)
+    shared = gpt.rope_tables(
+        torch.arange(shape.max_seq_length), shape.d_model // shape.n_head, shape.rope_theta, torch.float32
+    )
     monkeypatch.setattr(gpt, "rope_tables", lambda *arguments: shared)
     return shared
 
@@ -62,7 +65,9 @@ def model_config() -> ModelConfig:
 def engine_config(section: dict[str, Any] | None, refinement: dict[str, Any]) -> EngineConfig:
     chatgot = {} if section is None else {"activation_checkpointing": refinement}
     tree = engine_json(0, batch=2, micro=2, activation_checkpointing=section, chatgot=chatgot)
-    return build_engine_config(tree, "ds.json", world_size=1, facts=DeviceFacts("cpu", bf16=True, fp16=False), n_params=50_000)
+    return build_engine_config(
+        tree, "ds.json", world_size=1, facts=DeviceFacts("cpu", bf16=True, fp16=False), n_params=50_000
+    )
 
 
 def model(section: dict[str, Any] | None) -> gpt.GPT:

@@ -1,4 +1,5 @@
-"""Every guard of ours stands for a defect of stock DeepSpeed. Each test shows that the defect is still there, or says which guard may go.
+"""Every guard of ours stands for a defect of stock DeepSpeed. Each test shows that the defect is still there, or says
+which guard may go.
 
 The keys of the configuration are compared with the installed DeepSpeed in tests/config/test_deepspeed_contract.py.
 """
@@ -52,7 +53,9 @@ def stock(stage: int = 0, **keys: Any) -> Any:
     torch.manual_seed(0)
     zero = {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
     config = {"train_batch_size": 1, "gradient_clipping": 0.0, "optimizer": ADAMW, "zero_optimization": zero, **keys}
-    return deepspeed.initialize(model=(net := Net()), model_parameters=list(net.parameters()), config=config, dist_init_required=False)[0]
+    return deepspeed.initialize(
+        model=(net := Net()), model_parameters=list(net.parameters()), config=config, dist_init_required=False
+    )[0]
 
 
 def train(engine: Any, steps: int = 1, scale: float = 1.0) -> None:
@@ -68,33 +71,44 @@ def parse(**keys: Any) -> Any:
     return DeepSpeedConfig({"train_batch_size": 1, **keys})
 
 
-# ------------------------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------------------
+# configuration
 
 
 def test_unknown_top_level_keys_are_accepted():
     try:
         config = parse(gradient_cliping=0.5, activation_checkpointing={"partition_activation": True})
     except Exception as error:  # noqa: BLE001 - whatever a DeepSpeed that refuses it may raise
-        pytest.fail(mended(f"unknown keys are refused ({error})", "the strict schema, chatgot/config/deepspeed_schema.py"))
-    assert config.gradient_clipping == 1.0, "the default of gradient_clipping changed: ds_configs/ and the schema state it"
+        pytest.fail(
+            mended(f"unknown keys are refused ({error})", "the strict schema, chatgot/config/deepspeed_schema.py")
+        )
+    assert config.gradient_clipping == 1.0, (
+        "the default of gradient_clipping changed: ds_configs/ and the schema state it"
+    )
 
 
 def test_auto_means_off():
     config = parse(bf16={"enabled": "auto"})
-    assert config.bfloat16_config.enabled is False, mended('"auto" is no longer dropped', "_resolve_precision in config/deepspeed_json.py")
+    assert config.bfloat16_config.enabled is False, mended(
+        '"auto" is no longer dropped', "_resolve_precision in config/deepspeed_json.py"
+    )
 
 
 def test_default_buckets_are_half_a_billion_elements():
     zero = parse(zero_optimization={"stage": 1}).zero_config
     sizes = (zero.reduce_bucket_size, zero.allgather_bucket_size)
-    assert sizes == (500_000_000,) * 2, mended("buckets are sized to the model", "bucket sizes from n_params in config/deepspeed_json.py")
+    assert sizes == (500_000_000,) * 2, mended(
+        "buckets are sized to the model", "bucket sizes from n_params in config/deepspeed_json.py"
+    )
 
 
 def test_16_bit_at_stage_0_steps_before_training():
     engine = stock(0, bf16={"enabled": True})
     taken = {float(state["step"]) for state in engine.basic_optimizer.state.values()}
     engine.destroy()
-    assert taken == {1.0}, mended("no optimizer step before training", "the refusal of 16 bit at stage 0 in config/deepspeed_checks.py")
+    assert taken == {1.0}, mended(
+        "no optimizer step before training", "the refusal of 16 bit at stage 0 in config/deepspeed_checks.py"
+    )
 
 
 def test_schedulers_start_at_rate_zero():
@@ -106,18 +120,31 @@ def test_schedulers_start_at_rate_zero():
     for _ in range(2):
         schedule.step()
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[:2] == [0.0, 0.0], mended("the first two steps learn", "the remark on stock schedulers beside chatgot.schedule")
+    assert rates[:2] == [0.0, 0.0], mended(
+        "the first two steps learn", "the remark on stock schedulers beside chatgot.schedule"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ start and environment
+# ------------------------------------------------------------------------------------------------------------ start and
+# environment
 
 
 def test_plain_python_needs_mpi4py():
-    env = {name: value for name, value in environment().items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    env = {
+        name: value
+        for name, value in environment().items()
+        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    }
     done = subprocess.run(
-        [sys.executable, "-c", "import deepspeed; deepspeed.init_distributed('gloo')"], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import deepspeed; deepspeed.init_distributed('gloo')"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode != 0, mended("plain python starts a group of one", "the last branch of find_place, engine/environment.py")
+    assert done.returncode != 0, mended(
+        "plain python starts a group of one", "the last branch of find_place, engine/environment.py"
+    )
     assert "mpi4py" in done.stderr
 
 
@@ -129,7 +156,9 @@ def test_an_empty_op_table_skips_the_shared_memory_op():
         "DeepSpeed compiled its shared-memory op although the table is empty: engine/process_group.py, join"
     )
     source = inspect.getsource(backend.build_shm_op)
-    assert "__compatible_ops__" in source, mended("the op is no longer compiled at the start", "the emptied op table in process_group.join")
+    assert "__compatible_ops__" in source, mended(
+        "the op is no longer compiled at the start", "the emptied op table in process_group.join"
+    )
 
 
 def test_collectives_warn_that_torch_renamed_them():
@@ -176,7 +205,8 @@ def test_autocast_outlives_its_engine():
     engine.destroy()
 
 
-# -------------------------------------------------------------------------------------------------------- activation checkpointing
+# -------------------------------------------------------------------------------------------------------- activation
+# checkpointing
 
 
 @pytest.fixture
@@ -215,7 +245,12 @@ def test_cpu_checkpointing_fails_on_a_cpu(checkpointing):
         checkpointing.checkpoint(lambda h: h @ weight, x * 2).sum().backward()
     except RuntimeError:
         return
-    pytest.fail(mended("cpu_checkpointing works on a CPU", "activation_checkpointing.cpu_checkpointing in CUDA_ONLY, deepspeed_schema.py"))
+    pytest.fail(
+        mended(
+            "cpu_checkpointing works on a CPU",
+            "activation_checkpointing.cpu_checkpointing in CUDA_ONLY, deepspeed_schema.py",
+        )
+    )
 
 
 def test_recomputation_forgets_autocast(checkpointing):
@@ -232,10 +267,13 @@ def test_recomputation_forgets_autocast(checkpointing):
         loss = checkpointing.checkpoint(block, x).sum()
     loss.backward()
     assert seen[0] == torch.bfloat16
-    assert seen[1] == torch.float32, mended("autocast is restored", "the refusal of backend deepspeed under torch_autocast")
+    assert seen[1] == torch.float32, mended(
+        "autocast is restored", "the refusal of backend deepspeed under torch_autocast"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- gradients
+# ----------------------------------------------------------------------------------------------------------------------
+# gradients
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
@@ -258,7 +296,9 @@ def test_offload_in_16_bit_never_trains_again_after_a_skipped_step(stage):
     engine = stock(zero_optimization=offload, zero_force_ds_cpu_optimizer=False, **keys)
     train(engine, scale=math.inf)
     train(engine, steps=3)
-    assert engine.skipped_steps == 4, mended("gradients of a skipped step stay in the buffer", "guards.forget_skipped_gradients")
+    assert engine.skipped_steps == 4, mended(
+        "gradients of a skipped step stay in the buffer", "guards.forget_skipped_gradients"
+    )
     guards.forget_skipped_gradients(engine.optimizer)
     train(engine, scale=math.inf)
     train(engine, steps=3)
@@ -298,14 +338,21 @@ def test_muon_is_compiled_at_import():
 
     guards.run_muon_uncompiled()
     source = inspect.getsource(original_muon)
-    decorated = [name for name in ("muon_update", "zeropower_via_gram_newtonschulz") if f"@compiler.compile()\ndef {name}(" in source]
+    decorated = [
+        name
+        for name in ("muon_update", "zeropower_via_gram_newtonschulz")
+        if f"@compiler.compile()\ndef {name}(" in source
+    ]
     assert len(decorated) == 2, mended("Muon is not compiled at import", "guards.run_muon_uncompiled")
-    assert hasattr(torch.compile(lambda x: x), "_torchdynamo_orig_callable"), "torch keeps the eager function elsewhere now"
+    assert hasattr(torch.compile(lambda x: x), "_torchdynamo_orig_callable"), (
+        "torch keeps the eager function elsewhere now"
+    )
     for function in (*(getattr(original_muon, name) for name in decorated), muon_optimizer.muon_update):
         assert not hasattr(function, "_torchdynamo_orig_callable"), f"{function} is compiled in spite of the guard"
 
 
-# -------------------------------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------------------------------------------
+# checkpoints
 
 
 def test_latest_is_written_before_the_other_ranks_are_done():
@@ -349,8 +396,12 @@ def test_resume_takes_hyper_parameters_from_the_checkpoint(tmp_path: Path):
     engine.load_checkpoint(str(tmp_path), tag="a")
     group, clipping = engine.optimizer.param_groups[0], engine.optimizer.clip_grad
     engine.destroy()
-    assert group["weight_decay"] == 0.1, mended("the JSON's weight decay holds", "_reapply in checkpoint/load.py (groups)")
-    assert tuple(group["betas"]) == (0.9, 0.999), mended("the JSON's betas hold", "_reapply in checkpoint/load.py (groups)")
+    assert group["weight_decay"] == 0.1, mended(
+        "the JSON's weight decay holds", "_reapply in checkpoint/load.py (groups)"
+    )
+    assert tuple(group["betas"]) == (0.9, 0.999), mended(
+        "the JSON's betas hold", "_reapply in checkpoint/load.py (groups)"
+    )
     assert clipping == 0.25, mended("the JSON's clipping holds", "_reapply in checkpoint/load.py (clip_grad)")
 
 

@@ -9,7 +9,14 @@ import pytest
 from chatgot.config.errors import EXIT_ENVIRONMENT, EnvironmentFault
 from chatgot.engine.environment import Place, find_place, first_host, free_port
 
-TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host0", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x"}
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "host0",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "x",
+}
 SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
@@ -123,7 +130,14 @@ def test_rank_outside_the_world_is_refused(rank):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu1", "gpu1"), ("gpu1,gpu2", "gpu1"), ("gpu[003-007,9],cpu1", "gpu003"), ("gpu[7,9]", "gpu7"), ("a-b[01-02]", "a-b01"), ("", "")],
+    [
+        ("gpu1", "gpu1"),
+        ("gpu1,gpu2", "gpu1"),
+        ("gpu[003-007,9],cpu1", "gpu003"),
+        ("gpu[7,9]", "gpu7"),
+        ("a-b[01-02]", "a-b01"),
+        ("", ""),
+    ],
 )
 def test_first_host_of_a_slurm_node_list(nodes, first):
     assert first_host(nodes) == first

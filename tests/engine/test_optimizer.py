@@ -12,7 +12,13 @@ from chatgot.config.device import DeviceFacts
 from chatgot.config.errors import ConfigError
 from chatgot.config.run import ModelConfig
 from chatgot.engine.build import build
-from chatgot.engine.optimizer import base_learning_rates, build_client_optimizer, is_muon, parameter_groups, weight_decay
+from chatgot.engine.optimizer import (
+    base_learning_rates,
+    build_client_optimizer,
+    is_muon,
+    parameter_groups,
+    weight_decay,
+)
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json
 
@@ -20,7 +26,9 @@ CPU = DeviceFacts("cpu", bf16=True, fp16=False, name="cpu")
 
 
 def read(kind: str, stage: int = 0, params: dict[str, Any] | None = None, **keys: Any) -> EngineConfig:
-    tree = engine_json(stage, batch=2, micro=2, optimizer={"type": kind, "params": {"lr": 1e-2, **(params or {})}}, **keys)
+    tree = engine_json(
+        stage, batch=2, micro=2, optimizer={"type": kind, "params": {"lr": 1e-2, **(params or {})}}, **keys
+    )
     return build_engine_config(tree, "ds.json", world_size=1, facts=CPU, n_params=30_000)
 
 
@@ -44,7 +52,9 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not(architecture):
     outside = {names[id(p)] for p in plain["params"]}
     assert inside | outside == set(names.values())
     assert not inside & outside
-    assert {"embed_tokens.weight", "layers.0.attention.qkv.weight", "lm_head.weight"} - inside <= {"lm_head.weight"}  # tied: counted once
+    assert {"embed_tokens.weight", "layers.0.attention.qkv.weight", "lm_head.weight"} - inside <= {
+        "lm_head.weight"
+    }  # tied: counted once
     assert "norm.weight" in outside
     assert all("norm" in name or name.endswith("bias") for name in outside)
 
@@ -127,7 +137,13 @@ def test_muon_in_any_case():
 
 @pytest.mark.parametrize(
     ("kind", "stage", "params"),
-    [("SGD", 1, {"momentum": 0.9}), ("SGD", 3, {}), ("RMSprop", 0, {"alpha": 0.9}), ("Adagrad", 0, {}), ("NAdam", 2, {})],
+    [
+        ("SGD", 1, {"momentum": 0.9}),
+        ("SGD", 3, {}),
+        ("RMSprop", 0, {"alpha": 0.9}),
+        ("Adagrad", 0, {}),
+        ("NAdam", 2, {}),
+    ],
 )
 @pytest.mark.usefixtures("process_group")
 def test_any_torch_optimizer_trains(kind, stage, params):

@@ -1,4 +1,6 @@
-"""The precision preflight: a sound model passes and is not touched, one that its precision cannot compute is refused with the numbers."""
+"""The precision preflight: a sound model passes and is not touched, one that its precision cannot compute is refused
+with the numbers.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def ranks() -> ControlGroup:
 
 def config(precision: str, **fp16: object) -> EngineConfig:
     found = build_engine_config(engine_json(1), "case.json", world_size=1, facts=device_facts(), n_params=30_000)
-    return dataclasses.replace(found, precision=precision, deepspeed={**found.deepspeed, "fp16": {"enabled": True, **fp16}})
+    return dataclasses.replace(
+        found, precision=precision, deepspeed={**found.deepspeed, "fp16": {"enabled": True, **fp16}}
+    )
 
 
 def model(architecture: str = "modern") -> GPT:
@@ -57,7 +61,9 @@ def test_a_sound_model_stays_far_within_the_bounds_and_is_left_as_it_was(archite
     assert f"in {precision} and fp32" in line
     assert torch.equal(random, torch.get_rng_state())
     assert gpt.training
-    assert all(torch.equal(before[name], value) and value.dtype == torch.float32 for name, value in gpt.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) and value.dtype == torch.float32 for name, value in gpt.state_dict().items()
+    )
     assert all(parameter.grad is None for parameter in gpt.parameters())
 
 
@@ -72,7 +78,9 @@ def test_values_that_fp16_cannot_hold_are_refused(ranks):
     gpt = model()
     with torch.no_grad():
         gpt.norm.weight.mul_(1e6)
-    with pytest.raises(NumericsError, match=r"fp16 and fp32: loss nan and .* \(differ by inf, bound 0.005\).*train in fp32, or in bf16"):
+    with pytest.raises(
+        NumericsError, match=r"fp16 and fp32: loss nan and .* \(differ by inf, bound 0.005\).*train in fp32, or in bf16"
+    ):
         check_precision(gpt, config("fp16"), *batch(), torch.device("cpu"), ranks)
 
 

@@ -1,6 +1,7 @@
 """SIGKILL during a save, of one rank or of all: the same command again goes on from the newest whole checkpoint.
 
-Every launch resumes what the one before it left, trains on, and is killed in its own save: one launch proves one resume and makes one kill.
+Every launch resumes what the one before it left, trains on, and is killed in its own save: one launch proves one resume
+and makes one kill.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ class Sweep:
 
     def __init__(self, folder: Path, stage: int, text: Path, background: bool) -> None:
         self.out, self.stage, self.rank_0_was_killed = folder / "out", stage, False
-        saving = {"checkpoint": {"every_steps": EVERY, "every_minutes": None, "keep_best": 0, "keep_last": 99, "async": background}}
+        saving = {
+            "checkpoint": {
+                "every_steps": EVERY,
+                "every_minutes": None,
+                "keep_best": 0,
+                "keep_last": 99,
+                "async": background,
+            }
+        }
         engine = write_json(folder / "engine.json", engine_json(stage, micro=2, chatgot=saving))
         config = write_run_yaml(folder / "run.yaml", max_steps=10_000)
         self.words = [str(ROOT / "launch" / "train.py"), *in_process.argv(engine, self.out, config, text)]
@@ -48,7 +57,9 @@ class Sweep:
         """Launch, be killed at operation `number` of the first save, and check what is left."""
         before = self.newest()
         ranks = self.launch(CHATGOT_FAULT=f"save:{number}:kill9:{rank}")
-        context = f"stage {self.stage}, operation {number}, rank {rank}\n" + "\n".join(done.stderr[-2000:] for done in ranks)
+        context = f"stage {self.stage}, operation {number}, rank {rank}\n" + "\n".join(
+            done.stderr[-2000:] for done in ranks
+        )
         killed = 1 if rank == "1" else 0
         self.rank_0_was_killed = killed == 0
         assert ranks[killed].returncode == -signal.SIGKILL, context
@@ -74,7 +85,9 @@ class Sweep:
         assert self.started_at() == before
         assert self.newest() == before + EVERY
         assert sorted(in_process.series(self.out, "train/loss")) == list(range(1, before + EVERY + 1))
-        assert not [path.name for path in (self.out / "checkpoints").iterdir() if path.name.startswith(".")], "leftovers are swept"
+        assert not [path.name for path in (self.out / "checkpoints").iterdir() if path.name.startswith(".")], (
+            "leftovers are swept"
+        )
         assert not (self.out / ".lock").exists()
         for rank, done in enumerate(ranks):
             lines = [line for line in done.stderr.splitlines() if line.startswith("CHATGOT_FAULT: operation ")]

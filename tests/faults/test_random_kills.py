@@ -1,4 +1,6 @@
-"""SIGKILL at random times, of one rank or of all: the same command again goes on from the newest whole checkpoint, every time."""
+"""SIGKILL at random times, of one rank or of all: the same command again goes on from the newest whole checkpoint,
+every time.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tests.support import ROOT, engine_json, environment, free_port, write_json,
 from tests.training import in_process
 
 GRACE_S = 10.0
-"""How long a rank whose peer is gone may take to end before it is killed too, as a launcher does: it may wait for the peer to join."""
+"""How long a rank whose peer is gone may take to end before it is killed too, as a launcher does: it may wait for the
+peer to join.
+"""
 
 
 class Ranks:
@@ -26,10 +30,18 @@ class Ranks:
         port = str(free_port())
         self.processes = []
         for rank in range(2):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             with open(log.with_suffix(f".{rank}"), "w") as file:
                 command = [sys.executable, str(ROOT / "launch" / "train.py"), *words]
-                self.processes.append(subprocess.Popen(command, env=environment(**place), cwd=ROOT, stdout=file, stderr=file))
+                self.processes.append(
+                    subprocess.Popen(command, env=environment(**place), cwd=ROOT, stdout=file, stderr=file)
+                )
 
     def alive(self) -> bool:
         return all(process.poll() is None for process in self.processes)
@@ -56,7 +68,9 @@ class Ranks:
 def test_killed_at_random_times(kills, stage, background, tmp_path, text_file):
     draw = random.Random(1000 * stage + kills)
     out = tmp_path / "out"
-    saving = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 1, "keep_last": 2, "async": background}}
+    saving = {
+        "checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 1, "keep_last": 2, "async": background}
+    }
     engine = write_json(tmp_path / "engine.json", engine_json(stage, micro=2, chatgot=saving))
     config = write_run_yaml(tmp_path / "run.yaml", model={"dropout": 0.1}, max_steps=1_000_000, eval_every=7)
     words = in_process.argv(engine, out, config, text_file)
@@ -73,7 +87,9 @@ def test_killed_at_random_times(kills, stage, background, tmp_path, text_file):
         who = draw.choice([(0,), (1,), (0, 1)])
         still_alive = ranks.alive()
         ranks.kill(who)
-        context = f"kill {number} of ranks {who}\n" + "\n".join(tmp_path.joinpath(f"log.{rank}").read_text()[-3000:] for rank in range(2))
+        context = f"kill {number} of ranks {who}\n" + "\n".join(
+            tmp_path.joinpath(f"log.{rank}").read_text()[-3000:] for rank in range(2)
+        )
         assert still_alive, context
         starts = [event for event in in_process.events(out)[started:] if event["event"] in ("started", "resumed")]
         for event in starts:
@@ -83,7 +99,14 @@ def test_killed_at_random_times(kills, stage, background, tmp_path, text_file):
         assert (after.manifest["step"] if after else 0) >= (before.manifest["step"] if before else 0), context
     last = find(out / "checkpoints")
     assert last is not None
-    assert not in_process.events(out, "resume_differs"), "every resume repeated, bit for bit, what had been journaled behind its checkpoint"
+    assert not in_process.events(out, "resume_differs"), (
+        "every resume repeated, bit for bit, what had been journaled behind its checkpoint"
+    )
     if kills > 10:
         assert sum(event["steps"] for event in in_process.events(out, "resume_verified")) >= kills // 3
-    assert in_process.train([*words, f"train.max_steps={last.manifest['step'] + 2}", "ds.train_micro_batch_size_per_gpu=4"]) == 0
+    assert (
+        in_process.train(
+            [*words, f"train.max_steps={last.manifest['step'] + 2}", "ds.train_micro_batch_size_per_gpu=4"]
+        )
+        == 0
+    )

@@ -1,4 +1,6 @@
-"""CHATGOT_FAULT does what it says, and a save whose disk is full or broken leaves training and the earlier checkpoints alone."""
+"""CHATGOT_FAULT does what it says, and a save whose disk is full or broken leaves training and the earlier checkpoints
+alone.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,17 @@ def test_stopped_process_hangs_until_it_is_continued():
     assert process.communicate(timeout=60)[0] == "went on\n"
 
 
-@pytest.mark.parametrize("fault", ["save:2", "save:x:kill9", "load:1:kill9", "save:1:explode", "save:1:delay", "save:1:kill9:-1"])
+@pytest.mark.parametrize(
+    "fault", ["save:2", "save:x:kill9", "load:1:kill9", "save:1:explode", "save:1:delay", "save:1:kill9:-1"]
+)
 def test_misspelt_fault_is_refused(fault, tmp_path, text_file, monkeypatch, capsys):
     monkeypatch.setenv("CHATGOT_FAULT", fault)
-    words = argv(write_json(tmp_path / "engine.json", engine_json()), tmp_path / "out", write_run_yaml(tmp_path / "run.yaml"), text_file)
+    words = argv(
+        write_json(tmp_path / "engine.json", engine_json()),
+        tmp_path / "out",
+        write_run_yaml(tmp_path / "run.yaml"),
+        text_file,
+    )
     assert in_process.refused(words) == 2
     assert f"CHATGOT_FAULT={fault}: must be save:N:" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -73,9 +82,13 @@ def test_misspelt_fault_is_refused(fault, tmp_path, text_file, monkeypatch, caps
 @pytest.mark.parametrize("background", [False, True], ids=["at once", "async"])
 @pytest.mark.parametrize("kind", ["enospc", "eio"])
 @pytest.mark.parametrize("number", range(1, OPERATIONS + 1))
-def test_failing_operation_leaves_training_and_the_previous_checkpoint_alone(number, kind, background, tmp_path, text_file, capsys):
+def test_failing_operation_leaves_training_and_the_previous_checkpoint_alone(
+    number, kind, background, tmp_path, text_file, capsys
+):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
-    saving = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 0, "keep_last": 9, "async": background}}
+    saving = {
+        "checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 0, "keep_last": 9, "async": background}
+    }
     engine = write_json(tmp_path / "engine.json", engine_json(1, chatgot=saving))
     out = tmp_path / "out"
     with in_process.cpu_environment(CHATGOT_FAULT=f"save:{OPERATIONS + number}:{kind}"):

@@ -19,7 +19,9 @@ HERE = Path(__file__).resolve().parent
 LAST = ("test_resume.py", "test_compile.py", "test_speed.py")
 """The slowest modules, run last."""
 SECONDS_PER_TEST = 280
-"""A test that hangs ends the session after this time, with every thread's stack on stderr; the results so far are in the file."""
+"""A test that hangs ends the session after this time, with every thread's stack on stderr; the results so far are in
+the file.
+"""
 
 FIGURES = pytest.StashKey[dict[str, Any]]()
 STDERR = pytest.StashKey[int]()
@@ -55,7 +57,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report: pytest.TestReport = yield
     if report.when == "call" or report.outcome != "passed":
         message = None
@@ -99,7 +103,9 @@ def device() -> Iterator[torch.device]:
     from chatgot.training.run import leave
 
     os.environ["DS_ACCELERATOR"] = machine.KIND
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once by cuBLAS; without it it may sum in any order
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read once by cuBLAS; without it it may sum in any order
     yield join(find_place(), machine.KIND)
     leave()
 

@@ -10,7 +10,9 @@ from importlib import metadata
 from typing import Any
 
 DRY_RUN = os.environ.get("CHATGOT_GPU_TESTS_ON_CPU") == "1"
-"""Everything that a CPU can do too: fp32 and bf16, no fp16, no activations moved to the CPU, the large model made small."""
+"""Everything that a CPU can do too: fp32 and bf16, no fp16, no activations moved to the CPU, the large model made
+small.
+"""
 
 KIND = "cpu" if DRY_RUN else "cuda"
 

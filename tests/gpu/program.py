@@ -36,7 +36,9 @@ def prepare(command_line: list[str]) -> Loop:
     return run.prepare_run(arguments, find_place())
 
 
-def train(command_line: list[str], abandon_after: int | None = None, inspect: Callable[[Loop], Any] | None = None) -> Any:
+def train(
+    command_line: list[str], abandon_after: int | None = None, inspect: Callable[[Loop], Any] | None = None
+) -> Any:
     """Train in this process: to the end, or until a step after which everything is left as a kill would leave it.
 
     Returns:
@@ -68,14 +70,27 @@ def start(program: list[str], kind: str = KIND, timeout: float = 240.0, **env: s
     if kind == "cpu":
         surroundings["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        done = subprocess.run([sys.executable, *program], env=surroundings, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            [sys.executable, *program], env=surroundings, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        )
     except subprocess.TimeoutExpired as late:
-        output = [part.decode(errors="replace") if isinstance(part, bytes) else part or "" for part in (late.stdout, late.stderr)]
-        raise AssertionError(f"{program}: not done after {timeout:.0f} s\n{output[0][-3000:]}\n{output[1][-6000:]}") from None
-    assert done.returncode == 0, f"{program}: ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        output = [
+            part.decode(errors="replace") if isinstance(part, bytes) else part or ""
+            for part in (late.stdout, late.stderr)
+        ]
+        raise AssertionError(
+            f"{program}: not done after {timeout:.0f} s\n{output[0][-3000:]}\n{output[1][-6000:]}"
+        ) from None
+    assert done.returncode == 0, (
+        f"{program}: ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
     return done
 
 
 def series(out: Path, metric: str) -> dict[int, float]:
     """{step: value} of a metric in the run as it stands."""
-    return {record["step"]: record[metric] for record in live_metrics(out / "metrics.jsonl") if record.get(metric) is not None}
+    return {
+        record["step"]: record[metric]
+        for record in live_metrics(out / "metrics.jsonl")
+        if record.get(metric) is not None
+    }

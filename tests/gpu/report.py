@@ -1,7 +1,7 @@
 """gpu_results.json: the device, the versions, and every test with its outcome and its figures.
 
-The file is rewritten after every test, so that a session that is cut off still tells what it found, and in which test it was.
-`python -m tests.gpu.report` writes it where not even pytest can run.
+The file is rewritten after every test, so that a session that is cut off still tells what it found, and in which test
+it was. `python -m tests.gpu.report` writes it where not even pytest can run.
 """
 
 from __future__ import annotations

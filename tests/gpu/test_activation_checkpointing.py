@@ -19,25 +19,42 @@ pytestmark = pytest.mark.gpu
 DEEPSPEED = {"activation_checkpointing": {"backend": "deepspeed"}}
 SECTIONS: dict[str, dict[str, Any]] = {
     "torch": {"activation_checkpointing": {}},
-    "torch, every 2nd": {"activation_checkpointing": {}, "chatgot": {"activation_checkpointing": {"every_n_layers": 2}}},
+    "torch, every 2nd": {
+        "activation_checkpointing": {},
+        "chatgot": {"activation_checkpointing": {"every_n_layers": 2}},
+    },
     "deepspeed": {"activation_checkpointing": {}, "chatgot": DEEPSPEED},
     "partition_activations": {"activation_checkpointing": {"partition_activations": True}},
     "cpu_checkpointing": {"activation_checkpointing": {"cpu_checkpointing": True}},
-    "partition_activations and cpu_checkpointing": {"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True}},
+    "partition_activations and cpu_checkpointing": {
+        "activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True}
+    },
 }
-ENGINES = {"fp32-stage0": (0, "fp32"), "bf16-stage1": (1, "bf16"), "bf16-stage2": (2, "bf16"), "fp32-stage3": (3, "fp32")}
+ENGINES = {
+    "fp32-stage0": (0, "fp32"),
+    "bf16-stage1": (1, "bf16"),
+    "bf16-stage2": (2, "bf16"),
+    "fp32-stage3": (3, "fp32"),
+}
 STEPS = 3
 MODEL = {"dropout": 0.1, "n_layers": 3}
 
 
 def outcome(folder: Path, device: torch.device, stage: int, precision: str, section: dict[str, Any]) -> dict[str, Any]:
-    """Losses and weights of a few steps, the gradients before the first of them at stage 0, and how often a block ran."""
+    """Losses and weights of a few steps, the gradients before the first of them at stage 0, and how often a block
+    ran.
+    """
     with tiny_engine(folder, device, MODEL, stage=stage, precision=precision, **section) as engine:
         calls: list[int] = []
         for block in engine.engine.module.layers:
             block.register_forward_pre_hook(lambda *_: calls.append(1))
         trained = train(engine, device, STEPS)
-        found = {"losses": trained.losses, "grad_norms": trained.grad_norms, "weights": fp32_parameters(engine), "calls": len(calls)}
+        found = {
+            "losses": trained.losses,
+            "grad_norms": trained.grad_norms,
+            "weights": fp32_parameters(engine),
+            "calls": len(calls),
+        }
         if stage == 0:
             [batch] = micro_batches(STEPS, device, TINY_MODEL["max_seq_length"], 4, 4)
             loss = engine.engine(*batch)
@@ -84,7 +101,11 @@ def test_recomputation_changes_no_bit_and_leaves_the_rotary_tables_alone(
     forwards = expected["calls"] // per_forward
     recomputed = 2 if "every 2nd" in section else per_forward  # of three blocks, the first and the third
     difference = max(float((found["weights"][n] - w).abs().max()) for n, w in expected["weights"].items())
-    record(loss=found["losses"][-1], weight_difference=difference, recomputed=(found["calls"] - expected["calls"]) / forwards)
+    record(
+        loss=found["losses"][-1],
+        weight_difference=difference,
+        recomputed=(found["calls"] - expected["calls"]) / forwards,
+    )
     assert found["calls"] == expected["calls"] + recomputed * forwards
     assert found["losses"] == expected["losses"]
     assert found["grad_norms"] == expected["grad_norms"]
@@ -101,7 +122,9 @@ def test_recomputation_changes_no_bit_and_leaves_the_rotary_tables_alone(
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("stage", range(4))
 def test_recomputation_keeps_autocast(stage, device, tmp_path, record):
-    """DeepSpeed's own checkpoint() would recompute in fp32; the JSON asks for nothing that only DeepSpeed does, so torch's is taken."""
+    """DeepSpeed's own checkpoint() would recompute in fp32; the JSON asks for nothing that only DeepSpeed does, so
+    torch's is taken.
+    """
     off = outcome(tmp_path, device, stage, "autocast_bf16", {})
     on = outcome(tmp_path, device, stage, "autocast_bf16", SECTIONS["torch"])
     record(loss=on["losses"][-1])

@@ -22,7 +22,8 @@ AUTOCAST_FP16 = {"stage": 0, "torch_autocast": {"enabled": True, "dtype": "float
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    # fp16 autocast at stage 0 only: with ZeRO, DeepSpeed 0.19.8 clips the gradients while they are still multiplied by the loss scale.
+    # fp16 autocast at stage 0 only: with ZeRO, DeepSpeed 0.19.8 clips the gradients while they are still multiplied by
+    # the loss scale.
     found: dict[str, dict[str, Any]] = {"autocast_fp16-stage0": AUTOCAST_FP16}
     for stage in range(4):
         found[f"fp32-stage{stage}"] = {"stage": stage}
@@ -35,7 +36,12 @@ def cases() -> dict[str, dict[str, Any]]:
                 found[f"{precision}-stage{stage}-offload"] = {"stage": stage, "precision": precision, "offload": True}
     for precision in ("fp32", "bf16", "fp16"):
         found[f"{precision}-stage3-offload_param"] = {"stage": 3, "precision": precision, "offload_param": True}
-        found[f"{precision}-stage3-offload_both"] = {"stage": 3, "precision": precision, "offload_param": True, "offload": True}
+        found[f"{precision}-stage3-offload_both"] = {
+            "stage": 3,
+            "precision": precision,
+            "offload_param": True,
+            "offload": True,
+        }
     return dict(sorted(found.items(), key=lambda item: ("offload" in item[0], item[0])))
 
 

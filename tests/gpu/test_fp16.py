@@ -1,4 +1,6 @@
-"""fp16: the dynamic loss scale finds its place, skipped steps leave everything consistent, and a scale at its minimum ends the run."""
+"""fp16: the dynamic loss scale finds its place, skipped steps leave everything consistent, and a scale at its minimum
+ends the run.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_fp16")]
 
 
 def fp16(**changes: int) -> dict:
-    return {"fp16": {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 1, "min_loss_scale": 1, **changes}}
+    return {
+        "fp16": {
+            "enabled": True,
+            "loss_scale": 0,
+            "loss_scale_window": 1000,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+            **changes,
+        }
+    }
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -52,7 +63,9 @@ def test_an_overflow_lowers_the_scale_skips_the_step_and_training_goes_on(stage,
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_scale_stuck_at_its_minimum_is_a_numerics_error(stage, device, tmp_path, record):
-    with tiny_engine(tmp_path, device, stage=stage, **fp16(initial_scale_power=28, min_loss_scale=2**26, hysteresis=2)) as engine:
+    with tiny_engine(
+        tmp_path, device, stage=stage, **fp16(initial_scale_power=28, min_loss_scale=2**26, hysteresis=2)
+    ) as engine:
         before = fp32_parameters(engine)
         with pytest.raises(NumericsError) as refusal:
             train(engine, device, 20)

@@ -26,7 +26,12 @@ def test_muon_learns_with_clipping(precision, stage, device, tmp_path, request, 
         after = fp32_parameters(engine)
     matrices = [name for name in before if name.startswith("layers.") and before[name].dim() == 2]
     moved = {name: float((after[name] - before[name]).norm() / before[name].norm()) for name in matrices}
-    record(first_loss=found.losses[0], last_loss=found.losses[-1], least_moved=min(moved.values()), grad_norm=found.grad_norms[-1])
+    record(
+        first_loss=found.losses[0],
+        last_loss=found.losses[-1],
+        least_moved=min(moved.values()),
+        grad_norm=found.grad_norms[-1],
+    )
     assert all(found.applied)
     assert all(norm is not None and math.isfinite(norm) for norm in found.grad_norms)
     assert found.losses[-1] < 0.85 * found.losses[0]

@@ -1,4 +1,6 @@
-"""A checkpoint goes from the GPU to a CPU and back: the same weights, the training goes on, and what cannot move is named."""
+"""A checkpoint goes from the GPU to a CPU and back: the same weights, the training goes on, and what cannot move is
+named.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ N = 4
 def test_checkpoints_move_between_gpu_and_cpu(device, tmp_path: Path, text_file: Path, capfd, record):
     json_path = write_json(
         tmp_path / "engine.json",
-        json_tree(stage=1, gradient_clipping=1.0, chatgot={"checkpoint": {"every_steps": N, "every_minutes": None, "keep_best": 0}}),
+        json_tree(
+            stage=1,
+            gradient_clipping=1.0,
+            chatgot={"checkpoint": {"every_steps": N, "every_minutes": None, "keep_best": 0}},
+        ),
     )
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=2 * N)
     whole, to_cpu, to_gpu = (tmp_path / name for name in ("whole", "to_cpu", "to_gpu"))
@@ -34,7 +40,10 @@ def test_checkpoints_move_between_gpu_and_cpu(device, tmp_path: Path, text_file:
     program.train(argv(to_cpu), abandon_after=N)
     saved_by_gpu = checkpoint_digests(to_cpu)
     plan, results = tmp_path / "plan.json", tmp_path / "results.json"
-    runs = [{"argv": argv(to_cpu, "--resume_from", "must"), "abandon_after": None}, {"argv": argv(to_gpu), "abandon_after": N}]
+    runs = [
+        {"argv": argv(to_cpu, "--resume_from", "must"), "abandon_after": None},
+        {"argv": argv(to_gpu), "abandon_after": N},
+    ]
     plan.write_text(json.dumps(runs))
     on_cpu = program.start(["-m", "tests.gpu.programs.other_device", str(plan), str(results)], kind="cpu")
     loaded_by_cpu = json.loads(results.read_text())[0]
@@ -59,7 +68,9 @@ def test_checkpoints_move_between_gpu_and_cpu(device, tmp_path: Path, text_file:
         assert list(losses) == list(range(1, 2 * N + 1))
         deviations[out.name] = worst(list(losses.values()), list(reference.values()))
     texts = [
-        sample(SampleArguments(out, "The night", 16, greedy=True, device=kind)) for out in (to_cpu, to_gpu) for kind in ("cpu", device.type)
+        sample(SampleArguments(out, "The night", 16, greedy=True, device=kind))
+        for out in (to_cpu, to_gpu)
+        for kind in ("cpu", device.type)
     ]
     record(**deviations, text=texts[0][0][:40])
     assert max(deviations.values()) <= 1e-3

@@ -32,7 +32,9 @@ def one_gib_more(device: torch.device) -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_gib_more")
 @pytest.mark.parametrize("stage", range(4))
-def test_a_step_that_does_not_fit_leaves_the_weights_and_works_with_smaller_micro_batches(stage, device, tmp_path: Path, record):
+def test_a_step_that_does_not_fit_leaves_the_weights_and_works_with_smaller_micro_batches(
+    stage, device, tmp_path: Path, record
+):
     with tiny_engine(tmp_path, device, MODEL, stage=stage, batch=BATCH, micro=BATCH) as engine:
         before = fp32_parameters(engine)
         with pytest.raises(RanOut) as found:
@@ -40,7 +42,9 @@ def test_a_step_that_does_not_fit_leaves_the_weights_and_works_with_smaller_micr
         assert list(found.value.where) == [0]
         assert all(torch.equal(before[name], weight) for name, weight in fp32_parameters(engine).items())
         partial_step.resize(engine.engine, 4, BATCH // 4)
-        losses = [float(engine.train_step(micro_batches(s, device, MODEL["max_seq_length"], BATCH, 4))) for s in range(2)]
+        losses = [
+            float(engine.train_step(micro_batches(s, device, MODEL["max_seq_length"], BATCH, 4))) for s in range(2)
+        ]
         record(where=found.value.where[0], peak_gib=torch.cuda.max_memory_allocated() / 2**30)
         assert losses[1] < losses[0]
         assert engine.engine.global_steps == 2

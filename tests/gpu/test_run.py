@@ -1,4 +1,6 @@
-"""The training program under ZeRO-3 on the device: evaluation, sampling, metrics, and a random state that they leave alone."""
+"""The training program under ZeRO-3 on the device: evaluation, sampling, metrics, and a random state that they leave
+alone.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_a_run_evaluates_samples_and_reports_and_none_of_it_touches_the_training
     assert "The night" in (busy / "samples" / samples[-1]).read_text(encoding="utf-8")
 
     last = [row for row in live_metrics(busy / "metrics.jsonl") if "train/loss" in row][-1]
-    record(val_loss=validation[12], step_ms=last["perf/step_ms"], mfu=last.get("perf/mfu"), peak_gib=last["mem/peak_gib"])
+    record(
+        val_loss=validation[12], step_ms=last["perf/step_ms"], mfu=last.get("perf/mfu"), peak_gib=last["mem/peak_gib"]
+    )
     assert last["mem/peak_gib"] > 0
     assert last["perf/tokens_per_sec"] > 0
     if device.type == "cuda":
@@ -57,7 +61,9 @@ def test_a_run_evaluates_samples_and_reports_and_none_of_it_touches_the_training
     if peak_flops(facts.name, precision) is not None:
         assert 0 < last["perf/mfu"] < 1
 
-    texts = {kind: sample(SampleArguments(busy, "The night", 16, greedy=True, device=kind)) for kind in {"cpu", device.type}}
+    texts = {
+        kind: sample(SampleArguments(busy, "The night", 16, greedy=True, device=kind)) for kind in {"cpu", device.type}
+    }
     assert len(set(map(tuple, texts.values()))) == 1, texts
     assert texts["cpu"][0].startswith("The night")
     assert len(texts["cpu"][0]) == len("The night") + 16

@@ -35,7 +35,9 @@ def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("preset", ["modern_124M", "gpt2_small"])
 def test_tokens_per_second_of_the_124M_size_class(preset, compiled, device, tmp_path: Path, long_text: Path, record):
-    """bf16, ZeRO-1, blocks of 1024 bytes. The byte vocabulary makes the model smaller than its name: its parameters are in the figures."""
+    """bf16, ZeRO-1, blocks of 1024 bytes. The byte vocabulary makes the model smaller than its name: its parameters are
+    in the figures.
+    """
     out = tmp_path / "run"
     micro = 2 if DRY_RUN else MICRO_BATCH
     arguments = program.argv(ROOT / "ds_configs" / "bf16_zero1.json", out, preset, long_text)
@@ -55,7 +57,9 @@ def test_tokens_per_second_of_the_124M_size_class(preset, compiled, device, tmp_
         *(["ds.chatgot.compile.enabled=true"] if compiled else []),
         *(SMALLER if DRY_RUN else []),
     ]
-    done = program.start([str(ROOT / "launch" / "train.py"), *arguments, *overrides], OMP_NUM_THREADS="1" if DRY_RUN else "4")
+    done = program.start(
+        [str(ROOT / "launch" / "train.py"), *arguments, *overrides], OMP_NUM_THREADS="1" if DRY_RUN else "4"
+    )
     rows = [row for row in live_metrics(out / "metrics.jsonl") if "train/loss" in row]
     manifest = json.loads((out / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())
     shutil.rmtree(out / "checkpoints")

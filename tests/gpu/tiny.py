@@ -65,11 +65,15 @@ def json_tree(offload_param: bool = False, zero: dict[str, Any] | None = None, *
 
 
 @contextlib.contextmanager
-def tiny_engine(folder: Path, device: torch.device, model: dict[str, Any] | None = None, **case: Any) -> Iterator[TrainingEngine]:
+def tiny_engine(
+    folder: Path, device: torch.device, model: dict[str, Any] | None = None, **case: Any
+) -> Iterator[TrainingEngine]:
     """An engine on the tiny model with its seeded weights; gone afterwards."""
     shape = model_config(**(model or {}))
     path = write_json(folder / "engine.json", json_tree(**case))
-    config = read_engine_config(str(path), {}, world_size=1, facts=device_facts(), n_params=count_parameters(shape, VOCABULARY))
+    config = read_engine_config(
+        str(path), {}, world_size=1, facts=device_facts(), n_params=count_parameters(shape, VOCABULARY)
+    )
     net = GPT(shape, VOCABULARY)
     rng.seed(1, 0)
     net.init_weights(1)
@@ -80,14 +84,18 @@ def tiny_engine(folder: Path, device: torch.device, model: dict[str, Any] | None
         engine.engine.destroy()
 
 
-def micro_batches(step: int, device: torch.device, block: int, batch: int, micro: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def micro_batches(
+    step: int, device: torch.device, block: int, batch: int, micro: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The micro batches of one optimizer step, on the device."""
     batches = TrainBatches(tokens(), DataOrder(len(tokens()), block, seed=1), batch, micro, 0, 1)
     for input_ids, targets in batches.micro_batches(step * batch):
         yield input_ids.to(device), targets.to(device)
 
 
-def train(engine: TrainingEngine, device: torch.device, steps: int, total: int | None = None, block: int | None = None) -> Trained:
+def train(
+    engine: TrainingEngine, device: torch.device, steps: int, total: int | None = None, block: int | None = None
+) -> Trained:
     """Train from the engine's step on, for `steps` steps of a schedule over `total` (default: `steps`)."""
     config, found = engine.config, Trained()
     assert config.chatgot.schedule is not None
@@ -95,7 +103,9 @@ def train(engine: TrainingEngine, device: torch.device, steps: int, total: int |
         step = engine.engine.global_steps
         engine.set_learning_rate(factor(step, total or steps, config.chatgot.schedule))
         loss = engine.train_step(
-            micro_batches(step, device, block or TINY_MODEL["max_seq_length"], config.train_batch_size, config.micro_batch_size)
+            micro_batches(
+                step, device, block or TINY_MODEL["max_seq_length"], config.train_batch_size, config.micro_batch_size
+            )
         )
         found.losses.append(float(loss))
         found.grad_norms.append(engine.grad_norm)
@@ -106,7 +116,9 @@ def train(engine: TrainingEngine, device: torch.device, steps: int, total: int |
 
 
 def plain_losses(device: torch.device, steps: int, max_norm: float = CLIP, lr: float = LR) -> list[float]:
-    """The same training in fp32 without DeepSpeed and without chatgot.engine: the whole batch at once, the schedule written out."""
+    """The same training in fp32 without DeepSpeed and without chatgot.engine: the whole batch at once, the schedule
+    written out.
+    """
     net = GPT(model_config(), VOCABULARY)
     net.init_weights(1)
     net.to(device)

@@ -1,7 +1,8 @@
 """A program for launch/run to start in place of train.py: it leaves marks of what reached it, and ends as it is told.
 
 usage: program.py MARKS ACTION...     ACTION is RANK:VERB or *:VERB; the ranks that no action names end with 0
-VERB: exit=N, signal=NAME (of itself), wait (until killed), save (SIGTERM, SIGINT, SIGUSR1: leave a mark, end with 75 when all ranks have
+VERB: exit=N, signal=NAME (of itself), wait (until killed), save (SIGTERM, SIGINT, SIGUSR1: leave a mark, end with 75
+    when all ranks have
 one), deaf (leave the mark, go on), crash_once (exit 9 the first time), linger=N (wait for SIGTERM, then exit N)
 """
 
@@ -46,7 +47,12 @@ def on_signal(number: int, frame: object) -> None:
 if verb in ("save", "deaf", "linger"):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, on_signal)
-mark("start", json.dumps({"pid": os.getpid(), "argv": sys.argv, "env": dict(os.environ), "blocked": len(signal.pthread_sigmask(0, []))}))
+mark(
+    "start",
+    json.dumps(
+        {"pid": os.getpid(), "argv": sys.argv, "env": dict(os.environ), "blocked": len(signal.pthread_sigmask(0, []))}
+    ),
+)
 with (marks / f"starts.{rank}").open("a") as starts:
     starts.write(os.environ["MASTER_PORT"] + "\n")
 if verb == "exit":

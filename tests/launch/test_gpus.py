@@ -48,7 +48,9 @@ def test_visible_devices_are_counted_as_cuda_counts_them(listed: str | None, cou
 
 
 @pytest.mark.usefixtures("four_gpus")
-@pytest.mark.parametrize(("listed", "named"), [("0,4", "GPU 4"), ("1,1", "1 twice"), ("GPU-0aaa,GPU-0aaa", "GPU-0aaa twice")])
+@pytest.mark.parametrize(
+    ("listed", "named"), [("0,4", "GPU 4"), ("1,1", "1 twice"), ("GPU-0aaa,GPU-0aaa", "GPU-0aaa twice")]
+)
 def test_a_list_that_cuda_would_cut_short_is_refused(listed: str, named: str) -> None:
     with pytest.raises(EnvironmentFault, match=named):
         visible_gpus({"CUDA_VISIBLE_DEVICES": listed})
@@ -65,8 +67,19 @@ def test_processes_are_as_many_as_visible_gpus_and_never_more(tmp_path: Path, np
     marks = tmp_path / "marks"
     marks.mkdir()
     program = Path(__file__).resolve().parent / "program.py"
-    command = [sys.executable, str(ROOT / "launch" / "run"), "--nproc", nproc, "--script", str(program), "--", str(marks)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | {"CUDA_VISIBLE_DEVICES": "2,0"}
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "run"),
+        "--nproc",
+        nproc,
+        "--script",
+        str(program),
+        "--",
+        str(marks),
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | {
+        "CUDA_VISIBLE_DEVICES": "2,0"
+    }
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
     assert ended.returncode == code, ended.stderr
     assert len(list(marks.glob("start.*"))) == {"auto": 2, "1": 1, "3": 0}[nproc]

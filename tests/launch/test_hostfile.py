@@ -41,7 +41,9 @@ def test_hosts_and_slots_are_read(tmp_path: Path) -> None:
         ("# nobody\n", "no hosts"),
     ],
 )
-def test_a_bad_hostfile_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, where: str) -> None:
+def test_a_bad_hostfile_is_refused_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, where: str
+) -> None:
     path = hostfile(tmp_path, text)
     with pytest.raises(ConfigError, match="hosts") as refusal:
         read_hostfile(path)
@@ -55,8 +57,12 @@ def test_a_missing_hostfile_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert str(tmp_path / "absent") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [("--nproc", "2"), ("--max_restarts", "1"), ("--grace", "5")], ids=lambda option: option[0])
-def test_options_that_the_runner_decides_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "option", [("--nproc", "2"), ("--max_restarts", "1"), ("--grace", "5")], ids=lambda option: option[0]
+)
+def test_options_that_the_runner_decides_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+) -> None:
     path = hostfile(tmp_path, "localhost slots=2\n")
     assert main(["--hostfile", str(path), *option, "--script", str(PROGRAM), "--"]) == 2
     assert f"{option[0]} does not go with --hostfile" in capsys.readouterr().err
@@ -66,13 +72,25 @@ def test_deepspeeds_runner_starts_the_ranks_of_the_hostfile(tmp_path: Path) -> N
     marks = tmp_path / "marks"
     marks.mkdir()
     program = tmp_path / "program.py"  # DeepSpeed puts --local_rank before the arguments
-    program.write_text(f"import sys\nsys.argv = [a for a in sys.argv if '--local_rank' not in a]\nexec(open({str(PROGRAM)!r}).read())\n")
+    program.write_text(
+        f"import sys\nsys.argv = [a for a in sys.argv if '--local_rank' not in "
+        f"a]\nexec(open({str(PROGRAM)!r}).read())\n"
+    )
     ssh = tmp_path / "ssh"  # the runner tries the first host; what it asks of that host, this machine answers
     ssh.write_text('#!/bin/sh\nwhile [ "$1" != localhost ]; do shift; done\nshift\nexec "$@"\n')
     ssh.chmod(0o755)
     path = hostfile(tmp_path, "localhost slots=2\n")
     port = str(rendezvous_port(None))
-    command = [sys.executable, str(ROOT / "launch" / "run"), "--hostfile", str(path), "--master_port", port, "--script", str(program)]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "run"),
+        "--hostfile",
+        str(path),
+        "--master_port",
+        port,
+        "--script",
+        str(program),
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run([*command, "--", str(marks)], env=environment, capture_output=True, text=True, timeout=180)
     assert ended.returncode == 0, ended.stderr

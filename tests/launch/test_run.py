@@ -1,4 +1,6 @@
-"""launch/run with real processes: what the ranks get, and how they and the launcher end. The program they run is program.py."""
+"""launch/run with real processes: what the ranks get, and how they and the launcher end. The program they run is
+program.py.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,28 @@ class Launch:
         self.marks = marks
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, *actions: str, options: tuple[str, ...] = ("--nproc", "2"), env: dict[str, str] | None = None, **popen: Any) -> None:
+    def start(
+        self,
+        *actions: str,
+        options: tuple[str, ...] = ("--nproc", "2"),
+        env: dict[str, str] | None = None,
+        **popen: Any,
+    ) -> None:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}
-        command = [sys.executable, str(ROOT / "launch" / "run"), "--script", str(PROGRAM), *options, "--", str(self.marks), *actions]
-        hears = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731 - also where the tests run under nohup
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hears, **popen)
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "run"),
+            "--script",
+            str(PROGRAM),
+            *options,
+            "--",
+            str(self.marks),
+            *actions,
+        ]
+        hears = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731
+        self.process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hears, **popen
+        )
 
     def end(self) -> tuple[int, str]:
         assert self.process is not None
@@ -97,10 +116,23 @@ def test_every_rank_gets_its_place_and_the_same_rendezvous(launch: Launch) -> No
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_the_cores_of_the_process_are_divided_and_the_allocator_keeps_memory_on_the_cpu(launch: Launch, nproc: int) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")}
+def test_the_cores_of_the_process_are_divided_and_the_allocator_keeps_memory_on_the_cpu(
+    launch: Launch, nproc: int
+) -> None:
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
+    }
     environment |= {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "123"}
-    command = [sys.executable, str(ROOT / "launch" / "run"), "--script", str(PROGRAM), "--nproc", str(nproc), "--", str(launch.marks)]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "run"),
+        "--script",
+        str(PROGRAM),
+        "--nproc",
+        str(nproc),
+        "--",
+        str(launch.marks),
+    ]
     subprocess.run(command, env=environment, timeout=BOUND, check=True, capture_output=True)
     found = launch.started(0)["env"]
     assert found["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // nproc))
@@ -173,7 +205,9 @@ def test_ctrl_c_of_the_terminal_reaches_a_rank_once(launch: Launch) -> None:
     launch.wait_for("start")
     assert launch.process is not None
     groups = {os.getpgid(launch.started(rank)["pid"]) for rank in range(2)}
-    assert launch.process.pid not in groups, "a rank in the terminal's foreground group would get SIGINT from the terminal and from us"
+    assert launch.process.pid not in groups, (
+        "a rank in the terminal's foreground group would get SIGINT from the terminal and from us"
+    )
 
 
 def test_ranks_that_do_not_end_are_killed_after_the_grace_period(launch: Launch) -> None:
@@ -281,7 +315,9 @@ def test_help_and_train_py_are_reached_without_importing_torch() -> None:
     shown = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=BOUND, check=True)
     assert "--max_restarts" in shown.stdout
     assert not re.search(r"\| +(torch|numpy|yaml|deepspeed)\b", shown.stderr)
-    train = subprocess.run([str(ROOT / "launch" / "run"), "--", "--help"], env=environment, capture_output=True, text=True, timeout=BOUND)
+    train = subprocess.run(
+        [str(ROOT / "launch" / "run"), "--", "--help"], env=environment, capture_output=True, text=True, timeout=BOUND
+    )
     assert train.returncode == 0, train.stderr
     assert "--deepspeed_config" in train.stdout
 

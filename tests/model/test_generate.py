@@ -15,7 +15,9 @@ from chatgot.model.kv_cache import KVCache
 from tests.model.shapes import GPT2, GROUPED, MODERN, SHAPES, VOCAB, random_gpt, random_ids
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 12, "top_p": 0.95}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 12, "top_p": 0.95}], ids=["greedy", "sampled"]
+)
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 def test_cached_tokens_equal_uncached_ones_past_max_seq_length(config: ModelConfig, settings: dict):
     model = random_gpt(config)
@@ -173,7 +175,10 @@ def test_without_agree_the_loop_ends_with_the_last_row():
 
 def test_ranks_with_unequal_prompts_and_stops_make_equally_many_forwards():
     """Two ranks as threads: agree is a reduction with AND that both must enter, as all_reduce is."""
-    model_args = [(random_gpt(MODERN), random_ids(1, 3, seed=1), 40), (random_gpt(MODERN), random_ids(2, 21, seed=2), 18)]
+    model_args = [
+        (random_gpt(MODERN), random_ids(1, 3, seed=1), 40),
+        (random_gpt(MODERN), random_ids(2, 21, seed=2), 18),
+    ]
     stops = [lambda ids: len(ids) >= 5, None]
     barrier = threading.Barrier(2, timeout=60)
     votes = [[False], [False]]
@@ -280,7 +285,11 @@ def test_top_k_1_is_greedy():
 
 
 def draw(
-    logits: list[float], count: int = 4000, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: list[float],
+    count: int = 4000,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> list[float]:
     """Frequencies of `count` draws."""
     generator = torch.Generator().manual_seed(0)

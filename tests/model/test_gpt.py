@@ -1,4 +1,6 @@
-"""Invariants of the GPT: causality, stable state-dict keys, recomputation that changes nothing, weights from a seed alone."""
+"""Invariants of the GPT: causality, stable state-dict keys, recomputation that changes nothing, weights from a seed
+alone.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_initial_weights_follow_gpt2(config: ModelConfig):
             assert torch.all(parameter == (0 if name.endswith("bias") else 1)), name
         elif "embed_positions" not in name:
             scaled = name.endswith(("attention.proj.weight", "mlp.down.weight"))
-            assert parameter.std().item() == pytest.approx(0.05 / math.sqrt(2 * wide.n_layers) if scaled else 0.05, rel=0.03), name
+            assert parameter.std().item() == pytest.approx(
+                0.05 / math.sqrt(2 * wide.n_layers) if scaled else 0.05, rel=0.03
+            ), name
             assert abs(parameter.mean().item()) < 0.001, name
 
 
@@ -75,10 +79,16 @@ def test_tied_matrices_are_one_parameter():
     assert untied.lm_head.weight is not untied.embed_tokens.weight
 
 
-@pytest.mark.parametrize("config", [dataclasses.replace(c, tie_embeddings=False) for c in (GPT2, MODERN)], ids=["gpt2", "modern"])
+@pytest.mark.parametrize(
+    "config", [dataclasses.replace(c, tie_embeddings=False) for c in (GPT2, MODERN)], ids=["gpt2", "modern"]
+)
 def test_names_say_what_muon_may_orthogonalise(config: ModelConfig):
-    """DeepSpeed's Muon takes every matrix whose name has neither 'embed' nor 'lm_head'; these must be the blocks' matrices exactly."""
-    matrices = {n for n, p in GPT(config, VOCAB).named_parameters() if p.ndim >= 2 and "embed" not in n and "lm_head" not in n}
+    """DeepSpeed's Muon takes every matrix whose name has neither 'embed' nor 'lm_head'; these must be the blocks'
+    matrices exactly.
+    """
+    matrices = {
+        n for n, p in GPT(config, VOCAB).named_parameters() if p.ndim >= 2 and "embed" not in n and "lm_head" not in n
+    }
     kinds = {name.split(".", 2)[2] for name in matrices}
     assert all(name.startswith("layers.") for name in matrices)
     feed_forward = {"mlp.gate_up.weight"} if config.architecture == "modern" else {"mlp.up.weight"}
@@ -107,7 +117,9 @@ def test_invariant_05_the_loss_at_a_position_has_no_gradient_from_later_tokens(c
     """The training path too (with targets), not only the logits."""
     model = random_gpt(config).train()
     embedded: list[Tensor] = []
-    model.embed_tokens.register_forward_hook(lambda module, args, output: embedded.append(output.detach().requires_grad_()) or embedded[-1])
+    model.embed_tokens.register_forward_hook(
+        lambda module, args, output: embedded.append(output.detach().requires_grad_()) or embedded[-1]
+    )
     ids = random_ids(1, 10)
     model(ids[:, :-1], ids[:, 1:], reduction="none")[0, 4].backward()
     reached = embedded[0].grad[0].abs().sum(-1) > 0
@@ -172,7 +184,9 @@ def test_dropout_acts_in_training_only(config: ModelConfig):
 
 
 @each_shape
-def test_dropout_sits_on_embeddings_attention_and_both_block_outputs(config: ModelConfig, monkeypatch: pytest.MonkeyPatch):
+def test_dropout_sits_on_embeddings_attention_and_both_block_outputs(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+):
     model = random_gpt(dataclasses.replace(config, dropout=0.3)).train()
     dropped: list[float] = []
     attention: list[float] = []
@@ -274,7 +288,9 @@ def count_block_runs(model: GPT) -> list[int]:
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [2, 2, 2, 2]), (2, [2, 1, 2, 1]), (3, [2, 1, 1, 2])])
 @each_shape
-def test_invariant_07_recomputation_changes_neither_loss_nor_gradients(config: ModelConfig, every: int, expected: list[int]):
+def test_invariant_07_recomputation_changes_neither_loss_nor_gradients(
+    config: ModelConfig, every: int, expected: list[int]
+):
     config = dataclasses.replace(config, n_layers=4, dropout=0.1)
     model = random_gpt(config).train()
     ids = random_ids(2, 17)
@@ -337,7 +353,9 @@ def test_checkpointing_is_only_asked_for_in_training(situation: str):
 
 @each_shape
 def test_a_checkpointed_block_gets_one_tensor_and_nothing_it_could_lose(config: ModelConfig):
-    """What DeepSpeed's partition_activations and cpu_checkpointing do: empty the argument's storage after the block ran."""
+    """What DeepSpeed's partition_activations and cpu_checkpointing do: empty the argument's storage after the block
+    ran.
+    """
     model = random_gpt(config).train()
     ids = random_ids(2, 9)
     loss, gradients = loss_and_gradients(model, ids)

@@ -47,7 +47,9 @@ def gpt2_from_transformers(model: GPT) -> GPT2LMHeadModel:
     for layer in range(config.n_layers):
         for our_name, their_name in GPT2_BLOCK.items():
             weight = ours[f"layers.{layer}.{our_name}.weight"]
-            weights[f"transformer.h.{layer}.{their_name}.weight"] = weight.T if weight.ndim == 2 else weight  # Conv1D is (in, out)
+            weights[f"transformer.h.{layer}.{their_name}.weight"] = (
+                weight.T if weight.ndim == 2 else weight
+            )  # Conv1D is (in, out)
             weights[f"transformer.h.{layer}.{their_name}.bias"] = ours[f"layers.{layer}.{our_name}.bias"]
     theirs.load_state_dict(weights, strict=True)
     return theirs.eval()

@@ -68,7 +68,13 @@ def test_names_that_state_a_size_keep_it_within_3_percent():
 
 def test_the_original_small_model_keeps_its_shape():
     model = load_run_config("chatgot_small_14M_clean").model
-    assert (model.architecture, model.d_model, model.n_layers, model.n_head, model.max_seq_length) == ("gpt2", 512, 6, 8, 256)
+    assert (model.architecture, model.d_model, model.n_layers, model.n_head, model.max_seq_length) == (
+        "gpt2",
+        512,
+        6,
+        8,
+        256,
+    )
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -105,6 +111,8 @@ def test_invariant_04_initial_loss_is_ln_of_the_vocabulary(name: str):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_invariant_04_the_head_of_every_preset_starts_nearly_uniform(name: str):
-    """Final norms give activations of rms 1, so logits are N(0, init_std^2 d_model) and the loss exceeds ln V by half that variance."""
+    """Final norms give activations of rms 1, so logits are N(0, init_std^2 d_model) and the loss exceeds ln V by half
+    that variance.
+    """
     config = load_run_config(name).model
     assert config.init_std**2 * config.d_model / 2 < 0.085

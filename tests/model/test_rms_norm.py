@@ -18,7 +18,9 @@ def test_values_and_gradients_equal_torchs(shape: tuple[int, ...], scale: float)
     grad = torch.randn(shape, generator=generator)
     ours, theirs = rms_norm(x, weight), F.rms_norm(x, (shape[-1],), weight, 1e-6)
     torch.testing.assert_close(ours, theirs)
-    for a, b in zip(torch.autograd.grad(ours, (x, weight), grad), torch.autograd.grad(theirs, (x, weight), grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, weight), grad), torch.autograd.grad(theirs, (x, weight), grad), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 / scale)
 
 
@@ -31,7 +33,9 @@ def test_a_zero_vector_gives_finite_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_input_is_normalised_in_fp32_and_keeps_its_dtype(dtype: torch.dtype):
-    x = (300 * torch.randn(4, 512, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()  # squares overflow fp16
+    x = (
+        (300 * torch.randn(4, 512, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    )  # squares overflow fp16
     weight = torch.ones(512, dtype=dtype, requires_grad=True)
     y = rms_norm(x, weight)
     assert y.dtype == dtype

@@ -27,7 +27,9 @@ def test_every_preset(name, tied):
     assert list(parameter_shapes(config, 1009).items()) == real_shapes(config, 1009)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 1}, {"n_head": 4, "n_kv_head": 2}, {"architecture": "gpt2"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_kv_head": 1}, {"n_head": 4, "n_kv_head": 2}, {"architecture": "gpt2"}], ids=str
+)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_both_architectures_and_grouped_heads(changes, tied):
     config = ModelConfig(**{**TINY_MODEL, **changes, "tie_embeddings": tied})

@@ -1,7 +1,7 @@
 """Reads wandb's offline transaction logs back, so that tests can see what a sync would upload.
 
-A `.wandb` file is a LevelDB log (7-byte header, 32 KiB blocks of [crc32 | length | type | data] chunks; LevelDB doc/log_format.md)
-of wandb's protobuf `Record`s. wandb 0.31 ships the messages but no Python reader any more.
+A `.wandb` file is a LevelDB log (7-byte header, 32 KiB blocks of [crc32 | length | type | data] chunks; LevelDB
+doc/log_format.md) of wandb's protobuf `Record`s. wandb 0.31 ships the messages but no Python reader any more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 def read_offline_history(run_dir: str | os.PathLike) -> tuple[set[str], list[dict[str, Any]]]:
     """(run ids, history records) of all offline wandb folders below run_dir/wandb, in the order of their start.
 
-    Each record is what one wandb.log call gave ("train/step", "train/loss", ...), plus wandb's own "_step", "_timestamp", "_runtime".
+    Each record is what one wandb.log call gave ("train/step", "train/loss", ...), plus wandb's own "_step",
+    "_timestamp", "_runtime".
     """
     ids: set[str] = set()
     history: list[dict[str, Any]] = []
@@ -31,13 +32,16 @@ def read_offline_history(run_dir: str | os.PathLike) -> tuple[set[str], list[dic
         if kind == "run":
             ids.add(record.run.run_id)
         elif kind == "history":
-            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            history.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            )
     return ids, history
 
 
 def read_offline_records(run_dir: str | os.PathLike) -> list[Any]:
     """All protobuf records of the offline logs below run_dir/wandb, in the order of their start."""
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] (made at import time)
+    # pyright: ignore[reportAttributeAccessIssue] (made at import time)
+    from wandb.proto.wandb_internal_pb2 import Record
 
     logs = sorted(Path(run_dir, "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.parent.name)
     if not logs:

@@ -11,7 +11,15 @@ from chatgot.observe import digest
 from chatgot.observe.digest import Digest, Setup, first_difference, terms
 from chatgot.observe.journal import Journal
 
-TOPOLOGY = {"world_size": 2, "zero_stage": 0, "precision": "fp32", "micro_batch": 4, "device": "cpu AVX512", "threads": 1, "layout": "x"}
+TOPOLOGY = {
+    "world_size": 2,
+    "zero_stage": 0,
+    "precision": "fp32",
+    "micro_batch": 4,
+    "device": "cpu AVX512",
+    "threads": 1,
+    "layout": "x",
+}
 SETUP = Setup(id="aa", numbers="n1", batches="b1", dropout=False, deterministic=True, topology=TOPOLOGY)
 DIGEST = Digest(batch="b", loss=1.5, grad_norm=0.25, lr=1e-3, rng="r", setup="aa")
 
@@ -21,7 +29,9 @@ def other(**changes) -> Setup:
     return dataclasses.replace(SETUP, id="bb", topology={**TOPOLOGY, **changes}, **plain)
 
 
-@pytest.mark.parametrize(("field", "value"), [("batch", "c"), ("rng", "s"), ("lr", 1.1e-3), ("loss", 1.5 + 1e-15), ("grad_norm", None)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("batch", "c"), ("rng", "s"), ("lr", 1.1e-3), ("loss", 1.5 + 1e-15), ("grad_norm", None)]
+)
 def test_the_same_setup_is_compared_bit_for_bit(field, value):
     by = terms(SETUP, SETUP)
     assert by.exact
@@ -79,7 +89,9 @@ def test_digests_and_setups_survive_their_files(tmp_path):
     journal.digest(3, {"batch": "no more than this"})
     assert digest.history(tmp_path).digests == {1: DIGEST, 2: strange}
     assert digest.history(tmp_path, after=1).digests == {2: strange}
-    assert digest.setups([{"setup": SETUP.to_json()}, {"setup": {"id": "old"}}, {"event": "saved"}, None]) == {"aa": SETUP}
+    assert digest.setups([{"setup": SETUP.to_json()}, {"setup": {"id": "old"}}, {"event": "saved"}, None]) == {
+        "aa": SETUP
+    }
 
 
 def test_history_is_the_latest_branch(tmp_path):

@@ -125,7 +125,9 @@ def test_a_killed_writer_leaves_at_most_one_broken_line(tmp_path):
         "    if step == 200:\n        print('running', flush=True)\n"
     )
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        )
         assert process.stdout is not None
         with process.stdout:
             assert process.stdout.readline() == b"running\n"
@@ -143,11 +145,14 @@ def test_a_line_that_the_disk_cut_short_does_not_swallow_the_next(tmp_path):
         "import resource, sys\nfrom chatgot.observe.journal import Journal\njournal = Journal(sys.argv[1])\n"
         "journal.append({'step': 1})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))\n"
-        "try:\n    journal.append({'step': 2, 'train/loss': 0.5})\nexcept OSError as error:\n    print(type(error).__name__)\n"
+        "try:\n    journal.append({'step': 2, 'train/loss': 0.5})\nexcept OSError as error:\n    "
+        "print(type(error).__name__)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
         "journal.append({'step': 3})\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert (done.stdout, done.stderr) == ("OSError\n", "")
     assert read_journal(path) == ([{"step": 1}, {"step": 3}], 1)
 
@@ -160,7 +165,15 @@ def test_live_metrics_has_one_record_per_step_and_the_last_word_wins(tmp_path):
     for step in range(4, 8):  # resumed from step 3
         journal.append({"step": step, "train/loss": 10.0 + step})
     live = live_metrics(tmp_path / "m.jsonl")
-    assert [(r["step"], r["train/loss"]) for r in live] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0), (5, 15.0), (6, 16.0), (7, 17.0)]
+    assert [(r["step"], r["train/loss"]) for r in live] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 14.0),
+        (5, 15.0),
+        (6, 16.0),
+        (7, 17.0),
+    ]
     assert "val/loss" not in live[4], "measured on weights that were given up"
 
 
@@ -189,7 +202,11 @@ def test_events_carry_utc_and_seconds_since_start(tmp_path):
     (started, saved), broken = read_journal(tmp_path / "events.jsonl")
     assert broken == 0
     assert (started["event"], started["world_size"], started["seconds_since_start"]) == ("started", 2, 0.0)
-    assert (saved["path"], saved["text"], saved["seconds_since_start"]) == (str(Path("checkpoints/step-10")), "a\nb\u2028c é", 12.5)
+    assert (saved["path"], saved["text"], saved["seconds_since_start"]) == (
+        str(Path("checkpoints/step-10")),
+        "a\nb\u2028c é",
+        12.5,
+    )
     assert started["time"].endswith("+00:00")
 
 
@@ -238,7 +255,9 @@ def test_writing_that_fails_is_said_once_counted_and_said_again_when_it_works(mo
         full[0] = step in (2, 3)
         events.event("tick", step=step)
     assert len(said) == 2
-    assert said[0].startswith(f"WARNING: lines of {path} cannot be written: [Errno 28] No space left on device; training goes on")
+    assert said[0].startswith(
+        f"WARNING: lines of {path} cannot be written: [Errno 28] No space left on device; training goes on"
+    )
     assert said[1] == f"lines of {path} can be written again; 2 were lost"
     assert [record["step"] for record in read_journal(path)[0]] == [0, 1, 4, 5]
     full[0] = True

@@ -116,7 +116,9 @@ def test_eta_is_not_moved_by_the_step_that_waits_for_the_device():
 
 def test_flops_per_token_of_gpt3_175b_and_of_a_hand_count():
     assert flops_per_token(10, 2, 3, 5) == 6 * 10 + 12 * 2 * 3 * 5
-    assert flops_per_token(174_600_000_000, 96, 12288, 2048) == pytest.approx(6 * 174.6e9 * (1 + 2 * 96 * 12288 * 2048 / 174.6e9))
+    assert flops_per_token(174_600_000_000, 96, 12288, 2048) == pytest.approx(
+        6 * 174.6e9 * (1 + 2 * 96 * 12288 * 2048 / 174.6e9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def test_peak_memory_is_the_most_ever_held_not_what_is_held_now():
         "from chatgot.observe.meters import peak_memory_gib\nimport sys\nbefore = peak_memory_gib('cpu')\n"
         "block = bytearray(b'x') * 2**27\ndel block\nprint(peak_memory_gib('cpu') - before, 'torch' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     grown, torch_imported = done.stdout.split()
     assert 0.12 < float(grown) < 0.2  # 2**27 bytes are 0.125 GiB
     assert torch_imported == "False"

@@ -41,14 +41,21 @@ def without_key(home: Path) -> dict[str, str | None]:
 def command_line(tmp_path, text_file) -> list[str]:
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=12, eval_every=4, sample_every=4)
     saving = {"checkpoint": {"every_steps": 5, "every_minutes": None, "keep_best": 0}}
-    return argv(write_json(tmp_path / "engine.json", engine_json(1, chatgot=saving, wandb=WANDB)), tmp_path / "out", config, text_file)
+    return argv(
+        write_json(tmp_path / "engine.json", engine_json(1, chatgot=saving, wandb=WANDB)),
+        tmp_path / "out",
+        config,
+        text_file,
+    )
 
 
 def start(program: list[str], home: Path) -> subprocess.CompletedProcess[str]:
     changed = without_key(home)
     variables = {name: value for name, value in environment().items() if name not in changed}
     variables |= {name: value for name, value in changed.items() if value is not None}
-    return subprocess.run([sys.executable, *program], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *program], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
 
 
 def logged_steps(out: Path) -> list[int]:
@@ -64,7 +71,9 @@ def test_invariant_16_killed_and_resumed_run_has_one_id_and_each_step_once(comma
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "wandb: new run" in killed.stdout
     assert "offline (no API key" in killed.stdout
-    deadline = time.monotonic() + 60  # wandb's process outlives the training just long enough to hand over what it was given
+    deadline = (
+        time.monotonic() + 60
+    )  # wandb's process outlives the training just long enough to hand over what it was given
     while 7 not in logged_steps(out):
         assert time.monotonic() < deadline, logged_steps(out)
         time.sleep(0.1)
@@ -82,7 +91,9 @@ def test_invariant_16_killed_and_resumed_run_has_one_id_and_each_step_once(comma
         assert {step for step, record in by_step.items() if metric in record} == set(ours)
     assert all(by_step[step]["train/loss"] == value for step, value in series(out, "train/loss").items())
     assert [step for step in by_step if "samples" in by_step[step] or "samples/_type" in by_step[step]] == [4, 8, 12]
-    [project] = {record.run.project for record in read_offline_records(out) if record.WhichOneof("record_type") == "run"}
+    [project] = {
+        record.run.project for record in read_offline_records(out) if record.WhichOneof("record_type") == "run"
+    }
     assert project == "thrones"
 
 

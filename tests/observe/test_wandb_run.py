@@ -54,8 +54,18 @@ def environment(tmp_path):
     """No key, no settings, no network: only what an offline wandb needs."""
     home = tmp_path / "home"
     home.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB") and name not in ("NETRC", "PYTHONPATH")}
-    return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("WANDB") and name not in ("NETRC", "PYTHONPATH")
+    }
+    return {
+        **kept,
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
 
 
 def train(environment: dict[str, str], run_dir: Path, steps: range, python: str = sys.executable, **job) -> list[str]:
@@ -143,7 +153,9 @@ def test_a_killed_training_loses_no_record(tmp_path, environment):
     with process.stdin, process.stdout:
         assert "new run" in process.stdout.readline()
         assert process.stdout.readline().startswith("trained offline")
-        wait_until(lambda: 99 in [r["train/step"] for r in read_offline_history(run_dir)[1]])  # step 100 waits for its successor
+        wait_until(
+            lambda: 99 in [r["train/step"] for r in read_offline_history(run_dir)[1]]
+        )  # step 100 waits for its successor
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_until(lambda: exit_codes(run_dir) == [1])
@@ -188,7 +200,11 @@ def test_a_server_that_never_answers_means_offline_under_the_same_id(tmp_path, e
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        online = {**environment, "WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        online = {
+            **environment,
+            "WANDB_API_KEY": "k" * 40,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        }
         lines = train(online, tmp_path / "run", range(1, 4), init_timeout=6)
     assert lines[1].startswith("trained offline")
     ids, history = read_offline_history(tmp_path / "run")
@@ -254,7 +270,9 @@ def test_with_a_key_and_a_server_the_run_is_online(tmp_path, environment):
 
 
 def test_a_wandb_that_hangs_in_init_is_given_up(tmp_path, environment):
-    lines = train(fake_wandb(tmp_path, environment, "init_hook = forever\n"), tmp_path / "run", range(1, 4), init_timeout=0.7)
+    lines = train(
+        fake_wandb(tmp_path, environment, "init_hook = forever\n"), tmp_path / "run", range(1, 4), init_timeout=0.7
+    )
     assert lines == [
         "wandb: off, wandb did not answer within 0.7 s. Training goes on; metrics.jsonl has every metric",
         "trained off False",
@@ -263,7 +281,9 @@ def test_a_wandb_that_hangs_in_init_is_given_up(tmp_path, environment):
 
 
 def test_a_wandb_that_hangs_in_finish_is_given_up(tmp_path, environment):
-    lines = train(fake_wandb(tmp_path, environment, "finish_hook = forever\n"), tmp_path / "run", range(1, 4), finish_timeout=0.7)
+    lines = train(
+        fake_wandb(tmp_path, environment, "finish_hook = forever\n"), tmp_path / "run", range(1, 4), finish_timeout=0.7
+    )
     assert lines[1] == "trained offline False"
     assert "did not answer within 0.7 s" in lines[2]
     assert "wandb sync" in lines[2]
@@ -277,7 +297,9 @@ def test_a_wandb_that_hangs_in_log_never_blocks_the_training(tmp_path, environme
     assert lines[2] == "trained off False"
 
 
-@pytest.mark.parametrize(("hook", "why"), [("log_hook = fail\n", "KeyError: 'deep inside'"), ("log_hook = die\n", "its process has ended")])
+@pytest.mark.parametrize(
+    ("hook", "why"), [("log_hook = fail\n", "KeyError: 'deep inside'"), ("log_hook = die\n", "its process has ended")]
+)
 def test_a_wandb_that_fails_in_log_is_said_once_and_left(tmp_path, environment, hook, why):
     lines = train(fake_wandb(tmp_path, environment, hook), tmp_path / "run", range(1, 4))
     said = [line for line in lines if line.startswith("wandb: off")]

@@ -27,7 +27,9 @@ MICRO = 3
 
 @pytest.fixture(autouse=True)
 def _torchs_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ZeRO-3 engine replaces F.linear for the rest of its process, by one that saves fp32 under autocast; other tests had one."""
+    """A ZeRO-3 engine replaces F.linear for the rest of its process, by one that saves fp32 under autocast; other tests
+    had one.
+    """
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
@@ -49,7 +51,9 @@ def saved_bytes(model: GPT, precision: str) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def both(shape: dict[str, Any], precision: str = "fp32", every: int | None = None, **model: Any) -> tuple[Activations, int]:
+def both(
+    shape: dict[str, Any], precision: str = "fp32", every: int | None = None, **model: Any
+) -> tuple[Activations, int]:
     """The plan's figures and the measured bytes."""
     config = ModelConfig(**{**shape, **model})
     tree = engine_json(stage=1 if precision == "bf16" else 0, precision=precision, batch=MICRO, micro=MICRO)
@@ -74,7 +78,9 @@ def test_saved_bytes_within_a_tenth(architecture, precision, shape, every):
     assert plan.saved == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("model", [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": False}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": False}, {"dropout": 0.1}], ids=str
+)
 def test_grouped_heads_and_dropout(model):
     plan, measured = both(SHAPES["wide"], **model)
     assert plan.saved == pytest.approx(measured, rel=0.1)

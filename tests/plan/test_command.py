@@ -29,7 +29,9 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 
 
 def test_it_says_that_a_run_fits(capsys):
-    code, out, _ = run(capsys, str(ROOT / "ds_configs" / "bf16_zero2.json"), "--config", "gpt2_small", "--world_size", "2")
+    code, out, _ = run(
+        capsys, str(ROOT / "ds_configs" / "bf16_zero2.json"), "--config", "gpt2_small", "--world_size", "2"
+    )
     assert code == 0
     assert "fits, " in out
     assert "cheapest changes" not in out
@@ -77,7 +79,9 @@ def test_a_proposal_keeps_the_batch_where_the_json_gives_accumulation(tmp_path):
 
 
 def test_nothing_helps_says_so(capsys):
-    code, out, _ = run(capsys, str(ROOT / "ds_configs" / "fp32_zero0_muon.json"), "--config", "modern_1558M", "--device", "1GiB")
+    code, out, _ = run(
+        capsys, str(ROOT / "ds_configs" / "fp32_zero0_muon.json"), "--config", "modern_1558M", "--device", "1GiB"
+    )
     assert code == 0
     assert "DOES NOT FIT" in out
     assert "no micro batch, recomputation, stage or offload makes it fit" in out

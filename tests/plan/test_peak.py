@@ -22,7 +22,12 @@ RECOMPUTED = {"activation_checkpointing": {}}
 
 
 def case(
-    world_size: int, vocabulary: int = 500, micro: int = 8, accumulation: int = 2, model: dict[str, Any] | None = None, **tree: Any
+    world_size: int,
+    vocabulary: int = 500,
+    micro: int = 8,
+    accumulation: int = 2,
+    model: dict[str, Any] | None = None,
+    **tree: Any,
 ) -> dict[str, Any]:
     """Buckets as a shipped JSON has them: as large as the model."""
     found = engine_json(batch=micro * accumulation * world_size, micro=micro, **tree)
@@ -73,7 +78,9 @@ def test_the_peak_of_a_step(world_size, tmp_path):
     errors, moments = {}, set()
     for name, one in cases(world_size).items():
         plan = predicted(one, world_size)
-        errors[name] = (plan.peak + sum(plan.states.host.values())) / measured[name] - 1  # on a CPU, offloaded or not is one memory
+        errors[name] = (plan.peak + sum(plan.states.host.values())) / measured[
+            name
+        ] - 1  # on a CPU, offloaded or not is one memory
         moments.add(plan.peak_at.split(" block")[0])
     found = ", ".join(f"{name}: {100 * error:+.1f} %" for name, error in errors.items())
     sizes = sorted(abs(error) for error in errors.values())

@@ -1,4 +1,6 @@
-"""Model states are predicted to the byte: every stage, precision and optimizer, offload, one and two ranks, against live tensors."""
+"""Model states are predicted to the byte: every stage, precision and optimizer, offload, one and two ranks, against
+live tensors.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
                     "json": {"stage": stage, "precision": precision, "offload": offload, **shared}
                 }
             if stage < 3:
-                found[f"Muon {precision} stage {stage}"] = {"json": {"stage": stage, "precision": precision, "optimizer": MUON, **shared}}
+                found[f"Muon {precision} stage {stage}"] = {
+                    "json": {"stage": stage, "precision": precision, "optimizer": MUON, **shared}
+                }
         if stage:
             found[f"bf16 stage {stage}, accumulated in bf16"] = {"json": {"stage": stage, "bf16": BF16, **shared}}
         found[f"autocast stage {stage}"] = {"json": {"stage": stage, "precision": "autocast_bf16", **shared}}
@@ -46,7 +50,10 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
     }
     found["bf16 stage 3, small parameters stay whole, sub-groups"] = {
         "json": {"stage": 3, "precision": "bf16", **shared},
-        "overrides": {"zero_optimization.stage3_param_persistence_threshold": 1500, "zero_optimization.sub_group_size": 3000},
+        "overrides": {
+            "zero_optimization.stage3_param_persistence_threshold": 1500,
+            "zero_optimization.sub_group_size": 3000,
+        },
     }
     found["bf16 stage 3, parameters offloaded, small ones stay whole"] = {
         "json": {"stage": 3, "precision": "bf16", "offload": True, "offload_param": True, **shared},
@@ -79,7 +86,9 @@ def predicted(case: dict[str, Any], world_size: int) -> Settings:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, list[dict[str, int]]]]:
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, list[dict[str, int]]]]:
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     (folder / "cases.json").write_text(json.dumps(cases(request.param)))
     program = ["-m", "tests.distributed.programs.memory", str(folder / "cases.json"), str(folder / "results.json")]
@@ -97,7 +106,9 @@ def test_model_states_are_exact_to_the_byte(measured):
             expected = {part: memory.total(part) for part in STATES}
             seen = {part: found[part] for part in STATES}
             if expected != seen:
-                wrong[f"{name}, rank {rank}"] = {part: (expected[part], seen[part]) for part in STATES if expected[part] != seen[part]}
+                wrong[f"{name}, rank {rank}"] = {
+                    part: (expected[part], seen[part]) for part in STATES if expected[part] != seen[part]
+                }
     assert wrong == {}
 
 

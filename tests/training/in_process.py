@@ -21,7 +21,8 @@ from chatgot.training.loop import Loop
 def cpu_environment(**more: str | None) -> Iterator[None]:
     """One rank on the CPU, no dashboard; afterwards os.environ as it was, because other tests start processes with it.
 
-    LOCAL_RANK stays: ZeRO-3 reads it while it trains (deepspeed/runtime/zero/utils.py), and a process that is started sets its own.
+    LOCAL_RANK stays: ZeRO-3 reads it while it trains (deepspeed/runtime/zero/utils.py), and a process that is started
+    sets its own.
     """
     before = {**os.environ, "LOCAL_RANK": "0"}
     for name, value in {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", **more}.items():
@@ -101,11 +102,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def tags(out: Path) -> list[int]:
     """Steps of the published checkpoints."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*/manifest.json"))
+    return sorted(
+        int(path.parent.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*/manifest.json")
+    )
 
 
 def rehash(checkpoint: Path) -> None:
     """Make the manifest fit the files as they are now, as whoever forges a checkpoint would."""
     fields = json.loads((checkpoint / manifest.NAME).read_text())
     fields.pop("sha256")
-    manifest.write(checkpoint, {**fields, "files": {name: manifest.measure(checkpoint / name) for name in manifest.listed(checkpoint)}})
+    manifest.write(
+        checkpoint,
+        {**fields, "files": {name: manifest.measure(checkpoint / name) for name in manifest.listed(checkpoint)}},
+    )

@@ -56,7 +56,9 @@ def test_candidates_make_the_global_batch_with_whole_accumulation_steps():
 def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit):
     tree = {**engine_json(batch=TOTAL), "train_micro_batch_size_per_gpu": "auto"}
     probes = Probes((0,), 1, 0.0, program=("-m", "tests.training.programs.limited_probe", kind, str(limit)))
-    every = {size: probes.run(Task(finder.probe_tree(tree, size, 1), MODEL, VOCABULARY)) for size in candidates(TOTAL, 1)}
+    every = {
+        size: probes.run(Task(finder.probe_tree(tree, size, 1), MODEL, VOCABULARY)) for size in candidates(TOTAL, 1)
+    }
     fitting = [size for size, outcome in every.items() if outcome.fits]
     assert fitting in ([1], [1, 3], [1, 3, 9]), every  # the limit is one, and not for everything
     lines: list[str] = []
@@ -86,7 +88,9 @@ def test_what_the_plan_puts_far_beyond_the_memory_is_not_probed():
     assert answer.micro_batch == max(started) == 9, "27 samples have 27 logits, and their gradients"
     assert "27 does not (not tried: chatgot plan says " in answer.reason
     started.clear()
-    with pytest.raises(EnvironmentFault, match="not even one sample of 128 tokens fits \\(not tried: chatgot plan says"):
+    with pytest.raises(
+        EnvironmentFault, match="not even one sample of 128 tokens fits \\(not tried: chatgot plan says"
+    ):
         finder.search(tree, fitting, forecast(1, memory=1_000_000), lines.append, "key")
     assert started == []
 
@@ -123,7 +127,9 @@ def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(tmp_path, text_
     command = in_process.argv(write_json(tmp_path / "auto.json", tree), tmp_path / "out", config, text_file)
     assert in_process.train(command) == 0
     resolved = json.loads((tmp_path / "out" / "ds_config.json").read_text())
-    batch = [resolved[name] for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    batch = [
+        resolved[name] for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    ]
     assert batch == [6, 6, 1]
     assert 'train_micro_batch_size_per_gpu = 6: "auto", fits with 5% of the memory free' in capsys.readouterr().out
 

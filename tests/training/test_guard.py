@@ -1,4 +1,6 @@
-"""A run that diverges: what the journal says of the steps it skipped, and that it stops or goes on, the same after a resume."""
+"""A run that diverges: what the journal says of the steps it skipped, and that it stops or goes on, the same after a
+resume.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def poisoned_run(line, stop_after=None, **poison):
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32")])
-def test_rollback_goes_back_to_the_checkpoint_leaves_the_data_out_and_completes_the_run(stage, precision, tmp_path, text_file, capsys):
+def test_rollback_goes_back_to_the_checkpoint_leaves_the_data_out_and_completes_the_run(
+    stage, precision, tmp_path, text_file, capsys
+):
     code, poison = poisoned_run(words(tmp_path, text_file, stage, precision, steps=30, asynchronous=stage == 3))
     assert code == 0
     out = tmp_path / "out"
@@ -69,7 +73,10 @@ def test_rollback_goes_back_to_the_checkpoint_leaves_the_data_out_and_completes_
     assert series(out, "data/tokens")[30] == (30 * BATCH + LEFT_OUT) * 16
     assert not events(out, "resume_differs")
     assert verify(out)
-    assert f"rolled back from step {FROM} to {TO}; {LEFT_OUT} samples from {TO * BATCH} on were left out" in capsys.readouterr().out
+    assert (
+        f"rolled back from step {FROM} to {TO}; {LEFT_OUT} samples from {TO * BATCH} on were left out"
+        in capsys.readouterr().out
+    )
     clean = words(tmp_path, text_file, stage, precision, steps=30, name="clean")
     assert in_process.train(clean) == 0
     assert series(out, "val/loss")[30] == pytest.approx(series(tmp_path / "clean", "val/loss")[30], rel=1e-2)
@@ -93,12 +100,17 @@ def test_a_run_that_is_killed_around_its_rollback_and_resumed_repeats_it(stop_af
     assert verify(tmp_path / "killed")
 
 
-@pytest.mark.parametrize(("stage", "precision", "offload_param"), [(1, "bf16", False), (2, "fp32", False), (3, "bf16", True)])
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload_param"), [(1, "bf16", False), (2, "fp32", False), (3, "bf16", True)]
+)
 def test_an_offloaded_optimizer_goes_back_too(stage, precision, offload_param, tmp_path, text_file):
     code, _ = poisoned_run(words(tmp_path, text_file, stage, precision, offload=True, offload_param=offload_param))
     assert code == 0
     assert len(events(tmp_path / "out", "rolled_back")) == 1
-    assert [event["layer_grad_norms"]["layers.1"] for event in events(tmp_path / "out", "skipped_step")] == ["nan", "nan"]
+    assert [event["layer_grad_norms"]["layers.1"] for event in events(tmp_path / "out", "skipped_step")] == [
+        "nan",
+        "nan",
+    ]
     assert verify(tmp_path / "out")
 
 
@@ -115,7 +127,9 @@ def test_steps_after_a_rollback_can_be_replayed(tmp_path, text_file, capsys):
 
 
 def test_a_stopped_run_names_the_checkpoint_and_exits_with_5(tmp_path, text_file):
-    with pytest.raises(NumericsError, match=r"step 6: .* 2 steps in a row .* the last good checkpoint is .*step-00000003") as refusal:
+    with pytest.raises(
+        NumericsError, match=r"step 6: .* 2 steps in a row .* the last good checkpoint is .*step-00000003"
+    ) as refusal:
         poisoned_run(words(tmp_path, text_file, guard={"on_diverge": "stop"}))
     assert refusal.value.exit_code == EXIT_NUMERICS == 5
     assert tags(tmp_path / "out") == [3]
@@ -140,7 +154,9 @@ def test_a_loss_scale_stuck_at_its_minimum_names_the_checkpoint(tmp_path, text_f
         step()
 
     monkeypatch.setattr(loop.engine.engine, "step", stuck)
-    with pytest.raises(NumericsError, match=r"overflow at the smallest loss scale .* last good checkpoint is .*step-00000003"):
+    with pytest.raises(
+        NumericsError, match=r"overflow at the smallest loss scale .* last good checkpoint is .*step-00000003"
+    ):
         run.finish(loop)
 
 
@@ -214,7 +230,9 @@ def test_a_state_that_is_not_finite_is_never_published(stage, where, tmp_path, t
         else:
             next(iter(getattr(optimizer, "optimizer", optimizer).state.values()))["exp_avg_sq"].view(-1)[3] = math.nan
     name = "parameter embed_tokens.weight" if where == "weight" else "the optimizer's exp_avg_sq"
-    with pytest.raises(NumericsError, match=f"step 4: {name} has values that are not finite.*last good checkpoint is .*step-00000003"):
+    with pytest.raises(
+        NumericsError, match=f"step 4: {name} has values that are not finite.*last good checkpoint is .*step-00000003"
+    ):
         loop.save_now()
     assert tags(tmp_path / "out") == [3]
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir() if path.is_dir()] == ["step-00000003"]

@@ -26,7 +26,9 @@ BUSY = {"checkpoint": {"every_steps": 2, "every_minutes": None, "keep_best": 1}}
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_invariant_13_evaluation_sampling_and_saving_leave_the_random_state_and_the_mode_untouched(stage, tmp_path, text_file):
+def test_invariant_13_evaluation_sampling_and_saving_leave_the_random_state_and_the_mode_untouched(
+    stage, tmp_path, text_file
+):
     def drive(name: str, chatgot: dict, **train) -> tuple[list[torch.Tensor], dict[int, float]]:
         config = write_run_yaml(tmp_path / f"{name}.yaml", max_steps=7, model={"dropout": 0.2}, **train)
         engine = write_json(tmp_path / f"{name}.json", engine_json(stage, chatgot=chatgot))
@@ -57,7 +59,9 @@ def test_loss_is_the_undivided_mean_over_micro_batches(tmp_path, text_file):
 
 def test_first_loss_is_that_of_the_initial_weights_on_the_first_global_batch(tmp_path, text_file):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=1)
-    loop = in_process.prepare(argv(write_json(tmp_path / "e.json", engine_json(2, micro=2)), tmp_path / "out", config, text_file))
+    loop = in_process.prepare(
+        argv(write_json(tmp_path / "e.json", engine_json(2, micro=2)), tmp_path / "out", config, text_file)
+    )
     model = GPT(loop.config.model, loop.data.tokenizer.vocab_size)
     model.init_weights(loop.config.train.seed)
     run.finish(loop)
@@ -71,7 +75,11 @@ def test_first_loss_is_that_of_the_initial_weights_on_the_first_global_batch(tmp
 def test_validation_is_token_weighted_over_the_whole_split_and_bits_are_per_character(tokenizer, tmp_path, text_file):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=3)
     engine = write_json(tmp_path / "engine.json", engine_json(1))
-    words = [*argv(engine, tmp_path / "out", config, text_file), f"data.tokenizer={tokenizer}", "data.bpe_vocab_size=300"]
+    words = [
+        *argv(engine, tmp_path / "out", config, text_file),
+        f"data.tokenizer={tokenizer}",
+        "data.bpe_vocab_size=300",
+    ]
     loop = in_process.prepare(words)
     run.finish(loop)
     tokens = torch.from_numpy(np.asarray(loop.data.val, dtype=np.int64))
@@ -86,12 +94,16 @@ def test_validation_is_token_weighted_over_the_whole_split_and_bits_are_per_char
     reported = series(tmp_path / "out", "val/loss")[3]
     assert reported == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
     characters = len(loaded.decode(tokens.numpy()))
-    assert series(tmp_path / "out", "val/bits_per_char")[3] == pytest.approx(reported * len(tokens) / characters / math.log(2), rel=1e-6)
+    assert series(tmp_path / "out", "val/bits_per_char")[3] == pytest.approx(
+        reported * len(tokens) / characters / math.log(2), rel=1e-6
+    )
     if tokenizer == "bpe":
         assert len(tokens) < 0.8 * characters
 
 
-def test_invariant_15_speed_and_memory_per_interval_without_evaluation_sampling_and_saving(tmp_path, text_file, monkeypatch):
+def test_invariant_15_speed_and_memory_per_interval_without_evaluation_sampling_and_saving(
+    tmp_path, text_file, monkeypatch
+):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=8, log_every=2, eval_every=3, sample_every=3)
     engine = write_json(tmp_path / "engine.json", engine_json(1, chatgot=BUSY))
     loop = in_process.prepare(argv(engine, tmp_path / "out", config, text_file))
@@ -132,7 +144,9 @@ def test_first_and_last_step_are_always_logged_evaluated_and_sampled(tmp_path, t
 
 def test_prompt_with_characters_the_text_never_had_is_replaced_aloud(tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=1, sample_prompts=["The night", "Ω!", ""])
-    assert in_process.train(argv(write_json(tmp_path / "e.json", engine_json()), tmp_path / "out", config, text_file)) == 0
+    assert (
+        in_process.train(argv(write_json(tmp_path / "e.json", engine_json()), tmp_path / "out", config, text_file)) == 0
+    )
     said = capsys.readouterr().out
     assert "train.sample_prompts: 'Ω!' is replaced by" in said
     assert "'Ω' (U+03A9)" in said

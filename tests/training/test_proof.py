@@ -1,4 +1,6 @@
-"""A resume repeats what the journal has, bit for bit, and says so; a resume that does not is named at its first difference."""
+"""A resume repeats what the journal has, bit for bit, and says so; a resume that does not is named at its first
+difference.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ LEFT_AT = 6
 def words(folder: Path, text: Path, stage: int = 0, dropout: float = 0.1, **engine) -> list[str]:
     config = write_run_yaml(folder / "run.yaml", max_steps=STEPS, log_every=4, model={"dropout": dropout})
     saving = {"checkpoint": {"every_steps": SAVE, "every_minutes": None, "keep_best": 0, "keep_last": 9}}
-    return argv(write_json(folder / "engine.json", engine_json(stage, chatgot=saving, **engine)), folder / "out", config, text)
+    return argv(
+        write_json(folder / "engine.json", engine_json(stage, chatgot=saving, **engine)), folder / "out", config, text
+    )
 
 
 def left(folder: Path, text: Path, **settings) -> list[str]:
@@ -57,7 +61,9 @@ def test_lines_of_the_journal_never_go_back_within_a_run(tmp_path, text_file):
     assert len(steps) == 3 * STEPS
 
 
-def test_digests_that_lag_a_step_behind_are_the_same_and_none_is_missing_at_a_checkpoint(tmp_path, text_file, monkeypatch):
+def test_digests_that_lag_a_step_behind_are_the_same_and_none_is_missing_at_a_checkpoint(
+    tmp_path, text_file, monkeypatch
+):
     """As on a GPU, where reading a loss at once would wait for the step."""
     for name in ("plain", "late"):
         (tmp_path / name).mkdir()
@@ -111,8 +117,12 @@ def perturb_a_weight(monkeypatch):
     monkeypatch.setattr(Loop, "restore", restore)
 
 
-@pytest.mark.parametrize(("sabotage", "field"), [(forget_rng, "rng"), (forget_position, "batch"), (perturb_a_weight, "loss")])
-def test_control_a_resume_that_is_wrong_is_named_by_what_is_wrong(sabotage, field, tmp_path, text_file, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("sabotage", "field"), [(forget_rng, "rng"), (forget_position, "batch"), (perturb_a_weight, "loss")]
+)
+def test_control_a_resume_that_is_wrong_is_named_by_what_is_wrong(
+    sabotage, field, tmp_path, text_file, capsys, monkeypatch
+):
     line = left(tmp_path, text_file)
     sabotage(monkeypatch)
     assert in_process.train(line) == 0, "training goes on"
@@ -127,10 +137,14 @@ def test_changed_rate_leaves_the_batches_to_compare_and_says_why(tmp_path, text_
     line = left(tmp_path, text_file)
     assert in_process.train([*line, "ds.optimizer.params.lr=1e-3"]) == 0
     said = capsys.readouterr().out
-    assert "resume verified 2/2: steps 4..5 repeat the journal (batch, because settings were changed (ds.optimizer.params.lr: " in said
+    assert (
+        "resume verified 2/2: steps 4..5 repeat the journal (batch, because settings were changed "
+        "(ds.optimizer.params.lr: " in said
+    )
     [event] = events(tmp_path / "out", "resume_verified")
     assert event["exact"] is False
-    # The past that this run left behind had another rate: it is not held against a third start that goes back to the first checkpoint.
+    # The past that this run left behind had another rate: it is not held against a third start that goes back to the
+    # first checkpoint.
     for tag in ("step-00000006", "step-00000008"):
         damaged = tmp_path / "out" / "checkpoints" / tag / "manifest.json"
         damaged.write_text("{")
@@ -162,7 +176,9 @@ def test_another_global_batch_leaves_nothing_to_compare(tmp_path, text_file):
 
 def test_what_changes_no_number_does_not_spoil_the_comparison(tmp_path, text_file, capsys):
     line = left(tmp_path, text_file)
-    assert in_process.train([*line, "train.log_every=1", "train.eval_every=2", "ds.chatgot.checkpoint.every_steps=2"]) == 0
+    assert (
+        in_process.train([*line, "train.log_every=1", "train.eval_every=2", "ds.chatgot.checkpoint.every_steps=2"]) == 0
+    )
     assert "resume verified 2/2: steps 4..5 repeat the journal bit for bit" in capsys.readouterr().out
 
 
@@ -170,7 +186,10 @@ def test_another_stage_is_compared_within_a_tolerance(tmp_path, text_file, capsy
     line = left(tmp_path, text_file)
     assert in_process.train([*line, "ds.zero_optimization.stage=2"]) == 0
     said = capsys.readouterr().out
-    assert "resume verified 2/2: steps 4..5 repeat the journal (batch and rng and lr; loss and grad_norm within a relative 1e-05" in said
+    assert (
+        "resume verified 2/2: steps 4..5 repeat the journal (batch and rng and lr; loss and grad_norm within a "
+        "relative 1e-05" in said
+    )
     assert "zero_stage: 0 -> 2" in said
 
 
@@ -229,7 +248,10 @@ def test_full_disk_costs_lines_and_not_the_run(tmp_path, text_file, capsys, monk
 
     monkeypatch.setattr(Loop, "share", shared)
     line = words(tmp_path, text_file)
-    assert in_process.train([*line, "train.log_every=1", "ds.chatgot.checkpoint.every_steps=100", "train.sample_every=7"]) == 0
+    assert (
+        in_process.train([*line, "train.log_every=1", "ds.chatgot.checkpoint.every_steps=100", "train.sample_every=7"])
+        == 0
+    )
     out = tmp_path / "out"
     said = capsys.readouterr().out
     assert said.count("WARNING: lines of") == 1

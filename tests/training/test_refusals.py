@@ -113,15 +113,33 @@ def test_requested_resume_without_a_checkpoint_is_refused(capsys, files, tmp_pat
 
 
 def resume(trained: Path, data: Path, **changed: Path) -> list[str]:
-    names = {"json": trained / "engine.json", "out": trained / "out", "config": trained / "run.yaml", "data": data, **changed}
+    names = {
+        "json": trained / "engine.json",
+        "out": trained / "out",
+        "config": trained / "run.yaml",
+        "data": data,
+        **changed,
+    }
     return argv(**names)
 
 
 def test_unknown_tags_and_never_are_refused(capsys, trained, text_file):
     before = contents(trained)
-    check(capsys, [*resume(trained, text_file), "--resume_from", f"{trained / 'out'}@step-00000009"], 4, "step-00000009", "step-00000002")
+    check(
+        capsys,
+        [*resume(trained, text_file), "--resume_from", f"{trained / 'out'}@step-00000009"],
+        4,
+        "step-00000009",
+        "step-00000002",
+    )
     check(capsys, [*resume(trained, text_file), "--resume_from", f"{trained / 'out'}@../../x"], 4, "tag")
-    check(capsys, [*resume(trained, text_file), "--resume_from", "never"], 2, "--resume_from never", "choose another --out_dir")
+    check(
+        capsys,
+        [*resume(trained, text_file), "--resume_from", "never"],
+        2,
+        "--resume_from never",
+        "choose another --out_dir",
+    )
     assert contents(trained) == before
 
 
@@ -133,7 +151,9 @@ def table(said: str) -> list[str]:
     return [" ".join(row.split()) for row in rows]
 
 
-def test_invariant_10_resume_with_another_shape_tokenizer_data_or_batch_is_refused(capsys, trained, text_file, tmp_path):
+def test_invariant_10_resume_with_another_shape_tokenizer_data_or_batch_is_refused(
+    capsys, trained, text_file, tmp_path
+):
     before = contents(trained)
 
     def differs(command_line: list[str], *lines: str) -> None:
@@ -153,7 +173,12 @@ def test_invariant_10_resume_with_another_shape_tokenizer_data_or_batch_is_refus
     differs([*resume(trained, other), "--allow_batch_change"], "data ")
     bytes_now = [*resume(trained, text_file), "data.tokenizer=byte"]
     differs(bytes_now, "model.vocab_size 41 | 256", "parameters ", "tokenizer ", "data ")
-    differs([*bytes_now, "--allow_data_change", "--allow_batch_change"], "model.vocab_size 41 | 256", "parameters ", "tokenizer ")
+    differs(
+        [*bytes_now, "--allow_data_change", "--allow_batch_change"],
+        "model.vocab_size 41 | 256",
+        "parameters ",
+        "tokenizer ",
+    )
     assert contents(trained) == before
 
 

@@ -1,4 +1,6 @@
-"""The whole program resumes its own run at another ZeRO stage, another number of ranks and another precision, and says so."""
+"""The whole program resumes its own run at another ZeRO stage, another number of ranks and another precision, and says
+so.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,19 @@ from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_ya
 
 def train(folder: Path, text: Path, ranks: int, steps: int, out: str = "out", **engine) -> str:
     config = write_run_yaml(folder / f"run{steps}.yaml", max_steps=steps, model={"dropout": 0.0})
-    json = write_json(folder / "engine.json", engine_json(**engine, chatgot={"schedule": {"type": "constant", "warmup_steps": 0}}))
-    arguments = ["--deepspeed_config", str(json), "--config", str(config), "--data", str(text), "--out_dir", str(folder / out)]
+    json = write_json(
+        folder / "engine.json", engine_json(**engine, chatgot={"schedule": {"type": "constant", "warmup_steps": 0}})
+    )
+    arguments = [
+        "--deepspeed_config",
+        str(json),
+        "--config",
+        str(config),
+        "--data",
+        str(text),
+        "--out_dir",
+        str(folder / out),
+    ]
     return run_ranks([str(ROOT / "launch" / "train.py"), *arguments], ranks)[0].stdout
 
 

@@ -100,7 +100,9 @@ def test_another_batch_with_the_switch_only(stage, halves, text_file, tmp_path, 
     assert series(folder / "out", "data/tokens")[STEPS + 1] == (STEPS * BATCH + 16) * 16
 
 
-@pytest.mark.parametrize(("was", "now", "optimizer"), [(0, 0, MUON), (0, 0, SGD), (1, 1, MUON), (1, 0, SGD), (0, 1, MUON)])
+@pytest.mark.parametrize(
+    ("was", "now", "optimizer"), [(0, 0, MUON), (0, 0, SGD), (1, 1, MUON), (1, 0, SGD), (0, 1, MUON)]
+)
 def test_optimizer_of_another_kind_is_refused(was, now, optimizer, halves, text_file, tmp_path, capsys):
     """At the same stage DeepSpeed itself would load it, and at stage 0 say nothing."""
     folder = shutil.copytree(halves[was], tmp_path / "copy")
@@ -113,7 +115,10 @@ def test_optimizer_of_another_kind_is_refused(was, now, optimizer, halves, text_
     pretend(folder / "out", optimizer=optimizer["type"].lower())
     if was != now:  # the files themselves say so too
         assert refused(words(folder, text_file)) == 4
-        assert "the checkpoint's optimizer keeps exp_avg, exp_avg_sq, this run's momentum_buffer" in capsys.readouterr().err
+        assert (
+            "the checkpoint's optimizer keeps exp_avg, exp_avg_sq, this run's momentum_buffer"
+            in capsys.readouterr().err
+        )
 
 
 def pretend(out: Path, **fields: object) -> None:
@@ -139,16 +144,25 @@ def test_optimizers_of_one_kind_go_on_from_each_other(halves, text_file, tmp_pat
         ({"device": "cpu", "ratio": 0.5}, "zero_optimization.offload_optimizer.ratio = 0.5"),
     ],
 )
-def test_offloading_that_cannot_move_is_refused_in_both_directions(offload, stated, halves, text_file, tmp_path, capsys):
+def test_offloading_that_cannot_move_is_refused_in_both_directions(
+    offload, stated, halves, text_file, tmp_path, capsys
+):
     folder = shutil.copytree(halves[0], tmp_path / "copy")
     tree = engine_json(3, chatgot=SAVING)
     tree["zero_optimization"]["offload_optimizer"] = offload
     write_json(folder / "engine.json", tree)
     assert refused(words(folder, text_file)) == 4
     said = capsys.readouterr().err
-    assert f"this run has {stated}, and such a run can be resumed with the same settings only, but different are zero_stage: 0 -> 3" in said
+    assert (
+        f"this run has {stated}, and such a run can be resumed with the same settings only, but different are "
+        f"zero_stage: 0 -> 3" in said
+    )
     write_json(folder / "engine.json", engine_json(0, chatgot=SAVING))
-    layout = {"offload_optimizer": "nvme"} if offload["device"] == "nvme" else {"offload_optimizer": "cpu", "offload_optimizer.ratio": 0.5}
+    layout = (
+        {"offload_optimizer": "nvme"}
+        if offload["device"] == "nvme"
+        else {"offload_optimizer": "cpu", "offload_optimizer.ratio": 0.5}
+    )
     pretend(folder / "out", zero_stage=3, layout=layout)
     assert refused(words(folder, text_file)) == 4
     assert f"the checkpoint's run has {stated}" in capsys.readouterr().err

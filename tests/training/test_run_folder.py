@@ -51,7 +51,18 @@ def test_every_file_of_a_run_folder_is_there(finished):
     assert not [name for name in names if Path(name).name.startswith(".")], "nothing unfinished is left"
     assert load_tokenizer(out / "tokenizer.json").kind == "char"
     environ = json.loads((out / "environment.json").read_text())
-    assert {"python", "torch", "deepspeed", "numpy", "chatgot", "host", "platform", "command", "data", "world_size"} <= environ.keys()
+    assert {
+        "python",
+        "torch",
+        "deepspeed",
+        "numpy",
+        "chatgot",
+        "host",
+        "platform",
+        "command",
+        "data",
+        "world_size",
+    } <= environ.keys()
     assert "=== 'The night'\nThe night" in (out / "samples" / "step-000006.txt").read_text(encoding="utf-8")
 
 
@@ -62,7 +73,9 @@ def test_journal_has_a_line_a_step_and_the_documented_metrics(finished):
     records, broken = read_journal(out / "metrics.jsonl")
     assert broken == 0
     seen = {name for record in records for name in record} - {"step", "digest"}
-    assert seen == set(METRICS) - {"optim/loss_scale", "perf/mfu"}, "no loss scale in fp32, and no peak is known for a CPU"
+    assert seen == set(METRICS) - {"optim/loss_scale", "perf/mfu"}, (
+        "no loss scale in fp32, and no peak is known for a CPU"
+    )
     assert [record["step"] for record in records if "digest" in record] == list(range(1, STEPS + 1))
     assert series(out, "data/tokens")[STEPS] == STEPS * 8 * 16
     assert list(series(out, "optim/lr").values())[:2] == pytest.approx([1.5e-3, 3e-3])
@@ -82,7 +95,9 @@ def test_invariant_11_no_value_of_a_config_is_changed_and_the_resolved_one_is_pr
     given = flattened(yaml.safe_load((finished / "run.yaml").read_text()))
     stored = flattened(yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8")))
     assert {key: stored[key] for key in given} == given
-    given_json = flattened(json.loads((finished / "engine.json").read_text())) | {"gradient_clipping": 0.5}  # the override
+    given_json = flattened(json.loads((finished / "engine.json").read_text())) | {
+        "gradient_clipping": 0.5
+    }  # the override
     stored_json = flattened(json.loads((out / "ds_config.json").read_text()))
     assert {key: stored_json[key] for key in given_json} == given_json
     said = (finished / "said.txt").read_text(encoding="utf-8")
@@ -90,7 +105,9 @@ def test_invariant_11_no_value_of_a_config_is_changed_and_the_resolved_one_is_pr
         section, _, name = key.partition(".")
         [line] = [line for line in said.splitlines() if line.startswith(f"settings: {section}: ")]
         assert f"{name}={json.dumps(value)}" in line
-    assert "gradient_accumulation_steps = 2: 8 samples / 4 per rank / 1 rank" in said, "what is derived is printed with its reason"
+    assert "gradient_accumulation_steps = 2: 8 samples / 4 per rank / 1 rank" in said, (
+        "what is derived is printed with its reason"
+    )
 
 
 def test_run_folder_gives_the_same_run_again(finished, text_file, tmp_path):
@@ -113,12 +130,17 @@ def test_end_says_the_result_and_what_to_do_next(finished):
 
 
 def test_changed_settings_names_keys_as_overrides_do(tmp_path):
-    run, engine = {"train": {"max_steps": 5, "seed": 1}}, {"optimizer": {"params": {"lr": 0.1}}, "bf16": {"enabled": True}}
+    run, engine = (
+        {"train": {"max_steps": 5, "seed": 1}},
+        {"optimizer": {"params": {"lr": 0.1}}, "bf16": {"enabled": True}},
+    )
     assert changed_settings(tmp_path, run, engine) == []
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     (tmp_path / "ds_config.json").write_text(json.dumps(engine))
     assert changed_settings(tmp_path, run, engine) == []
-    assert changed_settings(tmp_path, {"train": {"max_steps": 9, "seed": 1}}, {"optimizer": {"params": {"lr": 0.2}}}) == [
+    assert changed_settings(
+        tmp_path, {"train": {"max_steps": 9, "seed": 1}}, {"optimizer": {"params": {"lr": 0.2}}}
+    ) == [
         "train.max_steps: 5 -> 9",
         "ds.optimizer.params.lr: 0.1 -> 0.2",
         "ds.bf16.enabled: True -> absent",

@@ -48,7 +48,10 @@ def test_second_run_is_refused_and_named_the_holder(holder, words, tmp_path, cap
     before = contents(tmp_path / "out")
     assert in_process.refused(words) == 2
     said = capsys.readouterr().err
-    assert f"--out_dir {tmp_path / 'out'}: another run is writing there: pid {holder.pid} on host {socket.gethostname()}, since 2" in said
+    assert (
+        f"--out_dir {tmp_path / 'out'}: another run is writing there: pid {holder.pid} on host "
+        f"{socket.gethostname()}, since 2" in said
+    )
     ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, timeout=60, check=False)
     assert [done.returncode for done in ranks] == [2, 2]
     assert f"pid {holder.pid} on host" in ranks[0].stderr

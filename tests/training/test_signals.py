@@ -38,7 +38,13 @@ def start(command_line: list[str], world_size: int) -> list[subprocess.Popen]:
     port = str(free_port())
     ranks = []
     for rank in range(world_size):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         ranks.append(
             subprocess.Popen(
                 [sys.executable, str(ROOT / "launch" / "train.py"), *command_line],
@@ -158,5 +164,7 @@ with StopSignals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     print("still here")
 """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=BOUND)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=BOUND
+    )
     assert (done.returncode, done.stdout) == (130, "SIGINT\n")

@@ -49,7 +49,9 @@ def test_what_the_settings_do_not_allow_is_a_row_and_no_error(tmp_path, text_fil
     json_file = write_json(tmp_path / "bf16.json", engine_json(stage=1, precision="bf16"))
     config = write_run_yaml(tmp_path / "run.yaml")
     lines: list[str] = []
-    arguments = TuneArguments(json_file, str(config), str(text_file), stages=(0, 1), micro_batches=(8,), recomputation=("off",), steps=1)
+    arguments = TuneArguments(
+        json_file, str(config), str(text_file), stages=(0, 1), micro_batches=(8,), recomputation=("off",), steps=1
+    )
     with cpu_environment(OMP_NUM_THREADS="1"):
         best = tune(arguments, lines.append)
     assert best.stage == 1
@@ -60,5 +62,8 @@ def test_what_the_settings_do_not_allow_is_a_row_and_no_error(tmp_path, text_fil
 def test_a_micro_batch_that_does_not_make_the_global_batch_is_refused(tmp_path, text_file):
     json_file = write_json(tmp_path / "plain.json", engine_json())
     arguments = TuneArguments(json_file, str(write_run_yaml(tmp_path / "run.yaml")), str(text_file), micro_batches=(3,))
-    with cpu_environment(), pytest.raises(ConfigError, match=r"--micro_batches 3: train_batch_size = 8 .* can be made of 1, 2, 4, 8"):
+    with (
+        cpu_environment(),
+        pytest.raises(ConfigError, match=r"--micro_batches 3: train_batch_size = 8 .* can be made of 1, 2, 4, 8"),
+    ):
         tune(arguments, lambda line: None)

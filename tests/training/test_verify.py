@@ -1,4 +1,6 @@
-"""chatgot verify: a whole run passes, and every kind of damage is named; a replay repeats the journal and notices one altered digit."""
+"""chatgot verify: a whole run passes, and every kind of damage is named; a replay repeats the journal and notices one
+altered digit.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ REPLAYED = 2
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text_file) -> Path:
-    """A finished run in out/ that was left at step 5 and resumed from step 3 on the way; checkpoints after 3, 6 and 8."""
+    """A finished run in out/ that was left at step 5 and resumed from step 3 on the way; checkpoints after 3, 6 and
+    8.
+    """
     folder = tmp_path_factory.mktemp("finished")
     assert in_process.train(left(folder, text_file)) == 0
     return folder / "out"
@@ -70,7 +74,9 @@ try:
 except SystemExit as end:
     print(end.code, sorted({{"torch", "deepspeed", "numpy"}} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "0 []"
 
 

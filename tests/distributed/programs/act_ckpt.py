@@ -1,4 +1,5 @@
-"""One model of six blocks, with and without recomputation, at every stage: losses, gradients, saved bytes, recomputed blocks.
+"""One model of six blocks, with and without recomputation, at every stage: losses, gradients, saved bytes, recomputed
+blocks.
 
 Started once per world size by a test.
 """
@@ -105,7 +106,10 @@ def saved_bytes(model: torch.nn.Module, found: list[int]) -> Iterator[None]:
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    return {name: hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+    return {
+        name: hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, t in tensors.items()
+    }
 
 
 def gradients(engine: TrainingEngine) -> dict[str, torch.Tensor]:
@@ -123,15 +127,29 @@ def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[Tra
     model.init_weights(1)
     engine = build(model, config, device)
     if case.get("forget_rng"):
-        model.set_activation_checkpointing(functools.partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=False))
+        model.set_activation_checkpointing(
+            functools.partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=False)
+        )
     order = DataOrder(len(tokens()), MODEL["max_seq_length"], seed=1)
-    return engine, model, TrainBatches(tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+    return (
+        engine,
+        model,
+        TrainBatches(tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size),
+    )
 
 
-def run(case: dict[str, Any], place: Place, device: torch.device, forwards: Forwards, checkpoints: Checkpoints) -> dict[str, Any]:
+def run(
+    case: dict[str, Any], place: Place, device: torch.device, forwards: Forwards, checkpoints: Checkpoints
+) -> dict[str, Any]:
     engine, model, batches = start(case, place, device)
     sizes: list[int] = []
-    found: dict[str, Any] = {"losses": [], "gradients": [], "blocks": [], "note": engine.notes[0], "keys": sorted(model.state_dict())}
+    found: dict[str, Any] = {
+        "losses": [],
+        "gradients": [],
+        "blocks": [],
+        "note": engine.notes[0],
+        "keys": sorted(model.state_dict()),
+    }
     forwards.take()
     checkpoints.take()
     for step in range(STEPS):

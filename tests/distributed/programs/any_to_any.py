@@ -1,4 +1,6 @@
-"""Writes checkpoints of several settings, or resumes each of them in several others. Started once per world size and purpose by a test."""
+"""Writes checkpoints of several settings, or resumes each of them in several others. Started once per world size and
+purpose by a test.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ from tests.support import TINY_MODEL, engine_json
 STEPS, MORE = 3, 20
 
 
-def start(case: dict[str, Any], place: Place, device: torch.device, seed: int) -> tuple[TrainingEngine, TrainBatches, dict[str, Any]]:
+def start(
+    case: dict[str, Any], place: Place, device: torch.device, seed: int
+) -> tuple[TrainingEngine, TrainBatches, dict[str, Any]]:
     tree = engine_json(**case["json"])
     tree["zero_optimization"].update(case.get("zero", {}))
     config = build_engine_config(tree, "case.json", world_size=place.world_size, facts=device_facts(), n_params=30_000)
@@ -47,7 +51,9 @@ def start(case: dict[str, Any], place: Place, device: torch.device, seed: int) -
     model.init_weights(seed)
     engine = build(model, config, device)
     order = DataOrder(len(tokens()), TINY_MODEL["max_seq_length"], seed=1)
-    batches = TrainBatches(tokens() % 63, order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+    batches = TrainBatches(
+        tokens() % 63, order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size
+    )
     fields = {
         "world_size": place.world_size,
         "zero_stage": config.zero_stage,
@@ -74,7 +80,9 @@ def store(engine: TrainingEngine, folder: Path, fields: dict[str, Any], ranks: C
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().float().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        tensor.detach().float().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()[:16]
 
 
 def in_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -94,10 +102,14 @@ def in_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def in_engine(engine: TrainingEngine) -> dict[str, dict[str, str]]:
-    """Weights and moments per parameter as DeepSpeed itself finds them. Its sum over the ranks loses the sign of zeros. Collective."""
+    """Weights and moments per parameter as DeepSpeed itself finds them. Its sum over the ranks loses the sign of zeros.
+    Collective.
+    """
     zero = engine.engine.optimizer
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._hp_optimizer_states_linked = False  # DeepSpeed links them when the first group has been stepped, the others have none yet
+        zero._hp_optimizer_states_linked = (
+            False  # DeepSpeed links them when the first group has been stepped, the others have none yet
+        )
         zero._lazy_init_hp_params_optimizer_state()
     found: dict[str, dict[str, str]] = {}
     for name, p in engine.engine.module.named_parameters():
@@ -115,7 +127,9 @@ def decays(engine: TrainingEngine) -> list[float]:
 
 
 def readable(case: dict[str, Any]) -> bool:
-    """Whether DeepSpeed itself can say what an engine holds: not for Muon's momentum, and wrongly with round_robin_gradients."""
+    """Whether DeepSpeed itself can say what an engine holds: not for Muon's momentum, and wrongly with
+    round_robin_gradients.
+    """
     return case["json"].get("optimizer", {}).get("type") != "Muon" and not case["zero"].get("round_robin_gradients")
 
 
@@ -124,7 +138,12 @@ def write(case: dict[str, Any], folder: Path, place: Place, device: torch.device
     engine, batches, fields = start(case, place, device, seed=1)
     before = train(engine, batches, STEPS)
     store(engine, folder, fields, ranks)
-    found = {"before": before, "files": in_files(folder), "engine": in_engine(engine) if readable(case) else None, "decays": decays(engine)}
+    found = {
+        "before": before,
+        "files": in_files(folder),
+        "engine": in_engine(engine) if readable(case) else None,
+        "decays": decays(engine),
+    }
     found["losses"] = train(engine, batches, MORE)
     engine.engine.destroy()
     return found

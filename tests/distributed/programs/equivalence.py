@@ -1,4 +1,6 @@
-"""Trains the tiny GPT through the engine for every case given, and writes the losses. Started once per world size by a test."""
+"""Trains the tiny GPT through the engine for every case given, and writes the losses. Started once per world size by a
+test.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def losses_of(case: dict, folder: Path, steps: int, place, device: torch.device)
     model.init_weights(1)
     engine = build(model, config, device)
     order = DataOrder(len(tokens()), TINY_MODEL["max_seq_length"], seed=1)
-    batches = TrainBatches(tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+    batches = TrainBatches(
+        tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size
+    )
     losses = []
     for step in range(steps):
         engine.set_learning_rate(factor(step, steps, config.chatgot.schedule))

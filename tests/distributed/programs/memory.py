@@ -1,4 +1,6 @@
-"""Live tensors of an engine before the second step, for every case given, by rank. Started once per world size by a test."""
+"""Live tensors of an engine before the second step, for every case given, by rank. Started once per world size by a
+test.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> dict[st
     generator = torch.Generator().manual_seed(place.rank)
     for step in range(2):
         engine.before_step = look if step == 1 else None
-        ids = torch.randint(VOCABULARY, (config.accumulation, config.micro_batch_size, shape.max_seq_length), generator=generator)
+        ids = torch.randint(
+            VOCABULARY, (config.accumulation, config.micro_batch_size, shape.max_seq_length), generator=generator
+        )
         engine.train_step((row, row) for row in ids)
     engine.engine.destroy()
     return found

@@ -1,4 +1,6 @@
-"""The most bytes that tensors take during one optimizer step, by the CPU allocator's own account, for every case given."""
+"""The most bytes that tensors take during one optimizer step, by the CPU allocator's own account, for every case
+given.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> int:
     before = live_storages()
     shape, vocabulary = ModelConfig(**case["model"]), case["vocabulary"]
     n_params = count_parameters(shape, vocabulary)
-    config = build_engine_config(case["json"], "case.json", world_size=place.world_size, facts=device_facts(), n_params=n_params)
+    config = build_engine_config(
+        case["json"], "case.json", world_size=place.world_size, facts=device_facts(), n_params=n_params
+    )
     model = GPT(shape, vocabulary)
     model.init_weights(1)
     engine = build(model, config, device)

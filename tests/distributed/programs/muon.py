@@ -44,7 +44,9 @@ def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[Tra
     engine = build(model, config, device)
     guards.ClipAdamGroupsOnly = guard
     order = DataOrder(len(tokens()), TINY_MODEL["max_seq_length"], seed=1)
-    return engine, TrainBatches(tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+    return engine, TrainBatches(
+        tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size
+    )
 
 
 def step(engine: TrainingEngine, batches: TrainBatches, index: int) -> float:

@@ -1,4 +1,6 @@
-"""Steps with non-finite gradients on one rank, at every stage and precision; and torch_autocast. Started once per world size by a test."""
+"""Steps with non-finite gradients on one rank, at every stage and precision; and torch_autocast. Started once per world
+size by a test.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ POISONED_BY = numerics.poisoned_by
 
 
 class Poison:
-    """Makes one rank's loss, one of its activations or its gradients non-finite while `armed`; 'loss alone' leaves its gradients finite."""
+    """Makes one rank's loss, one of its activations or its gradients non-finite while `armed`; 'loss alone' leaves its
+    gradients finite.
+    """
 
     def __init__(self, model: GPT, kind: str, place: Place):
         self.armed = False
@@ -62,11 +66,15 @@ class Poison:
 
 
 def own_state(engine: TrainingEngine) -> str:
-    """Digest of all that a step can move on this rank: parameters (stage 3: its shards), fp32 partitions, moments, momenta, counters."""
+    """Digest of all that a step can move on this rank: parameters (stage 3: its shards), fp32 partitions, moments,
+    momenta, counters.
+    """
     digest = hashlib.sha256()
     optimizer = engine.engine.optimizer
     tensors = [getattr(p, "ds_tensor", p) for p in engine.engine.module.parameters()]
-    partitions = getattr(optimizer, "fp32_partitioned_groups_flat", None) or getattr(optimizer, "single_partition_of_fp32_groups", [])
+    partitions = getattr(optimizer, "fp32_partitioned_groups_flat", None) or getattr(
+        optimizer, "single_partition_of_fp32_groups", []
+    )
     states = getattr(optimizer, "optimizer", optimizer).state.values()
     values = [value for state in states for _, value in sorted(state.items())]
     for value in [*tensors, *partitions, *values]:
@@ -106,14 +114,21 @@ def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[Tra
         numerics.poisoned_by = lambda loss: loss
     if case.get("without_guard") and engine.stage0 is not None:
         engine.stage0 = None
-        del engine.engine.clip_fp32_gradients, engine.engine.optimizer.step  # the guard's; DeepSpeed's and torch's own come back
+        del (
+            engine.engine.clip_fp32_gradients,
+            engine.engine.optimizer.step,
+        )  # the guard's; DeepSpeed's and torch's own come back
     order = DataOrder(len(tokens()), TINY_MODEL["max_seq_length"], seed=1)
-    batches = TrainBatches(tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size)
+    batches = TrainBatches(
+        tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size
+    )
     return engine, batches, poison
 
 
 def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device) -> dict[str, Any]:
-    """`schedule`: one letter per step, g(ood) or b(ad). A bad step does not consume its batch: leaving it out gives the same good steps."""
+    """`schedule`: one letter per step, g(ood) or b(ad). A bad step does not consume its batch: leaving it out gives the
+    same good steps.
+    """
     engine, batches, poison = start(case, place, device)
     found: dict[str, Any] = {"errors": [], "steps": []}
     sample = 0
@@ -153,10 +168,16 @@ def autocast_losses(case: dict[str, Any], steps: int, place: Place, device: torc
     engine, batches, _ = start(case, place, device)
     losses = []
     dtypes: set[str] = set()
-    engine.engine.module.layers[0].attention.qkv.register_forward_hook(lambda _m, _a, output: dtypes.add(str(output.dtype)))
+    engine.engine.module.layers[0].attention.qkv.register_forward_hook(
+        lambda _m, _a, output: dtypes.add(str(output.dtype))
+    )
     for step in range(steps):
         warm = 2
-        rate = (step + 1) / warm if step < warm else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - 1 - warm)))
+        rate = (
+            (step + 1) / warm
+            if step < warm
+            else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - 1 - warm)))
+        )
         engine.set_learning_rate(rate)
         losses.append(mean_over_ranks(engine.train_step(batches.micro_batches(step * batches.global_batch_size))))
     masters = {str(p.dtype) for p in engine.engine.module.parameters()}

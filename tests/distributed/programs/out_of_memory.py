@@ -1,7 +1,8 @@
-"""Runs of the real training program in which a rank runs out of memory, one after the other; reports what an outsider could compare.
+"""Runs of the real training program in which a rank runs out of memory, one after the other; reports what an outsider
+could compare.
 
-Each run: {"name", "argv" (of train.py), "inject": [{"site", "step", "micro", "rank", "size"}], each once, while micro-batches have that
-size, "control": null or what is deliberately left out}.
+Each run: {"name", "argv" (of train.py), "inject": [{"site", "step", "micro", "rank", "size"}], each once, while
+micro-batches have that size, "control": null or what is deliberately left out}.
 """
 
 from __future__ import annotations
@@ -124,7 +125,11 @@ def one(item: dict[str, Any], place: Any) -> dict[str, Any]:
         journal = read_journal(arguments.out_dir / "metrics.jsonl")[0]
         found = {
             "started_at": started_at,
-            "losses": {r["step"]: r["train/loss"] for r in live_metrics(arguments.out_dir / "metrics.jsonl") if "train/loss" in r},
+            "losses": {
+                r["step"]: r["train/loss"]
+                for r in live_metrics(arguments.out_dir / "metrics.jsonl")
+                if "train/loss" in r
+            },
             "digests": [(r["step"], r["digest"]["batch"], r["digest"]["setup"]) for r in journal if "digest" in r],
             "lines": [r["step"] for r in journal if "train/loss" in r],
             "traces": [rank[0] for rank in gathered],

@@ -21,7 +21,9 @@ def tokens() -> np.ndarray:
     return ((np.arange(6000) * 7 % 61 + draw.integers(0, 3, 6000)) % 64).astype(np.uint8)
 
 
-def plain_losses(steps: int, batch: int, lr: float = 3e-3, model: dict | None = None, max_norm: float = 1.0) -> list[float]:
+def plain_losses(
+    steps: int, batch: int, lr: float = 3e-3, model: dict | None = None, max_norm: float = 1.0
+) -> list[float]:
     """Losses of `steps` AdamW steps over the whole global batch at once."""
     net = GPT(ModelConfig(**{**TINY_MODEL, **(model or {})}), 64)
     net.init_weights(1)
@@ -35,7 +37,11 @@ def plain_losses(steps: int, batch: int, lr: float = 3e-3, model: dict | None = 
     losses = []
     for step in range(steps):
         warm = 2
-        rate = (step + 1) / warm if step < warm else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - 1 - warm)))
+        rate = (
+            (step + 1) / warm
+            if step < warm
+            else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - 1 - warm)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
         [(input_ids, targets)] = batches.micro_batches(step * batch)

@@ -1,6 +1,8 @@
-"""Drives the real training program for a list of runs, as a launcher would start it, and reports what an outsider could compare.
+"""Drives the real training program for a list of runs, as a launcher would start it, and reports what an outsider could
+compare.
 
-Each run: {"name", "argv" (of train.py), "abandon_after": step or null, "control": null or what is deliberately not restored}.
+Each run: {"name", "argv" (of train.py), "abandon_after": step or null, "control": null or what is deliberately not
+restored}.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def sabotage(control: str | None) -> None:
         Loop.restore = restore
     elif control == "schedule":
         factor = schedule.factor
-        schedule.factor = lambda step, max_steps, config: factor(step % (max_steps // 2), max_steps, config)  # starts again at half-way
+        schedule.factor = lambda step, max_steps, config: factor(
+            step % (max_steps // 2), max_steps, config
+        )  # starts again at half-way
 
 
 def weights_digest(out_dir: Path) -> str:
@@ -99,7 +103,9 @@ def main() -> None:
                 "started_at": started_at,
                 "losses": {r["step"]: float.hex(r["train/loss"]) for r in metrics if "train/loss" in r},
                 "lr": {r["step"]: float.hex(r["optim/lr"]) for r in metrics if "optim/lr" in r},
-                "grad_norm": {r["step"]: float.hex(float(r["optim/grad_norm"])) for r in metrics if "optim/grad_norm" in r},
+                "grad_norm": {
+                    r["step"]: float.hex(float(r["optim/grad_norm"])) for r in metrics if "optim/grad_norm" in r
+                },
                 "trace": traces,
                 "weights": weights_digest(arguments.out_dir) if item.get("abandon_after") is None else None,
             }

@@ -1,4 +1,6 @@
-"""A list of runs with the training program in this process: {"argv", "abandon_after": step or null}; the first weights of each are kept."""
+"""A list of runs with the training program in this process: {"argv", "abandon_after": step or null}; the first weights
+of each are kept.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A real probe with less memory: `hook` refuses large tensors as an allocator would, `rlimit` lowers RLIMIT_AS, `fraction` limits
-torch's CUDA allocator. Second argument: bytes."""
+"""A real probe with less memory: `hook` refuses large tensors as an allocator would, `rlimit` lowers RLIMIT_AS,
+`fraction` limits torch's CUDA allocator. Second argument: bytes."""
 
 from __future__ import annotations
 
