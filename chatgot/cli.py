@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from chatgot import __version__
-from chatgot.config.errors import (
+from chatgot.errors import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
     EXIT_DONE,
     EXIT_INTERRUPTED,
     ChatGoTError,
-    EnvironmentFault,
+    MachineError,
 )
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
@@ -293,12 +293,12 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from chatgot.config import check
-    from chatgot.config.errors import ConfigError
-    from chatgot.config.explain import explain
-    from chatgot.config.machine import assumed_device
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import load_run_config
+    from chatgot.deepspeed_json import check
+    from chatgot.deepspeed_json.explain import explain
+    from chatgot.deepspeed_json.machine import assumed_device
+    from chatgot.errors import ConfigError
     from chatgot.model.shapes import count_parameters
 
     if arguments.explain is not None:
@@ -333,7 +333,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from chatgot.training.tune import TuneArguments, tune
+    from chatgot.tuning.tune import TuneArguments, tune
 
     given = {name: value for name, value in vars(arguments).items() if name in TuneArguments.__dataclass_fields__}
     lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
@@ -354,11 +354,11 @@ def _count(text: str) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from chatgot.training.verify import verify
+    from chatgot.verify.verify import verify
 
     whole = verify(arguments.run, arguments.tag)
     if arguments.replay is not None:
-        from chatgot.training.replay import replay
+        from chatgot.verify.replay import replay
 
         whole = replay(arguments.run, arguments.replay, arguments.tag) and whole
     return EXIT_DONE if whole else EXIT_CHECKPOINT
@@ -379,7 +379,7 @@ def guarded(program: Callable[[], int], debug: bool) -> int:
     except ChatGoTError as error:
         if debug:
             traceback.print_exc()
-        elif os.environ.get("RANK", "0") == "0" or isinstance(error, EnvironmentFault):
+        elif os.environ.get("RANK", "0") == "0" or isinstance(error, MachineError):
             print(f"chatgot: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from chatgot import __version__, cli
-from chatgot.config.errors import CheckpointError, ConfigError, DataError, EnvironmentFault, NumericsError
+from chatgot.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MachineError,
+    NumericsError,
+)
 from tests.support import ROOT, environment
 
 HEAVY = ("torch", "deepspeed", "wandb", "numpy", "yaml", "transformers", "tqdm")
@@ -86,7 +92,7 @@ def test_version_and_help_end_with_0(capsys):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NumericsError, 5), (EnvironmentFault, 6)],
+    [(ConfigError, 2), (DataError, 3), (CheckpointError, 4), (NumericsError, 5), (MachineError, 6)],
 )
 def test_every_refusal_has_its_exit_code_and_one_message(error, code, capsys):
     def program() -> int:
@@ -108,7 +114,7 @@ def test_message_is_printed_by_rank_0_except_for_faults_of_one_machine(monkeypat
     monkeypatch.setenv("RANK", "3")
     assert cli.guarded(program(DataError("no text")), debug=False) == 3
     assert capsys.readouterr().err == ""
-    assert cli.guarded(program(EnvironmentFault("no device")), debug=False) == 6
+    assert cli.guarded(program(MachineError("no device")), debug=False) == 6
     assert capsys.readouterr().err == "chatgot: no device\n"
 
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.bench.machine import describe_machine
-from chatgot.config.deepspeed_schema import CUDA_ONLY
+from chatgot.deepspeed_json.schema import CUDA_ONLY
+from chatgot.distributed import Place, find_place
 from chatgot.engine import activation_checkpointing
-from chatgot.engine.environment import Place, find_place
 from chatgot.engine.process_group import device_facts
 from chatgot.observe.progress import Progress
 from chatgot.training.loop import Loop

@@ -24,8 +24,9 @@ from chatgot.checkpoint import manifest, pickles
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.resume import resume
 from chatgot.checkpoint.save import Saver
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.engine.environment import find_place
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.distributed import find_place
+from chatgot.files import sync
 from chatgot.observe.progress import Progress
 from chatgot.training.loop import Loop
 from chatgot.training.run import TrainArguments, leave, prepare_run
@@ -177,7 +178,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 def _save(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path)
-    manifest.sync(path)
+    sync(path)
 
 
 def _write(path: Path, size: int) -> None:

@@ -118,9 +118,9 @@ def measure(case: Case) -> dict[str, Any]:
     """Bytes predicted and measured, and the relative error of the prediction."""
     import torch
 
-    from chatgot.config.deepspeed_json import read_engine_config
+    from chatgot.deepspeed_json.engine_config import read_engine_config
+    from chatgot.distributed import find_place
     from chatgot.engine.build import build
-    from chatgot.engine.environment import find_place
     from chatgot.engine.process_group import device_facts, join
     from chatgot.model.gpt import GPT
     from chatgot.model.shapes import count_parameters

@@ -22,7 +22,7 @@ import torch
 
 from chatgot.bench.machine import describe_machine
 from chatgot.config.run import ModelConfig
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
 from chatgot.model.gpt import GPT
 from chatgot.observe.progress import Progress
 from chatgot.training.loop import Loop

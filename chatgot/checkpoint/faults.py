@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from chatgot.config.errors import ConfigError
+from chatgot.errors import ConfigError
 
 VARIABLE = "CHATGOT_FAULT"
 _FORM = re.compile(

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from chatgot.checkpoint.ranks import Ranks
-from chatgot.config.errors import NumericsError
+from chatgot.distributed import ControlGroup
+from chatgot.errors import NumericsError
 
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """fp32 weights that ZeRO 1-2, ZeRO 3 and the BF16_Optimizer step."""
 
 
-def refuse_non_finite(engine: Any, ranks: Ranks) -> None:
+def refuse_non_finite(engine: Any, ranks: ControlGroup) -> None:
     """Look at this rank's weights, fp32 masters and moments, one reduction over all of them. Collective.
 
     What is on NVMe is not looked at: it is not in memory.

@@ -14,8 +14,8 @@ from typing import Any
 
 from chatgot.checkpoint import lr_scheduler, manifest, pickles
 from chatgot.checkpoint.manifest import Difference
-from chatgot.checkpoint.ranks import Ranks
-from chatgot.config.errors import CheckpointError, ConfigError
+from chatgot.distributed import ControlGroup
+from chatgot.errors import CheckpointError, ConfigError
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -207,7 +207,7 @@ def refuse_differences(found: Found, now: dict[str, Any], allowed: Collection[st
     return different
 
 
-def load(engine: Any, found: Found, ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
+def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[dict[str, Any], list[str]]:
     """Load weights, optimizer and counters, and put the JSON's hyper-parameters back. Collective.
 
     DeepSpeed returns (None, None) with a warning where there is nothing to load, and its resumed optimizer has the

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from chatgot.config.errors import CheckpointError
+from chatgot.errors import CheckpointError
+from chatgot.files import write_atomically
 
 NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -198,30 +199,3 @@ def _shown(value: Any) -> str:
         return "not given"
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and set(text) <= set(string.hexdigits) else text
-
-
-def write_atomically(path: Path, text: str, before: Callable[[str], None] = lambda operation: None) -> None:
-    """Replace `path` by `text`: readers see the old file or the new one, never a part.
-
-    Args:
-        before: is called with the name of each file operation, right before it.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    before(f"write a new {path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    before(f"rename it to {path.name}")
-    os.replace(temporary, path)
-    before(f"flush the folder of {path.name}")
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file's contents, or a folder's entries (new names, renames), to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

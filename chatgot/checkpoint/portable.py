@@ -19,7 +19,7 @@ from chatgot.checkpoint import pickles
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.shards import Fragment, cut_each, cut_group, whole
 from chatgot.checkpoint.stored_tensor import StoredTensor, join, stored
-from chatgot.config.errors import CheckpointError
+from chatgot.errors import CheckpointError
 
 MOMENTUM = "momentum_buffer"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from chatgot.checkpoint import lr_scheduler
 from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, PortableState
-from chatgot.checkpoint.ranks import Ranks
 from chatgot.checkpoint.shards import Fragment, cut_each, cut_group, whole
-from chatgot.config.errors import CheckpointError
+from chatgot.distributed import ControlGroup
+from chatgot.errors import CheckpointError
 
 NOT_COMPARED = frozenset(
     ["params", "step", "name", "fused", "foreach", "capturable", "differentiable", "_ds_source_param_group_id"]
@@ -45,7 +45,7 @@ def parameter_groups(engine: Any) -> list[list[str]]:
     return [[names[id(p)] for p in group["params"]] for group in engine.optimizer.param_groups]
 
 
-def write_portable(engine: Any, state: PortableState, ranks: Ranks) -> None:
+def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
     """Give a new engine the state's weights, optimizer state and counters. Collective.
 
     The optimizer's hyper-parameters stay those of the engine; `hyper_parameter_changes` names what differs.

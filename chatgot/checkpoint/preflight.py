@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from chatgot.checkpoint import retention, size
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.config.errors import CheckpointError, ConfigError
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.errors import CheckpointError, ConfigError
 
 
 def preflight(

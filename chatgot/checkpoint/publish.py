@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 from chatgot.checkpoint import faults, manifest
-from chatgot.config.errors import CheckpointError
+from chatgot.errors import CheckpointError
+from chatgot.files import sync
 
 UNFINISHED = ".unfinished-"
 """Prefix of folders that are being written or deleted; never loaded, and swept at the next save."""
@@ -38,7 +39,7 @@ def take_back(folder: Path) -> None:
         original = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if not original.exists():
             os.rename(replaced, original)
-            manifest.sync(folder)
+            sync(folder)
 
 
 def next_sequence(folder: Path) -> int:
@@ -70,7 +71,7 @@ def publish(unfinished: Path, final: Path) -> None:
             os.rename(replaced, final)
         raise
     faults.operation("flush the folder of checkpoints")
-    manifest.sync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         faults.operation(f"delete the earlier {final.name}")
         shutil.rmtree(replaced)

@@ -10,8 +10,8 @@ from chatgot.checkpoint import load, manifest
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable_write import hyper_parameter_changes, write_portable
-from chatgot.checkpoint.ranks import Ranks
-from chatgot.config.errors import CheckpointError
+from chatgot.distributed import ControlGroup
+from chatgot.errors import CheckpointError
 
 CHANGED = "changed since the checkpoint: "
 
@@ -74,7 +74,7 @@ def refuse_layouts(found: Found, now: dict[str, Any]) -> None:
             )
 
 
-def resume(engine: Any, found: Found, now: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], list[str]]:
+def resume(engine: Any, found: Found, now: dict[str, Any], ranks: ControlGroup) -> tuple[dict[str, Any], list[str]]:
     """Load a checkpoint into a new engine, whatever its MAY_CHANGE fields are. Collective.
 
     Args:

@@ -18,8 +18,8 @@ from typing import Any
 from chatgot.checkpoint import faults, manifest, size
 from chatgot.checkpoint.load import tags_in
 from chatgot.checkpoint.publish import REPLACED, UNFINISHED
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.config.errors import CheckpointError
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.errors import CheckpointError
 
 PRUNED = ".pruned-"
 """Prefix of a checkpoint that is being deleted; what could not be deleted is tried again after the next save."""

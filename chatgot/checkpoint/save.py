@@ -28,11 +28,12 @@ from typing import Any
 from chatgot.checkpoint import faults, manifest
 from chatgot.checkpoint.finite import refuse_non_finite
 from chatgot.checkpoint.publish import UNFINISHED, next_sequence, publish, sweep, tag_of
-from chatgot.checkpoint.ranks import Ranks
 from chatgot.checkpoint.retention import Pruned, expected_bytes, make_room, prune
 from chatgot.checkpoint.snapshot import Snapshot, Snapshots
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.config.errors import CheckpointError
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.distributed import ControlGroup
+from chatgot.errors import CheckpointError
+from chatgot.files import sync, write_atomically
 
 VISIBLE_WITHIN_S = 60.0
 """How long rank 0 waits until a file that another machine has written shows up in its own listing (NFS keeps listings
@@ -81,7 +82,7 @@ class Saver:
 
     folder: Path
     config: CheckpointConfig
-    ranks: Ranks
+    ranks: ControlGroup
     estimated_bytes: int = 0
     """Of a checkpoint, until one shows it."""
     damaged: set[str] = field(default_factory=set)
@@ -221,11 +222,11 @@ class Saver:
             if error := _not_the_same_folder(unfinished, gathered):
                 return Pruned(), error
             for parent in sorted({(unfinished / name).parent for name in files} - {unfinished}):
-                manifest.sync(parent)
+                sync(parent)
             fields = {**pending.fields, "sequence": next_sequence(self.folder), "files": files}
             manifest.write(unfinished, fields, faults.operation)
             publish(unfinished, self.folder / tag)
-            manifest.write_atomically(self.folder / "latest", tag, faults.operation)
+            write_atomically(self.folder / "latest", tag, faults.operation)
         except OSError as caught:
             return Pruned(), _refusal(self.folder / tag, caught)
         self.damaged.discard(tag)
@@ -249,7 +250,7 @@ def writer(name: str) -> int:
 
 
 def _write_and_hash(
-    folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]], ranks: Ranks
+    folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]], ranks: ControlGroup
 ) -> tuple[Measured, CheckpointError | None]:
     """Part 2: this rank's files with their sizes and hashes, and the error if there was one.
 
@@ -273,7 +274,7 @@ def _write_and_hash(
 def _flushed_and_measured(path: Path) -> dict[str, Any]:
     """Hashes the file out of the page cache while the disk still writes it."""
     with ThreadPoolExecutor(1) as thread:
-        flushed = thread.submit(manifest.sync, path)
+        flushed = thread.submit(sync, path)
         measured = manifest.measure(path)
         flushed.result()
     return measured

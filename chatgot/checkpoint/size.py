@@ -9,7 +9,7 @@ from typing import Any
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.portable_write import owned_pieces
-from chatgot.checkpoint.ranks import Ranks
+from chatgot.distributed import ControlGroup
 
 SAME_SIZE = ("parameters", "world_size", "zero_stage", "precision", "layout")
 """Fields of the manifest that two checkpoints of the same size share."""
@@ -23,7 +23,7 @@ _PER_RNG = 15_000
 """Bytes of one rank's random number generators in the client state, measured."""
 
 
-def estimate(engine: Any, ranks: Ranks) -> int:
+def estimate(engine: Any, ranks: ControlGroup) -> int:
     """Bytes of a checkpoint of this engine, manifest left out. Collective.
 
     Measured, in bytes per parameter with Adam: stage 0 4 + 8; stages 1 and 2 4 + 12 in fp32 and 2 + 12 in bf16 and

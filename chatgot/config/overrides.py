@@ -15,11 +15,11 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from chatgot.config import deepspeed_schema as schema
-from chatgot.config.chatgot_section import ChatGoTSection
-from chatgot.config.errors import ConfigError
-from chatgot.config.fields import key_of
 from chatgot.config.run import RunConfig
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
+from chatgot.deepspeed_json.fields import key_of
+from chatgot.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None, "~": None}

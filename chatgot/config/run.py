@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chatgot.config.errors import ConfigError
-from chatgot.config.fields import coerce, did_you_mean, ranged, read_section
+from chatgot.deepspeed_json.fields import (
+    coerce,
+    did_you_mean,
+    ranged,
+    read_section,
+)
+from chatgot.errors import ConfigError
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from chatgot.config.errors import DataError
 from chatgot.data.prepared import looks_prepared
 from chatgot.data.reading import describe_mode
+from chatgot.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 """Files of a folder that are read; others are counted and named in a note."""

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from chatgot.config.errors import ConfigError, DataError
 from chatgot.config.run import DataConfig
 from chatgot.data.corpus import FILE_END, Source, SourceFile, resolve
 from chatgot.data.prepared import (
@@ -41,6 +40,7 @@ from chatgot.data.reading import TextReader, check_encoding
 from chatgot.data.repeats import RepeatDetector
 from chatgot.data.split import SplitPlan, plan_split, split_pieces
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, describe_unknown
+from chatgot.errors import ConfigError, DataError
 
 Say = Callable[[str], None]
 Spec = str | os.PathLike | Sequence[str | os.PathLike]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from chatgot.config.errors import ConfigError, DataError
-from chatgot.config.fields import read_section
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+from chatgot.deepspeed_json.fields import read_section
+from chatgot.errors import ConfigError, DataError
 
 FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from chatgot.config.errors import ConfigError, DataError
+from chatgot.errors import ConfigError, DataError
 
 CHUNK_BYTES = 1 << 20
 

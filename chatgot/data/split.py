@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from chatgot.config.errors import ConfigError
 from chatgot.config.run import DataConfig
+from chatgot.errors import ConfigError
 
 AUTO_TOLERANCE = 0.2
 """split_by: auto cuts at file boundaries if each held-out part is within this share of its wished size."""

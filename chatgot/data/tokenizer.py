@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from chatgot.config.errors import ConfigError, DataError
+from chatgot.errors import ConfigError, DataError
 
 FORMAT = "chatgot-tokenizer"
 FORMAT_VERSION = 1

@@ -11,8 +11,8 @@ import functools
 
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from chatgot.config.deepspeed_json import EngineConfig
-from chatgot.config.errors import ConfigError
+from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.errors import ConfigError
 from chatgot.model.gpt import GPT
 
 

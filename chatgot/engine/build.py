@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from chatgot.config.deepspeed_json import EngineConfig
-from chatgot.config.errors import ConfigError, NumericsError
+from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.engine import activation_checkpointing, guards, numerics
 from chatgot.engine.optimizer import (
     base_learning_rates,
@@ -20,6 +19,7 @@ from chatgot.engine.optimizer import (
     weight_decay,
 )
 from chatgot.engine.out_of_memory import MemoryGuard
+from chatgot.errors import ConfigError, NumericsError
 from chatgot.model.gpt import GPT
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatgot.config.deepspeed_json import EngineConfig
-from chatgot.config.errors import ConfigError
+from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.errors import ConfigError
 
 ADAM_NAMES = ("adam", "adamw")
 ONLY_DEEPSPEED = ("bias_correction", "fp32_optimizer_states")

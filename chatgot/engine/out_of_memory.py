@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from chatgot.config.errors import EnvironmentFault
+from chatgot.distributed import ControlGroup
 from chatgot.engine import numerics, partial_step
 from chatgot.engine.collectives import Collectives
-from chatgot.engine.process_group import ControlGroup
+from chatgot.errors import MachineError
 
 _CPU_AND_LIBRARIES = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -87,7 +87,7 @@ class MemoryGuard:
             if not is_out_of_memory(error):
                 raise
             self._collectives.muted, self._collectives.left_out = False, 0
-            raise EnvironmentFault(
+            raise MachineError(
                 f"rank {self._ranks.rank}: out of memory in {self._ran_out}, and again with a batch of one token: "
                 f"{_first_line(error)}"
             ) from error

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from chatgot.config.deepspeed_json import EngineConfig
-from chatgot.config.errors import NumericsError
-from chatgot.engine.process_group import ControlGroup
+from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.distributed import ControlGroup
+from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 
 SAMPLES = 2

@@ -1,4 +1,4 @@
-"""Joining the process group, and the few collective decisions that every rank must take together."""
+"""Joining the process group, and what this machine computes with."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from chatgot import __version__
-from chatgot.config.device import DeviceFacts
-from chatgot.config.errors import ChatGoTError, EnvironmentFault
-from chatgot.engine.environment import Place
+from chatgot.devices import DeviceFacts
+from chatgot.distributed import Place
+from chatgot.errors import MachineError
 
 
 def device_facts() -> DeviceFacts:
@@ -34,7 +32,7 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
     Does nothing when the group exists already (several runs in one process).
 
     Raises:
-        EnvironmentFault: more ranks on this machine than CUDA devices, or the rendezvous failed.
+        MachineError: more ranks on this machine than CUDA devices, or the rendezvous failed.
     """
     os.environ.setdefault("DS_ACCELERATOR", kind)
     import deepspeed
@@ -55,7 +53,7 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
             )
             os.environ["LOCAL_RANK"] = "0"
         if index >= devices:
-            raise EnvironmentFault(
+            raise MachineError(
                 f"local rank {index}: this machine has {devices} CUDA devices; start fewer ranks per machine"
             )
         device = torch.device("cuda", index)
@@ -68,7 +66,7 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
             )
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise EnvironmentFault(
+            raise MachineError(
                 f"rank {place.rank} of {place.world_size} could not join the process group at {where}: {error}; "
                 "is the port free (MASTER_PORT), and did every rank start?"
             ) from error
@@ -96,67 +94,3 @@ def device_name(device: torch.device) -> str:
 def deterministic(device: torch.device) -> bool:
     """Whether the same step on the same device gives the same bits: CUDA's kernels promise it on request only."""
     return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-
-
-class ControlGroup:
-    """Small decisions shared by all ranks over gloo, so that no GPU is synchronised for them."""
-
-    def __init__(self) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        alone = self.world_size == 1
-        self._group: Any = (
-            None if alone else (dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
-        )
-
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any rank raised it. Collective."""
-        return self.exchange(flags, ())[0]
-
-    def exchange(self, flags: Sequence[bool], sums: Sequence[float]) -> tuple[tuple[bool, ...], tuple[float, ...]]:
-        """For each flag, whether any rank raised it, and each number summed over the ranks in fp64. One collective, for
-        both.
-
-        Whole numbers below 2**32 are summed exactly for up to 2**20 ranks.
-        """
-        if self.world_size == 1:
-            return tuple(flags), tuple(sums)
-        shared = torch.tensor([*map(float, flags), *sums], dtype=torch.float64)
-        dist.all_reduce(shared, group=self._group)
-        found = shared.tolist()
-        return tuple(raised > 0 for raised in found[: len(flags)]), tuple(found[len(flags) :])
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank. Collective."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def from_rank_0(self, value: Any) -> Any:
-        """Rank 0's value on every rank. Collective."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def barrier(self) -> None:
-        """Wait for every rank. Collective."""
-        self.any(False)
-
-    def agree(self, error: ChatGoTError | None) -> None:
-        """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead.
-        Collective.
-
-        Raises:
-            ChatGoTError: the error of the lowest rank that had one, with its exit code.
-        """
-        errors = self.gather(None if error is None else (type(error), str(error)))
-        for rank, found in enumerate(errors):
-            if found is not None:
-                if error is not None and rank == self.rank:
-                    raise error
-                kind, message = found
-                raise kind(message if self.world_size == 1 else f"rank {rank}: {message}")

@@ -12,10 +12,10 @@ import torch
 
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.weights import fp32_weights
-from chatgot.config.errors import CheckpointError, ConfigError
-from chatgot.config.fields import read_section
 from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+from chatgot.deepspeed_json.fields import read_section
+from chatgot.errors import CheckpointError, ConfigError
 from chatgot.model.generate import generate
 from chatgot.model.gpt import GPT
 

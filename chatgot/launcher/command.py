@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from chatgot.config.errors import (
+from chatgot.errors import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
     EXIT_DATA,
@@ -23,7 +23,7 @@ from chatgot.config.errors import (
     EXIT_SECOND_INTERRUPT,
     ChatGoTError,
     ConfigError,
-    EnvironmentFault,
+    MachineError,
 )
 from chatgot.launcher.gpus import visible_gpus
 from chatgot.launcher.hostfile import read_hostfile
@@ -188,7 +188,7 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
 
 
 def rendezvous_port(wanted: int | None) -> int:
-    """`wanted` if it can be bound, else EnvironmentFault; a free port for None."""
+    """`wanted` if it can be bound, else MachineError; a free port for None."""
     with socket.socket() as probe:
         probe.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
@@ -196,7 +196,7 @@ def rendezvous_port(wanted: int | None) -> int:
         try:
             probe.bind(("", wanted or 0))
         except OSError as error:
-            raise EnvironmentFault(
+            raise MachineError(
                 f"--master_port {wanted}: {error.strerror}; name another, or leave it out for a free one"
             ) from error
         return probe.getsockname()[1]
@@ -206,7 +206,7 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     gpus = visible_gpus(os.environ)
     nproc = arguments.nproc or max(1, len(gpus))
     if gpus and nproc > len(gpus):
-        raise EnvironmentFault(
+        raise MachineError(
             f"--nproc {nproc}: more processes than the {len(gpus)} visible GPUs; give {len(gpus)} or fewer, or set "
             f"DS_ACCELERATOR=cpu"
         )
@@ -245,6 +245,6 @@ def _exec(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     try:
         os.execve(command[0], list(command), environment)
     except OSError as error:
-        raise EnvironmentFault(
+        raise MachineError(
             f"{command[0]}: cannot be started: {error.strerror}; name a working Python with --python PATH"
         ) from error

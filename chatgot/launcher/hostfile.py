@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from chatgot.config.errors import ConfigError
+from chatgot.errors import ConfigError
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

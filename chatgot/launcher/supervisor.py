@@ -11,7 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, EnvironmentFault
+from chatgot.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_SECOND_INTERRUPT,
+    MachineError,
+)
 
 PEERS_END_SECONDS = 10.0
 """After one rank ended badly, the others are often about to end with the same code: wait this long before they are told
@@ -180,6 +185,4 @@ def _start(
             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=before_exec
         )
     except OSError as error:
-        raise EnvironmentFault(
-            f"{command[0]}: rank {environment['RANK']} cannot be started: {error.strerror}"
-        ) from error
+        raise MachineError(f"{command[0]}: rank {environment['RANK']} cannot be started: {error.strerror}") from error

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from chatgot.config.errors import NumericsError
+from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 from chatgot.model.kv_cache import KVCache
 

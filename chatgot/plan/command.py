@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatgot.config.errors import ConfigError
+from chatgot.errors import ConfigError
 from chatgot.plan import report
 from chatgot.plan.estimate import Estimate
 from chatgot.plan.remedies import find_remedies

@@ -6,8 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from chatgot.config.device import DeviceFacts
-from chatgot.config.errors import ConfigError
+from chatgot.devices import DeviceFacts
+from chatgot.errors import ConfigError
 
 GIB = 2**30
 _UNITS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.plan.activations import Activations, activations
 from chatgot.plan.devices import GIB, Device
 from chatgot.plan.settings import FP32, Settings, read_settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
-from chatgot.config.errors import ConfigError
+from chatgot.errors import ConfigError
 from chatgot.plan.estimate import Estimate
 from chatgot.plan.request import Request
 

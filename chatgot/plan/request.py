@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chatgot.config.batch import TO_BE_FOUND
-from chatgot.config.deepspeed_file import read_document
-from chatgot.config.deepspeed_json import read_engine_config
-from chatgot.config.errors import ConfigError
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
+from chatgot.deepspeed_json.batch import TO_BE_FOUND
+from chatgot.deepspeed_json.engine_config import read_engine_config
+from chatgot.deepspeed_json.file import read_document
+from chatgot.errors import ConfigError
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.devices import Device, find_device
 from chatgot.plan.estimate import Estimate, estimate

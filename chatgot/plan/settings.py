@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from chatgot.config import deepspeed_schema as schema
-from chatgot.config.deepspeed_json import EngineConfig
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.model.shapes import parameter_shapes
 
 FP32, HALF = 4, 2

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatgot.config.chatgot_section import GuardConfig
+from chatgot.deepspeed_json.chatgot_section import GuardConfig
 
 SPIKE_WINDOW = 50
 """Steps that a loss is compared with; before there are as many, none is a spike."""

@@ -16,22 +16,22 @@ import torch
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint.portable_write import parameter_groups
 from chatgot.checkpoint.save import Saved, Saver
-from chatgot.config.errors import CheckpointError, NumericsError
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
+from chatgot.distributed import ControlGroup
 from chatgot.engine.build import TrainingEngine, mean_over_ranks
 from chatgot.engine.out_of_memory import RanOut
-from chatgot.engine.process_group import ControlGroup
+from chatgot.errors import CheckpointError, NumericsError
 from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
+from chatgot.proof.compare import Proof
 from chatgot.training import micro_batch, rollback, samples, schedule, skipped
 from chatgot.training.evaluate import Evaluation, evaluate
 from chatgot.training.guard import Guard
 from chatgot.training.memory import MemoryCheck
-from chatgot.training.proof import Proof
 from chatgot.training.stop import StopSignals
 
 

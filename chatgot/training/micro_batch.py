@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from chatgot.config.batch import ACCUMULATION, MICRO
-from chatgot.config.deepspeed_json import EngineConfig
-from chatgot.config.errors import EnvironmentFault
 from chatgot.data.loader import EvalBatches, TrainBatches
+from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO
+from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.engine import partial_step
 from chatgot.engine.build import TrainingEngine
+from chatgot.errors import MachineError
 
 if TYPE_CHECKING:
     from chatgot.training.loop import Loop
@@ -32,12 +32,12 @@ def shrink(loop: Loop, step: int, where: dict[int, str]) -> None:
     """Halve the micro-batch between two steps, because memory ran out in `step` on the ranks of `where`. On all ranks.
 
     Raises:
-        EnvironmentFault: it is 1 already.
+        MachineError: it is 1 already.
     """
     before = loop.engine.config
     places = ", ".join(f"{place} on rank {rank}" for rank, place in where.items())
     if before.micro_batch_size == 1:
-        raise EnvironmentFault(
+        raise MachineError(
             f"step {step}: out of memory in {places}, at micro-batch 1, the smallest; nothing of it was saved, and "
             f"earlier checkpoints are "
             f"untouched. What needs less: {'; '.join(_remedies(before))}. `chatgot plan` shows what each of them costs"
@@ -78,14 +78,14 @@ def after_update(loop: Loop, lost: bool) -> None:
         lost: some rank could not make its update, even at the second try.
 
     Raises:
-        EnvironmentFault: on all ranks; `lost`, or the micro-batch is 1 already.
+        MachineError: on all ranks; `lost`, or the micro-batch is 1 already.
     """
     memory = loop.engine.memory
     found = loop.ranks.gather(memory.retried)
     memory.retried = False
     where = {rank: "the optimizer step" for rank, retried in enumerate(found) if retried}
     if lost:
-        raise EnvironmentFault(
+        raise MachineError(
             f"step {loop.step}: out of memory in the optimizer step on rank {', '.join(map(str, where))}, and other "
             f"ranks have made "
             "theirs: the weights in memory are lost, and were not saved. Resume from the last checkpoint with what "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.resume import resume
-from chatgot.config.errors import CheckpointError, NumericsError
+from chatgot.errors import CheckpointError, NumericsError
 
 if TYPE_CHECKING:
     from chatgot.training.loop import Loop

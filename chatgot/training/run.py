@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from chatgot import run_folder
 from chatgot.checkpoint import faults, load, manifest, rng, size
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import Difference
@@ -18,36 +19,47 @@ from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
 from chatgot.checkpoint.retention import expected_bytes
 from chatgot.checkpoint.save import Saver
-from chatgot.config.batch import TO_BE_FOUND
-from chatgot.config.deepspeed_file import plain_copy, read_document
-from chatgot.config.deepspeed_json import EngineConfig, read_engine_config
-from chatgot.config.device import DeviceFacts
-from chatgot.config.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError, DataError
 from chatgot.config.overrides import apply_overrides, parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
+from chatgot.deepspeed_json.batch import TO_BE_FOUND
+from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
+from chatgot.deepspeed_json.file import plain_copy, read_document
+from chatgot.devices import DeviceFacts
+from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build
-from chatgot.engine.environment import Place, find_place
 from chatgot.engine.optimizer import state_kind
 from chatgot.engine.precision_check import check_precision
-from chatgot.engine.process_group import ControlGroup, deterministic, device_facts, device_name, join, versions
+from chatgot.engine.process_group import deterministic, device_facts, device_name, join, versions
+from chatgot.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    ChatGoTError,
+    CheckpointError,
+    DataError,
+)
 from chatgot.model.flops import Precision, flops_per_token
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters
-from chatgot.observe import digest
-from chatgot.observe.digest import Setup
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.training import finder, micro_batch, run_folder, run_lock, samples, schedule
+from chatgot.proof import digest
+from chatgot.proof.compare import Overlap, Proof, setup
+from chatgot.proof.digest import Setup
+from chatgot.training import (
+    micro_batch,
+    samples,
+    schedule,
+)
 from chatgot.training.guard import Guard
 from chatgot.training.loop import Loop, Records
 from chatgot.training.memory import check_memory
-from chatgot.training.proof import Overlap, Proof, setup
 from chatgot.training.stop import StopSignals
+from chatgot.tuning import finder
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def finish(loop: Loop) -> int:
             records.events.close()
             records.journal.close()
         if loop.ranks.rank == 0:
-            run_lock.release(loop.out_dir)
+            run_folder.release_lock(loop.out_dir)
     if exit_code == EXIT_DONE and loop.ranks.rank == 0:
         _say_what_next(loop)
     return exit_code
@@ -132,7 +144,7 @@ def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | No
         return _prepared(arguments, place, progress)
     except BaseException:
         if place.rank == 0:
-            run_lock.release(arguments.out_dir)
+            run_folder.release_lock(arguments.out_dir)
         raise
 
 
@@ -342,7 +354,7 @@ def _choose_checkpoint(
     if ranks.rank == 0:
         try:
             run_folder.check_writable(arguments.out_dir)
-            if note := run_lock.acquire(arguments.out_dir):
+            if note := run_folder.acquire_lock(arguments.out_dir):
                 progress.say(note)
             take_back(arguments.out_dir / "checkpoints")
             found = load.choose(arguments.resume_from, arguments.out_dir)

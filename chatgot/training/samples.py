@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from chatgot.config.errors import ConfigError
 from chatgot.config.run import TrainConfig
 from chatgot.data.tokenizer import Tokenizer
-from chatgot.engine.process_group import ControlGroup
+from chatgot.distributed import ControlGroup
+from chatgot.errors import ConfigError
 from chatgot.model.generate import generate
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from chatgot.config.chatgot_section import ScheduleConfig
+from chatgot.deepspeed_json.chatgot_section import ScheduleConfig
 
 
 def factor(step: int, max_steps: int, config: ScheduleConfig) -> float:

@@ -6,7 +6,7 @@ import os
 import signal
 from types import FrameType
 
-from chatgot.config.errors import EXIT_SECOND_INTERRUPT
+from chatgot.errors import EXIT_SECOND_INTERRUPT
 
 
 class StopSignals:

@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from chatgot.config.errors import ChatGoTError
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
+from chatgot.errors import ChatGoTError
 from chatgot.training import run
 from tests.training.in_process import arguments
 

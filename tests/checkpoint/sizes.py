@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from chatgot.checkpoint import manifest, size
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
 from chatgot.training import run
 from tests.support import write_json
 from tests.training import in_process

@@ -12,7 +12,7 @@ import torch
 from chatgot.checkpoint import manifest, pickles
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.snapshot import Snapshot, Snapshots
-from chatgot.config.errors import CheckpointError, NumericsError
+from chatgot.errors import CheckpointError, NumericsError
 from chatgot.training import run
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process

@@ -13,7 +13,7 @@ import pytest
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.retention import PRUNED
 from chatgot.checkpoint.weights import fp32_weights
-from chatgot.config.errors import CheckpointError
+from chatgot.errors import CheckpointError
 from chatgot.training import run
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
 from tests.training import in_process

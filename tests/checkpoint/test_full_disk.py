@@ -13,8 +13,8 @@ from chatgot.checkpoint import save as save_module
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.retention import examine, make_room
 from chatgot.checkpoint.weights import fp32_weights
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.config.errors import CheckpointError
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.errors import CheckpointError
 from tests.checkpoint.full_disk_ranks import fill
 from tests.checkpoint.small_disk import needs_small_disk, small_disk
 from tests.support import engine_json, run_ranks, write_json, write_run_yaml

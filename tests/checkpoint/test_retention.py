@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from chatgot.checkpoint import manifest, retention
 from chatgot.checkpoint.retention import Published, examine, find_room, make_room, needed, plan, prune
 from chatgot.checkpoint.size import shown
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.config.errors import CheckpointError
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.errors import CheckpointError
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 

@@ -18,8 +18,8 @@ from chatgot.checkpoint.publish import tag_of, take_back
 from chatgot.checkpoint.retention import examine, prune
 from chatgot.checkpoint.save import writer
 from chatgot.checkpoint.weights import fp32_weights
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.config.errors import CheckpointError
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.errors import CheckpointError
 from chatgot.training import loop as loop_module
 from chatgot.training import run
 from tests.support import engine_json, write_json, write_run_yaml

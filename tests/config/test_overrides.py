@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatgot.config.errors import ConfigError
 from chatgot.config.overrides import parse_overrides, parse_value
 from chatgot.config.run import build_run_config
+from chatgot.errors import ConfigError
 
 
 def refusal(*items: str) -> str:

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from chatgot.config.errors import DataError
 from chatgot.config.run import DataConfig
 from chatgot.data import corpus
 from chatgot.data.corpus import BUILT_INS, BuiltIn, resolve
 from chatgot.data.prepare import prepare
+from chatgot.errors import DataError
 
 
 def test_file_folder_and_several(tmp_path):

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chatgot.config.errors import ConfigError, DataError
 from chatgot.config.run import DataConfig
 from chatgot.data import reading
 from chatgot.data.corpus import FILE_END
 from chatgot.data.prepare import check_block_size, open_prepared, prepare, prepare_cached
 from chatgot.data.tokenizer import CharTokenizer
+from chatgot.errors import ConfigError, DataError
 
 KINDS = ["char", "byte", "bpe"]
 
@@ -470,7 +470,7 @@ def test_disk_that_fills_up_is_a_data_error_and_leaves_nothing(tmp_path):
     path = write(tmp_path / "t.txt", prose(20000))
     code = f"""
         import resource
-        from chatgot.config.errors import DataError
+        from chatgot.errors import DataError
         from chatgot.config.run import DataConfig
         from chatgot.data.prepare import prepare
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

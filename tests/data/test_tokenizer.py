@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatgot.config.errors import ConfigError, DataError
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from chatgot.errors import ConfigError, DataError
 
 ROUGH = "The night is dark…\n\tJon said: ‘né à Ravenna’ – “ēā”, \r lone, \0 nul, 🐉 dragon, é as e\u0301, \u2028 \ufeff end  \n\n"
 ENGLISH = "the night is dark and full of terrors, the night is long and the wall is cold\n" * 30

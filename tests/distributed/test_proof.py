@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.observe import digest
-from chatgot.training.replay import replay
-from chatgot.training.verify import verify
+from chatgot.proof import digest
+from chatgot.verify.replay import replay
+from chatgot.verify.verify import verify
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, events

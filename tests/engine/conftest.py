@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
 from chatgot.engine.process_group import join
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatgot.config.deepspeed_json import EngineConfig, build_engine_config
-from chatgot.config.deepspeed_schema import ACTIVATION_CHECKPOINTING
-from chatgot.config.device import DeviceFacts
-from chatgot.config.errors import ConfigError
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.deepspeed_json.schema import ACTIVATION_CHECKPOINTING
+from chatgot.devices import DeviceFacts
 from chatgot.engine import activation_checkpointing
+from chatgot.errors import ConfigError
 from chatgot.model import gpt
 from tests.support import TINY_MODEL, engine_json
 

@@ -1,7 +1,7 @@
 """Every guard of ours stands for a defect of stock DeepSpeed. Each test shows that the defect is still there, or says
 which guard may go.
 
-The keys of the configuration are compared with the installed DeepSpeed in tests/config/test_deepspeed_contract.py.
+The keys of the configuration are compared with the installed DeepSpeed in tests/deepspeed_json/test_schema_contract.py.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_unknown_top_level_keys_are_accepted():
         config = parse(gradient_cliping=0.5, activation_checkpointing={"partition_activation": True})
     except Exception as error:  # noqa: BLE001 - whatever a DeepSpeed that refuses it may raise
         pytest.fail(
-            mended(f"unknown keys are refused ({error})", "the strict schema, chatgot/config/deepspeed_schema.py")
+            mended(f"unknown keys are refused ({error})", "the strict schema, chatgot/deepspeed_json/schema.py")
         )
     assert config.gradient_clipping == 1.0, (
         "the default of gradient_clipping changed: ds_configs/ and the schema state it"

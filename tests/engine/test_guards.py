@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from chatgot.config.deepspeed_json import build_engine_config
-from chatgot.config.device import DeviceFacts
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import DeviceFacts
 from chatgot.engine.build import build
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json

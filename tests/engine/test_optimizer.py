@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from chatgot.config.deepspeed_json import EngineConfig, build_engine_config
-from chatgot.config.device import DeviceFacts
-from chatgot.config.errors import ConfigError
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.devices import DeviceFacts
 from chatgot.engine.build import build
 from chatgot.engine.optimizer import (
     base_learning_rates,
@@ -19,6 +18,7 @@ from chatgot.engine.optimizer import (
     parameter_groups,
     weight_decay,
 )
+from chatgot.errors import ConfigError
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json
 

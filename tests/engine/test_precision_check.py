@@ -9,12 +9,12 @@ import dataclasses
 import pytest
 import torch
 
-from chatgot.config.deepspeed_json import EngineConfig, build_engine_config
-from chatgot.config.errors import NumericsError
 from chatgot.config.run import ModelConfig
-from chatgot.engine.environment import find_place
+from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.distributed import ControlGroup, find_place
 from chatgot.engine.precision_check import BOUNDS, SAMPLES, check_precision
-from chatgot.engine.process_group import ControlGroup, device_facts, join
+from chatgot.engine.process_group import device_facts, join
+from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json, write_json, write_run_yaml
 from tests.training import in_process

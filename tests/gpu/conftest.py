@@ -98,7 +98,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def device() -> Iterator[torch.device]:
     """The device, in a process group of one rank (nccl, or gloo in a dry run) that all in-process tests share."""
-    from chatgot.engine.environment import find_place
+    from chatgot.distributed import find_place
     from chatgot.engine.process_group import join
     from chatgot.training.run import leave
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.cli import train_parser
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
 from chatgot.observe.journal import live_metrics
 from chatgot.training import run
 from chatgot.training.loop import Loop

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatgot.config.errors import ConfigError
+from chatgot.errors import ConfigError
 from tests.gpu.machine import KIND
 from tests.gpu.tiny import LR, plain_losses, tiny_engine, train, worst
 

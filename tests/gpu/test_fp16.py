@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from chatgot.config.errors import NumericsError
+from chatgot.errors import NumericsError
 from chatgot.training.schedule import factor
 from tests.gpu.tiny import LR, fp32_parameters, tiny_engine, train
 

@@ -11,8 +11,8 @@ import torch
 
 from chatgot.engine import partial_step
 from chatgot.engine.out_of_memory import RanOut
-from chatgot.training import finder
-from chatgot.training.probe import Probes, Task
+from chatgot.tuning import finder
+from chatgot.tuning.probe import Probes, Task
 from tests.gpu.tiny import VOCABULARY, fp32_parameters, micro_batches, model_config, tiny_engine
 from tests.support import engine_json
 
@@ -53,7 +53,7 @@ def test_a_step_that_does_not_fit_leaves_the_weights_and_works_with_smaller_micr
 def test_the_finder_is_brute_force_on_a_limited_device(device, record):
     tree = {**engine_json(batch=27), "train_micro_batch_size_per_gpu": "auto"}
     model = dataclasses.asdict(model_config(**MODEL))
-    probes = Probes((0,), 1, 0.0, program=("-m", "tests.training.programs.limited_probe", "fraction", str(700 * 2**20)))
+    probes = Probes((0,), 1, 0.0, program=("-m", "tests.tuning.programs.limited_probe", "fraction", str(700 * 2**20)))
     sizes = finder.candidates(27, 1)
     fitting = [size for size in sizes if probes.run(Task(finder.probe_tree(tree, size, 1), model, VOCABULARY)).fits]
     lines: list[str] = []

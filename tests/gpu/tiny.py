@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from chatgot.checkpoint import rng
-from chatgot.config.deepspeed_json import read_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
+from chatgot.deepspeed_json.engine_config import read_engine_config
 from chatgot.engine.build import TrainingEngine, build
 from chatgot.engine.process_group import device_facts
 from chatgot.model.gpt import GPT

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.config.errors import EnvironmentFault
+from chatgot.errors import MachineError
 from chatgot.launcher.gpus import visible_gpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -52,7 +52,7 @@ def test_visible_devices_are_counted_as_cuda_counts_them(listed: str | None, cou
     ("listed", "named"), [("0,4", "GPU 4"), ("1,1", "1 twice"), ("GPU-0aaa,GPU-0aaa", "GPU-0aaa twice")]
 )
 def test_a_list_that_cuda_would_cut_short_is_refused(listed: str, named: str) -> None:
-    with pytest.raises(EnvironmentFault, match=named):
+    with pytest.raises(MachineError, match=named):
         visible_gpus({"CUDA_VISIBLE_DEVICES": listed})
 
 

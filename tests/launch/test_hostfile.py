@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.config.errors import ConfigError
+from chatgot.errors import ConfigError
 from chatgot.launcher import main
 from chatgot.launcher.command import rendezvous_port
 from chatgot.launcher.hostfile import read_hostfile

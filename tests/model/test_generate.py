@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from chatgot.config.errors import NumericsError
 from chatgot.config.run import ModelConfig
+from chatgot.errors import NumericsError
 from chatgot.model.generate import context_start, generate, sample
 from chatgot.model.kv_cache import KVCache
 from tests.model.shapes import GPT2, GROUPED, MODERN, SHAPES, VOCAB, random_gpt, random_ids

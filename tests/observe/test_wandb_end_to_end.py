@@ -21,7 +21,7 @@ pytest.importorskip("wandb")
 WANDB = {"enabled": True, "project": "thrones", "group": "north"}
 KILLED_AFTER_7 = """
 import os, signal, sys
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
 from chatgot.training import run
 from tests.training.in_process import arguments
 for step in run.prepare_run(arguments(sys.argv[1:]), find_place()).steps():

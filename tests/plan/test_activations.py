@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from chatgot.config.deepspeed_json import build_engine_config
-from chatgot.config.device import DeviceFacts
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import DeviceFacts
 from chatgot.engine import activation_checkpointing
 from chatgot.model.gpt import GPT
 from chatgot.plan.activations import Activations, activations

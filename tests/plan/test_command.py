@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from chatgot.cli import main
-from chatgot.config.errors import ConfigError
+from chatgot.errors import ConfigError
 from chatgot.model.flops import peak_flops
 from chatgot.plan.devices import DEVICES, GIB, find_device
 from chatgot.plan.remedies import find_remedies

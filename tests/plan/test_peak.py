@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from chatgot.config.deepspeed_json import build_engine_config
-from chatgot.config.device import DeviceFacts
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import DeviceFacts
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.devices import find_device
 from chatgot.plan.estimate import Estimate, estimate

@@ -11,7 +11,7 @@ from typing import Any
 
 from chatgot import cli
 from chatgot.checkpoint import manifest
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
 from chatgot.observe.journal import live_metrics, read_journal
 from chatgot.training import run
 from chatgot.training.loop import Loop

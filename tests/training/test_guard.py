@@ -10,14 +10,14 @@ import math
 import pytest
 import torch
 
-from chatgot.config.chatgot_section import GuardConfig
-from chatgot.config.errors import EXIT_NUMERICS, NumericsError
-from chatgot.observe import digest
+from chatgot.deepspeed_json.chatgot_section import GuardConfig
+from chatgot.errors import EXIT_NUMERICS, NumericsError
+from chatgot.proof import digest
 from chatgot.training import run
 from chatgot.training.guard import SPIKE_WINDOW, Guard
-from chatgot.training.replay import replay
 from chatgot.training.rollback import diverged
-from chatgot.training.verify import verify
+from chatgot.verify.replay import replay
+from chatgot.verify.verify import verify
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, events, series, tags

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatgot.config.chatgot_section import ScheduleConfig
+from chatgot.deepspeed_json.chatgot_section import ScheduleConfig
 from chatgot.training.schedule import describe, factor
 
 

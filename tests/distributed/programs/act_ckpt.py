@@ -23,12 +23,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from chatgot.checkpoint import rng
-from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.distributed import Place, find_place
 from chatgot.engine import activation_checkpointing
 from chatgot.engine.build import TrainingEngine, build
-from chatgot.engine.environment import Place, find_place
 from chatgot.engine.process_group import device_facts, join
 from chatgot.model.generate import generate
 from chatgot.model.gpt import GPT, Block

@@ -24,13 +24,13 @@ from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable_write import parameter_groups
 from chatgot.checkpoint.save import Saver
 from chatgot.checkpoint.stored_tensor import StoredTensor, stored
-from chatgot.config.chatgot_section import CheckpointConfig
-from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
-from chatgot.engine.environment import Place, find_place
-from chatgot.engine.process_group import ControlGroup, device_facts, join
+from chatgot.engine.process_group import device_facts, join
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave
 from chatgot.training.schedule import factor

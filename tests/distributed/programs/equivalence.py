@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from chatgot.checkpoint import rng
-from chatgot.config.deepspeed_json import read_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
+from chatgot.deepspeed_json.engine_config import read_engine_config
+from chatgot.distributed import find_place
 from chatgot.engine.build import build, mean_over_ranks
-from chatgot.engine.environment import find_place
 from chatgot.engine.process_group import device_facts, join
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from chatgot.config.errors import NumericsError
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
+from chatgot.errors import NumericsError
 from chatgot.training import run
 from tests.training import in_process
 from tests.training.poison import Poison

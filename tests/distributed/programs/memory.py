@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.distributed import Place, find_place
 from chatgot.engine.build import build
-from chatgot.engine.environment import Place, find_place
 from chatgot.engine.live_memory import live_model_states
 from chatgot.engine.process_group import device_facts, join
 from chatgot.model.gpt import GPT

@@ -19,12 +19,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from chatgot.checkpoint import rng
-from chatgot.config.deepspeed_json import build_engine_config
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.distributed import Place, find_place
 from chatgot.engine import guards, numerics
 from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
-from chatgot.engine.environment import Place, find_place
 from chatgot.engine.numerics import diagnose
 from chatgot.engine.process_group import device_facts, join
 from chatgot.model.gpt import GPT

@@ -17,10 +17,10 @@ import torch
 
 from chatgot.checkpoint import rng
 from chatgot.cli import train_parser
-from chatgot.config.errors import ChatGoTError
 from chatgot.data.loader import TrainBatches
+from chatgot.distributed import find_place
 from chatgot.engine import partial_step
-from chatgot.engine.environment import find_place
+from chatgot.errors import ChatGoTError
 from chatgot.observe.journal import live_metrics, read_journal
 from chatgot.training import run
 

@@ -19,7 +19,7 @@ from chatgot.checkpoint.load import find
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.cli import train_parser
 from chatgot.data.loader import TrainBatches
-from chatgot.engine.environment import find_place
+from chatgot.distributed import find_place
 from chatgot.observe.journal import live_metrics
 from chatgot.training import run, schedule
 from chatgot.training.loop import Loop

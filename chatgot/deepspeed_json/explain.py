@@ -1,0 +1,190 @@
+"""`chatgot check --explain KEY`: what a key does, its default and what it may hold, what it interacts with."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from itertools import pairwise
+
+from chatgot.deepspeed_json import chatgot_section, schema
+from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
+from chatgot.deepspeed_json.explanations import ARGUMENTS, INTERACTIONS
+from chatgot.deepspeed_json.fields import described, key_of, nested_class
+from chatgot.deepspeed_json.findings import shown
+from chatgot.deepspeed_json.reach import (
+    NEEDS,
+    NEVER,
+    NEVER_SECTIONS,
+    STAGES,
+    section_switch,
+    stages_in_words,
+)
+from chatgot.deepspeed_json.schema import Key, Section
+from chatgot.deepspeed_json.suggestions import meant
+from chatgot.errors import ConfigError
+
+_OWNERS = {"optimizer.params": schema.OPTIMIZER_PARAMS, "scheduler.params": schema.SCHEDULER_PARAMS}
+_WIDTH = 110
+
+
+def explain(key: str) -> str:
+    """The explanation of a key, by its dotted name or by its last part where that is unique.
+
+    Raises:
+        ConfigError: no such key, with the nearest one, or several with this last part.
+    """
+    dotted = _find(key)
+    paragraphs = "\n".join(
+        textwrap.fill(part, _WIDTH, initial_indent="  ", subsequent_indent="  ") for part in sentences(dotted)
+    )
+    return f"{dotted}\n{paragraphs}"
+
+
+def explained_keys() -> list[str]:
+    """Every key that has an explanation."""
+    arguments = (
+        f"{where}.{name}"
+        for where, owners in _OWNERS.items()
+        for name in dict.fromkeys(n for e in owners.values() for n in e)
+    )
+    return [*schema.NODES, *arguments, *_fields()]
+
+
+def sentences(dotted: str) -> tuple[str, str, str]:
+    """What a key does; its default and what is allowed; what it interacts with."""
+    owner, _, name = dotted.rpartition(".")
+    if owner in _OWNERS:
+        return _argument(owner, name)
+    fields = _fields()
+    if dotted in fields:
+        return fields[dotted]
+    node = schema.NODES[dotted]
+    if isinstance(node, Section):
+        names = ", ".join(node.keys) or "whatever its reader takes"
+        return node.help, f"Keys: {names}.", _relations(dotted)
+    does = node.help
+    if name == "enabled":
+        section = schema.NODES[owner]
+        does = f"Turns {owner} on: {section.help[:1].lower()}{section.help[1:]}"
+    spelled = f" (also spelled {node.alias})" if node.alias else ""
+    return does, f"Default {shown(node.default)}{spelled}; allowed: {node.allowed()}.", _relations(dotted)
+
+
+def _relations(dotted: str) -> str:
+    """Own words first, then what the tables of reach and support say."""
+    said = [INTERACTIONS[dotted]] if dotted in INTERACTIONS else []
+    node = schema.NODES[dotted]
+    if isinstance(node, Key) and node.instead:
+        said.append(f"It is deprecated: write {node.instead}.")
+    if dotted in schema.UNSUPPORTED:
+        allowed, reason = schema.UNSUPPORTED[dotted]
+        only = f"ChatGoT accepts only {' or '.join(map(shown, allowed))}" if allowed else "ChatGoT refuses it"
+        said.append(f"{only}: {reason}.")
+    if dotted in schema.CUDA_ONLY and dotted not in INTERACTIONS:
+        said.append("It works on CUDA only.")
+    if dotted in STAGES and dotted not in INTERACTIONS:
+        said.append(f"DeepSpeed reads it at ZeRO {stages_in_words(STAGES[dotted])} only.")
+    if dotted in NEEDS and dotted not in INTERACTIONS:
+        other, values = NEEDS[dotted]
+        said.append(f"It is read only when {other} is {' or '.join(map(shown, values))}.")
+    if dotted in NEVER and dotted not in INTERACTIONS:
+        said.append(f"It never changes a run of ChatGoT: {NEVER[dotted]}.")
+    return " ".join(said) or _inherited(dotted)
+
+
+def _inherited(dotted: str) -> str:
+    """What the section around a key, or its switch, says about it."""
+    section = dotted
+    while section:
+        if section in NEVER_SECTIONS:
+            return f"It never changes a run of ChatGoT: {NEVER_SECTIONS[section]}."
+        if section in schema.UNSUPPORTED:
+            return f"The section around it is {schema.UNSUPPORTED[section][1]}."
+        switch = section_switch(section)
+        if switch and switch in schema.UNSUPPORTED and switch != dotted:
+            return f"It is read only when {switch} is on, which is {schema.UNSUPPORTED[switch][1]}."
+        if switch and switch != dotted:
+            return f"It is read only when {switch} is on."
+        section = section.rpartition(".")[0]
+    return "It stands alone: no other key changes what it does."
+
+
+def _argument(where: str, name: str) -> tuple[str, str, str]:
+    takers = {owner: entry[name] for owner, entry in _OWNERS[where].items() if name in entry}
+    first = next(iter(takers.values()))
+    defaults = dict.fromkeys(shown(key.default) for key in takers.values())
+    names = list(dict.fromkeys(_owner_name(owner) for owner in takers))
+    required = " It must be given." if all(key.required for key in takers.values()) else ""
+    return (
+        ARGUMENTS.get(name) or first.help,
+        f"Default {' or '.join(defaults)}, by the {where.partition('.')[0]}; allowed: {first.allowed()}.{required}",
+        f"Taken by {', '.join(names)}; any other {where.partition('.')[0]} fails on it.",
+    )
+
+
+def _owner_name(entry: str) -> str:
+    words = {
+        "adam/fused": "DeepSpeed's Adam(W)",
+        "adam/cpu": "DeepSpeed's CPU Adam(W)",
+        "adam/torch": "Adam(W) with torch_adam",
+    }
+    return words.get(entry, entry.removeprefix("torch.").partition("/")[0])
+
+
+def _fields(cls: type = ChatGoTSection, where: str = "chatgot") -> dict[str, tuple[str, str, str]]:
+    """Explanations of the chatgot section, whose fields are described by the text that follows each in the source."""
+    found: dict[str, tuple[str, str, str]] = {}
+    texts = dict(_texts(cls))
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        dotted = f"{where}.{key_of(field)}"
+        relation = INTERACTIONS.get(dotted, "DeepSpeed never sees it.")
+        nested = nested_class(hints[field.name])
+        if nested is not None:
+            does = (nested.__doc__ or "").strip()
+            keys = ", ".join(map(key_of, dataclasses.fields(nested)))
+            found[dotted] = (f"{does} {texts.get(field.name, '')}".strip(), f"Keys: {keys}.", relation)
+            found.update(_fields(nested, dotted))
+        else:
+            found[dotted] = (
+                texts[field.name],
+                f"Default {shown(field.default)}; allowed: {described(field, hints[field.name])}.",
+                relation,
+            )
+    return found
+
+
+def _texts(cls: type) -> Iterator[tuple[str, str]]:
+    """Field -> the string literal that follows it in the class body."""
+    tree = ast.parse(inspect.getsource(chatgot_section))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            yield field.target.id, str(ast.literal_eval(text.value))
+
+
+def _find(key: str) -> str:
+    known = explained_keys()
+    key = key.removeprefix("ds.")
+    if key in known:
+        return key
+    aliases = {
+        f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip("."): dotted
+        for dotted, node in schema.NODES.items()
+        if node.alias
+    }
+    if key in aliases:
+        return aliases[key]
+    if key in schema.REMOVED:
+        raise ConfigError(f"--explain {key}: {schema.REMOVED[key]}")
+    ends = [name for name in known if name.rpartition(".")[2] == key]
+    if len(ends) == 1:
+        return ends[0]
+    if ends:
+        raise ConfigError(f"--explain {key}: several keys end like this: {', '.join(ends)}")
+    near = meant(key, known) or meant(key, {name.rpartition(".")[2] for name in known})
+    raise ConfigError(f"--explain {key}: no such key" + (f"; did you mean '{near}'?" if near else ""))

@@ -1,0 +1,181 @@
+"""This process among the others: its rank, read from whatever launched it, and the decisions that all ranks share.
+
+torch is imported only when a ControlGroup is made.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chatgot.errors import ChatGoTError, MachineError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank of this process, globally and on its machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    launcher: str
+    """deepspeed or torchrun (both set RANK), slurm, mpi, or python."""
+
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables and fill in those that torch.distributed needs.
+
+    Plain `python` sets none of them, and DeepSpeed would then ask for mpi4py (its comm.mpi_discovery). SLURM and Open
+    MPI have their own names for them.
+
+    Args:
+        local_rank: the --local_rank argument, if the launcher passed one.
+
+    Raises:
+        MachineError: some of the variables are set and others are missing, or one is not a number.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        if "LOCAL_RANK" not in environ and local_rank is not None and local_rank >= 0:
+            environ["LOCAL_RANK"] = str(local_rank)
+        if environ.get("WORLD_SIZE") == "1":
+            environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            environ.setdefault("MASTER_PORT", str(free_port()))
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
+    elif "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        _copy(environ, {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"})
+        environ.setdefault(
+            "MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
+        )
+        environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
+        launcher = "slurm"
+    elif "OMPI_COMM_WORLD_RANK" in environ:
+        _copy(
+            environ,
+            {
+                "RANK": "OMPI_COMM_WORLD_RANK",
+                "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+                "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+            },
+        )
+        launcher = "mpi"
+    else:
+        environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        launcher = "python"
+    missing = [name for name in _VARIABLES if not environ.get(name)]
+    if missing:
+        raise MachineError(
+            f"environment: {', '.join(missing)} not set, although another launcher variable is; "
+            f"set all of {', '.join(_VARIABLES)}, or none of them for a single process"
+        )
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        try:
+            numbers[name] = int(environ[name])
+        except ValueError:
+            raise MachineError(f"environment: {name} = {environ[name]!r}: expected a whole number") from None
+    if not 0 < numbers["MASTER_PORT"] < 65536:
+        raise MachineError(
+            f"environment: MASTER_PORT = {numbers['MASTER_PORT']}: expected 1..65535; the ranks would wait for each "
+            f"other for ever"
+        )
+    place = Place(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], launcher)
+    if not 0 <= place.rank < place.world_size:
+        raise MachineError(f"environment: RANK = {place.rank} is not below WORLD_SIZE = {place.world_size}")
+    return place
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def first_host(node_list: str) -> str:
+    """First host of a SLURM node list: 'gpu[003-007,9],cpu1' -> 'gpu003'."""
+    head = node_list.split(",")[0]
+    prefix, bracket, rest = head.partition("[")
+    if not bracket:
+        return head
+    return prefix + rest.split("]")[0].split("-")[0].split(",")[0]
+
+
+def _copy(environ: MutableMapping[str, str], names: dict[str, str]) -> None:
+    for ours, theirs in names.items():
+        if theirs in environ:
+            environ.setdefault(ours, environ[theirs])
+
+
+class ControlGroup:
+    """Small decisions shared by all ranks over gloo, so that no GPU is synchronised for them."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self._dist = dist
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        alone = self.world_size == 1
+        self._group: Any = (
+            None if alone else (dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+        )
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any rank raised it. Collective."""
+        return self.exchange(flags, ())[0]
+
+    def exchange(self, flags: Sequence[bool], sums: Sequence[float]) -> tuple[tuple[bool, ...], tuple[float, ...]]:
+        """For each flag, whether any rank raised it, and each number summed over the ranks in fp64. One collective, for
+        both.
+
+        Whole numbers below 2**32 are summed exactly for up to 2**20 ranks.
+        """
+        if self.world_size == 1:
+            return tuple(flags), tuple(sums)
+        import torch
+
+        shared = torch.tensor([*map(float, flags), *sums], dtype=torch.float64)
+        self._dist.all_reduce(shared, group=self._group)
+        found = shared.tolist()
+        return tuple(raised > 0 for raised in found[: len(flags)]), tuple(found[len(flags) :])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        self._dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value on every rank. Collective."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        self._dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+        self.any(False)
+
+    def agree(self, error: ChatGoTError | None) -> None:
+        """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead.
+        Collective.
+
+        Raises:
+            ChatGoTError: the error of the lowest rank that had one, with its exit code.
+        """
+        errors = self.gather(None if error is None else (type(error), str(error)))
+        for rank, found in enumerate(errors):
+            if found is not None:
+                if error is not None and rank == self.rank:
+                    raise error
+                kind, message = found
+                raise kind(message if self.world_size == 1 else f"rank {rank}: {message}")

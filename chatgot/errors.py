@@ -1,0 +1,49 @@
+"""Refusals and their exit codes. Every message says what, where, the value seen, what is allowed and what to do."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_CHECKPOINT = 4
+EXIT_NUMERICS = 5
+EXIT_ENVIRONMENT = 6
+EXIT_INTERRUPTED = 75
+"""Interrupted, state saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+EXIT_SECOND_INTERRUPT = 130
+
+
+class ChatGoTError(Exception):
+    """A refusal for the user: one message, no traceback unless --debug, and the process ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(ChatGoTError):
+    """Usage or configuration is wrong (exit 2)."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(ChatGoTError):
+    """The text, or what was prepared from it, cannot be used (exit 3)."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(ChatGoTError):
+    """A checkpoint cannot be written, or a requested one cannot be loaded (exit 4)."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class NumericsError(ChatGoTError):
+    """Training diverged: non-finite loss or gradients that do not recover (exit 5)."""
+
+    exit_code = EXIT_NUMERICS
+
+
+class MachineError(ChatGoTError):
+    """The machine or the process group cannot do what was asked (exit 6)."""
+
+    exit_code = EXIT_ENVIRONMENT

@@ -1,0 +1,34 @@
+"""Writing files so that a crash leaves the old one or the new one, never a part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str, before: Callable[[str], None] = lambda operation: None) -> None:
+    """Replace `path` by `text`: readers see the old file or the new one, never a part.
+
+    Args:
+        before: is called with the name of each file operation, right before it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    before(f"write a new {path.name}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    before(f"rename it to {path.name}")
+    os.replace(temporary, path)
+    before(f"flush the folder of {path.name}")
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's contents, or a folder's entries (new names, renames), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

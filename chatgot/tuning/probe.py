@@ -1,0 +1,251 @@
+"""A few real optimizer steps in processes of their own, so that running out of memory there, or being killed for it,
+costs nothing here.
+
+Run as a program it is one rank of a probe: `python -m chatgot.tuning.probe TASK`, with the rank in the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError
+
+OUTSIDE = ("wandb", "tensorboard", "csv_monitor", "comet", "flops_profiler", "comms_logger", "scheduler")
+"""Sections of the JSON that a probe leaves out: they write somewhere else, or have no say in memory and speed."""
+
+_KILLED = (-9, 137)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be tried: a DeepSpeed JSON's tree with numbers for micro-batch and accumulation, on a model."""
+
+    tree: dict[str, Any]
+    model: dict[str, Any]
+    """Fields of ModelConfig."""
+    vocab_size: int
+    steps: int = 2
+    """Optimizer steps; the first one is not timed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of all ranks: their sum of doubts, their largest memory, the slowest time."""
+
+    fits: bool
+    reason: str = ""
+    """Why not."""
+    peak_bytes: int = 0
+    """Most memory of the device, or on a CPU of the process, that was in use at a time."""
+    limit_bytes: int = 0
+    """What it could have had."""
+    tokens_per_sec: float = 0.0
+    """Over all ranks."""
+
+
+@dataclass
+class Probes:
+    """Starts one process for each of some ranks, and watches them together with those of other machines."""
+
+    ranks: tuple[int, ...]
+    """Those started here, in the order of LOCAL_RANK from `first_local` on."""
+    world_size: int
+    margin: float
+    """Part of the memory that must stay free."""
+    address: str = "127.0.0.1"
+    first_local: int = 0
+    share: Callable[[Any], list[Any]] = field(default=lambda value: [value])
+    """Every starter's value, everywhere. Collective where there are several."""
+    program: tuple[str, ...] = ("-m", "chatgot.tuning.probe")
+
+    def run(self, task: Task) -> Outcome:
+        """Probe on all ranks; the same answer everywhere.
+
+        Raises:
+            MachineError: a rank ended for another reason than memory.
+        """
+        from chatgot.distributed import free_port
+
+        port = self.share(free_port())[0]
+        with tempfile.TemporaryDirectory(prefix="chatgot-probe-") as name, contextlib.ExitStack() as files:
+            folder = Path(name)
+            (folder / "task.json").write_text(json.dumps(asdict(task)), encoding="utf-8")
+            logs = [
+                files.enter_context(open(folder / f"log.{rank}", "w+", encoding="utf-8", errors="replace"))
+                for rank in self.ranks
+            ]
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, *self.program, str(folder / "task.json")],
+                    env=self._environment(rank, self.first_local + index, port),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                )
+                for index, (rank, log) in enumerate(zip(self.ranks, logs))
+            ]
+            try:
+                codes = self._wait(processes)
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.wait()
+            mine = []
+            for rank, code, log in zip(self.ranks, codes, logs):
+                log.seek(0)
+                if code:
+                    mine.append(_verdict(rank, code, log.read()))
+                elif code == 0:
+                    mine.append(
+                        self._measured(json.loads((folder / f"result.{rank}.json").read_text(encoding="utf-8")))
+                    )
+        return _together([one for each in self.share(mine) for one in each])
+
+    def _wait(self, processes: list[subprocess.Popen]) -> list[int | None]:
+        """Until all ranks have ended, or one has failed and the others had time to; the exit codes, None: still
+        running.
+        """
+        last_chance = None
+        while True:
+            codes = [process.poll() for process in processes]
+            states = self.share((any(codes), None in codes))
+            if last_chance is None and any(bad for bad, _ in states):
+                last_chance = (
+                    time.monotonic() + 1.0
+                )  # who lost its peer may end before the one that says that memory ran out
+            late = any(self.share(last_chance is not None and time.monotonic() > last_chance))
+            if late or not any(running for _, running in states):
+                return codes
+            time.sleep(0.05)
+
+    def _environment(self, rank: int, local_rank: int, port: int) -> dict[str, str]:
+        package = str(Path(__file__).resolve().parents[2])
+        return {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name != "CHATGOT_FAULT" and not name.startswith("TORCHELASTIC_")
+            },
+            "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(port),
+        }
+
+    def _measured(self, result: dict[str, Any]) -> dict[str, Any]:
+        peak, limit = result["peak_bytes"], result["limit_bytes"]
+        if peak > limit * (1 - self.margin):
+            gib = f"{peak / 2**30:.2f} of {limit / 2**30:.2f} GiB"
+            return {**result, "fits": False, "reason": f"leaves less than {self.margin:.0%} free ({gib} in use)"}
+        return {**result, "fits": True, "reason": ""}
+
+
+def _verdict(rank: int, code: int, log: str) -> dict[str, Any]:
+    """Of a rank that failed: whether it was for want of memory. What is in `error` ends everything."""
+    if code in _KILLED:
+        return {"fits": False, "reason": f"rank {rank} was killed, as the kernel does when memory runs out"}
+    if code == EXIT_ENVIRONMENT and "chatgot-probe: out of memory" in log:
+        return {"fits": False, "reason": f"rank {rank} ran out of memory"}
+    if "std::bad_alloc" in log:
+        return {"fits": False, "reason": f"rank {rank} ran out of memory (std::bad_alloc)"}
+    return {
+        "fits": False,
+        "error": f"rank {rank} of a probe ended with {code}, not for want of memory:\n{log[-3000:].strip()}",
+    }
+
+
+def _together(results: list[dict[str, Any]]) -> Outcome:
+    bad = [one for one in results if not one["fits"]]
+    without_error = [one for one in bad if "error" not in one]
+    if bad and not without_error:  # another rank's loss of its peer is no error where memory is the reason
+        raise MachineError(bad[0]["error"])
+    measured = [one for one in results if "peak_bytes" in one]
+    peak = max(measured, key=lambda one: one["peak_bytes"], default={"peak_bytes": 0, "limit_bytes": 0})
+    return Outcome(
+        fits=not bad,
+        reason=without_error[0]["reason"] if bad else "",
+        peak_bytes=peak["peak_bytes"],
+        limit_bytes=peak["limit_bytes"],
+        tokens_per_sec=min((one["tokens_per_sec"] for one in measured), default=0.0),
+    )
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """One rank: train `task.steps` steps on random tokens; its memory and speed.
+
+    Raises:
+        RanOut: on all ranks, where one ran out of memory in forward or backward.
+    """
+    import torch
+
+    from chatgot.checkpoint import rng
+    from chatgot.config.run import ModelConfig
+    from chatgot.deepspeed_json.engine_config import build_engine_config
+    from chatgot.distributed import find_place
+    from chatgot.engine.build import build
+    from chatgot.engine.process_group import device_facts, join
+    from chatgot.model.gpt import GPT
+    from chatgot.model.shapes import count_parameters
+    from chatgot.observe import memory
+
+    place, facts = find_place(), device_facts()
+    model_config = ModelConfig(**task.model)
+    n_params = count_parameters(model_config, task.vocab_size)
+    config = build_engine_config(task.tree, "probe", world_size=place.world_size, facts=facts, n_params=n_params)
+    device = join(place, facts.kind)
+    free_before = memory.available_bytes(device)
+    model = GPT(model_config, task.vocab_size)
+    rng.seed(0, place.rank)
+    model.init_weights(0)
+    engine = build(model, config, device)
+    shape = (config.micro_batch_size, model_config.max_seq_length)
+    began = time.perf_counter()
+    for step in range(task.steps):
+        if step == 1:
+            began = time.perf_counter()
+        batches = (
+            (torch.randint(task.vocab_size, shape), torch.randint(task.vocab_size, shape))
+            for _ in range(config.accumulation)
+        )
+        loss = engine.train_step(batches)
+        float(loss)  # waits for the device
+        if engine.memory.retried:
+            raise MemoryError("in the optimizer step")
+    seconds = (time.perf_counter() - began) / max(task.steps - 1, 1)
+    tokens = config.train_batch_size * model_config.max_seq_length
+    return {**memory.peak(device, free_before), "tokens_per_sec": tokens / seconds}
+
+
+def main(path: str) -> int:
+    """One rank of a probe; its exit code."""
+    from chatgot.engine.out_of_memory import RanOut, is_out_of_memory
+
+    task = Task(**json.loads(Path(path).read_text(encoding="utf-8")))
+    try:
+        result = measure(task)
+    except (ChatGoTError, RanOut, RuntimeError, MemoryError) as error:
+        if not isinstance(error, RanOut) and not is_out_of_memory(error) and "out of memory" not in str(error):
+            raise
+        print(f"chatgot-probe: out of memory: {error}", file=sys.stderr, flush=True)
+        return EXIT_ENVIRONMENT
+    Path(path).with_name(f"result.{os.environ['RANK']}.json").write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(code)  # the process group is still joined, see cli.train

@@ -1,0 +1,216 @@
+"""`chatgot tune`: which micro-batch, activation checkpointing, ZeRO stage and compilation train fastest within the
+memory that there is.
+
+Every row of the table is a real run of a few steps in processes of its own (training/probe.py), but for those that the
+memory plan puts far beyond the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatgot.config.overrides import apply_overrides, parse_overrides
+from chatgot.config.run import load_run_config
+from chatgot.data.prepare import prepare_cached
+from chatgot.data.prepared import check_block_size
+from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
+from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.file import plain_copy, read_document
+from chatgot.devices import DeviceFacts
+from chatgot.engine.process_group import device_facts
+from chatgot.errors import ConfigError, MachineError
+from chatgot.files import write_atomically
+from chatgot.training.forecast import Forecast, this_device
+from chatgot.tuning.finder import MARGIN, candidates, largest_that_fits
+from chatgot.tuning.probe import (
+    OUTSIDE,
+    Outcome,
+    Probes,
+    Task,
+)
+
+SECTION = "activation_checkpointing"
+
+
+@dataclass(frozen=True)
+class TuneArguments:
+    """The command line of `chatgot tune`; None: the default that fits the machine."""
+
+    deepspeed_config: Path
+    config: str = "tiny"
+    data: str = "wars_of_the_roses"
+    world_size: int = 1
+    out: Path | None = None
+    """Where the fastest that fits is written."""
+    micro_batches: tuple[int, ...] | None = None
+    stages: tuple[int, ...] | None = None
+    recomputation: tuple[str, ...] | None = None
+    compile: tuple[str, ...] | None = None
+    steps: int = 4
+    margin: float = MARGIN
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of running, and what came of it."""
+
+    stage: int
+    recomputed: str
+    compiled: str
+    micro_batch: int | None
+    outcome: Outcome
+    tree: dict[str, Any]
+
+    def cells(self) -> tuple[str, ...]:
+        """Of the table."""
+        one = self.outcome
+        memory = f"{one.peak_bytes / 2**30:.2f}" if one.peak_bytes else "-"
+        speed = f"{one.tokens_per_sec:,.0f}" if one.fits else "-"
+        return (
+            str(self.stage),
+            self.recomputed,
+            self.compiled,
+            str(self.micro_batch or "-"),
+            memory,
+            speed,
+            one.reason or "fits",
+        )
+
+
+HEAD = ("ZeRO", "recomputed", "compiled", "micro-batch", "peak GiB", "tokens/s", "result")
+
+
+def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: tuple[str, ...] | None = None) -> Row:
+    """Try, print the table, and write the fastest JSON that fits; returns its row.
+
+    Args:
+        program: what is run for each rank of a probe, in place of training/probe.py.
+
+    Raises:
+        ConfigError: the JSON or the arguments are wrong; it has no train_batch_size.
+        MachineError: nothing fits.
+    """
+    run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
+    config = load_run_config(arguments.config, run_overrides)
+    facts = device_facts()
+    tree = apply_overrides(read_document(arguments.deepspeed_config).tree, ds_overrides)
+    total = _total(tree, arguments, facts)
+    tree = {**tree, TOTAL: total}
+    data = prepare_cached(arguments.data, config.data, say=say)
+    check_block_size(data, config.model.max_seq_length)
+    model, vocab_size = dataclasses.asdict(config.model), data.tokenizer.vocab_size
+    probes = Probes(tuple(range(arguments.world_size)), arguments.world_size, arguments.margin)
+    if program is not None:
+        probes.program = program
+    sizes = candidates(total, arguments.world_size)
+    if arguments.micro_batches is not None:
+        if wrong := sorted(set(arguments.micro_batches) - set(sizes)):
+            raise ConfigError(
+                f"--micro_batches {' '.join(map(str, wrong))}: {TOTAL} = {total} on {arguments.world_size} rank(s) "
+                f"can be made of "
+                f"{', '.join(map(str, sizes))}"
+            )
+        sizes = sorted(set(arguments.micro_batches))
+    forecast = Forecast(model, vocab_size, arguments.world_size, this_device(facts))
+    rows: list[Row] = []
+    for stage, recomputed, compiled, variant in variants(tree, arguments, facts):
+        refusal = _refusal(variant, sizes[0], arguments, facts)
+        if refusal is not None:
+            rows.append(Row(stage, recomputed, compiled, None, Outcome(False, f"refused: {refusal}"), variant))
+            say(" | ".join(rows[-1].cells()))
+            continue
+
+        def measured(
+            micro: int, kind: tuple[int, str, str] = (stage, recomputed, compiled), tree: dict[str, Any] = variant
+        ) -> bool:
+            run = {key: value for key, value in _with_micro_batch(tree, micro).items() if key not in OUTSIDE}
+            beyond = forecast.beyond(run)
+            outcome = Outcome(False, beyond) if beyond else probes.run(Task(run, model, vocab_size, arguments.steps))
+            rows.append(Row(*kind, micro, outcome, tree))
+            say(" | ".join(rows[-1].cells()))
+            return rows[-1].outcome.fits
+
+        largest_that_fits(sizes, measured)
+    for line in table([row.cells() for row in rows]):
+        say(line)
+    return _fastest(rows, arguments, total, say)
+
+
+def variants(
+    tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts
+) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
+    """(ZeRO stage, recomputed, compiled, the JSON's tree with these)."""
+    zero = tree.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {"stage": int(bool(zero))}
+    own_stage = zero.get("stage", 0)
+    stages = arguments.stages or ((0, 1, 2, 3) if arguments.world_size > 1 else (own_stage,))
+    section = tree.get(SECTION)
+    for stage in stages:
+        for recomputed in arguments.recomputation or ("off", "on"):
+            for compiled in arguments.compile or (("off", "on") if facts.kind == "cuda" else ("off",)):
+                variant = {**plain_copy(tree), "zero_optimization": {**zero, "stage": stage}}
+                chatgot = variant.setdefault("chatgot", {})
+                if recomputed == "on":
+                    variant[SECTION] = section if isinstance(section, dict) else {}
+                else:
+                    variant.pop(SECTION, None)
+                    chatgot.pop(SECTION, None)
+                chatgot["compile"] = {**(chatgot.get("compile") or {}), "enabled": compiled == "on"}
+                yield stage, recomputed, compiled, variant
+
+
+def _total(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> int:
+    """The global batch, which stays; every other problem of the JSON is refused here."""
+    config = build_engine_config(
+        plain_copy(tree),
+        str(arguments.deepspeed_config),
+        world_size=arguments.world_size,
+        facts=facts,
+        found_micro_batch=(1, "to be found"),
+    )
+    return config.train_batch_size
+
+
+def _refusal(tree: dict[str, Any], micro: int, arguments: TuneArguments, facts: DeviceFacts) -> str | None:
+    try:
+        build_engine_config(_with_micro_batch(tree, micro), "tuned", world_size=arguments.world_size, facts=facts)
+    except ConfigError as error:
+        return str(error).split("\n")[0].removeprefix("tuned: ")
+    return None
+
+
+def _with_micro_batch(tree: dict[str, Any], micro: int) -> dict[str, Any]:
+    return {**{key: value for key, value in tree.items() if key != ACCUMULATION}, MICRO: micro}
+
+
+def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int, say: Callable[[str], None]) -> Row:
+    fitting = [row for row in rows if row.outcome.fits]
+    if not fitting:
+        raise MachineError(f"{arguments.deepspeed_config}: nothing that was tried fits into memory; see the table")
+    best = max(fitting, key=lambda row: row.outcome.tokens_per_sec)
+    assert best.micro_batch is not None
+    accumulation = total // (best.micro_batch * arguments.world_size)
+    say(
+        f"fastest that leaves {arguments.margin:.0%} of the memory free: ZeRO stage {best.stage}, recomputation "
+        f"{best.recomputed}, "
+        f"compilation {best.compiled}, micro-batch {best.micro_batch}, accumulation {accumulation}, global batch "
+        f"{total} as before"
+    )
+    if arguments.out is not None:
+        write_atomically(arguments.out, json.dumps(_with_micro_batch(best.tree, best.micro_batch), indent=2) + "\n")
+        say(f"written: {arguments.out}")
+    return best
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, with columns as wide as their widest cell."""
+    all_rows = [HEAD, *rows]
+    widths = [max(len(row[column]) for row in all_rows) for column in range(len(HEAD))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in all_rows]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

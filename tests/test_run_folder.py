@@ -1,0 +1,158 @@
+"""The run folder is complete, says what was run, and can be run again from what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chatgot.data.tokenizer import load_tokenizer
+from chatgot.observe.journal import METRICS, read_journal
+from chatgot.run_folder import changed_settings, check_writable, flattened
+from tests.support import engine_json, write_json, write_run_yaml
+from tests.training import in_process
+from tests.training.in_process import argv, events, series
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_file) -> Path:
+    """A finished run in out/, beside run.yaml, engine.json and what it said (said.txt)."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_run_yaml(folder / "run.yaml", max_steps=STEPS, eval_every=3, sample_every=3)
+    engine = write_json(folder / "engine.json", engine_json(stage=2, chatgot={"checkpoint": {"every_steps": 2}}))
+    with pytest.MonkeyPatch.context() as patch, (folder / "said.txt").open("w", encoding="utf-8") as said:
+        patch.setattr("sys.stdout", said)
+        assert in_process.train([*argv(engine, folder / "out", config, text_file), "ds.gradient_clipping=0.5"]) == 0
+    return folder
+
+
+def test_every_file_of_a_run_folder_is_there(finished):
+    out = finished / "out"
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert names >= {
+        "run.yaml",
+        "ds_config.json",
+        "tokenizer.json",
+        "environment.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "samples/step-000003.txt",
+        "samples/step-000006.txt",
+        "checkpoints/latest",
+        "checkpoints/step-00000006/manifest.json",
+        "checkpoints/step-00000006/mp_rank_00_model_states.pt",
+        "checkpoints/step-00000006/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    }
+    assert not [name for name in names if Path(name).name.startswith(".")], "nothing unfinished is left"
+    assert load_tokenizer(out / "tokenizer.json").kind == "char"
+    environ = json.loads((out / "environment.json").read_text())
+    assert {
+        "python",
+        "torch",
+        "deepspeed",
+        "numpy",
+        "chatgot",
+        "host",
+        "platform",
+        "command",
+        "data",
+        "world_size",
+    } <= environ.keys()
+    assert "=== 'The night'\nThe night" in (out / "samples" / "step-000006.txt").read_text(encoding="utf-8")
+
+
+def test_journal_has_a_line_a_step_and_the_documented_metrics(finished):
+    out = finished / "out"
+    assert sorted(series(out, "train/loss")) == list(range(1, STEPS + 1))
+    assert sorted(series(out, "val/loss")) == sorted(series(out, "val/bits_per_char")) == [3, 6]
+    records, broken = read_journal(out / "metrics.jsonl")
+    assert broken == 0
+    seen = {name for record in records for name in record} - {"step", "digest"}
+    assert seen == set(METRICS) - {"optim/loss_scale", "perf/mfu"}, (
+        "no loss scale in fp32, and no peak is known for a CPU"
+    )
+    assert [record["step"] for record in records if "digest" in record] == list(range(1, STEPS + 1))
+    assert series(out, "data/tokens")[STEPS] == STEPS * 8 * 16
+    assert list(series(out, "optim/lr").values())[:2] == pytest.approx([1.5e-3, 3e-3])
+    assert all(norm > 0 for norm in series(out, "optim/grad_norm").values())
+
+
+def test_events_tell_the_story(finished):
+    found = events(finished / "out")
+    story = ["started", "memory", "saved", "sampled", "saved", "saved", "sampled", "saved", "finished"]
+    assert [event["event"] for event in found] == story
+    assert [event["step"] for event in found if event["event"] == "saved"] == [2, 3, 4, 6]
+    assert found[-1]["val/loss"] == series(finished / "out", "val/loss")[STEPS]
+
+
+def test_invariant_11_no_value_of_a_config_is_changed_and_the_resolved_one_is_printed_and_stored(finished):
+    out = finished / "out"
+    given = flattened(yaml.safe_load((finished / "run.yaml").read_text()))
+    stored = flattened(yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8")))
+    assert {key: stored[key] for key in given} == given
+    given_json = flattened(json.loads((finished / "engine.json").read_text())) | {
+        "gradient_clipping": 0.5
+    }  # the override
+    stored_json = flattened(json.loads((out / "ds_config.json").read_text()))
+    assert {key: stored_json[key] for key in given_json} == given_json
+    said = (finished / "said.txt").read_text(encoding="utf-8")
+    for key, value in (stored | {f"ds.{key}": value for key, value in stored_json.items()}).items():
+        section, _, name = key.partition(".")
+        [line] = [line for line in said.splitlines() if line.startswith(f"settings: {section}: ")]
+        assert f"{name}={json.dumps(value)}" in line
+    assert "gradient_accumulation_steps = 2: 8 samples / 4 per rank / 1 rank" in said, (
+        "what is derived is printed with its reason"
+    )
+
+
+def test_run_folder_gives_the_same_run_again(finished, text_file, tmp_path):
+    out = finished / "out"
+    assert in_process.train(argv(out / "ds_config.json", tmp_path / "again", out / "run.yaml", text_file)) == 0
+    for metric in ("train/loss", "val/loss", "optim/lr", "optim/grad_norm"):
+        assert series(tmp_path / "again", metric) == series(out, metric)
+    for name in ("run.yaml", "ds_config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+    control = [*argv(out / "ds_config.json", tmp_path / "control", out / "run.yaml", text_file), "train.seed=1"]
+    assert in_process.train(control) == 0
+    assert series(tmp_path / "control", "train/loss") != series(out, "train/loss")
+
+
+def test_end_says_the_result_and_what_to_do_next(finished):
+    said = (finished / "said.txt").read_text(encoding="utf-8").splitlines()
+    val = series(finished / "out", "val/loss")[STEPS]
+    assert f"done at step {STEPS}: val/loss {val:.4f} nats, {val / math.log(2):.3f} bits/char" in said
+    assert said[-1] == f'next: chatgot sample {finished / "out"} --prompt "The night"'
+
+
+def test_changed_settings_names_keys_as_overrides_do(tmp_path):
+    run, engine = (
+        {"train": {"max_steps": 5, "seed": 1}},
+        {"optimizer": {"params": {"lr": 0.1}}, "bf16": {"enabled": True}},
+    )
+    assert changed_settings(tmp_path, run, engine) == []
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    (tmp_path / "ds_config.json").write_text(json.dumps(engine))
+    assert changed_settings(tmp_path, run, engine) == []
+    assert changed_settings(
+        tmp_path, {"train": {"max_steps": 9, "seed": 1}}, {"optimizer": {"params": {"lr": 0.2}}}
+    ) == [
+        "train.max_steps: 5 -> 9",
+        "ds.optimizer.params.lr: 0.1 -> 0.2",
+        "ds.bf16.enabled: True -> absent",
+    ]
+    (tmp_path / "ds_config.json").write_text("{")
+    [line] = changed_settings(tmp_path, run, engine)
+    assert "ds_config.json cannot be read" in line
+
+
+def test_probing_a_folder_leaves_no_trace(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    check_writable(tmp_path / "a")
+    assert list((tmp_path / "a").iterdir()) == []

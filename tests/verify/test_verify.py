@@ -1,0 +1,245 @@
+"""chatgot verify: a whole run passes, and every kind of damage is named; a replay repeats the journal and notices one
+altered digit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatgot import cli
+from chatgot.verify.verify import verify
+from tests.proof.test_compare import left, words
+from tests.support import ROOT, environment, write_text
+from tests.training import in_process
+from tests.training.in_process import contents
+
+REPLAYED = 2
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_file) -> Path:
+    """A finished run in out/ that was left at step 5 and resumed from step 3 on the way; checkpoints after 3, 6 and
+    8.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    assert in_process.train(left(folder, text_file)) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def code(*words: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["verify", *words])
+    return int(end.value.code or 0)
+
+
+def edit(path: Path, change) -> None:
+    """Put `change(lines)` in place of a file's lines."""
+    path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
+
+
+def is_digest_of(line: str, step: int) -> bool:
+    record = json.loads(line)
+    return record["step"] == step and "digest" in record
+
+
+def test_whole_run_passes_and_is_only_read(finished, capsys):
+    before = contents(finished)
+    assert code(str(finished)) == 0
+    said = capsys.readouterr().out
+    for tag in ("step-00000003", "step-00000006", "step-00000008"):
+        assert f"checkpoint {tag}: whole" in said
+    assert "journal: 8 steps with a digest, 1..8; 2 of them were trained again, compared bit for bit" in said
+    assert said.endswith(f"{finished}: whole\n")
+    assert contents(finished) == before
+
+
+def test_the_offline_part_imports_no_torch(finished):
+    program = f"""
+import sys
+from chatgot.cli import main
+try:
+    main(["verify", {str(finished)!r}])
+except SystemExit as end:
+    print(end.code, sorted({{"torch", "deepspeed", "numpy"}} & sys.modules.keys()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_flipped_bit_is_named_by_file(run, capsys):
+    path = next((run / "checkpoints" / "step-00000006").glob("*.pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert code(str(run)) == 4
+    said = capsys.readouterr().out
+    assert "checkpoint step-00000006: NOT WHOLE" in said
+    assert f"file {path.name}: its contents have changed" in said
+    assert "checkpoint step-00000008: whole" in said
+    assert code(str(run), "--tag", "step-00000008") == 0
+    assert code(str(run), "--tag", "step-00000006") == 4
+
+
+def test_latest_that_leads_nowhere_is_a_problem_and_one_that_is_behind_a_note(run, capsys):
+    (run / "checkpoints" / "latest").write_text("step-00000006")
+    assert code(str(run)) == 0
+    assert "note: latest is step-00000006, and step-00000008 is newer" in capsys.readouterr().out
+    (run / "checkpoints" / "latest").write_text("step-00000007")
+    assert code(str(run)) == 4
+    assert "names 'step-00000007'" in capsys.readouterr().out
+
+
+def test_removed_digests_are_a_gap(run, capsys):
+    def change(lines: list[str]) -> list[str]:
+        return [line for line in lines if not any(is_digest_of(line, step) for step in (2, 7))]
+
+    edit(run / "metrics.jsonl", change)
+    assert code(str(run)) == 4
+    assert "PROBLEM: " in (said := capsys.readouterr().out)
+    assert "no digest of step 2, 7" in said
+
+
+def test_digest_missing_after_a_resume_is_not_hidden_by_the_past_that_was_given_up(run, capsys):
+    def change(lines: list[str]) -> list[str]:
+        last = max(i for i, line in enumerate(lines) if is_digest_of(line, 5))
+        return lines[:last] + lines[last + 1 :]
+
+    edit(run / "metrics.jsonl", change)
+    assert code(str(run)) == 4
+    assert "no digest of step 5" in capsys.readouterr().out
+
+
+def test_missing_beginning_and_missing_end_are_noticed(run, capsys):
+    edit(run / "metrics.jsonl", lambda lines: lines[1:])
+    assert code(str(run)) == 4
+    assert "no digest of step 1" in capsys.readouterr().out
+    edit(run / "metrics.jsonl", lambda lines: [line for line in lines if json.loads(line)["step"] < 8])
+    assert code(str(run)) == 4
+    assert "ends at step 7, and does not cover step-00000008" in capsys.readouterr().out
+
+
+def test_steps_trained_twice_must_agree(run, capsys):
+    def change(lines: list[str]) -> list[str]:
+        first = next(i for i, line in enumerate(lines) if is_digest_of(line, 5))
+        record = json.loads(lines[first])
+        record["digest"]["loss"] += 1e-12
+        return [*lines[:first], json.dumps(record), *lines[first + 1 :]]
+
+    edit(run / "metrics.jsonl", change)
+    assert code(str(run)) == 4
+    assert "step 5 was trained again after a resume, and differs: loss was" in capsys.readouterr().out
+
+
+def test_announced_changes_explain_other_digests(tmp_path, text_file, capsys):
+    line = left(tmp_path, text_file)
+    assert in_process.train([*line, "ds.optimizer.params.lr=1e-3"]) == 0
+    assert code(str(tmp_path / "out")) == 0
+    assert "2 of them were trained again, compared as far as changes allow" in capsys.readouterr().out
+
+
+def test_line_cut_off_by_a_kill_is_a_note_and_more_of_them_a_problem(tmp_path, text_file, capsys):
+    line = words(tmp_path, text_file)
+    in_process.abandon_after(4, line)
+    path = tmp_path / "out" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert code(str(tmp_path / "out")) == 0
+    assert "the last line was cut off by a kill" in capsys.readouterr().out
+    edit(path, lambda lines: [lines[0], "{", "{", *lines[1:]])
+    assert code(str(tmp_path / "out")) == 4
+    assert "3 broken lines, and a kill leaves one at most" in capsys.readouterr().out
+
+
+def test_tokens_that_do_not_grow_are_a_problem(run, capsys):
+    def change(lines: list[str]) -> list[str]:
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            if record["step"] == 8 and "data/tokens" in record:
+                record["data/tokens"] = 3
+        return [json.dumps(record) for record in records]
+
+    edit(run / "metrics.jsonl", change)
+    assert code(str(run)) == 4
+    assert "data/tokens does not grow: 512 at step 4, 3 at step 8" in capsys.readouterr().out
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path, finished, capsys):
+    assert code(str(tmp_path)) == 2
+    assert "not a run folder of train.py: run.yaml is missing" in capsys.readouterr().err
+    assert code(str(tmp_path / "none")) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert code(str(finished), "--tag", "step-7") == 4
+    assert "no checkpoint 'step-7' (there are: step-00000003" in capsys.readouterr().err
+    assert code(str(finished), "--replay", "0") == 2
+
+
+def test_a_branch_begins_where_it_left_the_other_run(tmp_path, text_file, capsys):
+    line = left(tmp_path, text_file)
+    branch = [word if word != str(tmp_path / "out") else str(tmp_path / "branch") for word in line]
+    assert in_process.train([*branch, "--resume_from", str(tmp_path / "out")]) == 0
+    assert verify(tmp_path / "branch")
+    assert "5 steps with a digest, 4..8" in capsys.readouterr().out
+
+
+def test_replay_repeats_the_journal_and_touches_nothing(finished, capsys):
+    before = contents(finished)
+    with in_process.cpu_environment():
+        assert code(str(finished), "--replay", str(REPLAYED)) == 0
+    said = capsys.readouterr().out
+    assert "replay verified 2/2: steps 4..5 after step-00000003 repeat the journal (bit for bit)" in said
+    assert contents(finished) == before
+
+
+def test_replay_names_the_step_and_the_field_of_an_altered_digest(run, capsys):
+    def change(lines: list[str]) -> list[str]:
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            if record["step"] == 7 and "digest" in record:
+                record["digest"]["grad_norm"] += 1e-9
+        return [json.dumps(record) for record in records]
+
+    edit(run / "metrics.jsonl", change)
+    with in_process.cpu_environment():
+        assert code(str(run)) == 0, "nothing contradicts it offline"
+        assert code(str(run), "--replay", "9", "--tag", "step-00000006") == 4
+    said = capsys.readouterr().out
+    assert "replay: 2 journaled steps follow step-00000006, fewer than 9" in said
+    assert "replay differs at step 7: grad_norm was" in said
+
+
+def test_replay_without_the_data_is_refused_with_3(tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt")
+    assert in_process.train(words(tmp_path, text)) == 0
+    text.rename(tmp_path / "elsewhere.txt")
+    assert code(str(tmp_path / "out"), "--replay", "1") == 3
+    assert "text.txt" in capsys.readouterr().err
+    write_text(text, seed=1)
+    assert code(str(tmp_path / "out"), "--replay", "1") == 3
+    assert "is not the data that" in capsys.readouterr().err
+
+
+def test_replay_with_nothing_to_compare_is_refused(finished, capsys):
+    assert code(str(finished), "--replay", "1", "--tag", "step-00000008") == 2
+    assert "no journaled step follows checkpoint step-00000008" in capsys.readouterr().err
+
+
+def test_replay_finds_a_text_that_was_named_from_another_folder(tmp_path, capsys, monkeypatch):
+    write_text(tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    assert in_process.train(words(tmp_path, Path("text.txt"))) == 0
+    monkeypatch.chdir("/")
+    assert code(str(tmp_path / "out"), "--replay", "1") == 0
+    assert "replay verified 1/1" in capsys.readouterr().out
