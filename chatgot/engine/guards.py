@@ -1,6 +1,4 @@
-"""Guards around defects of DeepSpeed 0.19.8. Each one is pinned by a test in
-tests/engine/test_deepspeed_contracts.py.
-"""
+"""Every patch of DeepSpeed 0.19.8 and torch, each around a defect that tests/engine/test_deepspeed_contracts.py shows."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ class Stage0Gradients:
     alike: `engine.get_global_grad_norm()` answers, and a bad step is skipped and counted in `engine.skipped_steps`.
     """
 
-    def __init__(self, engine: Any, muon: bool):
+    def __init__(self, engine: Any, muon: bool, on_overflow: Callable[[], None]):
+        """`on_overflow` is called while the gradients that were not finite still exist."""
         self.engine = engine
         self.max_norm = float(engine.gradient_clipping())
-        self.on_overflow: Callable[[], None] | None = None
-        """Called while the gradients that were not finite still exist."""
+        self.on_overflow = on_overflow
         parameters = [p for p in engine.module.parameters() if p.requires_grad]
         # Muon's updates have a fixed size; see ClipAdamGroupsOnly, which does the same under ZeRO.
         self.parameters = [p for p in parameters if not getattr(p, "use_muon", False)] if muon else parameters
@@ -59,7 +57,7 @@ class Stage0Gradients:
         finite = bool(torch.isfinite(total))
         if finite and self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
-        elif not finite and self.on_overflow is not None:
+        elif not finite:
             self.on_overflow()
         self.engine._global_grad_norm = float(norm) if finite else math.inf
         # engine._take_model_step counts a skipped step where its optimizer says `overflow`.
@@ -139,16 +137,47 @@ def forget_skipped_gradients(zero: Any) -> None:
     zero.reset_cpu_buffers = reset_cpu_buffers
 
 
-def install(engine: Any, muon: bool) -> Stage0Gradients | None:
-    """Put the guards on a new engine; returns the one that the step function must call, where there is one."""
-    if engine.zero_optimization():
-        # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
-        if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
-            ClipAdamGroupsOnly(engine.optimizer)
-        if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
-            forget_skipped_gradients(engine.optimizer)
-        return None
-    return Stage0Gradients(engine, muon)
+def tell_overflow(optimizer: Any, call: Callable[[], None]) -> None:
+    """Call `call` in a step that ZeRO skips, before it drops the gradients, which nobody could look at afterwards.
+
+    ZeRO 1-3 call _update_scale(overflow) between the check and the dropping (stage_1_and_2.py and stage3.py, step), the
+    BF16_Optimizer clear_hp_grads (bf16_optimizer.py, step). All ranks agree on the overflow by then.
+    """
+    if hasattr(optimizer, "_update_scale"):
+        update = optimizer._update_scale
+
+        def update_scale(has_overflow: bool = False) -> None:
+            if has_overflow:
+                call()
+            update(has_overflow)
+
+        optimizer._update_scale = update_scale
+        return
+    clear = optimizer.clear_hp_grads
+
+    def clear_hp_grads(*args: Any, **kwargs: Any) -> None:
+        if optimizer.overflow:
+            call()
+        clear(*args, **kwargs)
+
+    optimizer.clear_hp_grads = clear_hp_grads
+
+
+def install(engine: Any, muon: bool, on_overflow: Callable[[], None]) -> Stage0Gradients | None:
+    """Put the guards on a new engine; returns the one that the step must call, where there is one.
+
+    Args:
+        on_overflow: called on all ranks in a step that is skipped, while its gradients still exist.
+    """
+    if not engine.zero_optimization():
+        return Stage0Gradients(engine, muon, on_overflow)
+    tell_overflow(engine.optimizer, on_overflow)
+    # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
+    if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
+        ClipAdamGroupsOnly(engine.optimizer)
+    if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
+        forget_skipped_gradients(engine.optimizer)
+    return None
 
 
 def quiet_memory_report(given: dict[str, Any]) -> None:

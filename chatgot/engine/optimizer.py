@@ -103,8 +103,3 @@ def build_client_optimizer(
         f"optimizer: torch.optim.{kind.__name__} ({how}), the same update as DeepSpeed's, which needs a compiler at "
         f"start",
     )
-
-
-def base_learning_rates(optimizer: Any) -> list[float]:
-    """The JSON's learning rate of every parameter group, before any schedule."""
-    return [float(group["lr"]) for group in optimizer.param_groups]

@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chatgot.engine import guards, numerics
+from chatgot.engine import guards
+from chatgot.engine.step import poisoned_by
 from tests.support import environment
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -310,8 +311,8 @@ def test_a_loss_that_is_not_finite_is_trained_on_if_its_gradients_are(stage):
     engine = stock(stage)
     engine.backward(engine(torch.ones(1, 16)) + math.nan)
     engine.step()
-    assert engine.skipped_steps == 0, mended("it looks at the loss", "numerics.poisoned_by")
-    engine.backward(numerics.poisoned_by(engine(torch.ones(1, 16)) + math.nan))
+    assert engine.skipped_steps == 0, mended("it looks at the loss", "step.poisoned_by")
+    engine.backward(poisoned_by(engine(torch.ones(1, 16)) + math.nan))
     engine.step()
     assert engine.skipped_steps == 1
 
