@@ -15,7 +15,7 @@ Batch = tuple[Tensor, Tensor]
 """(input_ids, targets), both (B, T) int64."""
 
 IGNORE_INDEX = -100
-"""Target that cross entropy leaves out (torch's default)."""
+"""A target with this value counts in no loss: the default of torch's cross_entropy, which the model uses."""
 
 _FEISTEL_ROUNDS = 8
 
@@ -39,10 +39,6 @@ class DataOrder:
         self._offsets = min(block_size, n_tokens - self.samples_per_epoch * block_size)
         self._seed = np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)
         self._half_bits = np.uint64(max((self.samples_per_epoch - 1).bit_length() + 1, 2) // 2)
-
-    def epoch(self, index: int) -> int:
-        """Epoch (from 0) of a global sample index."""
-        return index // self.samples_per_epoch
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """First token of each global sample index, both (n,) int64. Raises ValueError for a negative index."""

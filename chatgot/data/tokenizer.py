@@ -7,10 +7,11 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,11 @@ from chatgot.errors import ConfigError, DataError
 
 FORMAT = "chatgot-tokenizer"
 FORMAT_VERSION = 1
+_BPE_PIECE = 1 << 17  # characters; the library keeps some hundred bytes for each token of a piece
+_BPE_CUT = re.compile(r"\S\n(?=\S)")  # GPT-2's pre-tokenisation never joins what stands on the two sides
+
 MAX_VOCAB_SIZE = 1 << 16
 """Tokens are stored as uint8 or uint16."""
-
-Unknown = Literal["error", "skip"]
 
 
 class Tokenizer(ABC):
@@ -200,7 +202,7 @@ class BpeTokenizer(Tokenizer):
         self._definition = definition
         try:
             self._bpe = library.Tokenizer.from_str(json.dumps(definition))
-        except Exception as error:
+        except Exception as error:  # the library raises a bare Exception for what it cannot read
             raise DataError(f"bpe tokenizer: the library tokenizers cannot read its definition: {error}") from error
         vocabulary: dict[str, int] = self._bpe.get_vocab()
         self.vocab_size = len(vocabulary)
@@ -242,6 +244,24 @@ class BpeTokenizer(Tokenizer):
 
     def _content(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocab_size": self.vocab_size, "tokenizers": self._definition}
+
+
+def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Cut a text anew into pieces of about _BPE_PIECE characters, at line ends, so that tokens hardly depend on where
+    pieces end.
+    """
+    held = ""
+    for text in texts:
+        held += text
+        begin = 0
+        while len(held) - begin > 2 * _BPE_PIECE:
+            cut = _BPE_CUT.search(held, begin + _BPE_PIECE, begin + 2 * _BPE_PIECE)
+            end = cut.end() if cut else begin + 2 * _BPE_PIECE
+            yield held[begin:end]
+            begin = end
+        held = held[begin:]
+    if held:
+        yield held
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

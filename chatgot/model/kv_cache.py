@@ -35,11 +35,6 @@ class KVCache:
         """Tokens stored so far: the position of the next one."""
 
     @property
-    def batch_size(self) -> int:
-        """Rows of text."""
-        return self._shape[2]
-
-    @property
     def max_seq_length(self) -> int:
         """Tokens that fit."""
         return self._shape[4]
