@@ -325,7 +325,7 @@ def _find_micro_batch(
     place: Place,
     ranks: ControlGroup,
     progress: Progress,
-) -> finder.Answer | None:
+) -> finder.Stored | None:
     """Where the JSON leaves it to memory. Collective."""
     tree = read_document(Path(arguments.deepspeed_config)).tree
     if not finder.wants_probe(apply_overrides(plain_copy(tree), overrides)):
