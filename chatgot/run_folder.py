@@ -17,6 +17,9 @@ from typing import Any
 from chatgot.errors import ConfigError
 from chatgot.files import write_atomically
 
+MICRO_BATCH = "micro_batch.json"
+"""The micro-batch that memory allows, see tuning/micro_batch.py."""
+
 
 def check_writable(folder: Path) -> None:
     """Try to write in the folder, and leave no trace, because the run may still be refused.

@@ -21,8 +21,8 @@ from chatgot.checkpoint.retention import expected_bytes
 from chatgot.checkpoint.save import Saver
 from chatgot.config.overrides import apply_overrides, parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
+from chatgot.data.cache import prepare_cached
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
-from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.batch import TO_BE_FOUND
 from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
@@ -299,8 +299,7 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
     for turn in (True, False):
         if (place.local_rank == 0) == turn and error is None:
             try:
-                say = progress.say if place.rank == 0 else (lambda message: None)
-                data = prepare_cached(spec, config.data, say=say)
+                data = prepare_cached(spec, config.data)
                 check_block_size(data, config.model.max_seq_length)
             except ChatGoTError as caught:
                 error = caught
@@ -326,7 +325,7 @@ def _find_micro_batch(
     place: Place,
     ranks: ControlGroup,
     progress: Progress,
-) -> finder.Answer | None:
+) -> finder.Stored | None:
     """Where the JSON leaves it to memory. Collective."""
     tree = read_document(Path(arguments.deepspeed_config)).tree
     if not finder.wants_probe(apply_overrides(plain_copy(tree), overrides)):

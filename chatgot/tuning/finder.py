@@ -8,17 +8,18 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chatgot import run_folder
 from chatgot.config.overrides import apply_overrides
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.process_group import device_facts
 from chatgot.errors import MachineError
-from chatgot.files import write_atomically
 from chatgot.training.forecast import Forecast, this_device
+from chatgot.tuning import micro_batch
+from chatgot.tuning.micro_batch import Stored
 from chatgot.tuning.probe import (
     OUTSIDE,
     Outcome,
@@ -30,9 +31,6 @@ MARGIN = 0.05
 """Part of the memory that must stay free in a probe: a run holds more than its steps, and other processes come and
 go.
 """
-
-STORED = "micro_batch.json"
-"""In the run folder: what was found, and for which settings."""
 
 
 def wants_probe(tree: dict[str, Any]) -> bool:
@@ -71,31 +69,6 @@ def probe_tree(tree: dict[str, Any], micro: int, world_size: int) -> dict[str, A
     return {**kept, TOTAL: micro * accumulation * world_size, MICRO: micro, ACCUMULATION: accumulation}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A micro-batch and how it came about."""
-
-    micro_batch: int
-    reason: str
-    key: str
-    """Of the settings that it was found for."""
-
-    def store(self, folder: Path) -> None:
-        """Into the run folder, so that a resume does not probe again. Rank 0 only."""
-        fields = {"micro_batch": self.micro_batch, "reason": self.reason, "key": self.key}
-        write_atomically(folder / STORED, json.dumps(fields, indent=2) + "\n")
-
-
-def stored(folder: Path, key: str) -> Answer | None:
-    """What an earlier start found for the same settings."""
-    try:
-        fields = json.loads((folder / STORED).read_text(encoding="utf-8"))
-        answer = Answer(int(fields["micro_batch"]), str(fields["reason"]), str(fields["key"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one costs a few probes
-        return None
-    return answer if answer.key == key else None
-
-
 def find(
     tree: dict[str, Any],
     overrides: dict[str, Any],
@@ -106,7 +79,7 @@ def find(
     place: Place,
     ranks: ControlGroup,
     say: Callable[[str], None],
-) -> Answer:
+) -> Stored:
     """The micro-batch for "auto". Collective: every rank probes on its own device, and the smallest answer counts.
 
     Args:
@@ -118,9 +91,9 @@ def find(
     """
     tree = apply_overrides(json.loads(json.dumps(tree)), overrides)
     key = settings_key(tree, model, vocab_size, place.world_size, device)
-    known = ranks.from_rank_0(stored(out_dir, key) if place.rank == 0 else None)
-    if known is not None:
-        say(f"{MICRO} = {known.micro_batch}: found by an earlier start, see {out_dir / STORED}")
+    known = ranks.from_rank_0(micro_batch.read(out_dir) if place.rank == 0 else None)
+    if known is not None and known.json == "auto" and known.key == key:
+        say(f"{MICRO} = {known.micro_batch}: found by an earlier start, see {out_dir / run_folder.MICRO_BATCH}")
         return known
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     probes = Probes((place.rank,), place.world_size, MARGIN, address, place.local_rank, ranks.gather)
@@ -130,7 +103,7 @@ def find(
     return search(tree, probes, Forecast(model, vocab_size, place.world_size, smallest), say, key)
 
 
-def search(tree: dict[str, Any], probes: Probes, forecast: Forecast, say: Callable[[str], None], key: str) -> Answer:
+def search(tree: dict[str, Any], probes: Probes, forecast: Forecast, say: Callable[[str], None], key: str) -> Stored:
     """Probe until the largest micro-batch that fits is known; what is beyond the plan is not probed. See `find`."""
     model, world_size = forecast.model, forecast.world_size
     tried: dict[int, Outcome] = {}
@@ -159,7 +132,7 @@ def search(tree: dict[str, Any], probes: Probes, forecast: Forecast, say: Callab
         )
     larger = [size for size in tried if size > found]
     limit = f"{min(larger)} does not ({tried[min(larger)].reason})" if larger else "that is all a rank has in a step"
-    return Answer(found, f"fits with {probes.margin:.0%} of the memory free; {limit}", key)
+    return Stored(found, "auto", f"fits with {probes.margin:.0%} of the memory free; {limit}", key=key)
 
 
 def settings_key(tree: dict[str, Any], model: dict[str, Any], vocab_size: int, world_size: int, device: str) -> str:

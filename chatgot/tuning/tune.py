@@ -16,7 +16,7 @@ from typing import Any
 
 from chatgot.config.overrides import apply_overrides, parse_overrides
 from chatgot.config.run import load_run_config
-from chatgot.data.prepare import prepare_cached
+from chatgot.data.cache import prepare_cached
 from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.engine_config import build_engine_config
@@ -102,7 +102,7 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
     tree = apply_overrides(read_document(arguments.deepspeed_config).tree, ds_overrides)
     total = _total(tree, arguments, facts)
     tree = {**tree, TOTAL: total}
-    data = prepare_cached(arguments.data, config.data, say=say)
+    data = prepare_cached(arguments.data, config.data)
     check_block_size(data, config.model.max_seq_length)
     model, vocab_size = dataclasses.asdict(config.model), data.tokenizer.vocab_size
     probes = Probes(tuple(range(arguments.world_size)), arguments.world_size, arguments.margin)

@@ -143,14 +143,14 @@ def _following(known: History, step: int) -> int:
 def _data(run: Path, found: Found) -> str:
     """The data spec of the run, once it has been seen to give the same tokens."""
     from chatgot.config.run import load_run_config
-    from chatgot.data.prepare import prepare_cached
+    from chatgot.data.cache import prepare_cached
 
     environ = settings(run, "environment.json")
     spec = str(environ.get("data", {}).get("spec"))
     elsewhere = Path(environ.get("cwd", "")) / spec
     if not Path(spec).exists() and elsewhere.exists():
         spec = str(elsewhere)
-    data = prepare_cached(spec, load_run_config(str(run / "run.yaml")).data, say=lambda message: None)
+    data = prepare_cached(spec, load_run_config(str(run / "run.yaml")).data)
     if data.fingerprint != found.manifest["data"]:
         raise DataError(
             f"--data {spec}: is not the data that {run} was trained on (fingerprint {data.fingerprint[:12]}…, the "
