@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from chatgot.bench.machine import describe_machine
 from chatgot.deepspeed_json.schema import CUDA_ONLY
+from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
 from chatgot.engine import activation_checkpointing
-from chatgot.engine.process_group import device_facts
 from chatgot.observe.progress import Progress
 from chatgot.training.loop import Loop
 from chatgot.training.run import TrainArguments, leave, prepare_run

@@ -119,9 +119,9 @@ def measure(case: Case) -> dict[str, Any]:
     import torch
 
     from chatgot.deepspeed_json.engine_config import read_engine_config
+    from chatgot.devices import device_facts
     from chatgot.distributed import find_place
-    from chatgot.engine.build import build
-    from chatgot.engine.process_group import device_facts, join
+    from chatgot.engine.build import build, join
     from chatgot.model.gpt import GPT
     from chatgot.model.shapes import count_parameters
     from chatgot.plan.states import STATES

@@ -160,7 +160,7 @@ def tell_overflow(optimizer: Any, call: Callable[[], None]) -> None:
     """Call `call` in a step that ZeRO skips, before it drops the gradients, which nobody could look at afterwards.
 
     ZeRO 1-3 call _update_scale(overflow) between the check and the dropping (stage_1_and_2.py and stage3.py, step), the
-    BF16_Optimizer clear_hp_grads (bf16_optimizer.py, step). All ranks agree on the overflow by then.
+    BF16_Optimizer clear_hp_grads, twice (bf16_optimizer.py, step). All ranks agree on the overflow by then.
     """
     name = "_update_scale" if hasattr(optimizer, "_update_scale") else "clear_hp_grads"
     theirs = getattr(optimizer, name)

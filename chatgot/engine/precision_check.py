@@ -4,7 +4,6 @@ work says so.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.distributed import ControlGroup
+from chatgot.engine.step import autocast
 from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 
@@ -129,13 +129,12 @@ def _measure(
     model: GPT, precision: str, input_ids: Tensor, targets: Tensor, scales: tuple[float, ...]
 ) -> tuple[float, float]:
     """Loss and gradient norm on a copy of the model, with the first of the loss scales that does not overflow."""
-    device, dtypes = input_ids.device, {"bf16": torch.bfloat16, "fp16": torch.float16}
-    copied = copy.deepcopy(model).to(device=device, dtype=dtypes.get(precision)).eval()
-    autocast = dtypes.get(precision.removeprefix("autocast_")) if precision.startswith("autocast_") else None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    copied = copy.deepcopy(model).to(device=input_ids.device, dtype=dtype).eval()
     parameters = [p for p in copied.parameters() if p.requires_grad]
     loss, norm = math.nan, math.nan
     for scale in scales:
-        with torch.autocast(device.type, dtype=autocast) if autocast is not None else contextlib.nullcontext():
+        with autocast(precision, input_ids.device):
             loss_tensor = copied(input_ids, targets)
         gradients = torch.autograd.grad(loss_tensor * scale, parameters, allow_unused=True)
         norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients if each is not None]

@@ -4,7 +4,6 @@ skipped because they are not finite.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.engine import guards, zero_view
 from chatgot.engine.optimizer import is_muon
 from chatgot.errors import NumericsError
-
-AUTOCAST_DTYPES = {"autocast_bf16": torch.bfloat16, "autocast_fp16": torch.float16}
 
 
 class TrainingEngine:
@@ -158,6 +155,12 @@ def poisoned_by(loss: Tensor) -> Tensor:
     return loss * (1.0 + 0.0 * loss.detach())
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What DeepSpeed's engine opens around a forward under torch_autocast; without effect in other precisions."""
+    dtype = {"autocast_bf16": torch.bfloat16, "autocast_fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def mean_over_ranks(value: Tensor) -> float:
     """Mean of a scalar over all ranks, in fp32. Collective."""
     value = value.detach().clone().to(torch.float32)
@@ -165,18 +168,6 @@ def mean_over_ranks(value: Tensor) -> float:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return float(value)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python could not allocate: the device's memory, or on a CPU the host's."""
-    texts = (
-        "DefaultCPUAllocator: can't allocate memory",
-        "DefaultCPUAllocator: not enough memory",
-        "CUDA out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-    )
-    out = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    return out or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @dataclass(frozen=True)
@@ -204,14 +195,13 @@ def diagnose(training_engine: TrainingEngine, micro_batches: Iterable[tuple[Tens
         finite.append(torch.isfinite(gradient).all())
         return gradient.new_zeros(()).expand_as(gradient)  # takes no memory
 
-    dtype = AUTOCAST_DTYPES.get(training_engine.config.precision)
     parameters = [p for p in module.parameters() if p.requires_grad]
     hooks = [parameter.register_hook(look) for parameter in parameters]
     was_training = module.training
     module.eval()
     try:
         for input_ids, targets in micro_batches:
-            with torch.autocast(input_ids.device.type, dtype=dtype) if dtype is not None else contextlib.nullcontext():
+            with autocast(training_engine.config.precision, input_ids.device):
                 by_token = module(input_ids, targets, reduction="none")  # (B, T)
             losses += by_token.detach().mean(dim=1).tolist()
             torch.autograd.grad(by_token.mean(), parameters, allow_unused=True)

@@ -189,9 +189,9 @@ def measure(task: Task) -> dict[str, Any]:
     from chatgot.checkpoint import rng
     from chatgot.config.run import ModelConfig
     from chatgot.deepspeed_json.engine_config import build_engine_config
+    from chatgot.devices import device_facts
     from chatgot.distributed import find_place
-    from chatgot.engine.build import build
-    from chatgot.engine.process_group import device_facts, join
+    from chatgot.engine.build import build, join
     from chatgot.model.gpt import GPT
     from chatgot.model.shapes import count_parameters
     from chatgot.observe import memory
@@ -224,7 +224,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 def main(path: str) -> int:
     """One rank of a probe; its exit code."""
-    from chatgot.engine.step import is_out_of_memory
+    from chatgot.devices import is_out_of_memory
 
     task = Task(**json.loads(Path(path).read_text(encoding="utf-8")))
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatgot.engine.step import is_out_of_memory
+from chatgot.devices import is_out_of_memory
 from chatgot.tuning import finder
 from chatgot.tuning.probe import Probes, Task
 from tests.gpu.tiny import VOCABULARY, fp32_parameters, micro_batches, model_config, tiny_engine

@@ -22,11 +22,11 @@ from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
 from chatgot.engine import guards
 from chatgot.engine import step as engine_step
-from chatgot.engine.build import build
-from chatgot.engine.process_group import device_facts, join
+from chatgot.engine.build import build, join
 from chatgot.engine.step import TrainingEngine, diagnose, mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.guard import Guard
