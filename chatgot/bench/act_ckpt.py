@@ -14,12 +14,11 @@ peak: most bytes allocated at one time in a step, above what stands between two 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from chatgot.bench import measuring
 from chatgot.deepspeed_json.schema import CUDA_ONLY
 from chatgot.devices import device_facts
-from chatgot.engine import activation_checkpointing
+from chatgot.engine import activation_checkpointing, zero_view
 from chatgot.training.loop import Loop
 from chatgot.training.run import leave
 
@@ -59,16 +58,14 @@ def variants(layers: int) -> dict[str, dict[str, Any]]:
     }
 
 
-@dataclass
 class Side:
-    """One variant's run and what was measured of it."""
+    """One variant's run, before its first step, and what was measured of it."""
 
-    loop: Loop
-    steps: Iterator[int]
-    kept_bytes: int = 0
-    peak_bytes: int = 0
-    seconds: list[float] = field(default_factory=list)
-    """Per step, one entry per turn."""
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.steps = loop, loop.steps()
+        self.kept_bytes = self.peak_bytes = 0
+        self.seconds: list[float] = []
+        """Per step, one entry per turn."""
 
     def turn(self, count: int) -> float:
         """Seconds per step over `count` steps."""
@@ -99,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{arguments.layers} layers x {arguments.d_model}, {arguments.batch} x {arguments.max_seq_length} tokens a "
         f"step, {arguments.precision}, ZeRO stage {arguments.stage}, {arguments.turns} turns"
     )
-    for name in every.keys() - chosen.keys():
+    for name in (name for name in every if name not in chosen):
         print(f"left out: {name}: DeepSpeed's cpu_checkpointing fails on the CPU accelerator, it needs CUDA")
     columns = ("kept MiB", "kept / off", "peak MiB", "peak / off", "ms/step", "time / off", "10 % .. 90 %")
     measuring.print_head("architecture", "recomputed", *columns)
@@ -137,20 +134,18 @@ def start(architecture: str, extra: dict[str, Any], arguments: argparse.Namespac
     loop = measuring.start_shape(
         model, arguments.batch, arguments.stage, arguments.precision, arguments.data, folder, **extra
     )
-    return Side(loop, loop.steps())
+    return Side(loop)
 
 
 def measure(sides: dict[str, Side], turns: int, turn_seconds: float) -> None:
-    """Fill in what the sides lack; their order rotates from turn to turn."""
+    """Fill in what the sides lack."""
     for side in sides.values():
         side.turn(2)  # the first step makes the optimizer's state
         side.kept_bytes, side.peak_bytes = kept_bytes(side), peak_bytes(side)
     count = max(1, round(turn_seconds / sides["off"].turn(2)))
-    order = list(sides)
-    for _ in range(turns):
-        for name in order:
-            sides[name].seconds.append(sides[name].turn(count))
-        order.append(order.pop(0))
+    turns_of = {name: functools.partial(side.turn, count) for name, side in sides.items()}
+    for name, seconds in measuring.take_turns(turns_of, turns).items():
+        sides[name].seconds = seconds
 
 
 def kept_bytes(side: Side) -> int:
@@ -168,7 +163,7 @@ def kept_bytes(side: Side) -> int:
 
     def after(module: nn.Module, inputs: Any, loss: Tensor) -> None:
         saving.__exit__(None, None, None)
-        for tensor in beside_the_graph(loss):
+        for tensor in zero_view.checkpointed_inputs(loss):
             keep(tensor)
 
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -177,23 +172,6 @@ def kept_bytes(side: Side) -> int:
     for hook in hooks:
         hook.remove()
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def beside_the_graph(loss: Tensor) -> Iterator[Tensor]:
-    """Inputs that DeepSpeed's checkpoint() keeps as attributes of its nodes, where no saved-tensor hook sees them; the
-    partition and CPU modes move an input's contents to its attribute saved_data (runtime/activation_checkpointing/
-    checkpointing.py, CheckpointFunction.forward).
-    """
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting.extend(parent for parent, _ in node.next_functions)
-        for tensor in getattr(node, "deepspeed_saved_tensors", None) or ():
-            contents = getattr(tensor, "saved_data", None)
-            yield tensor if contents is None else contents
 
 
 def peak_bytes(side: Side) -> int:

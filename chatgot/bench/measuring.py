@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,17 @@ def timed(work: Callable[[], Any]) -> float:
 def seconds_per_step(steps: Iterator[Any], count: int) -> float:
     """Mean over `count` steps."""
     return timed(lambda: [next(steps) for _ in range(count)]) / count
+
+
+def take_turns(sides: Mapping[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
+    """What each side measured, one entry per turn. The order rotates from turn to turn, so that drift hits all alike."""
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
+    for _ in range(turns):
+        for name in order:
+            measured[name].append(sides[name]())
+        order.append(order.pop(0))
+    return measured
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

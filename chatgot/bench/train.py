@@ -60,16 +60,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(loop: Loop, precision: str, turns: int, turn_seconds: float) -> tuple[list[float], list[float]]:
-    """Seconds per step of the plain loop and of the program, one entry per turn, interleaved."""
-    program, plain = loop.steps(), plain_steps(loop, precision)
+    """Seconds per step of the plain loop and of the program, one entry per turn."""
+    plain, program = plain_steps(loop, precision), loop.steps()
     for steps in (program, plain):
         measuring.seconds_per_step(steps, 3)
     count = max(1, round(turn_seconds / measuring.seconds_per_step(plain, 3)))
-    sides: list[tuple[Iterator[Any], list[float]]] = [(plain, []), (program, [])]
-    for turn in range(turns):
-        for steps, seconds in reversed(sides) if turn % 2 else sides:
-            seconds.append(measuring.seconds_per_step(steps, count))
-    return sides[0][1], sides[1][1]
+    sides = {
+        "plain": lambda: measuring.seconds_per_step(plain, count),
+        "program": lambda: measuring.seconds_per_step(program, count),
+    }
+    seconds = measuring.take_turns(sides, turns)
+    return seconds["plain"], seconds["program"]
 
 
 def plain_steps(loop: Loop, precision: str) -> Iterator[None]:

@@ -21,9 +21,8 @@ from chatgot.model.gpt import GPT
 
 
 def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device:
-    """Initialise torch.distributed through DeepSpeed; returns this rank's device.
-
-    Does nothing when the group exists already (several runs in one process).
+    """Initialise torch.distributed through DeepSpeed, if it is not yet (several runs in one process); returns this
+    rank's device.
 
     Raises:
         MachineError: more ranks on this machine than CUDA devices, or the rendezvous failed.
@@ -54,9 +53,8 @@ def _own_cuda_device(place: Place) -> torch.device:
         index = 0  # the scheduler shows every task its own device (srun --gpus-per-task 1); DeepSpeed reads LOCAL_RANK
         os.environ["LOCAL_RANK"] = "0"
     if index >= devices:
-        raise MachineError(
-            f"local rank {index}: this machine has {devices} CUDA devices; start fewer ranks per machine"
-        )
+        what = f"this machine has {devices} CUDA devices; start fewer ranks per machine"
+        raise MachineError(f"local rank {index}: {what}")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

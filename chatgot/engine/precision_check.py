@@ -76,10 +76,8 @@ def _difference(value: float, exact: float) -> float:
 def check_precision(
     model: GPT, config: EngineConfig, input_ids: Tensor, targets: Tensor, device: torch.device, ranks: ControlGroup
 ) -> tuple[PrecisionCheck | None, str]:
-    """Compare the run's precision with fp32, forward and backward, on copies of the model without dropout. Collective.
-
-    The plain module is used, before DeepSpeed has seen it, so that it is the same at every ZeRO stage and no counter
-    moves.
+    """Compare the run's precision with fp32, forward and backward, on copies of the plain model without dropout: the
+    same at every ZeRO stage, and no counter moves. Collective.
 
     Args:
         model: with its initial weights; they stay as they are.
@@ -102,16 +100,14 @@ def check_precision(
     batch = input_ids[:SAMPLES].to(device), targets[:SAMPLES].to(device)
     loss_fp32, norm_fp32 = _measure(model, "fp32", *batch, (1.0,))
     loss, norm = _measure(model, config.precision, *batch, _scales(config))
-    bounds = BOUNDS["bf16" if config.precision.endswith("bf16") else "fp16"]
+    bounds = BOUNDS[config.precision[-4:]]
     own = PrecisionCheck(config.precision, len(batch[0]), loss, loss_fp32, norm, norm_fp32, bounds)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     worst = max(ranks.gather(own), key=lambda check: check.excess)
     if worst.excess > 1:
-        raise NumericsError(
-            f"{config.path}: {worst.describe()}: {config.precision} does not compute this model; train in fp32, or in "
-            f"bf16 instead of fp16"
-        )
+        remedy = f"{config.precision} does not compute this model; train in fp32, or in bf16 instead of fp16"
+        raise NumericsError(f"{config.path}: {worst.describe()}: {remedy}")
     return worst, worst.describe()
 
 

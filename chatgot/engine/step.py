@@ -47,8 +47,7 @@ class TrainingEngine:
             micro_batches: as many (input_ids, targets), each (B, T), as there are accumulation steps.
 
         Returns:
-            This rank's mean loss over the micro-batches in nats per token, undivided by accumulation; a scalar,
-            detached, on the device.
+            This rank's mean loss in nats per token, undivided by accumulation; a detached scalar on the device.
 
         Raises:
             NumericsError: fp16's loss scale is at its minimum.
@@ -94,8 +93,7 @@ class TrainingEngine:
             self.layer_grad_norms = zero_view.layer_grad_norms(self.engine)
 
     def set_micro_batch(self, micro_batch: int) -> None:
-        """Train with another micro-batch and the accumulation that goes with it, for the same global batch. Call it
-        between two steps.
+        """Between two steps: another micro-batch, and the accumulation that goes with it for the same global batch.
 
         DeepSpeed's own setters change its config only; its optimizers keep the accumulation, and the boundary is
         counted in micro steps since the start of the process.
@@ -108,9 +106,8 @@ class TrainingEngine:
             engine.optimizer.gradient_accumulation_steps = accumulation
         engine.micro_steps = 0
         given = {**self.config.deepspeed, MICRO: micro_batch, ACCUMULATION: accumulation}
-        self.config = dataclasses.replace(
-            self.config, micro_batch_size=micro_batch, accumulation=accumulation, deepspeed=given
-        )
+        numbers = {"micro_batch_size": micro_batch, "accumulation": accumulation}
+        self.config = dataclasses.replace(self.config, deepspeed=given, **numbers)
 
     def set_learning_rate(self, factor: float) -> None:
         """Learning rate of the coming step: the JSON's, of each group, times `factor`."""

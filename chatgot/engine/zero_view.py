@@ -313,3 +313,20 @@ def layer_grad_norms(engine: Any) -> dict[str, float]:
         norm = float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)) / scale
         squares[layer] = squares.get(layer, 0.0) + norm * norm
     return {layer: math.sqrt(square) if square >= 0 else math.nan for layer, square in squares.items()}
+
+
+def checkpointed_inputs(loss: Tensor) -> Iterator[Tensor]:
+    """Inputs that DeepSpeed's checkpoint() keeps as attributes of the graph's nodes, where no saved-tensor hook sees
+    them; partition and CPU modes move an input's contents to its attribute saved_data
+    (runtime/activation_checkpointing/checkpointing.py, CheckpointFunction.forward).
+    """
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+        for tensor in getattr(node, "deepspeed_saved_tensors", None) or ():
+            contents = getattr(tensor, "saved_data", None)
+            yield tensor if contents is None else contents

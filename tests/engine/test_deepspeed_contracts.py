@@ -290,6 +290,17 @@ def test_fp32_stage_0_has_no_norm_and_applies_nan(clipping):
     assert skipped == 0
 
 
+def test_one_rank_reduces_its_gradients_with_itself(monkeypatch):
+    from deepspeed import comm
+
+    reduced, engine = [], stock(0)
+    theirs = comm.all_reduce
+    monkeypatch.setattr(comm, "all_reduce", lambda *args, **kwargs: reduced.append(1) or theirs(*args, **kwargs))
+    train(engine)
+    engine.destroy()
+    assert reduced, mended("a rank that is alone reduces nothing", "enable_backward_allreduce in Stage0Gradients")
+
+
 def test_zero_grad_drops_the_gradients_of_all_parameters_one_by_one():
     from deepspeed.runtime.engine import DeepSpeedEngine
 
