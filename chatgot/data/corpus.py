@@ -1,6 +1,4 @@
-"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus that lies in an installed
-package.
-"""
+"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus of an installed package."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved --data. `path` is the file or folder given (None for a built-in or several); `files` is empty for a
-    prepared folder.
-    """
+    """A resolved --data. `path` is the file or folder given (else None); a prepared folder has no `files`."""
 
     kind: Literal["file", "folder", "files", "builtin", "prepared"]
     name: str

@@ -1,6 +1,4 @@
-"""Text -> tokens on disk, in bounded memory: one pass to check, hash and collect characters, one pass to encode (bpe
-trains in between).
-"""
+"""Text -> tokens on disk, in bounded memory: one pass to check and collect characters, one to encode."""
 
 from __future__ import annotations
 
@@ -203,9 +201,7 @@ def _scan(source: Source, encoding: str) -> _Scan:
 
 
 class _Characters:
-    """The distinct characters of a text. Known ASCII is deleted from each piece in C first, so that little is left to
-    look at.
-    """
+    """The distinct characters of a text. Known ASCII is deleted from each piece in C first, which is fast."""
 
     def __init__(self) -> None:
         self._ascii = b""

@@ -95,9 +95,7 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the vocabulary and the tokens of every split: equal data, equal fingerprint, wherever the folder
-        lies.
-        """
+        """sha256 over the vocabulary and all tokens: equal data, equal fingerprint, wherever the folder lies."""
         defines = {
             "format_version": self.meta.format_version,
             "tokenizer": self.meta.tokenizer_sha256,
@@ -173,9 +171,7 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
 
 
 def check_block_size(prepared: PreparedData, max_seq_length: int) -> None:
-    """Raises DataError, with both numbers, if a split is too short for one sample of max_seq_length tokens and its
-    targets.
-    """
+    """Raise DataError, with both numbers, if a split is too short for one sample and its targets."""
     for name in SPLITS:
         split = prepared.meta.split(name)
         if split is not None:

@@ -11,9 +11,7 @@ Shape = tuple[int, ...]
 
 
 def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
-    """What GPT(config, vocab_size).named_parameters() gives, in its order; a tied matrix once, as
-    embed_tokens.weight.
-    """
+    """The names and shapes of GPT(config, vocab_size).named_parameters(), in its order; a tied matrix once."""
     d = config.d_model
     shapes: dict[str, Shape] = {"embed_tokens.weight": (vocab_size, d)}
     if config.architecture == "gpt2":
@@ -61,9 +59,7 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
 
 
 def count_matmul_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Parameters that every token is multiplied with: all but the lookups. A tied matrix is the output head too, and
-    counts.
-    """
+    """Parameters that every token is multiplied with: all but the lookups. A tied output head counts."""
     looked_up = 0 if config.tie_embeddings else vocab_size
     if config.architecture == "gpt2":
         looked_up += config.max_seq_length

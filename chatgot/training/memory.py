@@ -10,8 +10,8 @@ import torch
 from chatgot.config.run import ModelConfig
 from chatgot.devices import DeviceFacts
 from chatgot.distributed import ControlGroup
-from chatgot.engine.build import TrainingEngine
-from chatgot.engine.live_memory import live_model_states
+from chatgot.engine.step import TrainingEngine
+from chatgot.engine.zero_view import live_model_states
 from chatgot.observe.meters import peak_memory_gib
 from chatgot.plan.devices import GIB, Device, find_device
 from chatgot.plan.estimate import Estimate, estimate

@@ -27,12 +27,11 @@ from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.batch import TO_BE_FOUND
 from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
 from chatgot.deepspeed_json.file import plain_copy, read_document
-from chatgot.devices import DeviceFacts
+from chatgot.devices import DeviceFacts, deterministic, device_facts, device_name
 from chatgot.distributed import ControlGroup, Place, find_place
-from chatgot.engine.build import build
+from chatgot.engine.build import build, join, versions
 from chatgot.engine.optimizer import state_kind
 from chatgot.engine.precision_check import check_precision
-from chatgot.engine.process_group import deterministic, device_facts, device_name, join, versions
 from chatgot.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,

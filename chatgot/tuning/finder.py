@@ -14,8 +14,8 @@ from typing import Any
 from chatgot import run_folder
 from chatgot.config.overrides import apply_overrides
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
+from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, Place
-from chatgot.engine.process_group import device_facts
 from chatgot.errors import MachineError
 from chatgot.training.forecast import Forecast, this_device
 from chatgot.tuning import micro_batch

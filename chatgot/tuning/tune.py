@@ -21,8 +21,7 @@ from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.engine_config import build_engine_config
 from chatgot.deepspeed_json.file import plain_copy, read_document
-from chatgot.devices import DeviceFacts
-from chatgot.engine.process_group import device_facts
+from chatgot.devices import DeviceFacts, device_facts
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
 from chatgot.training.forecast import Forecast, this_device

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatgot.engine.process_group import device_facts
+from chatgot.devices import device_facts
 from chatgot.inference.sample import SampleArguments, sample
 from chatgot.model.flops import peak_flops
 from chatgot.observe.journal import live_metrics
