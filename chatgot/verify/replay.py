@@ -16,6 +16,7 @@ from typing import Any
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
+from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
@@ -28,7 +29,6 @@ from chatgot.errors import (
     MachineError,
     NumericsError,
 )
-from chatgot.launcher.gpus import visible_gpus
 from chatgot.proof import digest
 from chatgot.proof.digest import History, Setup
 from chatgot.verify.verify import check_run_folder, settings
