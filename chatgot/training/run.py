@@ -207,7 +207,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
     matmul_params = count_matmul_parameters(config.model, data.tokenizer.vocab_size)
-    own = arguments.out_dir / "checkpoints"
+    own = arguments.out_dir / run_folder.CHECKPOINTS
     loop = Loop(
         engine=engine,
         config=config,
@@ -351,7 +351,7 @@ def _choose_checkpoint(
             run_folder.check_writable(arguments.out_dir)
             if note := run_folder.acquire_lock(arguments.out_dir):
                 progress.say(note)
-            take_back(arguments.out_dir / "checkpoints")
+            take_back(arguments.out_dir / run_folder.CHECKPOINTS)
             found = load.choose(arguments.resume_from, arguments.out_dir)
             if found is not None:
                 for note in found.notes:
@@ -408,8 +408,8 @@ def _open_records(
     run_folder.write_settings(
         out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer
     )
-    loop.records.journal = Journal(out / "metrics.jsonl", say)
-    loop.records.events = Events(out / "events.jsonl", say=say)
+    loop.records.journal = Journal(out / run_folder.METRICS, say)
+    loop.records.events = Events(out / run_folder.EVENTS, say=say)
     for note in (loop.records.journal.note, loop.records.events.note):
         if note:
             say(note)
@@ -422,7 +422,7 @@ def _open_records(
         run_config={"run": run, "deepspeed": engine_config.to_dict()},
         say=say,
         resumed_from_step=loop.step if found else None,
-        last_step=newest_step(out / "metrics.jsonl"),
+        last_step=newest_step(out / run_folder.METRICS),
     )
     for note in found.notes if found else ():
         loop.records.event("resume_warning", message=note)
