@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from chatgot import run_folder
 from chatgot.data.prepared import looks_prepared
 from chatgot.data.reading import describe_mode
 from chatgot.errors import DataError
@@ -143,7 +144,7 @@ def _folder(root: Path) -> Source:
                 f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the "
                 f"folder of texts"
             )
-        if {"run.yaml", "ds_config.json"} <= set(names):
+        if {run_folder.RUN, run_folder.DS_CONFIG} <= set(names):
             raise DataError(
                 f"--data {root}: {here} is a run folder, its samples are a model's own text; move it out of the "
                 f"folder of texts"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from chatgot import run_folder
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint.portable_write import parameter_groups
 from chatgot.checkpoint.save import Saved, Saver
@@ -239,7 +240,7 @@ class Loop:
                 self.ranks,
             )
             if self.ranks.rank == 0:
-                path, text = samples.path(self.out_dir / "samples", step), samples.as_text(drawn)
+                path, text = samples.path(self.out_dir / run_folder.SAMPLES, step), samples.as_text(drawn)
                 if self.records.samples.attempt(lambda: samples.write(path, text)):
                     self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
                 self.records.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")
