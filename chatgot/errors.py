@@ -9,7 +9,7 @@ EXIT_CHECKPOINT = 4
 EXIT_NUMERICS = 5
 EXIT_ENVIRONMENT = 6
 EXIT_INTERRUPTED = 75
-"""Interrupted, state saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+"""Interrupted and saved, or the micro-batch was made smaller: run the same command again (EX_TEMPFAIL of sysexits.h)."""
 EXIT_SECOND_INTERRUPT = 130
 
 
@@ -47,3 +47,9 @@ class MachineError(ChatGoTError):
     """The machine or the process group cannot do what was asked (exit 6)."""
 
     exit_code = EXIT_ENVIRONMENT
+
+
+class RunAgainError(ChatGoTError):
+    """The run cannot go on in these processes, but the next start of the same command can (exit 75)."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -1,4 +1,4 @@
-"""The run folder: resolved configuration and environment, so that another machine needs only this folder."""
+"""The run folder: the names of its files, its settings, and its lock. Another machine needs only this folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,33 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from chatgot.errors import ConfigError
 from chatgot.files import write_atomically
+
+RUN = "run.yaml"
+"""The resolved run YAML."""
+DS_CONFIG = "ds_config.json"
+"""The resolved DeepSpeed JSON."""
+TOKENIZER = "tokenizer.json"
+ENVIRONMENT = "environment.json"
+"""Machine, versions, data and command of the last start."""
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+SAMPLES = "samples"
+CHECKPOINTS = "checkpoints"
+WANDB = "wandb"
+MICRO_BATCH = "micro_batch.json"
+"""The micro-batch that memory allows, see tuning/micro_batch.py."""
+LOCK = ".lock"
+"""Held by the run that writes here."""
+
+
+class Tokenizer(Protocol):
+    """What `write_settings` asks of a tokenizer."""
+
+    def save(self, path: Path) -> None: ...
 
 
 def check_writable(folder: Path) -> None:
@@ -25,8 +48,7 @@ def check_writable(folder: Path) -> None:
         ConfigError: it is a file, or cannot be made or written to.
     """
     try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        made = _make(folder)
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
@@ -36,8 +58,15 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"--out_dir {folder}: cannot be written to: {error}") from error
 
 
+def _make(folder: Path) -> list[Path]:
+    """Make a folder; returns the folders that were made for it, the deepest first."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
 def environment(extra: dict[str, Any]) -> dict[str, Any]:
-    """Machine and command of this start, with `extra` (versions, data)."""
+    """Describe machine and command of this start, and add `extra` (versions, data)."""
     import numpy
 
     return {
@@ -45,7 +74,7 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
         "command": sys.argv,
         "cwd": os.getcwd(),
         **extra,
@@ -53,35 +82,57 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_settings(
-    folder: Path, run: dict[str, Any], engine: dict[str, Any], environ: dict[str, Any], tokenizer
+    folder: Path, run: dict[str, Any], engine: dict[str, Any], environ: dict[str, Any], tokenizer: Tokenizer
 ) -> None:
-    """run.yaml, ds_config.json, environment.json and tokenizer.json, in a folder that is made here. Rank 0 only."""
+    """Write run.yaml, ds_config.json, environment.json and tokenizer.json; the folder is made. Rank 0 only."""
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "run.yaml", yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
-    write_atomically(folder / "ds_config.json", json.dumps(engine, indent=2) + "\n")
-    write_atomically(folder / "environment.json", json.dumps(environ, indent=2) + "\n")
-    tokenizer.save(folder / "tokenizer.json")
+    write_atomically(folder / RUN, yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
+    write_atomically(folder / DS_CONFIG, json.dumps(engine, indent=2) + "\n")
+    write_atomically(folder / ENVIRONMENT, json.dumps(environ, indent=2) + "\n")
+    tokenizer.save(folder / TOKENIZER)
+
+
+def check(folder: Path) -> None:
+    """Raises ConfigError if this is no run folder of train.py."""
+    missing = [name for name in (RUN, DS_CONFIG, ENVIRONMENT) if not (folder / name).is_file()]
+    if missing:
+        what = "no such folder" if not folder.is_dir() else f"not a run folder of train.py: {missing[0]} is missing"
+        raise ConfigError(f"{folder}: {what}; give the --out_dir of a run")
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    """Read RUN, DS_CONFIG or ENVIRONMENT.
+
+    Raises:
+        ConfigError: missing, or cannot be read.
+    """
+    import yaml
+
+    path = folder / name
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} cannot be read: it holds no mapping")
+    return tree
 
 
 def changed_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
-    """One line per key of run.yaml and ds_config.json that differs from the folder's: 'train.max_steps: 1000 -> 2000'.
+    """Compare with the folder's run.yaml and ds_config.json, a line per key that differs.
 
     Keys of the JSON are named as overrides name them: 'ds.optimizer.params.lr: 0.003 -> 0.001'. No files there: no
     lines.
     """
-    import yaml
-
-    before: dict[str, Any] = {}
-    for name, prefix, read in (("run.yaml", "", yaml.safe_load), ("ds_config.json", "ds.", json.loads)):
-        path = folder / name
-        if not path.is_file():
-            return []
-        try:
-            before |= flattened(read(path.read_text(encoding="utf-8")), prefix)
-        except (ValueError, yaml.YAMLError) as error:
-            return [f"{path} cannot be read, so that changes since then are not known: {error}"]
+    if not all((folder / name).is_file() for name in (RUN, DS_CONFIG)):
+        return []
+    try:
+        before = flattened(read(folder, RUN)) | flattened(read(folder, DS_CONFIG), "ds.")
+    except ConfigError as error:
+        return [f"changes since then are not known: {error}"]
     now = flattened(run) | flattened(engine, "ds.")
     return [
         f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
@@ -90,8 +141,8 @@ def changed_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any]) 
     ]
 
 
-def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted name; an empty mapping is a leaf."""
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name the leaves of nested mappings with dots; an empty mapping is a leaf."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -99,29 +150,23 @@ def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def describe(run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
-    """The resolved settings as lines for the log, one per section of run.yaml and one for the JSON."""
-    sections = [*((name, section) for name, section in run.items()), ("ds", engine)]
+    """Show the resolved settings as lines for the log, one per section of run.yaml and one for the JSON."""
     return [
         f"settings: {name}: "
         + ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flattened(section).items())
-        for name, section in sections
+        for name, section in (*run.items(), ("ds", engine))
     ]
 
 
-LOCK = ".lock"
-
-
 @dataclass
-class _Held:
+class _HeldLock:
     descriptor: int
     made: list[Path]
     """Folders that were made for the lock, the deepest first."""
 
 
-_held: dict[str, _Held] = {}
-"""By absolute path: runs of one process follow each other, so that one that was abandoned is not in the way of the
-next.
-"""
+_held: dict[str, _HeldLock] = {}
+"""By real path. Runs of one process follow each other, so one that was abandoned does not block the next."""
 
 
 def acquire_lock(folder: Path) -> str | None:
@@ -136,10 +181,9 @@ def acquire_lock(folder: Path) -> str | None:
     key = os.path.realpath(folder)
     if key in _held:
         return None
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made = _make(folder)
         while True:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -157,30 +201,25 @@ def acquire_lock(folder: Path) -> str | None:
             if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
                 break
             os.close(file)  # its holder deleted it between our open and our lock
-        stale = _holder(file)
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        left_by = _holder(file)
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode(), 0)
+        os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}).encode(), 0)
     except OSError as error:
         raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error}") from error
-    _held[key] = _Held(file, made)
-    return f"{path}: was left by a run that is gone ({stale}); taken over" if stale else None
+    _held[key] = _HeldLock(file, made)
+    return f"{path}: was left by a run that is gone ({left_by}); taken over" if left_by else None
 
 
 def release_lock(folder: Path) -> None:
-    """Let go of the lock and delete it, and the folders made for it if they are still empty. Does nothing where it is
-    not held.
-    """
-    held = _held.pop(os.path.realpath(folder), None)
-    if held is None:
+    """Delete the lock if it is held, and the folders that were made for it if they are still empty."""
+    lock = _held.pop(os.path.realpath(folder), None)
+    if lock is None:
         return
-    with contextlib.suppress(
-        OSError
-    ):  # the folder may be gone, or no longer writable: the lock ends with the file all the same
+    with contextlib.suppress(OSError):  # the folder may be gone or read-only: closing the file ends the lock anyway
         (folder / LOCK).unlink()
-        for path in held.made:
+        for path in lock.made:
             path.rmdir()
-    os.close(held.descriptor)
+    os.close(lock.descriptor)
 
 
 def _holder(file: int) -> str:
@@ -190,3 +229,7 @@ def _holder(file: int) -> str:
         return f"pid {holder['pid']} on host {holder['host']}, since {holder['started']}"
     except (ValueError, KeyError, TypeError):
         return text.strip()[:80]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

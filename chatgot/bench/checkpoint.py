@@ -7,32 +7,29 @@ medians.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chatgot.bench.machine import describe_machine
+from chatgot.bench import measuring
 from chatgot.checkpoint import manifest, pickles
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.resume import resume
 from chatgot.checkpoint.save import Saver
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
-from chatgot.distributed import find_place
 from chatgot.files import sync
-from chatgot.observe.progress import Progress
 from chatgot.training.loop import Loop
-from chatgot.training.run import TrainArguments, leave, prepare_run
+from chatgot.training.run import leave
 
 QUIET = (
-    "train.max_steps=1000000",
+    f"train.max_steps={measuring.ENDLESS}",
     "train.eval_every=null",
     "train.sample_every=null",
     "ds.chatgot.checkpoint.every_steps=null",
@@ -42,34 +39,21 @@ QUIET = (
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table of BENCHMARKS.md."""
-    parser = argparse.ArgumentParser(prog="launch/bench.py --suite checkpoint", description=__doc__)
-    parser.add_argument(
-        "--config", default="chatgot_small_14M_clean", help="preset or run YAML (default: the 14 M one)"
-    )
+    parser = measuring.suite_parser("checkpoint", __doc__)
+    preset, steps = "chatgot_small_14M_clean", "steps per round that the step time is taken of (default: 2)"
+    parser.add_argument("--config", default=preset, help="preset or run YAML (default: the 14 M one)")
     parser.add_argument("--deepspeed_config", default="ds_configs/fp32_zero0.json")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--steps", type=int, default=2, help="steps per round that the step time is taken of (default: 2)"
-    )
+    parser.add_argument("--steps", type=int, default=2, help=steps)
     parser.add_argument("--data", default="wars_of_the_roses")
     parser.add_argument("--dir", help="a folder on the disk to measure (default: the system's temporary folder)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    arguments = parser.parse_args(argv)
-    place = find_place()
-    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-        loop = prepare_run(
-            TrainArguments(
-                deepspeed_config=arguments.deepspeed_config,
-                out_dir=Path(folder) / "run",
-                config=arguments.config,
-                data=arguments.data,
-                overrides=(*QUIET, *arguments.overrides),
-            ),
-            place,
-            progress=Progress(10**6, stream=open(Path(folder) / "log.txt", "w")),  # noqa: SIM115
-        )
-        print(describe_machine())
-        measured, size = measure(loop, Path(folder), arguments.rounds, arguments.steps)
+    given = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=given.dir) as folder:
+        overrides = (*QUIET, *given.overrides)
+        loop = measuring.start_run(given.deepspeed_config, given.config, given.data, Path(folder), overrides)
+        print(measuring.describe_machine())
+        measured, size = measure(loop, Path(folder), given.rounds, given.steps)
         report(measured, size)
         loop.engine.engine.destroy()
     leave()
@@ -83,11 +67,10 @@ def measure(loop: Loop, folder: Path, rounds: int, steps_a_round: int) -> tuple[
         for name in ("at once", "async")
     }
     steps = loop.steps()
-    for _ in range(2):
-        next(steps)
+    measuring.seconds_per_step(steps, 2)
     seconds: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):  # the first one warms up
-        times = {"step": _timed(lambda: [next(steps) for _ in range(steps_a_round)]) / steps_a_round}
+        times = {"step": measuring.seconds_per_step(steps, steps_a_round)}
         times |= _at_once(loop, savers["at once"], folder)
         times |= _in_the_background(loop, savers["async"], steps)
         if number:
@@ -102,22 +85,23 @@ def _begin(loop: Loop, saver: Saver) -> None:
 
 def _at_once(loop: Loop, saver: Saver, folder: Path) -> dict[str, float]:
     """One save and one load, and torch and the disk doing the same."""
-    times: dict[str, float] = {}
-    times["save at once"] = _timed(lambda: (_begin(loop, saver), saver.finish()))
+    times = {"save at once": measuring.timed(lambda: (_begin(loop, saver), saver.finish()))}
     found = _newest(saver)
     names = [name for name in manifest.listed(found.path) if name.endswith(".pt")]
     states = {name: pickles.read(found.path / name) for name in names}
     sizes = [(found.path / name).stat().st_size for name in names]
-    times["torch.save and fsync"] = _timed(
-        lambda: [_save(folder / f"raw-{name}", state) for name, state in states.items()]
+    times["torch.save and fsync"] = measuring.timed(
+        lambda: [_save(folder / f"raw-{n}", state) for n, state in states.items()]
     )
-    times["the disk alone"] = _timed(
-        lambda: [_write(folder / f"bytes-{index}", size) for index, size in enumerate(sizes)]
+    times["the disk alone"] = measuring.timed(
+        lambda: [_write(folder / f"bytes-{n}", size) for n, size in enumerate(sizes)]
     )
-    times["hashing"] = _timed(lambda: [manifest.measure(found.path / name) for name in manifest.listed(found.path)])
-    times["torch.load"] = _timed(lambda: [pickles.read(folder / f"raw-{name}") for name in names])
-    times["load: verify"] = _timed(lambda: find(found.folder, found.tag))
-    times["load: into the engine"] = _timed(lambda: resume(loop.engine.engine, found, loop.fields, loop.ranks))
+    times["hashing"] = measuring.timed(
+        lambda: [manifest.measure(found.path / name) for name in manifest.listed(found.path)]
+    )
+    times["torch.load"] = measuring.timed(lambda: [pickles.read(folder / f"raw-{name}") for name in names])
+    times["load: verify"] = measuring.timed(lambda: find(found.folder, found.tag))
+    times["load: into the engine"] = measuring.timed(lambda: resume(loop.engine.engine, found, loop.fields, loop.ranks))
     return times
 
 
@@ -140,13 +124,12 @@ def report(seconds: dict[str, list[float]], size: int) -> None:
     """The medians, and what follows from them."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"a checkpoint is {size / 1e6:.1f} MB; {len(seconds['step'])} rounds")
-    print("| | median ms | least .. most | MB/s | of a step |\n|---|---|---|---|---|")
+    measuring.print_head("", "median ms", "least .. most", "MB/s", "of a step")
     for name, values in seconds.items():
         rate = "" if "step" in name or "stall" in name else f"{size / 1e6 / median[name]:.0f}"
-        share = f"{100 * median[name] / median['step']:.1f} %"
-        print(
-            f"| {name} | {1000 * median[name]:.0f} | {1000 * min(values):.0f} .. {1000 * max(values):.0f} | {rate} | "
-            f"{share} |"
+        reach = f"{1000 * min(values):.0f} .. {1000 * max(values):.0f}"
+        measuring.print_row(
+            name, f"{1000 * median[name]:.0f}", reach, rate, f"{100 * median[name] / median['step']:.1f} %"
         )
 
     def ratio(a: str, b: str) -> float:
@@ -166,25 +149,14 @@ def _newest(saver: Saver) -> Found:
     return found
 
 
-def _timed(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def _save(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path)
     sync(path)
 
 
 def _write(path: Path, size: int) -> None:
-    block = os.urandom(1 << 20) * 4
+    block, left = os.urandom(1 << 20) * 4, size
     with open(path, "wb", buffering=0) as file:
-        left = size
         while left:
             left -= file.write(block[: min(left, len(block))])
         os.fsync(file.fileno())

@@ -7,7 +7,6 @@ and only the model states are compared, by their live tensors.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatgot.bench.machine import describe_machine
+from chatgot.bench import measuring
+from chatgot.devices import GIB
 from chatgot.plan.command import SHIPPED
-from chatgot.plan.devices import GIB
 from chatgot.plan.request import read_request
 
 STEPS = 3
@@ -39,9 +38,8 @@ class Case:
     @property
     def name(self) -> str:
         """For tables and test ids."""
-        return " ".join(
-            [self.config, self.deepspeed, f"micro {self.micro}", *(word.removeprefix("ds.") for word in self.overrides)]
-        )
+        words = (word.removeprefix("ds.") for word in self.overrides)
+        return " ".join([self.config, self.deepspeed, f"micro {self.micro}", *words])
 
     def words(self) -> list[str]:
         """All overrides."""
@@ -76,29 +74,23 @@ GRID = (
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table of BENCHMARKS.md."""
-    parser = argparse.ArgumentParser(prog="launch/bench.py --suite plan", description=__doc__)
-    every = range(len(GRID))
-    parser.add_argument(
-        "--cases", nargs="+", type=int, default=list(every), choices=every, metavar="I", help="numbers in the grid"
-    )
-    parser.add_argument(
-        "--one", type=int, choices=every, metavar="I", help="measure this one here, and print it as JSON"
-    )
+    parser, every = measuring.suite_parser("plan", __doc__), range(len(GRID))
+    number: dict[str, Any] = {"type": int, "choices": every, "metavar": "I"}
+    parser.add_argument("--cases", nargs="+", default=list(every), help="numbers in the grid", **number)
+    parser.add_argument("--one", help="measure this one here, and print it as JSON", **number)
     arguments = parser.parse_args(argv)
     if arguments.one is not None:
         print(json.dumps(measure(GRID[arguments.one])))
         return 0
-    print(describe_machine())
-    print("| configuration | predicted | measured | error |")
-    print("|---|---|---|---|")
-    errors = []
+    print(measuring.describe_machine())
+    measuring.print_head("configuration", "predicted", "measured", "error")
+    errors, what = [], ""
     for index in arguments.cases:
-        found = in_own_process(index)
-        errors.append(found["error"])
-        sizes = (f"{found[side] / GIB:.3f} GiB" for side in ("predicted", "measured"))
-        print(f"| {GRID[index].name} | {' | '.join(sizes)} | {100 * found['error']:+.1f} % |", flush=True)
-    absolute = [abs(error) for error in errors]
-    print(f"{found['what']}: median error {100 * statistics.median(absolute):.1f} %, worst {100 * max(absolute):.1f} %")
+        measured = in_own_process(index)
+        errors.append(abs(measured["error"]))
+        what, sizes = measured["what"], (f"{measured[side] / GIB:.3f} GiB" for side in ("predicted", "measured"))
+        measuring.print_row(GRID[index].name, *sizes, f"{100 * measured['error']:+.1f} %")
+    print(f"{what}: median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %")
     return 0
 
 
@@ -119,9 +111,9 @@ def measure(case: Case) -> dict[str, Any]:
     import torch
 
     from chatgot.deepspeed_json.engine_config import read_engine_config
+    from chatgot.devices import device_facts
     from chatgot.distributed import find_place
-    from chatgot.engine.build import build
-    from chatgot.engine.process_group import device_facts, join
+    from chatgot.engine.build import build, join
     from chatgot.model.gpt import GPT
     from chatgot.model.shapes import count_parameters
     from chatgot.plan.states import STATES

@@ -8,24 +8,25 @@ import argparse
 import json
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from chatgot.bench import measuring
 
 METHODS = ("char", "byte", "list comprehension")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare generated ASCII text with every method and print CPU time, speed and peak memory as a markdown table."""
-    parser = argparse.ArgumentParser(prog="bench prepare", description=main.__doc__)
+    parser = measuring.suite_parser("prepare", __doc__)
     parser.add_argument("--megabytes", type=int, default=100, help="size of the generated text (default: 100)")
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="runs of each method, interleaved; the fastest counts (default: 2)"
-    )
+    rounds = "runs of each method, interleaved; the fastest counts (default: 2)"
+    parser.add_argument("--rounds", type=int, default=2, help=rounds)
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated text")
     parser.add_argument("--measure", nargs=3, metavar=("METHOD", "TEXT", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -42,25 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command = [sys.executable, "-m", "chatgot.bench.prepare", "--measure", method, str(text), str(out)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 results[method].append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        f"{size / 1e6:.0f} MB of ASCII, Python {platform.python_version()}, {platform.machine()}, best of "
-        f"{args.rounds}\n"
-    )
-    print("| method | CPU s | MB/s of CPU time | wall s | peak RSS MB |")
-    print("|---|---|---|---|---|")
+    where = f"Python {platform.python_version()}, {platform.machine()}"
+    print(f"{size / 1e6:.0f} MB of ASCII, {where}, best of {args.rounds}\n")
+    measuring.print_head("method", "CPU s", "MB/s of CPU time", "wall s", "peak RSS MB")
     for method, runs in results.items():
-        best = min(runs, key=lambda r: r["cpu_s"])
-        print(
-            f"| {method} | {best['cpu_s']:.2f} | {size / 1e6 / best['cpu_s']:.0f} | {best['wall_s']:.2f} | "
-            f"{best['peak_rss_mb']:.0f} |"
-        )
+        best = min(runs, key=lambda run: run["cpu_s"])
+        cpu_s, rate = f"{best['cpu_s']:.2f}", f"{size / 1e6 / best['cpu_s']:.0f}"
+        measuring.print_row(method, cpu_s, rate, f"{best['wall_s']:.2f}", f"{best['peak_rss_mb']:.0f}")
     return 0
 
 
 def generate(path: Path, size: int, seed: int) -> int:
-    """Write about `size` bytes of drama-like ASCII: pages of random sentences, drawn again and again in another order.
-    Returns the size.
-    """
+    """Write `size` bytes of drama-like ASCII, pages of random sentences in ever another order; returns the size."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkqjxz", k=rng.randint(1, 9))) for _ in range(3000)]
     lines = []
@@ -75,28 +69,19 @@ def generate(path: Path, size: int, seed: int) -> int:
     return written
 
 
-def _measure(method: str, text: str, out: str) -> dict[str, float]:
+def _measure(method: Any, text: str, out: str) -> dict[str, float]:
     """CPU and wall seconds of one method after its imports, and the process's peak memory."""
     from chatgot.config.run import DataConfig
     from chatgot.data.prepare import prepare
+    from chatgot.observe.meters import peak_memory_gib
 
     cpu, wall = time.process_time(), time.perf_counter()
-    if method == "char":
-        prepare(text, out, DataConfig(tokenizer="char"))
-    elif method == "byte":
-        prepare(text, out, DataConfig(tokenizer="byte"))
-    else:
+    if method == "list comprehension":
         _list_comprehension(Path(text), Path(out))
+    else:
+        prepare(text, out, DataConfig(tokenizer=method))
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"cpu_s": cpu, "wall_s": wall, "peak_rss_mb": _peak_rss_bytes() / 1e6}
-
-
-def _peak_rss_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux hands getrusage's peak down from the parent process, VmHWM it does not
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {"cpu_s": cpu, "wall_s": wall, "peak_rss_mb": peak_memory_gib("cpu") * 2**30 / 1e6}
 
 
 def _list_comprehension(text: Path, out: Path) -> None:

@@ -7,26 +7,19 @@ neighbouring turns.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chatgot.bench.machine import describe_machine
-from chatgot.config.run import ModelConfig
-from chatgot.distributed import find_place
+from chatgot.bench import measuring
 from chatgot.model.gpt import GPT
-from chatgot.observe.progress import Progress
 from chatgot.training.loop import Loop
-from chatgot.training.run import TrainArguments, leave, prepare_run
+from chatgot.training.run import leave
 
 SHAPES: dict[str, dict[str, Any]] = {
     "4x128": {"n_layers": 4, "d_model": 128, "n_head": 4, "d_hid": 512, "max_seq_length": 64, "batch": 12},
@@ -36,22 +29,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 """nanoGPT's CPU and near-GPU recipes and GPT-2's 124 M, architecture gpt2, batch in sequences."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One comparison."""
-
-    shape: str
-    stage: int
-    plain_ms: float
-    program_ms: float
-    ratio: float
-    low: float
-    high: float
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the table of BENCHMARKS.md."""
-    parser = argparse.ArgumentParser(prog="launch/bench.py --suite train", description=__doc__)
+    parser = measuring.suite_parser("train", __doc__)
     parser.add_argument("--shapes", nargs="+", default=["4x128", "8x384"], choices=list(SHAPES))
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
@@ -59,100 +39,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turn_seconds", type=float, default=1.0, help="length of a turn (default: 1)")
     parser.add_argument("--data", default="wars_of_the_roses")
     arguments = parser.parse_args(argv)
-    place = find_place()
-    print(describe_machine())
-    print("| layers x width | ZeRO stage | plain ms/step | program ms/step | program / plain speed | 10 % .. 90 % |")
-    print("|---|---|---|---|---|---|")
+    print(measuring.describe_machine())
+    measuring.print_head(
+        "layers x width", "ZeRO stage", "plain ms/step", "program ms/step", "program / plain speed", "10 % .. 90 %"
+    )
     for shape in arguments.shapes:
+        sizes = dict(SHAPES[shape])
+        batch = sizes.pop("batch")
+        model = {"architecture": "gpt2", **sizes}
         for stage in arguments.stages:
             with tempfile.TemporaryDirectory() as folder:
-                row = compare(shape, stage, arguments, Path(folder), place)
-            times = f"{row.plain_ms:.1f} | {row.program_ms:.1f}"
-            print(
-                f"| {row.shape} | {row.stage} | {times} | {row.ratio:.3f} | {row.low:.3f} .. {row.high:.3f} |",
-                flush=True,
-            )
+                loop = measuring.start_shape(model, batch, stage, arguments.precision, arguments.data, Path(folder))
+                plain, program = compare(loop, arguments.precision, arguments.turns, arguments.turn_seconds)
+                loop.engine.engine.destroy()
+            ratio, low, high = measuring.spread([one / other for one, other in zip(plain, program)])
+            times = (f"{1000 * statistics.median(side):.1f}" for side in (plain, program))
+            measuring.print_row(shape, str(stage), *times, f"{ratio:.3f}", f"{low:.3f} .. {high:.3f}")
     leave()
     return 0
 
 
-def compare(shape: str, stage: int, arguments: argparse.Namespace, folder: Path, place) -> Row:
-    """Interleave both sides on one shape and stage."""
-    loop = _program(shape, stage, arguments, folder, place)
-    sides = {"program": loop.steps(), "plain": plain_steps(loop, arguments.precision)}
-    for steps in sides.values():
-        for _ in range(3):
-            next(steps)
-    per_turn = max(1, round(arguments.turn_seconds / _turn(sides["plain"], 3, loop.device)))
-    seconds: dict[str, list[float]] = {"program": [], "plain": []}
-    for turn in range(arguments.turns):
-        for side in ("program", "plain") if turn % 2 else ("plain", "program"):
-            seconds[side].append(_turn(sides[side], per_turn, loop.device))
-    ratios = sorted(plain / program for plain, program in zip(seconds["plain"], seconds["program"]))
-    loop.engine.engine.destroy()
-    return Row(
-        shape,
-        stage,
-        1000 * statistics.median(seconds["plain"]),
-        1000 * statistics.median(seconds["program"]),
-        statistics.median(ratios),
-        ratios[len(ratios) // 10],
-        ratios[-1 - len(ratios) // 10],
-    )
-
-
-def _turn(steps: Iterator[Any], count: int, device: torch.device) -> float:
-    """Seconds per step over `count` steps."""
-    started = time.perf_counter()
-    for _ in range(count):
-        next(steps)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / count
-
-
-def _program(shape: str, stage: int, arguments: argparse.Namespace, folder: Path, place) -> Loop:
-    import yaml
-
-    sizes = dict(SHAPES[shape])
-    batch = sizes.pop("batch")
-    run = {
-        "model": {"architecture": "gpt2", **sizes},
-        "train": {"max_steps": 10**6, "eval_every": None, "sample_every": None, "log_every": 10},
+def compare(loop: Loop, precision: str, turns: int, turn_seconds: float) -> tuple[list[float], list[float]]:
+    """Seconds per step of the plain loop and of the program, one entry per turn."""
+    plain, program = plain_steps(loop, precision), loop.steps()
+    for steps in (program, plain):
+        measuring.seconds_per_step(steps, 3)
+    count = max(1, round(turn_seconds / measuring.seconds_per_step(plain, 3)))
+    sides = {
+        "plain": lambda: measuring.seconds_per_step(plain, count),
+        "program": lambda: measuring.seconds_per_step(program, count),
     }
-    adamw = {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True, "fused": True}
-    engine = {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch,
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": adamw},
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
-        "timers": {"throughput": {"enabled": False}},
-        "chatgot": {"schedule": {"type": "cosine"}, "checkpoint": {"every_steps": None, "every_minutes": None}},
-    }
-    if arguments.precision == "bf16":
-        engine["bf16"] = {"enabled": True}
-    (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    (folder / "engine.json").write_text(json.dumps(engine))
-    loop = prepare_run(
-        TrainArguments(
-            deepspeed_config=str(folder / "engine.json"),
-            out_dir=folder / "run",
-            config=str(folder / "run.yaml"),
-            data=arguments.data,
-        ),
-        place,
-        progress=Progress(10**6, stream=open(folder / "log.txt", "w")),  # noqa: SIM115 - lives as long as the loop
-    )
-    return loop
+    seconds = measuring.take_turns(sides, turns)
+    return seconds["plain"], seconds["program"]
 
 
 def plain_steps(loop: Loop, precision: str) -> Iterator[None]:
     """The loop that a person would write by hand for one device: the same model, data, fused AdamW, clipping and
     schedule.
     """
-    config: ModelConfig = loop.config.model
-    model = GPT(config, loop.data.tokenizer.vocab_size)
+    model = GPT(loop.config.model, loop.data.tokenizer.vocab_size)
     model.init_weights(loop.config.train.seed)
     model.to(loop.device)
     groups = [

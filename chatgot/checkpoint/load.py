@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chatgot import run_folder
 from chatgot.checkpoint import lr_scheduler, manifest, pickles
 from chatgot.checkpoint.manifest import Difference
 from chatgot.distributed import ControlGroup
@@ -149,7 +150,7 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
         ConfigError: `never`, but the run folder has checkpoints, which the new run would replace.
         CheckpointError: `must` or a PATH without a usable checkpoint.
     """
-    own = out_dir / "checkpoints"
+    own = out_dir / run_folder.CHECKPOINTS
     if resume_from == "never":
         if tags_in(own):
             raise ConfigError(
@@ -164,7 +165,7 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
         return found
     path_text, _, tag = resume_from.partition("@")
     path = Path(path_text)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = path / run_folder.CHECKPOINTS if (path / run_folder.CHECKPOINTS).is_dir() else path
     if not folder.is_dir():
         raise CheckpointError(f"--resume_from {resume_from}: no such folder: {folder}")
     found = find(folder, tag or None)

@@ -1,6 +1,4 @@
-"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus that lies in an installed
-package.
-"""
+"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus of an installed package."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from chatgot import run_folder
 from chatgot.data.prepared import looks_prepared
 from chatgot.data.reading import describe_mode
 from chatgot.errors import DataError
@@ -34,9 +33,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved --data. `path` is the file or folder given (None for a built-in or several); `files` is empty for a
-    prepared folder.
-    """
+    """A resolved --data. `path` is the file or folder given (else None); a prepared folder has no `files`."""
 
     kind: Literal["file", "folder", "files", "builtin", "prepared"]
     name: str
@@ -147,7 +144,7 @@ def _folder(root: Path) -> Source:
                 f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the "
                 f"folder of texts"
             )
-        if {"run.yaml", "ds_config.json"} <= set(names):
+        if {run_folder.RUN, run_folder.DS_CONFIG} <= set(names):
             raise DataError(
                 f"--data {root}: {here} is a run folder, its samples are a model's own text; move it out of the "
                 f"folder of texts"
@@ -200,3 +197,23 @@ def _nothing_there(spec: str, path: Path) -> str:
     ]
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"--data {spec}: no such file or folder, and no built-in corpus of that name{hint} (built-in: {', '.join(BUILT_INS)})"
+
+
+def check_out_dir(out_dir: Path, source: Source) -> None:
+    """Raise DataError if a prepared folder at `out_dir` would overwrite or mix with something, its own source too."""
+    out = out_dir.resolve()
+    for folder in (out, *out.parents):
+        if folder != out and looks_prepared(folder):
+            raise DataError(f"--out {out_dir}: inside the prepared folder {folder}; choose another place")
+    for file in source.files:
+        if out in file.path.resolve().parents:
+            raise DataError(f"--out {out_dir}: the text {file.path} lies in it; choose a folder of its own")
+    if source.kind == "folder" and source.path is not None and source.path.resolve() in (out, *out.parents):
+        raise DataError(
+            f"--out {out_dir}: inside the folder of texts {source.path}, a later run would read its own output; "
+            f"choose another place"
+        )
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out_dir}: exists and is not a folder")
+    if out.is_dir() and any(out.iterdir()) and not looks_prepared(out):
+        raise DataError(f"--out {out_dir}: exists and holds other files; choose a new or empty folder")

@@ -1,6 +1,4 @@
-"""Batches from a token array. The data order is a pure function of (seed, global sample index): a position in the data
-is one integer.
-"""
+"""Batches from a token array. The data order is a pure function of (seed, global sample index)."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ Batch = tuple[Tensor, Tensor]
 """(input_ids, targets), both (B, T) int64."""
 
 IGNORE_INDEX = -100
-"""Target that cross entropy leaves out (torch's default)."""
+"""A target with this value counts in no loss: the default of torch's cross_entropy, which the model uses."""
 
 _FEISTEL_ROUNDS = 8
 
@@ -39,10 +37,6 @@ class DataOrder:
         self._offsets = min(block_size, n_tokens - self.samples_per_epoch * block_size)
         self._seed = np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)
         self._half_bits = np.uint64(max((self.samples_per_epoch - 1).bit_length() + 1, 2) // 2)
-
-    def epoch(self, index: int) -> int:
-        """Epoch (from 0) of a global sample index."""
-        return index // self.samples_per_epoch
 
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """First token of each global sample index, both (n,) int64. Raises ValueError for a negative index."""
@@ -81,9 +75,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class TrainBatches:
-    """One rank's share of global batches: together the ranks see the same samples, whatever their number, micro-batch
-    and accumulation.
-    """
+    """One rank's share of global batches, which hold the same samples whatever the ranks and the micro-batch."""
 
     def __init__(
         self,
@@ -94,9 +86,7 @@ class TrainBatches:
         rank: int,
         world_size: int,
     ) -> None:
-        """Raises ValueError if global_batch_size is no multiple of micro_batch_size * world_size, or rank or order do
-        not fit.
-        """
+        """Raises ValueError if the sizes do not divide, or rank or order do not fit."""
         across = micro_batch_size * world_size
         if across < 1 or global_batch_size < 1 or global_batch_size % across:
             raise ValueError(
@@ -125,9 +115,7 @@ class TrainBatches:
         self._slots = np.ascontiguousarray(slots[:, rank]).reshape(-1)
 
     def indices(self, first_sample: int) -> np.ndarray:
-        """Global sample indices (accumulation * B,) that this rank sees in the step that begins at first_sample, in
-        order.
-        """
+        """Global sample indices (accumulation * B,) of this rank in the step that begins at first_sample, in order."""
         return first_sample + self._slots
 
     def tokens(self, sample: int) -> np.ndarray:
@@ -135,9 +123,7 @@ class TrainBatches:
         return self._windows[int(self.order.starts(np.array([sample]))[0])]
 
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
-        """The micro-batches of the optimizer step whose global batch is samples first_sample .. first_sample +
-        global_batch_size - 1.
-        """
+        """The micro-batches of the step of samples first_sample .. first_sample + global_batch_size - 1."""
         indices = self.indices(first_sample)
         starts = self.order.starts(indices).reshape(self.accumulation, self._micro_batch_size)
         self.batch_hash = 0

@@ -1,25 +1,20 @@
-"""Text -> tokens on disk, in bounded memory: one pass to check, hash and collect characters, one pass to encode (bpe
-trains in between).
-"""
+"""Text -> tokens on disk, in bounded memory: one pass to check and collect characters, one to encode."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib.metadata
-import json
+import logging
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from chatgot.config.run import DataConfig
-from chatgot.data.corpus import FILE_END, Source, SourceFile, resolve
+from chatgot.data.corpus import FILE_END, Source, SourceFile, check_out_dir, resolve
 from chatgot.data.prepared import (
     FORMAT,
     FORMAT_VERSION,
@@ -29,28 +24,26 @@ from chatgot.data.prepared import (
     PreparedData,
     PreparedMeta,
     SplitMeta,
-    check_block_size,
     check_split_size,
-    looks_prepared,
     open_prepared,
+    publish,
     token_file,
     write_meta,
 )
 from chatgot.data.reading import TextReader, check_encoding
 from chatgot.data.repeats import RepeatDetector
 from chatgot.data.split import SplitPlan, plan_split, split_pieces
-from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, describe_unknown
-from chatgot.errors import ConfigError, DataError
+from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, bpe_pieces, describe_unknown
+from chatgot.errors import DataError
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Spec = str | os.PathLike | Sequence[str | os.PathLike]
 
 WARN_REPEATED_SHARE = 0.05
 WARN_VAL_IN_TRAIN_SHARE = 0.05
 _ASCII = bytes(range(128))
 _NOT_ASCII = bytes(range(128, 256))
-_BPE_PIECE = 1 << 17  # characters; the library keeps some hundred bytes for each token of a piece
-_BPE_CUT = re.compile(r"\S\n(?=\S)")  # GPT-2's pre-tokenisation never joins what stands on the two sides
 
 
 def prepare(
@@ -60,7 +53,6 @@ def prepare(
     *,
     block_size: int | None = None,
     tokenizer: Tokenizer | None = None,
-    say: Say = print,
 ) -> PreparedData:
     """Prepare a text; the same text and settings give the same bytes, and a killed run leaves no half-written folder at
     `out_dir`.
@@ -73,7 +65,6 @@ def prepare(
         block_size: refuse unless every split has block_size + 1 tokens.
         tokenizer: an existing vocabulary to use instead of making one; config.unknown_characters says what to do with
             characters it lacks.
-        say: where notes and warnings go, one line each.
 
     Raises:
         DataError: nothing to read, not text, too short, own output, or `out_dir` cannot be written.
@@ -85,109 +76,28 @@ def prepare(
         raise DataError(
             f"--data {source.path}: already prepared; train on it as it is, or name the text that it was made from"
         )
-    _check_out_dir(out_dir, source)
+    check_out_dir(out_dir, source)
     for note in source.notes:
-        say(note)
+        logger.info(note)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
     except OSError as error:
         raise DataError(f"{out_dir}: cannot be written: {error.strerror or error}") from error
     try:
-        meta = _build(source, building, config, block_size, tokenizer, say)
+        meta = _build(source, building, config, block_size, tokenizer)
         building.chmod(0o755)  # mkdtemp gives 0700
-        _publish(building, out_dir)
+        publish(building, out_dir)
     except OSError as error:
         raise DataError(f"{out_dir}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     sizes = ", ".join(f"{name} {split.tokens:,}" for name in SPLITS if (split := meta.split(name)))
-    say(
+    logger.info(
         f"prepared {source.name}: {sizes} tokens, {meta.tokenizer} vocabulary of {meta.vocab_size}, split by "
         f"{meta.split_by} -> {out_dir}"
     )
     return open_prepared(out_dir, verify=False)
-
-
-def prepare_cached(
-    spec: Spec, config: DataConfig, cache_dir: Path | str | None = None, say: Say = print
-) -> PreparedData:
-    """The prepared form of `spec`: opened if it is a prepared folder, else taken from the cache, else prepared into the
-    cache.
-
-    The cache is `cache_dir`, or $CHATGOT_CACHE, or ~/.cache/chatgot, folder `prepared`; its key is made of path, size
-    and modification time of every file and of the settings. Processes that want the same entry wait for the one that
-    makes it; a damaged entry is made anew.
-
-    Raises:
-        DataError, ConfigError: as `prepare` and `open_prepared`.
-    """
-    source = resolve(spec)
-    if source.kind == "prepared":
-        assert source.path is not None
-        data = open_prepared(source.path)
-        say(
-            f"opened prepared folder {source.path}: source {data.meta.source}, {data.meta.tokenizer} vocabulary of "
-            f"{data.meta.vocab_size}"
-        )
-        return data
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    entry = root / "prepared" / cache_key(source, config)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(entry.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise DataError(
-            f"{entry.parent}: the cache cannot be written ({error.strerror}); set CHATGOT_CACHE to a folder that can"
-        ) from error
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when this process ends, however it ends
-        for left_by_a_kill in entry.parent.glob(f".{entry.name}.tmp-*"):
-            shutil.rmtree(left_by_a_kill)
-        if entry.exists():
-            try:
-                data = open_prepared(entry)
-                say(f"{source.name}: prepared earlier, taken from {entry}")
-                return data
-            except DataError as error:
-                say(f"warning: the cached copy is damaged and is made anew: {error}")
-                shutil.rmtree(entry)
-        return prepare(spec, entry, config, say=say)
-    except OSError as error:
-        raise DataError(f"{entry}: the cache cannot be used: {error}; set CHATGOT_CACHE to another folder") from error
-    finally:
-        os.close(lock)
-
-
-def default_cache_dir() -> Path:
-    """$CHATGOT_CACHE, or ~/.cache/chatgot."""
-    return Path(os.environ.get("CHATGOT_CACHE") or Path.home() / ".cache" / "chatgot")
-
-
-def cache_key(source: Source, config: DataConfig) -> str:
-    """32 hex digits that change with the files (path, size, modification time), the settings and the format."""
-    settings = dataclasses.asdict(config)
-    del settings["unknown_characters"]  # a vocabulary made from the text lacks none
-    if config.tokenizer == "bpe":
-        try:
-            settings["tokenizers"] = importlib.metadata.version("tokenizers")
-        except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(
-                "tokenizer: bpe needs the library tokenizers; pip install tokenizers, or use tokenizer: char or byte"
-            ) from None
-    else:
-        del settings["bpe_vocab_size"]
-    files = []
-    for file in source.files:
-        try:
-            status = file.path.stat()
-        except OSError as error:
-            raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
-        files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
-    key = json.dumps([FORMAT_VERSION, source.name, files, settings], sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -200,10 +110,10 @@ class _Scan:
 
 
 def _build(
-    source: Source, folder: Path, config: DataConfig, block_size: int | None, given: Tokenizer | None, say: Say
+    source: Source, folder: Path, config: DataConfig, block_size: int | None, given: Tokenizer | None
 ) -> PreparedMeta:
     encoding = check_encoding(config.encoding)
-    scan = _scan(source, encoding, say)
+    scan = _scan(source, encoding)
     plan = plan_split(scan.file_characters, config)
     for (name, end), begin in zip(plan.ends, (0, plan.train_end, plan.val_end)):
         if end - begin < 2:
@@ -212,7 +122,7 @@ def _build(
                 f"are needed"
             )
     pieces = _unchanged_text(source, encoding, scan)
-    tokenizer = given or _make_tokenizer(scan, plan, config, source, encoding, say)
+    tokenizer = given or _make_tokenizer(scan, plan, config, source, encoding)
     unknown = tokenizer.unknown("".join(scan.characters)) if isinstance(tokenizer, CharTokenizer) else []
     if unknown and config.unknown_characters == "error":
         raise DataError(
@@ -223,12 +133,12 @@ def _build(
     repeats = RepeatDetector()
     splits, skipped = _encode(pieces, plan, tokenizer, unknown, repeats, folder)
     if skipped:
-        say(f"warning: left out {skipped:,} characters: {describe_unknown(unknown, tokenizer)}")
+        logger.warning(f"left out {skipped:,} characters: {describe_unknown(unknown, tokenizer)}")
     for name, split in splits.items():
         check_split_size(source.name, name, split.tokens, block_size if block_size is not None else 1)
     repeated = round(repeats.repeated_share(), 4)
     leaked = round(repeats.val_in_train_share(), 4)
-    _warn_of_repeats(scan, repeated, leaked, say)
+    _warn_of_repeats(scan, repeated, leaked)
     tokenizer.save(folder / TOKENIZER_FILE)
     meta = PreparedMeta(
         format=FORMAT,
@@ -252,7 +162,7 @@ def _build(
     return meta
 
 
-def _scan(source: Source, encoding: str, say: Say) -> _Scan:
+def _scan(source: Source, encoding: str) -> _Scan:
     """First pass: is it text, how long is it, which characters."""
     files: list[FileMeta] = []
     lengths: list[int] = []
@@ -275,25 +185,23 @@ def _scan(source: Source, encoding: str, say: Say) -> _Scan:
         if not length:
             empty.append(file.name)
         if reader.nul:
-            say(f"warning: {file.path}: {reader.nul:,} NUL characters; is it really a text file?")
+            logger.warning(f"{file.path}: {reader.nul:,} NUL characters; is it really a text file?")
     if not sum(lengths):
         raise DataError(f"--data {source.path or source.name}: the text is empty")
     if boms:
-        say(f"byte order mark removed ({boms} file{'s' * (boms > 1)})")
+        logger.info(f"byte order mark removed ({boms} file{'s' * (boms > 1)})")
     if crlf:
-        say(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
+        logger.info(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
     if empty:
-        say(
-            f"warning: {len(empty)} empty file{'s' * (len(empty) > 1)} left out: "
+        logger.warning(
+            f"{len(empty)} empty file{'s' * (len(empty) > 1)} left out: "
             f"{', '.join(empty[:5])}{', ...' * (len(empty) > 5)}"
         )
     return _Scan(tuple(files), tuple(lengths), seen.sorted())
 
 
 class _Characters:
-    """The distinct characters of a text. Known ASCII is deleted from each piece in C first, so that little is left to
-    look at.
-    """
+    """The distinct characters of a text. Known ASCII is deleted from each piece in C first, which is fast."""
 
     def __init__(self) -> None:
         self._ascii = b""
@@ -338,17 +246,15 @@ def _file_end(source: Source) -> bool:
     return len(source.files) > 1
 
 
-def _make_tokenizer(
-    scan: _Scan, plan: SplitPlan, config: DataConfig, source: Source, encoding: str, say: Say
-) -> Tokenizer:
+def _make_tokenizer(scan: _Scan, plan: SplitPlan, config: DataConfig, source: Source, encoding: str) -> Tokenizer:
     if config.tokenizer == "char":
         return CharTokenizer(scan.characters)
     if config.tokenizer == "byte":
         return ByteTokenizer()
     train = (text for name, text in split_pieces(_text(source, encoding), plan) if name == "train")
-    tokenizer = BpeTokenizer.train(_bpe_pieces(train), config.bpe_vocab_size)
+    tokenizer = BpeTokenizer.train(bpe_pieces(train), config.bpe_vocab_size)
     if tokenizer.vocab_size < config.bpe_vocab_size:
-        say(
+        logger.info(
             f"bpe: the training text gave {tokenizer.vocab_size} tokens, data.bpe_vocab_size asked for "
             f"{config.bpe_vocab_size}"
         )
@@ -386,7 +292,7 @@ def _encode(
         tokens = characters = size = 0
         digest = hashlib.sha256()
         with (folder / token_file(name)).open("wb") as file:
-            for text in _bpe_pieces(of_this_split()) if tokenizer.kind == "bpe" else of_this_split():
+            for text in bpe_pieces(of_this_split()) if tokenizer.kind == "bpe" else of_this_split():
                 try:
                     ids = np.ascontiguousarray(tokenizer.encode(text))
                 except DataError as error:  # the first pass has seen to it that every character is known
@@ -404,84 +310,23 @@ def _encode(
     return splits, skipped
 
 
-def _bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Cut a text anew into pieces of about _BPE_PIECE characters, at line ends, so that tokens hardly depend on where
-    pieces end.
-    """
-    held = ""
-    for text in texts:
-        held += text
-        begin = 0
-        while len(held) - begin > 2 * _BPE_PIECE:
-            cut = _BPE_CUT.search(held, begin + _BPE_PIECE, begin + 2 * _BPE_PIECE)
-            end = cut.end() if cut else begin + 2 * _BPE_PIECE
-            yield held[begin:end]
-            begin = end
-        held = held[begin:]
-    if held:
-        yield held
-
-
 def _count(source: Source, encoding: str, characters: Sequence[str]) -> int:
     without = str.maketrans(dict.fromkeys(characters))
     return sum(len(text) - len(text.translate(without)) for text in _text(source, encoding))
 
 
-def _warn_of_repeats(scan: _Scan, repeated: float, leaked: float, say: Say) -> None:
+def _warn_of_repeats(scan: _Scan, repeated: float, leaked: float) -> None:
     first_with: dict[str, str] = {}
     for file in scan.files:
         twin = first_with.setdefault(file.sha256, file.name)
         if twin != file.name and file.bytes:
-            say(f"warning: {file.name} has the same content as {twin}")
+            logger.warning(f"{file.name} has the same content as {twin}")
     if repeated >= WARN_REPEATED_SHARE:
-        say(
-            f"warning: about {repeated:.0%} of the text repeats an earlier passage word for word; is something in it "
-            f"twice?"
+        logger.warning(
+            f"about {repeated:.0%} of the text repeats an earlier passage word for word; is something in it twice?"
         )
     if leaked >= WARN_VAL_IN_TRAIN_SHARE:
-        say(
-            f"warning: about {leaked:.0%} of the validation text also stands in the training text; val/loss will look "
+        logger.warning(
+            f"about {leaked:.0%} of the validation text also stands in the training text; val/loss will look "
             f"better than it is"
         )
-
-
-def _check_out_dir(out_dir: Path, source: Source) -> None:
-    out = out_dir.resolve()
-    for folder in (out, *out.parents):
-        if folder != out and looks_prepared(folder):
-            raise DataError(f"--out {out_dir}: inside the prepared folder {folder}; choose another place")
-    for file in source.files:
-        if out in file.path.resolve().parents:
-            raise DataError(f"--out {out_dir}: the text {file.path} lies in it; choose a folder of its own")
-    if source.kind == "folder" and source.path is not None and source.path.resolve() in (out, *out.parents):
-        raise DataError(
-            f"--out {out_dir}: inside the folder of texts {source.path}, a later run would read its own output; "
-            f"choose another place"
-        )
-    if out.exists() and not out.is_dir():
-        raise DataError(f"--out {out_dir}: exists and is not a folder")
-    if out.is_dir() and any(out.iterdir()) and not looks_prepared(out):
-        raise DataError(f"--out {out_dir}: exists and holds other files; choose a new or empty folder")
-
-
-def _publish(building: Path, out_dir: Path) -> None:
-    """Put the finished folder in its place; what was there stays whole until then."""
-    if out_dir.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
-        os.replace(out_dir, old)
-        os.replace(building, out_dir)
-        shutil.rmtree(old)
-    else:
-        os.replace(building, out_dir)
-
-
-__all__ = [
-    "PreparedData",
-    "PreparedMeta",
-    "cache_key",
-    "check_block_size",
-    "default_cache_dir",
-    "open_prepared",
-    "prepare",
-    "prepare_cached",
-]

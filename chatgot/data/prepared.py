@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
-from chatgot.deepspeed_json.fields import read_section
-from chatgot.errors import ConfigError, DataError
+from chatgot.errors import DataError
 
 FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 1
@@ -47,6 +50,8 @@ class SplitMeta:
 @dataclass(frozen=True)
 class PreparedMeta:
     """The contents of meta.json."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # read strictly
 
     format: str
     format_version: int
@@ -90,9 +95,7 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the vocabulary and the tokens of every split: equal data, equal fingerprint, wherever the folder
-        lies.
-        """
+        """sha256 over the vocabulary and all tokens: equal data, equal fingerprint, wherever the folder lies."""
         defines = {
             "format_version": self.meta.format_version,
             "tokenizer": self.meta.tokenizer_sha256,
@@ -168,9 +171,7 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
 
 
 def check_block_size(prepared: PreparedData, max_seq_length: int) -> None:
-    """Raises DataError, with both numbers, if a split is too short for one sample of max_seq_length tokens and its
-    targets.
-    """
+    """Raise DataError, with both numbers, if a split is too short for one sample and its targets."""
     for name in SPLITS:
         split = prepared.meta.split(name)
         if split is not None:
@@ -206,9 +207,10 @@ def _read_meta(path: Path) -> PreparedMeta:
             f"text again"
         )
     try:
-        return read_section(PreparedMeta, tree, str(file))
-    except ConfigError as error:
-        raise DataError(f"{error}; the prepared folder is damaged, prepare the text again") from error
+        return TypeAdapter(PreparedMeta).validate_python(tree)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
 
 
 def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, again: str) -> np.ndarray:
@@ -233,3 +235,14 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def publish(building: Path, out_dir: Path) -> None:
+    """Put the finished folder in its place; what was there stays whole until then."""
+    if out_dir.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
+        os.replace(out_dir, old)
+        os.replace(building, out_dir)
+        shutil.rmtree(old)
+    else:
+        os.replace(building, out_dir)

@@ -32,9 +32,7 @@ class TextReader:
         self._chunk_bytes = chunk_bytes
 
     def __iter__(self) -> Iterator[str]:
-        """Raises DataError: not a regular file, unreadable, or bytes that the encoding does not allow (with their
-        offset in the file).
-        """
+        """Raises DataError: not a regular file, unreadable, or not of the encoding (with the offset in the file)."""
         self.bytes, self.had_bom, self.crlf, self.nul = 0, False, 0, 0
         digest = hashlib.sha256()
         at_start, held = True, ""  # held: a carriage return whose line feed may open the next chunk
@@ -94,9 +92,7 @@ class TextReader:
 
 
 def open_regular(path: Path):
-    """Open a regular file for reading. Raises DataError for FIFOs, devices, sockets and folders, without waiting on
-    them.
-    """
+    """Open a regular file for reading. Raises DataError, without waiting, for FIFOs, devices, sockets and folders."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):

@@ -16,9 +16,7 @@ AUTO_TOLERANCE = 0.2
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Character positions in the whole text: train is [0, train_end), val [train_end, val_end), test [val_end,
-    total).
-    """
+    """Character positions in the whole text: train [0, train_end), val [train_end, val_end), test [val_end, total)."""
 
     split_by: Literal["position", "file"]
     train_end: int
@@ -72,9 +70,7 @@ def plan_split(file_characters: Sequence[int], config: DataConfig) -> SplitPlan:
 
 
 def split_pieces(pieces: Iterable[str], plan: SplitPlan) -> Iterator[tuple[str, str]]:
-    """Cut a stream of text at the plan's positions: yields (split name, text). The last split takes all that is
-    left.
-    """
+    """Cut a stream of text at the plan's positions: yields (split name, text). The last split takes the rest."""
     names, ends = zip(*plan.ends)
     current = position = 0
     for piece in pieces:

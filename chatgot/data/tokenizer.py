@@ -1,16 +1,15 @@
-"""Text to token ids and back, without loss: characters, UTF-8 bytes, or byte-level BPE. `tokenizer.json` holds all of
-it.
-"""
+"""Text to token ids and back, without loss: characters, UTF-8 bytes, or byte-level BPE, all in `tokenizer.json`."""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,11 @@ from chatgot.errors import ConfigError, DataError
 
 FORMAT = "chatgot-tokenizer"
 FORMAT_VERSION = 1
+_BPE_PIECE = 1 << 17  # characters; the library keeps some hundred bytes for each token of a piece
+_BPE_CUT = re.compile(r"\S\n(?=\S)")  # GPT-2's pre-tokenisation never joins what stands on the two sides
+
 MAX_VOCAB_SIZE = 1 << 16
 """Tokens are stored as uint8 or uint16."""
-
-Unknown = Literal["error", "skip"]
 
 
 class Tokenizer(ABC):
@@ -62,9 +62,7 @@ class Tokenizer(ABC):
         return b"".join(self.token_bytes(i) for i in self._checked(ids).tolist()).decode("utf-8", errors="replace")
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Like `encode`, for text from the command line: raises ConfigError naming each character that cannot be
-        encoded.
-        """
+        """Like `encode`, for a prompt: raises ConfigError naming each character that cannot be encoded."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -193,14 +191,12 @@ class BpeTokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, definition: dict[str, Any]) -> None:
-        """`definition` is the library's own JSON. Raises DataError if the library cannot read it, ConfigError without
-        the library.
-        """
+        """`definition`: the library's own JSON. Raises DataError if it is refused, ConfigError without the library."""
         library = _tokenizers_library()
         self._definition = definition
         try:
             self._bpe = library.Tokenizer.from_str(json.dumps(definition))
-        except Exception as error:
+        except Exception as error:  # the library raises a bare Exception for what it cannot read
             raise DataError(f"bpe tokenizer: the library tokenizers cannot read its definition: {error}") from error
         vocabulary: dict[str, int] = self._bpe.get_vocab()
         self.vocab_size = len(vocabulary)
@@ -217,9 +213,7 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-        """Learn at most `vocab_size` tokens (the 256 bytes among them) from pieces of text; memory grows with its
-        distinct words.
-        """
+        """Learn at most `vocab_size` tokens (256 bytes included); memory grows with the distinct words of `texts`."""
         library = _tokenizers_library()
         bpe = library.Tokenizer(library.models.BPE())
         bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -242,6 +236,22 @@ class BpeTokenizer(Tokenizer):
 
     def _content(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocab_size": self.vocab_size, "tokenizers": self._definition}
+
+
+def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Cut a text anew at line ends, about _BPE_PIECE characters a piece, so that tokens hardly depend on the cuts."""
+    held = ""
+    for text in texts:
+        held += text
+        begin = 0
+        while len(held) - begin > 2 * _BPE_PIECE:
+            cut = _BPE_CUT.search(held, begin + _BPE_PIECE, begin + 2 * _BPE_PIECE)
+            end = cut.end() if cut else begin + 2 * _BPE_PIECE
+            yield held[begin:end]
+            begin = end
+        held = held[begin:]
+    if held:
+        yield held
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -299,9 +309,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py,
-    bytes_to_unicode).
-    """
+    """The printable character that stands for each byte (GPT-2's encoder.py, bytes_to_unicode)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -1,132 +1,63 @@
-"""From a JSON and a plain PyTorch model to a DeepSpeedEngine, and the optimizer step on it."""
+"""From a process to a DeepSpeedEngine: join the process group, then wrap a plain PyTorch model as the JSON says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import datetime
+import logging
+import os
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
+from chatgot import __version__
 from chatgot.deepspeed_json.engine_config import EngineConfig
-from chatgot.engine import activation_checkpointing, guards, numerics
-from chatgot.engine.optimizer import (
-    base_learning_rates,
-    build_client_optimizer,
-    is_muon,
-    parameter_groups,
-    weight_decay,
-)
-from chatgot.engine.out_of_memory import MemoryGuard
-from chatgot.errors import ConfigError, NumericsError
+from chatgot.distributed import Place
+from chatgot.engine import activation_checkpointing, guards
+from chatgot.engine.optimizer import build_client_optimizer, is_muon, parameter_groups, weight_decay
+from chatgot.engine.step import TrainingEngine
+from chatgot.errors import ConfigError, MachineError
 from chatgot.model.gpt import GPT
 
 
-@dataclass
-class TrainingEngine:
-    """The DeepSpeedEngine with what has to happen around its step. The engine owns steps, optimizer and precision: ask
-    `.engine`.
+def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device:
+    """Initialise torch.distributed through DeepSpeed, if it is not yet (several runs in one process); returns this
+    rank's device.
+
+    Raises:
+        MachineError: more ranks on this machine than CUDA devices, or the rendezvous failed.
     """
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    import deepspeed
 
-    engine: Any
-    """The DeepSpeedEngine; untyped, because torch's Module answers any attribute."""
-    config: EngineConfig
-    base_lrs: list[float]
-    memory: MemoryGuard
-    notes: list[str] = field(default_factory=list)
-    stage0: guards.Stage0Gradients | None = None
-    norms: numerics.LayerNorms | None = None
-    skips_in_a_row: int = 0
-    """Steps that were skipped, not counting those with which dynamic loss scaling looks for its scale; the guard ends a
-    run by it.
-    """
-    before_step: Callable[[], None] | None = None
-    """Called when the gradients of all micro batches are reduced and the optimizer has not stepped yet."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    guards.quiet_renamed_collectives()
+    guards.skip_shared_memory_op()
+    device = _own_cuda_device(place) if kind == "cuda" else torch.device("cpu")
+    if not dist.is_initialized():
+        backend, timeout = "nccl" if kind == "cuda" else "gloo", datetime.timedelta(minutes=timeout_minutes)
+        try:
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise MachineError(
+                f"rank {place.rank} of {place.world_size} could not join the process group at {where}: {error}; "
+                "is the port free (MASTER_PORT), and did every rank start?"
+            ) from error
+    return device
 
-    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Forward and backward of every micro batch, and the optimizer step at the last one.
 
-        Args:
-            micro_batches: as many (input_ids, targets), each (B, T), as there are accumulation steps.
-
-        Returns:
-            This rank's mean loss over the micro batches in nats per token, undivided by accumulation; a scalar,
-            detached, on the device.
-
-        Raises:
-            RanOut: on all ranks, if one ran out of memory; the step has left no trace but in the random state.
-            NumericsError: fp16's loss scale is at its minimum.
-        """
-        engine = self.engine
-        losses = []
-        if self.norms is not None:
-            self.norms.found = None
-        for input_ids, targets in micro_batches:
-            losses.append(self.memory.micro_step(input_ids, targets))
-            if engine.is_gradient_accumulation_boundary():
-                self.memory.agree()
-                if self.stage0 is not None:
-                    self.stage0.before_step()
-                if self.before_step is not None:
-                    self.before_step()
-            try:
-                engine.step()
-            except Exception as error:
-                if "Current loss scale already at minimum" not in str(error):
-                    raise
-                raise NumericsError(
-                    f"step {engine.global_steps}: the gradients overflow at the smallest loss scale {self.loss_scale}; "
-                    "try bf16, a lower lr, or a lower fp16.min_loss_scale"
-                ) from error
-        self._watch_skips()
-        return torch.stack(losses).mean()
-
-    @property
-    def searches_scale(self) -> bool:
-        """Whether an overflow now only lowers fp16's dynamic loss scale; DeepSpeed ends that search at the minimum."""
-        scale, fp16 = self.loss_scale, self.config.deepspeed.get("fp16", {})
-        static = self.config.precision == "fp16" and fp16.get("loss_scale", 0) != 0
-        return scale is not None and not static and scale > fp16.get("min_loss_scale", 1)
-
-    def _watch_skips(self) -> None:
-        if self.engine.was_step_applied():
-            self.skips_in_a_row = 0
-        elif not self.searches_scale:
-            self.skips_in_a_row += 1
-
-    def set_learning_rate(self, factor: float) -> None:
-        """Learning rate of the coming step: the JSON's, of each group, times `factor`."""
-        for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs):
-            group["lr"] = base * factor
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate in force of the first parameter group."""
-        return float(self.engine.optimizer.param_groups[0]["lr"])
-
-    @property
-    def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients before clipping; inf after a skipped step."""
-        norm = self.raw_grad_norm
-        return None if norm is None else float(norm)
-
-    @property
-    def raw_grad_norm(self) -> torch.Tensor | float | None:
-        """The same as DeepSpeed has it: at some stages a scalar on the device, which float() would wait for."""
-        return self.engine.get_global_grad_norm()
-
-    @property
-    def loss_scale(self) -> float | None:
-        """fp16's loss scale; None in other precisions."""
-        if self.config.precision not in ("fp16", "autocast_fp16"):
-            return None
-        scaler = getattr(self.engine, "torch_autocast_z0_gradscaler", None) or getattr(
-            self.engine.optimizer, "torch_autocast_gradscaler", None
-        )
-        if scaler is not None:
-            return float(scaler.get_scale())
-        return float(self.engine.optimizer.loss_scale)
+def _own_cuda_device(place: Place) -> torch.device:
+    devices, index = torch.cuda.device_count(), place.local_rank
+    if place.launcher in ("slurm", "mpi") and devices == 1:
+        index = 0  # the scheduler shows every task its own device (srun --gpus-per-task 1); DeepSpeed reads LOCAL_RANK
+        os.environ["LOCAL_RANK"] = "0"
+    if index >= devices:
+        what = f"this machine has {devices} CUDA devices; start fewer ranks per machine"
+        raise MachineError(f"local rank {index}: {what}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEngine:
@@ -139,48 +70,36 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
 
     if config.optimizer is None:
         raise ConfigError(f"{config.path}: optimizer: missing; without it there is nothing to train with")
-    notes = [activation_checkpointing.wire(model, config)]
     groups = parameter_groups(model, weight_decay(config))
-    optimizer, note = build_client_optimizer(config, groups)
-    notes.append(note)
+    optimizer, chosen = build_client_optimizer(config, groups)
+    notes = [activation_checkpointing.wire(model, config), chosen]
     given = dict(config.deepspeed)
     if optimizer is not None:
-        given = {key: value for key, value in given.items() if key != "optimizer"}
+        del given["optimizer"]
         if config.offload_optimizer != "none" and given.get("zero_force_ds_cpu_optimizer", True):
             given["zero_force_ds_cpu_optimizer"] = False
             notes.append(
                 "zero_force_ds_cpu_optimizer = false: torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would"
             )
     if is_muon(config):
-        notes.extend(_prepare_muon(given, device))
+        notes += _spare_muon_the_compilers(given, device)
     guards.quiet_memory_report(config.deepspeed)
     guards.forget_autocast()
+    own = None if optimizer is not None else cast(Any, groups)  # annotated as a Module, takes groups
     try:
         engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            model_parameters=None
-            if optimizer is not None
-            else cast(Any, groups),  # annotated as a Module, takes groups
-            config=given,
-            dist_init_required=False,
+            model=model, optimizer=optimizer, model_parameters=own, config=given, dist_init_required=False
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"{config.path}: DeepSpeed refuses it: {error}") from error
     if config.chatgot.compile.enabled:
         engine.compile(compile_kwargs={"mode": config.chatgot.compile.mode})
         notes.append(f"torch.compile: on (mode {config.chatgot.compile.mode}); the first steps take longer")
-    memory = MemoryGuard(engine, device)
-    stage0 = guards.install(engine, is_muon(config))
-    found = TrainingEngine(engine, config, base_learning_rates(engine.optimizer), memory, notes, stage0)
-    found.norms = numerics.LayerNorms(engine, stage0, wanted=lambda: not found.searches_scale)
-    return found
+    return TrainingEngine(engine, config, device, notes)
 
 
-def _prepare_muon(given: dict[str, Any], device: torch.device) -> list[str]:
-    """Spare Muon the compilers: its Adam half becomes torch's, and on a CPU its Newton-Schulz iteration runs in eager
-    PyTorch.
-    """
+def _spare_muon_the_compilers(given: dict[str, Any], device: torch.device) -> list[str]:
+    """Muon's Adam half becomes torch's, and on a CPU its Newton-Schulz iteration runs in eager PyTorch; returns notes."""
     notes = []
     params = given["optimizer"].get("params") or {}
     if "torch_adam" not in params:
@@ -195,10 +114,8 @@ def _prepare_muon(given: dict[str, Any], device: torch.device) -> list[str]:
     return notes
 
 
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """Mean of a scalar over all ranks, in fp64 on the CPU side. Collective."""
-    value = value.detach().clone().to(torch.float32)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return float(value)
+def versions() -> dict[str, str]:
+    """Of what computes: part of every checkpoint's manifest."""
+    import deepspeed
+
+    return {"chatgot": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}

@@ -1,15 +1,34 @@
-"""Guards around defects of DeepSpeed 0.19.8. Each one is pinned by a test in
-tests/engine/test_deepspeed_contracts.py.
-"""
+"""Every patch of DeepSpeed 0.19.8 and torch, each around a defect that tests/engine/test_deepspeed_contracts.py shows."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# ------------------------------------------------------------------------------------------- gradients of an engine
+
+
+def install(engine: Any, muon: bool, on_overflow: Callable[[], None]) -> Stage0Gradients | None:
+    """Put the guards on a new engine; returns the one that the step must call, where there is one.
+
+    Args:
+        on_overflow: called on all ranks in a step that is skipped, while its gradients still exist.
+    """
+    if not engine.zero_optimization():
+        return Stage0Gradients(engine, muon, on_overflow)
+    tell_overflow(engine.optimizer, on_overflow)
+    # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
+    if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
+        ClipAdamGroupsOnly(engine.optimizer)
+    if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
+        forget_skipped_gradients(engine.optimizer)
+    return None
 
 
 class Stage0Gradients:
@@ -20,19 +39,16 @@ class Stage0Gradients:
     alike: `engine.get_global_grad_norm()` answers, and a bad step is skipped and counted in `engine.skipped_steps`.
     """
 
-    def __init__(self, engine: Any, muon: bool):
+    def __init__(self, engine: Any, muon: bool, on_overflow: Callable[[], None]) -> None:
         self.engine = engine
         self.max_norm = float(engine.gradient_clipping())
-        self.on_overflow: Callable[[], None] | None = None
-        """Called while the gradients that were not finite still exist."""
-        parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        self.on_overflow = on_overflow
+        self.trained = [p for p in engine.module.parameters() if p.requires_grad]
         # Muon's updates have a fixed size; see ClipAdamGroupsOnly, which does the same under ZeRO.
-        self.parameters = [p for p in parameters if not getattr(p, "use_muon", False)] if muon else parameters
-        self.all_parameters = parameters
-        engine.clip_fp32_gradients = self.measure_and_clip
+        self.clipped = [p for p in self.trained if not getattr(p, "use_muon", False)] if muon else self.trained
+        self._step = engine.optimizer.step
+        engine.clip_fp32_gradients, engine.zero_grad, engine.optimizer.step = self.clip, self.zero_grad, self.step
         engine.optimizer.overflow = False
-        self._apply = engine.optimizer.step
-        engine.optimizer.step = self.step
         # DeepSpeed flattens, reduces and copies back every gradient even where there is nobody to share it with.
         if dist.get_world_size() == 1:
             engine.enable_backward_allreduce = False
@@ -46,20 +62,17 @@ class Stage0Gradients:
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(self.engine.optimizer)
-        self.measure_and_clip()
+        self.clip()
 
-    def measure_and_clip(self) -> None:
-        """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be
-        skipped.
-        """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        total = norm
-        if len(self.parameters) != len(self.all_parameters):
-            total = torch.nn.utils.get_total_norm([p.grad for p in self.all_parameters if p.grad is not None])
+    def clip(self) -> None:
+        """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be skipped."""
+        norm = total = _norm(self.clipped)
+        if self.clipped is not self.trained:
+            total = _norm(self.trained)
         finite = bool(torch.isfinite(total))
         if finite and self.max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
-        elif not finite and self.on_overflow is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.clipped, self.max_norm, norm)
+        elif not finite:
             self.on_overflow()
         self.engine._global_grad_norm = float(norm) if finite else math.inf
         # engine._take_model_step counts a skipped step where its optimizer says `overflow`.
@@ -69,7 +82,16 @@ class Stage0Gradients:
         """The optimizer's step, unless the gradients were not finite. Without gradients Muon would still apply its
         momentum.
         """
-        return None if self.engine.optimizer.overflow else self._apply(*args, **kwargs)
+        return None if self.engine.optimizer.overflow else self._step(*args, **kwargs)
+
+    def zero_grad(self) -> None:
+        """The same as DeepSpeed's, which walks through all modules for it in every step."""
+        for parameter in self.trained:
+            parameter.grad = None
+
+
+def _norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class ClipAdamGroupsOnly:
@@ -81,18 +103,15 @@ class ClipAdamGroupsOnly:
     groups' norm at every stage.
     """
 
-    def __init__(self, zero: Any):
+    def __init__(self, zero: Any) -> None:
         self.zero = zero
         self.norms: dict[int, torch.Tensor] = {}
         self.stage3 = hasattr(zero, "sub_groups_using_muon")
         self._norm, self._clip = zero.get_grad_norm_direct, zero.unscale_and_clip_grads
-        zero.get_grad_norm_direct = self.get_grad_norm_direct
-        zero.unscale_and_clip_grads = self.unscale_and_clip_grads
+        zero.get_grad_norm_direct, zero.unscale_and_clip_grads = self.norm, self.clip
 
-    def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> torch.Tensor:
-        """DeepSpeed's norm of one group, remembered. `params` is the very list that the optimizer keeps for the
-        group.
-        """
+    def norm(self, gradients: Any, params: Any, norm_type: int = 2) -> torch.Tensor:
+        """DeepSpeed's norm of one group, remembered. `params` is the very list that the optimizer keeps for it."""
         norm = self._norm(gradients, params, norm_type)
         self.norms[id(params)] = norm
         return norm
@@ -109,14 +128,12 @@ class ClipAdamGroupsOnly:
             return bool(self.zero.sub_groups_using_muon[group])
         return bool(self.zero.optimizer.param_groups[group]["use_muon"])
 
-    def unscale_and_clip_grads(self, group: Any, total_norm: torch.Tensor) -> None:
-        """In place of DeepSpeed's: Muon groups are only divided by the loss scale, AdamW groups are clipped by their
-        own norm.
+    def clip(self, group: Any, total_norm: torch.Tensor) -> None:
+        """In place of DeepSpeed's unscale_and_clip_grads: Muon groups are only divided by the loss scale, AdamW groups
+        are clipped by their own norm.
         """
-        if self.stage3:
-            index = group
-        else:
-            index = next(i for i, flat in enumerate(self.zero.single_partition_of_fp32_groups) if flat.grad is group[0])
+        masters = () if self.stage3 else self.zero.single_partition_of_fp32_groups
+        index = group if self.stage3 else next(i for i, flat in enumerate(masters) if flat.grad is group[0])
         norm = self.adam_norm()
         self.zero._global_grad_norm = norm / self.zero.loss_scale
         self._clip(group, torch.zeros_like(norm) if self.uses_muon(index) else norm)
@@ -139,16 +156,38 @@ def forget_skipped_gradients(zero: Any) -> None:
     zero.reset_cpu_buffers = reset_cpu_buffers
 
 
-def install(engine: Any, muon: bool) -> Stage0Gradients | None:
-    """Put the guards on a new engine; returns the one that the step function must call, where there is one."""
-    if engine.zero_optimization():
-        # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
-        if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
-            ClipAdamGroupsOnly(engine.optimizer)
-        if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
-            forget_skipped_gradients(engine.optimizer)
-        return None
-    return Stage0Gradients(engine, muon)
+def tell_overflow(optimizer: Any, call: Callable[[], None]) -> None:
+    """Call `call` in a step that ZeRO skips, before it drops the gradients, which nobody could look at afterwards.
+
+    ZeRO 1-3 call _update_scale(overflow) between the check and the dropping (stage_1_and_2.py and stage3.py, step), the
+    BF16_Optimizer clear_hp_grads, twice (bf16_optimizer.py, step). All ranks agree on the overflow by then.
+    """
+    name = "_update_scale" if hasattr(optimizer, "_update_scale") else "clear_hp_grads"
+    theirs = getattr(optimizer, name)
+
+    def ours(*args: Any, **kwargs: Any) -> None:
+        if args[0] if name == "_update_scale" else optimizer.overflow:
+            call()
+        theirs(*args, **kwargs)
+
+    setattr(optimizer, name, ours)
+
+
+# ------------------------------------------------------------------------------------------------ the whole process
+
+
+def skip_shared_memory_op() -> None:
+    """Call before the process group exists: DeepSpeed compiles an op at the first start on a CPU (20 s of g++) that only
+    inference_all_reduce uses (deepspeed/comm/torch.py). An empty table of compatible ops skips it.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+
+
+def quiet_renamed_collectives() -> None:
+    """torch 2.13 renamed the collectives that DeepSpeed calls, and says so in every call."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def quiet_memory_report(given: dict[str, Any]) -> None:
@@ -180,12 +219,32 @@ def run_muon_uncompiled() -> None:
 
 
 def forget_autocast() -> None:
-    """Call before every initialize: an engine with torch_autocast leaves its mark on the whole process
-    (runtime/torch_autocast.py).
-
-    A later ZeRO engine without autocast would scale its loss and communicate in the former one's dtype.
+    """Call before every initialize: an engine with torch_autocast leaves its mark on the process
+    (runtime/torch_autocast.py). A later ZeRO engine would scale its loss and communicate in the former one's dtype.
     """
     from deepspeed.runtime import torch_autocast
 
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     torch_autocast.TORCH_AUTOCAST_DTYPE = None
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@contextlib.contextmanager
+def file_operations(engine: Any, replace: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within it a save's file operations on this rank are `replace(name, theirs)`; names: save, makedirs,
+    _copy_recovery_script.
+
+    DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank whose disk is
+    full would raise before it, and leave them waiting until the process group's timeout.
+    """
+    files = engine.checkpoint_engine
+    patched = [(files, "save"), (files, "makedirs"), (engine, "_copy_recovery_script")]
+    for owner, name in patched:
+        setattr(owner, name, replace(name, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name in patched:
+            delattr(owner, name)

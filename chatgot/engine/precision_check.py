@@ -4,21 +4,22 @@ work says so.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.distributed import ControlGroup
+from chatgot.engine.step import autocast
 from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 
 SAMPLES = 2
-"""Of a rank's first micro batch: enough to pass through every kernel, at a few percent of a step's cost."""
+"""Of a rank's first micro-batch: enough to pass through every kernel, at a few percent of a step's cost."""
 
 BOUNDS = {"bf16": (2e-2, 0.2), "fp16": (5e-3, 0.05)}
 """Relative difference from fp32 allowed to the loss and to the gradient norm. bf16 has 8 significant bits and fp16 has
@@ -26,31 +27,23 @@ BOUNDS = {"bf16": (2e-2, 0.2), "fp16": (5e-3, 0.05)}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one slice gives in one precision."""
-
-    loss: float
-    """Nats per token."""
-    grad_norm: float
-    """Of all parameters together, unclipped and unscaled."""
-
-
-@dataclass(frozen=True)
 class PrecisionCheck:
-    """Both precisions on the rank where they differ most."""
+    """Both precisions on the rank where they differ most. Losses in nats per token, norms of all gradients together,
+    unclipped and unscaled.
+    """
 
     precision: str
-    fp32: Measured
-    measured: Measured
     samples: int
+    loss: float
+    loss_fp32: float
+    grad_norm: float
+    grad_norm_fp32: float
     bounds: tuple[float, float]
 
     @property
     def differences(self) -> tuple[float, float]:
         """Of the loss and of the gradient norm, relative to fp32; inf where one of them is not finite."""
-        pairs = ((self.measured.loss, self.fp32.loss), (self.measured.grad_norm, self.fp32.grad_norm))
-        found = [abs(now - exact) / max(abs(exact), 1e-12) for now, exact in pairs]
-        return (found[0] if math.isfinite(found[0]) else math.inf), (found[1] if math.isfinite(found[1]) else math.inf)
+        return _difference(self.loss, self.loss_fp32), _difference(self.grad_norm, self.grad_norm_fp32)
 
     @property
     def excess(self) -> float:
@@ -61,46 +54,34 @@ class PrecisionCheck:
         """One line."""
         loss, norm = self.differences
         return (
-            f"precision check, {self.samples} sample(s) per rank in {self.precision} and fp32: loss "
-            f"{self.measured.loss:.5f} and "
-            f"{self.fp32.loss:.5f} (differ by {loss:.1e}, bound {self.bounds[0]:g}), gradient norm "
-            f"{self.measured.grad_norm:.5g} and "
-            f"{self.fp32.grad_norm:.5g} (differ by {norm:.1e}, bound {self.bounds[1]:g})"
+            f"precision check, {self.samples} sample(s) per rank in {self.precision} and fp32: "
+            f"loss {self.loss:.5f} and {self.loss_fp32:.5f} (differ by {loss:.1e}, bound {self.bounds[0]:g}), "
+            f"gradient norm {self.grad_norm:.5g} and {self.grad_norm_fp32:.5g} (differ by {norm:.1e}, "
+            f"bound {self.bounds[1]:g})"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Fields of the event."""
+        values = {key: value for key, value in vars(self).items() if key != "bounds"}
         loss, norm = self.differences
-        return {
-            "precision": self.precision,
-            "samples": self.samples,
-            "loss": self.measured.loss,
-            "loss_fp32": self.fp32.loss,
-            "loss_difference": loss,
-            "loss_bound": self.bounds[0],
-            "grad_norm": self.measured.grad_norm,
-            "grad_norm_fp32": self.fp32.grad_norm,
-            "grad_norm_difference": norm,
-            "grad_norm_bound": self.bounds[1],
-        }
+        values |= {"loss_difference": loss, "loss_bound": self.bounds[0]}
+        return values | {"grad_norm_difference": norm, "grad_norm_bound": self.bounds[1]}
+
+
+def _difference(value: float, exact: float) -> float:
+    difference = abs(value - exact) / max(abs(exact), 1e-12)
+    return difference if math.isfinite(difference) else math.inf
 
 
 def check_precision(
-    model: GPT,
-    config: EngineConfig,
-    input_ids: torch.Tensor,
-    targets: torch.Tensor,
-    device: torch.device,
-    ranks: ControlGroup,
+    model: GPT, config: EngineConfig, input_ids: Tensor, targets: Tensor, device: torch.device, ranks: ControlGroup
 ) -> tuple[PrecisionCheck | None, str]:
-    """Compare the run's precision with fp32, forward and backward, on copies of the model without dropout. Collective.
-
-    The plain module is used, before DeepSpeed has seen it, so that it is the same at every ZeRO stage and no counter
-    moves.
+    """Compare the run's precision with fp32, forward and backward, on copies of the plain model without dropout: the
+    same at every ZeRO stage, and no counter moves. Collective.
 
     Args:
         model: with its initial weights; they stay as they are.
-        input_ids, targets: this rank's first micro batch, (B, T) each; SAMPLES of it are used.
+        input_ids, targets: this rank's first micro-batch, (B, T) each; SAMPLES of it are used.
 
     Returns:
         The check (of the rank where it is worst), or None where there is nothing to compare; and a line for the user.
@@ -111,31 +92,22 @@ def check_precision(
     if config.precision == "fp32":
         return None, "precision check: not needed in fp32"
     n_bytes = 4 * sum(p.numel() for p in model.parameters())
-    roomy = (
-        device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 4 * n_bytes
-    )  # two copies, their gradients, some activations
+    # two copies, their gradients, some activations
+    roomy = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 4 * n_bytes
     if not all(ranks.gather(roomy)):
-        return (
-            None,
-            f"precision check: skipped, no room for an fp32 copy of {n_bytes / 2**30:.1f} GiB with its gradients "
-            f"beside another",
-        )
-    input_ids, targets = input_ids[:SAMPLES].to(device), targets[:SAMPLES].to(device)
-    own = PrecisionCheck(
-        config.precision,
-        _measured(model, "fp32", input_ids, targets, device, (1.0,)),
-        _measured(model, config.precision, input_ids, targets, device, _scales(config)),
-        len(input_ids),
-        BOUNDS["bf16" if config.precision.endswith("bf16") else "fp16"],
-    )
+        size = f"{n_bytes / 2**30:.1f} GiB"
+        return None, f"precision check: skipped, no room for an fp32 copy of {size} with its gradients beside another"
+    batch = input_ids[:SAMPLES].to(device), targets[:SAMPLES].to(device)
+    loss_fp32, norm_fp32 = _measure(model, "fp32", *batch, (1.0,))
+    loss, norm = _measure(model, config.precision, *batch, _scales(config))
+    bounds = BOUNDS[config.precision[-4:]]
+    own = PrecisionCheck(config.precision, len(batch[0]), loss, loss_fp32, norm, norm_fp32, bounds)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    worst = max(ranks.gather(own), key=lambda found: found.excess)
+    worst = max(ranks.gather(own), key=lambda check: check.excess)
     if worst.excess > 1:
-        raise NumericsError(
-            f"{config.path}: {worst.describe()}: {config.precision} does not compute this model; train in fp32, or in "
-            f"bf16 instead of fp16"
-        )
+        remedy = f"{config.precision} does not compute this model; train in fp32, or in bf16 instead of fp16"
+        raise NumericsError(f"{config.path}: {worst.describe()}: {remedy}")
     return worst, worst.describe()
 
 
@@ -149,27 +121,20 @@ def _scales(config: EngineConfig) -> tuple[float, ...]:
     return tuple(2.0**power for power in range(int(fp16.get("initial_scale_power", 16)), -1, -1))
 
 
-def _measured(
-    model: GPT,
-    precision: str,
-    input_ids: torch.Tensor,
-    targets: torch.Tensor,
-    device: torch.device,
-    scales: tuple[float, ...],
-) -> Measured:
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    copied = copy.deepcopy(model).to(device=device, dtype=dtypes.get(precision)).eval()
-    autocast = dtypes.get(precision.removeprefix("autocast_")) if precision.startswith("autocast_") else None
+def _measure(
+    model: GPT, precision: str, input_ids: Tensor, targets: Tensor, scales: tuple[float, ...]
+) -> tuple[float, float]:
+    """Loss and gradient norm on a copy of the model, with the first of the loss scales that does not overflow."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    copied = copy.deepcopy(model).to(device=input_ids.device, dtype=dtype).eval()
     parameters = [p for p in copied.parameters() if p.requires_grad]
     loss, norm = math.nan, math.nan
     for scale in scales:
-        with torch.autocast(device.type, dtype=autocast) if autocast is not None else contextlib.nullcontext():
+        with autocast(precision, input_ids.device):
             loss_tensor = copied(input_ids, targets)
         gradients = torch.autograd.grad(loss_tensor * scale, parameters, allow_unused=True)
-        norms = [
-            torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients if gradient is not None
-        ]
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients if each is not None]
         loss, norm = float(loss_tensor.detach()), float(torch.linalg.vector_norm(torch.stack(norms))) / scale
         if math.isfinite(norm) or not math.isfinite(loss):
             break
-    return Measured(loss, norm)
+    return loss, norm

@@ -10,6 +10,7 @@ from typing import TextIO
 
 import torch
 
+from chatgot import run_folder
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.weights import fp32_weights
 from chatgot.config.run import ModelConfig
@@ -53,14 +54,14 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[G
     os.environ.setdefault(
         "DS_ACCELERATOR", chosen
     )  # reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself
-    found = find(run / "checkpoints", tag)
+    found = find(run / run_folder.CHECKPOINTS, tag)
     if found is None:
         raise CheckpointError(
             f"{run}: no complete checkpoint in {run / 'checkpoints'}; is it a run folder of train.py?"
         )
     for note in found.notes:
         print(f"WARNING: {note}", file=sys.stderr)
-    tokenizer = load_tokenizer(run / "tokenizer.json")
+    tokenizer = load_tokenizer(run / run_folder.TOKENIZER)
     if tokenizer.fingerprint != found.manifest["tokenizer"]:
         raise CheckpointError(
             f"{run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with (fingerprints differ)"

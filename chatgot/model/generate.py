@@ -117,7 +117,7 @@ def generate(
                 return new_ids
             if done:
                 break
-        while True:  # done here, and other ranks are not: keep them company
+        while True:  # done here, and other ranks are not: go on with dummy forwards
             model(text[:1, :1], last_only=True)
             assert agree is not None
             if agree(True):

@@ -23,9 +23,6 @@ from chatgot.config.run import ModelConfig
 from chatgot.model.kv_cache import KVCache
 from chatgot.model.rms_norm import rms_norm
 
-IGNORE_INDEX = -100
-"""Targets with this value count in no loss (torch's and transformers' convention)."""
-
 BlockCall = Callable[[Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 """cos and sign-carrying sin, (T, 1, hd) each."""
@@ -151,9 +148,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))  # (B, T, V)
         if targets is None:
             return logits
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
-        )
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
 

@@ -22,9 +22,7 @@ class KVCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Device and dtype left at None are those of the first keys stored (under autocast they differ from the
-        parameters').
-        """
+        """Device and dtype None: those of the first keys stored (under autocast they differ from the parameters')."""
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1")
         head_dim = config.d_model // config.n_head
@@ -33,11 +31,6 @@ class KVCache:
         self._buffer: Tensor | None = None  # keys and values: (n_layers, 2, B, n_kv, max_seq_length, hd)
         self.length = 0
         """Tokens stored so far: the position of the next one."""
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of text."""
-        return self._shape[2]
 
     @property
     def max_seq_length(self) -> int:
@@ -53,9 +46,7 @@ class KVCache:
         self.length += n_tokens
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, n_kv, T, hd) of the next T tokens; return all of this layer's so far, (B, n_kv, length + T,
-        hd) each.
-        """
+        """Store k and v (B, n_kv, T, hd) of the next T tokens; return this layer's so far (B, n_kv, length + T, hd)."""
         if self._buffer is None:
             self._buffer = torch.empty(self._shape, device=self._device or k.device, dtype=self._dtype or k.dtype)
         end = self.length + k.shape[2]

@@ -1,6 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019), with a hand-written backward where PyTorch has no fused
-one.
-"""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019), with a backward of our own for the CPU."""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from chatgot import run_folder
+
 _QUEUED_LINES = 10_000
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +84,7 @@ class WandbRun:
         if os.environ.get("WANDB_MODE", "").lower() == "disabled":
             say("wandb: off (WANDB_MODE=disabled)")
             return self
-        folder = Path(run_dir) / "wandb"
+        folder = Path(run_dir) / run_folder.WANDB
         try:
             self.id, known = _run_id(folder, say)
         except OSError as error:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.devices import GIB, Device
 from chatgot.plan.activations import Activations, activations
-from chatgot.plan.devices import GIB, Device
 from chatgot.plan.settings import FP32, Settings, read_settings
 from chatgot.plan.speed import Speed, speed
 from chatgot.plan.states import Memory, fullest_rank, model_states, padded_numel
@@ -229,14 +229,13 @@ def _checkpoint(settings: Settings) -> int:
     """Weights as the model has them (none at stage 3), and every rank's master weights and moments, padding
     included.
     """
+    world = settings.world_size
     total = settings.parameter_bytes * settings.numel if settings.stage < 3 else 0
     for group in settings.groups:
         if settings.stage == 0:
-            numel = group.numel
-        elif settings.stage < 3:
-            numel = padded_numel(group, settings.world_size)
-        else:
-            numel = settings.world_size * sum(-(-n // settings.world_size) for n in group.numels)
-        tensors = 1 if group.muon else settings.moments
-        total += numel * (tensors * settings.moment_bytes + (settings.master_bytes if settings.stage else 0))
+            total += settings.moment_bytes * sum(map(group.states.elements, group.shapes))
+            continue
+        shared = world * sum(-(-numel // world) for numel in group.numels)
+        flat = padded_numel(group, world) if settings.stage < 3 else shared
+        total += settings.master_bytes * flat + settings.moment_bytes * group.states.elements((flat,))
     return total

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.engine_config import EngineConfig
-from chatgot.model.shapes import parameter_shapes
+from chatgot.deepspeed_json.optimizer_states import OptimizerStates, optimizer_states
+from chatgot.model.shapes import Shape, parameter_shapes
 
 FP32, HALF = 4, 2
 """Bytes of an element."""
-
-_STATES = {"adam": 2, "adamw": 2, "lamb": 2, "adagrad": 1, "lion": 1, "sgd": 1, "rmsprop": 1}
-"""Tensors of the parameters' size that an optimizer keeps (torch.optim, deepspeed.ops)."""
 
 
 @dataclass(frozen=True)
 class Group:
     """One parameter group of the optimizer, in the engine's order."""
 
-    numels: tuple[int, ...]
-    """Elements of every parameter."""
-    muon: bool
-    """Orthogonalised by Muon: one momentum in place of two moments."""
+    shapes: tuple[Shape, ...]
+    """Of every parameter."""
+    states: OptimizerStates
+    muon: bool = False
+    """Orthogonalised by Muon."""
 
-    @property
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Elements of every parameter."""
+        return tuple(map(prod, self.shapes))
+
+    @cached_property
     def numel(self) -> int:
         """Elements in all."""
         return sum(self.numels)
@@ -55,8 +60,6 @@ class Settings:
     offload_optimizer: bool
     offload_param: bool
     groups: tuple[Group, ...]
-    moments: int
-    """Tensors per parameter that the optimizer keeps for groups without Muon."""
     fused: bool
     """The optimizer steps without temporaries of the parameters' size."""
     overlap_comm: bool
@@ -118,10 +121,8 @@ def read_settings(
         return _value(engine, "zero_optimization", key)
 
     notes: list[str] = []
-    kind = engine.optimizer.type.lower() if engine.optimizer else "adamw"
+    kind = engine.optimizer.type if engine.optimizer else "AdamW"
     params = engine.optimizer.params if engine.optimizer else {}
-    if kind not in (*_STATES, "muon"):
-        notes.append(f"optimizer {kind}: taken to keep two tensors of the parameters' size, as AdamW does")
     half = engine.precision in ("bf16", "fp16")
     section = _section(engine, engine.precision) if half else {}
     parameter_bytes = HALF if half else FP32
@@ -143,7 +144,8 @@ def read_settings(
         )
     overlap = zero("overlap_comm")
     recompute = engine.activation_checkpointing or {}
-    momentum_sgd = kind == "sgd" and not params.get("momentum")
+    muon = kind.lower() == "muon"
+    offload = engine.zero_stage > 0 and engine.offload_optimizer != "none"
     return Settings(
         model=model,
         vocab_size=vocab_size,
@@ -157,11 +159,10 @@ def read_settings(
         accumulator_bytes=accumulator_bytes,
         master_bytes=HALF if low_precision else FP32,
         moment_bytes=HALF if low_precision or section.get("bf16_optimizer_states") else FP32,
-        offload_optimizer=engine.zero_stage > 0 and engine.offload_optimizer != "none",
+        offload_optimizer=offload,
         offload_param=engine.zero_stage == 3 and engine.offload_param != "none",
-        groups=_groups(model, vocab_size, kind == "muon"),
-        moments=0 if momentum_sgd else _STATES.get(kind, 2),
-        fused=kind == "muon" or ("foreach" not in params and params.get("fused", True) is not False),
+        groups=_groups(model, vocab_size, optimizer_states(kind, params, offload), muon),
+        fused=muon or ("foreach" not in params and params.get("fused", True) is not False),
         overlap_comm=engine.zero_stage == 3 if overlap is None else bool(overlap),
         reduce_bucket=int(zero("reduce_bucket_size")),
         persistence_threshold=int(zero("stage3_param_persistence_threshold")),
@@ -176,25 +177,20 @@ def read_settings(
     )
 
 
-def _groups(model: ModelConfig, vocab_size: int, muon: bool) -> tuple[Group, ...]:
+def _groups(model: ModelConfig, vocab_size: int, states: OptimizerStates, muon: bool) -> tuple[Group, ...]:
     """As engine/optimizer.py makes them, and as DeepSpeed's Muon splits them by name (engine.py,
     _muon_param_groups).
     """
     shapes = parameter_shapes(model, vocab_size)
-    matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) >= 2}
-    vectors = tuple(prod(shape) for shape in shapes.values() if len(shape) < 2)
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) >= 2}
+    vectors = Group(tuple(shape for shape in shapes.values() if len(shape) < 2), states)
     if not muon:
-        return (Group(tuple(matrices.values()), False), Group(vectors, False))
-    hidden = {
-        name: shape
-        for name, shape in shapes.items()
-        if name in matrices and "embed" not in name and "lm_head" not in name
-    }
-    largest_first = tuple(
-        prod(shape) for shape in sorted(hidden.values(), reverse=True)
-    )  # muon_optimizer.py sorts them by size()
-    looked_up = tuple(n for name, n in matrices.items() if name not in hidden)
-    return (Group(largest_first, True), Group(looked_up, False), Group(vectors, False))
+        return (Group(tuple(matrices.values()), states), vectors)
+    looked_up = {name: shape for name, shape in matrices.items() if "embed" in name or "lm_head" in name}
+    hidden = (shape for name, shape in matrices.items() if name not in looked_up)
+    largest_first = tuple(sorted(hidden, reverse=True))  # muon_optimizer.py sorts them by size()
+    momentum = optimizer_states("Muon", {"use_muon": True})
+    return (Group(largest_first, momentum, muon=True), Group(tuple(looked_up.values()), states), vectors)
 
 
 def _section(engine: EngineConfig, name: str) -> dict[str, Any]:

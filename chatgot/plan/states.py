@@ -64,8 +64,8 @@ def _plain(settings: Settings, memory: Memory) -> None:
     memory.add("parameters", settings.parameter_bytes * settings.numel)
     memory.add("gradients", settings.parameter_bytes * settings.numel)
     for group in settings.groups:
-        tensors = 1 if group.muon else settings.moments
-        memory.add("optimizer_states", FP32 * tensors * group.numel + _counters(settings, group, len(group.numels)))
+        kept = sum(map(group.states.elements, group.shapes)) + group.states.scalars * len(group.shapes)
+        memory.add("optimizer_states", FP32 * kept)
 
 
 def _bf16_optimizer(settings: Settings, memory: Memory) -> None:
@@ -144,16 +144,10 @@ def _zero_3(settings: Settings, memory: Memory) -> None:
 
 def _master_and_moments(settings: Settings, memory: Memory, group: Group, share: int, host: bool) -> None:
     memory.add("master_weights", settings.master_bytes * share, host)
-    tensors = 1 if group.muon else settings.moments
     size = settings.moment_bytes
     if group.muon and settings.stage == 3:
         size = settings.parameter_bytes  # the communication dtype
-    memory.add("optimizer_states", size * tensors * share + _counters(settings, group, 1), host)
-
-
-def _counters(settings: Settings, group: Group, tensors: int) -> int:
-    """Adam counts its steps in an fp32 scalar per tensor."""
-    return FP32 * tensors if not group.muon and settings.moments == 2 else 0
+    memory.add("optimizer_states", size * group.states.elements((share,)) + FP32 * group.states.scalars, host)
 
 
 def padded_numel(group: Group, world_size: int) -> int:

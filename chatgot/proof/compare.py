@@ -17,7 +17,7 @@ from chatgot.config.run import RunConfig
 from chatgot.data.loader import TrainBatches
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.distributed import ControlGroup
-from chatgot.engine.build import TrainingEngine
+from chatgot.engine.step import TrainingEngine
 from chatgot.observe.journal import Journal
 from chatgot.proof import digest
 from chatgot.proof.digest import Digest, History, Setup

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chatgot import run_folder
 from chatgot.observe.journal import NON_FINITE, lines
 
 TOLERANCE = 1e-5
@@ -217,7 +218,7 @@ def history(run: Path, after: int = 0) -> History:
     """
     found: dict[int, Digest] = {}
     last = -1
-    for record in lines(run / "metrics.jsonl"):
+    for record in lines(run / run_folder.METRICS):
         step = None if record is None else record.get("step")
         if record is None or not isinstance(step, int):
             continue
@@ -226,7 +227,7 @@ def history(run: Path, after: int = 0) -> History:
         last = step
         if step > after and (digest := Digest.from_json(record.get("digest"))) is not None:
             found[step] = digest
-    return History(dict(sorted(found.items())), setups(lines(run / "events.jsonl")))
+    return History(dict(sorted(found.items())), setups(lines(run / run_folder.EVENTS)))
 
 
 def setups(events: Iterable[Mapping[str, Any] | None]) -> dict[str, Setup]:

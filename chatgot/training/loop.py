@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from chatgot import run_folder
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint.portable_write import parameter_groups
 from chatgot.checkpoint.save import Saved, Saver
@@ -20,15 +21,14 @@ from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.distributed import ControlGroup
-from chatgot.engine.build import TrainingEngine, mean_over_ranks
-from chatgot.engine.out_of_memory import RanOut
+from chatgot.engine.step import TrainingEngine, mean_over_ranks
 from chatgot.errors import CheckpointError, NumericsError
 from chatgot.observe.journal import Events, Journal, Patient
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof.compare import Proof
-from chatgot.training import micro_batch, rollback, samples, schedule, skipped
+from chatgot.training import rollback, samples, schedule, skipped
 from chatgot.training.evaluate import Evaluation, evaluate
 from chatgot.training.guard import Guard
 from chatgot.training.memory import MemoryCheck
@@ -153,14 +153,9 @@ class Loop:
 
     def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
-        memory = self.engine.memory
-        flags = (*flags, memory.retried, memory.lost)
-        *raised, retried, lost = self.proof.end_step(
+        return self.proof.end_step(
             self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples
         )
-        if retried:
-            micro_batch.after_update(self, lost)
-        return tuple(raised)
 
     def _diverged(self, step: int) -> str | None:
         known, self.proof.losses = self.proof.losses, []
@@ -171,16 +166,10 @@ class Loop:
         scheduled = self.engine.config.chatgot.schedule
         if scheduled is not None:
             self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
-        drawn_so_far = rng.capture()
-        while True:
-            try:
-                loss = self.engine.train_step(self.train_batches.micro_batches(self.position.next_sample))
-                break
-            except RanOut as error:  # on all ranks, as the next one
-                rng.restore(drawn_so_far)
-                micro_batch.shrink(self, self.step + 1, error.where)
-            except NumericsError as error:
-                raise rollback.stopped(self, str(error), hint="") from error
+        try:
+            loss = self.engine.train_step(self.train_batches.micro_batches(self.position.next_sample))
+        except NumericsError as error:
+            raise rollback.stopped(self, str(error), hint="") from error
         self.position.next_sample += self.train_batches.global_batch_size
         return loss
 
@@ -251,7 +240,7 @@ class Loop:
                 self.ranks,
             )
             if self.ranks.rank == 0:
-                path, text = samples.path(self.out_dir / "samples", step), samples.as_text(drawn)
+                path, text = samples.path(self.out_dir / run_folder.SAMPLES, step), samples.as_text(drawn)
                 if self.records.samples.attempt(lambda: samples.write(path, text)):
                     self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
                 self.records.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")

@@ -21,18 +21,17 @@ from chatgot.checkpoint.retention import expected_bytes
 from chatgot.checkpoint.save import Saver
 from chatgot.config.overrides import apply_overrides, parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
+from chatgot.data.cache import prepare_cached
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
-from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.batch import TO_BE_FOUND
 from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
 from chatgot.deepspeed_json.file import plain_copy, read_document
-from chatgot.devices import DeviceFacts
+from chatgot.devices import DeviceFacts, deterministic, device_facts, device_name, matmul_precision
 from chatgot.distributed import ControlGroup, Place, find_place
-from chatgot.engine.build import build
+from chatgot.engine.build import build, join, versions
 from chatgot.engine.optimizer import state_kind
 from chatgot.engine.precision_check import check_precision
-from chatgot.engine.process_group import deterministic, device_facts, device_name, join, versions
 from chatgot.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -40,9 +39,8 @@ from chatgot.errors import (
     CheckpointError,
     DataError,
 )
-from chatgot.model.flops import Precision, flops_per_token
 from chatgot.model.gpt import GPT
-from chatgot.model.shapes import count_matmul_parameters, count_parameters
+from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count
@@ -209,7 +207,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     records = Records(progress)
     prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
     matmul_params = count_matmul_parameters(config.model, data.tokenizer.vocab_size)
-    own = arguments.out_dir / "checkpoints"
+    own = arguments.out_dir / run_folder.CHECKPOINTS
     loop = Loop(
         engine=engine,
         config=config,
@@ -225,7 +223,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         mfu=Mfu(
             flops_per_token(matmul_params, config.model.n_layers, config.model.d_model, block),
             facts.name,
-            _mfu_precision(engine_config),
+            matmul_precision(engine_config.precision),
             place.world_size,
             progress.say,
         ),
@@ -299,8 +297,7 @@ def _prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGrou
     for turn in (True, False):
         if (place.local_rank == 0) == turn and error is None:
             try:
-                say = progress.say if place.rank == 0 else (lambda message: None)
-                data = prepare_cached(spec, config.data, say=say)
+                data = prepare_cached(spec, config.data)
                 check_block_size(data, config.model.max_seq_length)
             except ChatGoTError as caught:
                 error = caught
@@ -326,16 +323,14 @@ def _find_micro_batch(
     place: Place,
     ranks: ControlGroup,
     progress: Progress,
-) -> finder.Answer | None:
+) -> finder.Stored | None:
     """Where the JSON leaves it to memory. Collective."""
     tree = read_document(Path(arguments.deepspeed_config)).tree
     if not finder.wants_probe(apply_overrides(plain_copy(tree), overrides)):
         return None
     model = dataclasses.asdict(config.model)
     name = facts.name or facts.kind
-    return finder.find(
-        tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks, progress.say
-    )
+    return finder.find(tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks)
 
 
 def _choose_checkpoint(
@@ -356,7 +351,7 @@ def _choose_checkpoint(
             run_folder.check_writable(arguments.out_dir)
             if note := run_folder.acquire_lock(arguments.out_dir):
                 progress.say(note)
-            take_back(arguments.out_dir / "checkpoints")
+            take_back(arguments.out_dir / run_folder.CHECKPOINTS)
             found = load.choose(arguments.resume_from, arguments.out_dir)
             if found is not None:
                 for note in found.notes:
@@ -374,10 +369,6 @@ def _choose_checkpoint(
 def _fallback_prompt(data: PreparedData) -> str:
     start = data.tokenizer.decode(data.val[:64].tolist()).strip()
     return (start.split("\n")[0] or data.tokenizer.decode(data.val[:1].tolist()))[:24]
-
-
-def _mfu_precision(config: EngineConfig) -> Precision:
-    return "bf16" if config.precision.endswith("bf16") else "fp16" if config.precision.endswith("fp16") else "fp32"
 
 
 def _open_records(
@@ -417,8 +408,8 @@ def _open_records(
     run_folder.write_settings(
         out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer
     )
-    loop.records.journal = Journal(out / "metrics.jsonl", say)
-    loop.records.events = Events(out / "events.jsonl", say=say)
+    loop.records.journal = Journal(out / run_folder.METRICS, say)
+    loop.records.events = Events(out / run_folder.EVENTS, say=say)
     for note in (loop.records.journal.note, loop.records.events.note):
         if note:
             say(note)
@@ -431,7 +422,7 @@ def _open_records(
         run_config={"run": run, "deepspeed": engine_config.to_dict()},
         say=say,
         resumed_from_step=loop.step if found else None,
-        last_step=newest_step(out / "metrics.jsonl"),
+        last_step=newest_step(out / run_folder.METRICS),
     )
     for note in found.notes if found else ():
         loop.records.event("resume_warning", message=note)

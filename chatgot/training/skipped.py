@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chatgot.engine.numerics import diagnose
+from chatgot.engine.step import diagnose
 
 if TYPE_CHECKING:
     from chatgot.training.loop import Loop
@@ -66,6 +66,6 @@ def report(loop: Loop, step: int, loss: torch.Tensor, first_sample: int) -> None
         ),
         first_sample=first_sample,
         losses=dict(sorted(losses.items())),
-        layer_grad_norms=engine.norms.found if engine.norms is not None else None,
+        layer_grad_norms=engine.layer_grad_norms,
         texts={index: tokenizer.decode(batches.tokens(index).tolist())[:CHARACTERS] for index in worst},
     )

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from chatgot import run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
+from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
@@ -28,10 +30,8 @@ from chatgot.errors import (
     MachineError,
     NumericsError,
 )
-from chatgot.launcher.gpus import visible_gpus
 from chatgot.proof import digest
 from chatgot.proof.digest import History, Setup
-from chatgot.verify.verify import check_run_folder, settings
 
 OUTSIDE = ("wandb", "tensorboard", "csv_monitor", "comet", "flops_profiler", "comms_logger")
 """Sections of the JSON that write somewhere else; a replay leaves them out."""
@@ -60,7 +60,7 @@ def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], N
         CheckpointError: the checkpoint is missing or damaged.
         ChatGoTError: whatever else the training refuses.
     """
-    check_run_folder(run)
+    run_folder.check(run)
     known = digest.history(run)
     found, available = _choose(run, known, steps, tag)
     if available < steps:
@@ -97,7 +97,7 @@ def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], N
 
 def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Found, int]:
     """The checkpoint to start from and the number of journaled steps that follow it without a gap."""
-    folder = run / "checkpoints"
+    folder = run / run_folder.CHECKPOINTS
     manifests: dict[str, dict[str, Any]] = {}
     for name in tags_in(folder):
         with contextlib.suppress(CheckpointError):  # chatgot verify has named it
@@ -143,14 +143,14 @@ def _following(known: History, step: int) -> int:
 def _data(run: Path, found: Found) -> str:
     """The data spec of the run, once it has been seen to give the same tokens."""
     from chatgot.config.run import load_run_config
-    from chatgot.data.prepare import prepare_cached
+    from chatgot.data.cache import prepare_cached
 
-    environ = settings(run, "environment.json")
+    environ = run_folder.read(run, run_folder.ENVIRONMENT)
     spec = str(environ.get("data", {}).get("spec"))
     elsewhere = Path(environ.get("cwd", "")) / spec
     if not Path(spec).exists() and elsewhere.exists():
         spec = str(elsewhere)
-    data = prepare_cached(spec, load_run_config(str(run / "run.yaml")).data, say=lambda message: None)
+    data = prepare_cached(spec, load_run_config(str(run / run_folder.RUN)).data)
     if data.fingerprint != found.manifest["data"]:
         raise DataError(
             f"--data {spec}: is not the data that {run} was trained on (fingerprint {data.fingerprint[:12]}…, the "
@@ -183,18 +183,18 @@ def _train(
     run: Path, found: Found, task: dict[str, Any], ranks: int, environment: dict[str, str], folder: Path
 ) -> dict[str, Any]:
     """What replay_rank reports of its task, done by `ranks` processes in `folder`."""
-    tree = {name: value for name, value in settings(run, "ds_config.json").items() if name not in OUTSIDE}
-    if ranks != settings(run, "environment.json").get("world_size"):
+    tree = {name: value for name, value in run_folder.read(run, run_folder.DS_CONFIG).items() if name not in OUTSIDE}
+    if ranks != run_folder.read(run, run_folder.ENVIRONMENT).get("world_size"):
         tree.pop("gradient_accumulation_steps", None)  # follows from the batch, the micro batch and the ranks
     for section in ("offload_optimizer", "offload_param"):
         offload = (tree.get("zero_optimization") or {}).get(section)
         if isinstance(offload, dict) and offload.get("nvme_path"):
             offload["nvme_path"] = str(folder / "nvme")  # the run itself may be using its own
-    (folder / "ds_config.json").write_text(json.dumps(tree), encoding="utf-8")
+    (folder / run_folder.DS_CONFIG).write_text(json.dumps(tree), encoding="utf-8")
     task = {
         **task,
-        "deepspeed_config": str(folder / "ds_config.json"),
-        "config": str((run / "run.yaml").resolve()),
+        "deepspeed_config": str(folder / run_folder.DS_CONFIG),
+        "config": str((run / run_folder.RUN).resolve()),
         "out_dir": str(folder / "run"),
         "resume_from": f"{run.resolve()}@{found.tag}",
         "result": str(folder / "result.json"),

@@ -5,18 +5,16 @@ no torch.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chatgot import run_folder
 from chatgot.checkpoint.load import Found, find, tags_in
-from chatgot.errors import CheckpointError, ConfigError
+from chatgot.errors import CheckpointError
 from chatgot.observe.journal import lines, read_journal
 from chatgot.proof import digest
 from chatgot.proof.digest import Digest, Setup
-
-SETTINGS = ("run.yaml", "ds_config.json", "environment.json")
 
 
 def verify(run: Path, tag: str | None = None, say: Callable[[str], None] = print) -> bool:
@@ -29,8 +27,8 @@ def verify(run: Path, tag: str | None = None, say: Callable[[str], None] = print
         ConfigError: not a run folder.
         CheckpointError: there is no checkpoint `tag`.
     """
-    check_run_folder(run)
-    folder = run / "checkpoints"
+    run_folder.check(run)
+    folder = run / run_folder.CHECKPOINTS
     problems: list[str] = []
     whole: list[Found] = []
     if tag is not None and tag not in tags_in(folder):
@@ -58,7 +56,7 @@ def verify(run: Path, tag: str | None = None, say: Callable[[str], None] = print
         newest = max(whole, key=lambda found: found.manifest["sequence"])
         if newest.manifest["step"] not in journal.live:
             end = f"ends at step {max(journal.live)}" if journal.live else "has no digest"
-            problems.append(f"{run / 'metrics.jsonl'}: {end}, and does not cover {newest.tag}")
+            problems.append(f"{run / run_folder.METRICS}: {end}, and does not cover {newest.tag}")
     say(f"journal: {journal.describe()}")
     for note in journal.notes:
         say(f"note: {note}")
@@ -66,14 +64,6 @@ def verify(run: Path, tag: str | None = None, say: Callable[[str], None] = print
         say(f"PROBLEM: {problem}")
     say(f"{run}: {'whole' if not problems else f'{len(problems)} problem(s)'}")
     return not problems
-
-
-def check_run_folder(run: Path) -> None:
-    """Raises ConfigError if `run` is no run folder of train.py."""
-    missing = [name for name in SETTINGS if not (run / name).is_file()]
-    if missing:
-        what = "no such folder" if not run.is_dir() else f"not a run folder of train.py: {missing[0]} is missing"
-        raise ConfigError(f"{run}: {what}; give the --out_dir of a run")
 
 
 def _latest(folder: Path, whole: list[Found], say: Callable[[str], None]) -> list[str]:
@@ -127,7 +117,7 @@ class Journal:
 
 def read(run: Path) -> Journal:
     """Read both files of a run folder and check that they hang together."""
-    events, broken_events = read_journal(run / "events.jsonl")
+    events, broken_events = read_journal(run / run_folder.EVENTS)
     setups = digest.setups(events)
     starts = [event for event in events if event.get("event") in ("started", "resumed")]
     with_digests = [event for event in starts if "setup" in event]
@@ -141,7 +131,7 @@ def read(run: Path) -> Journal:
                 f"samples from "
                 f"{event.get('first_sample')} on were left out"
             )
-    path = run / "metrics.jsonl"
+    path = run / run_folder.METRICS
     tokens: dict[int, int] = {}
     given_up: dict[int, Digest] = {}
     last, broken, torn_end, base = 0, 0, False, 0
@@ -176,7 +166,7 @@ def read(run: Path) -> Journal:
             f"{path}: {broken} broken lines, and a kill leaves one at most: somebody else changed the file"
         )
     if broken_events:
-        found.notes.append(f"{run / 'events.jsonl'}: {broken_events} broken line(s)")
+        found.notes.append(f"{run / run_folder.EVENTS}: {broken_events} broken line(s)")
     return found
 
 
@@ -220,14 +210,3 @@ def _ranges(steps: list[int]) -> str:
         else:
             parts.append([step])
     return ", ".join("..".join(map(str, part)) for part in parts)
-
-
-def settings(run: Path, name: str) -> dict:
-    """A JSON file of the run folder. Raises ConfigError if it cannot be read."""
-    try:
-        tree = json.loads((run / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{run / name}: cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{run / name}: not a JSON object")
-    return tree

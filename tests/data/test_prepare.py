@@ -5,6 +5,7 @@ usable text.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -18,8 +19,10 @@ import pytest
 
 from chatgot.config.run import DataConfig
 from chatgot.data import reading
+from chatgot.data.cache import prepare_cached
 from chatgot.data.corpus import FILE_END
-from chatgot.data.prepare import check_block_size, open_prepared, prepare, prepare_cached
+from chatgot.data.prepare import prepare
+from chatgot.data.prepared import check_block_size, open_prepared
 from chatgot.data.tokenizer import CharTokenizer
 from chatgot.errors import ConfigError, DataError
 
@@ -88,20 +91,19 @@ def test_invariant_02_prepared_tokens_decode_to_the_text(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_invariant_01_validation_text_is_not_in_training(kind, tmp_path):
+def test_invariant_01_validation_text_is_not_in_training(kind, tmp_path, notes):
     """Every line is unique, so a line that two splits share could only come from a split after windowing or
     shuffling.
     """
     text = "".join(f"line {i} of the book\n" for i in range(4000))
-    notes: list[str] = []
-    data = prepare(write(tmp_path / "t.txt", text), tmp_path / "out", config(kind, test_fraction=0.1), say=notes.append)
+    data = prepare(write(tmp_path / "t.txt", text), tmp_path / "out", config(kind, test_fraction=0.1))
     train, val, test = (set(data.tokenizer.decode(s).split("\n")[1:-1]) for s in (data.train, data.val, data.test))
     assert len(train) + len(val) + len(test) >= 3994
     assert not train & val
     assert not train & test
     assert not val & test
     assert data.meta.val_in_train_share == 0.0
-    assert not [n for n in notes if "warning" in n]
+    assert not notes(logging.WARNING)
 
 
 def test_position_split_cuts_at_the_wished_character(tmp_path):
@@ -141,17 +143,16 @@ def test_files_too_large_for_a_file_boundary_are_split_by_position(tmp_path):
         prepare(tmp_path / "in" / "0.txt", tmp_path / "out1", config(split_by="file"))
 
 
-def test_bom_and_windows_line_ends_are_removed_with_a_note(tmp_path, monkeypatch):
+def test_bom_and_windows_line_ends_are_removed_with_a_note(tmp_path, monkeypatch, notes):
     text = prose(500)
-    notes: list[str] = []
     plain = prepare(write(tmp_path / "a" / "t.txt", text), tmp_path / "plain", config())
     for chunk in (1 << 20, 7):  # 7: line ends and characters fall across chunk borders
         monkeypatch.setattr(reading.TextReader.__init__, "__defaults__", ("utf-8", chunk))
         windows = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
-        data = prepare(write(tmp_path / "b" / "t.txt", windows), tmp_path / "windows", config(), say=notes.append)
+        data = prepare(write(tmp_path / "b" / "t.txt", windows), tmp_path / "windows", config())
         assert data.fingerprint == plain.fingerprint
-        assert any("byte order mark removed" in n for n in notes)
-        assert any(f"{text.count(chr(10)):,} Windows line ends" in n for n in notes)
+        assert any("byte order mark removed" in n for n in notes())
+        assert any(f"{text.count(chr(10)):,} Windows line ends" in n for n in notes())
 
 
 def test_other_encodings_give_the_same_tokens(tmp_path):
@@ -166,40 +167,37 @@ def test_other_encodings_give_the_same_tokens(tmp_path):
         prepare(tmp_path / "a.txt", tmp_path / "o2", config(encoding="base64"))
 
 
-def test_existing_vocabulary_refuses_or_skips_characters_it_lacks(tmp_path):
+def test_existing_vocabulary_refuses_or_skips_characters_it_lacks(tmp_path, notes):
     text = prose(300)
     path = write(tmp_path / "t.txt", text[:2000] + "Ж" + text[2000:] + "ЖЩ")
     vocabulary = CharTokenizer(sorted(set(text)))
     with pytest.raises(DataError, match=r"2 characters .*'Ж' \(U\+0416\), 'Щ' \(U\+0429\); they stand 3 times"):
         prepare(path, tmp_path / "out", config(), tokenizer=vocabulary)
-    notes: list[str] = []
-    data = prepare(path, tmp_path / "out", config(unknown_characters="skip"), tokenizer=vocabulary, say=notes.append)
+    data = prepare(path, tmp_path / "out", config(unknown_characters="skip"), tokenizer=vocabulary)
     assert whole(data) == text
     assert data.meta.train.characters + data.meta.val.characters == len(text)
     assert data.meta.skipped_characters == 3
-    assert any("left out 3 characters" in n for n in notes)
+    assert any("left out 3 characters" in n for n in notes())
     assert data.tokenizer.fingerprint == vocabulary.fingerprint
 
 
 # --- duplicated text ------------------------------------------------------------------------------------------------
 
 
-def test_text_that_stands_there_twice_is_reported(tmp_path):
+def test_text_that_stands_there_twice_is_reported(tmp_path, notes):
     text = prose(3000)
-    notes: list[str] = []
-    data = prepare(write(tmp_path / "t.txt", text + "x\n" + text), tmp_path / "out", config(), say=notes.append)
-    assert any(n.startswith("warning: about") and "repeats an earlier passage" in n for n in notes)
-    assert any("of the validation text also stands in the training text" in n for n in notes)
+    data = prepare(write(tmp_path / "t.txt", text + "x\n" + text), tmp_path / "out", config())
+    assert any(n.startswith("about") and "repeats an earlier passage" in n for n in notes())
+    assert any("of the validation text also stands in the training text" in n for n in notes())
     assert data.meta.repeated_share == pytest.approx(0.5, abs=0.03)
     assert data.meta.val_in_train_share > 0.9
 
 
-def test_same_file_twice_in_a_folder_is_reported_by_name(tmp_path):
+def test_same_file_twice_in_a_folder_is_reported_by_name(tmp_path, notes):
     for i, seed in enumerate([0, 1, 0, 2]):
         write(tmp_path / "in" / f"{i}.txt", prose(400, seed))
-    notes: list[str] = []
-    data = prepare(tmp_path / "in", tmp_path / "out", config(split_by="file"), say=notes.append)
-    assert "warning: 2.txt has the same content as 0.txt" in notes
+    data = prepare(tmp_path / "in", tmp_path / "out", config(split_by="file"))
+    assert "2.txt has the same content as 0.txt" in notes()
     assert data.meta.repeated_share == pytest.approx(0.25, abs=0.03)
     assert data.meta.val_in_train_share == 0.0
 
@@ -360,7 +358,7 @@ def change_meta(folder: Path, **changes) -> None:
         (lambda d: change_meta(d, format_version=99), r"format_version 99, this program reads 1"),
         (lambda d: change_meta(d, dtype="uint16"), r"dtype uint16"),
         (lambda d: change_meta(d, train=None), r"meta\.json.*train"),
-        (lambda d: change_meta(d, surprise=1), r"unknown key 'surprise'"),
+        (lambda d: change_meta(d, surprise=1), r"surprise: Extra inputs"),
     ],
 )
 def test_damaged_prepared_folder_is_a_data_error(damage, message, prepared):
@@ -380,27 +378,25 @@ def test_verify_false_leaves_hashes_alone_but_not_sizes(prepared):
         open_prepared(prepared, verify=False)
 
 
-def test_prepared_folder_is_opened_as_it_is(prepared):
-    notes: list[str] = []
-    data = prepare_cached(str(prepared), config("byte"), prepared.parent / "cache", say=notes.append)
+def test_prepared_folder_is_opened_as_it_is(prepared, notes):
+    data = prepare_cached(str(prepared), config("byte"), prepared.parent / "cache")
     assert data.path == prepared
     assert data.tokenizer.kind == "char"
     assert not (prepared.parent / "cache").exists()
-    assert "opened prepared folder" in notes[0]
+    assert "opened prepared folder" in notes()[0]
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------
 
 
-def test_cache_is_used_until_text_or_settings_change(tmp_path, monkeypatch):
+def test_cache_is_used_until_text_or_settings_change(tmp_path, monkeypatch, notes, caplog):
     monkeypatch.setenv("CHATGOT_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "t.txt", prose(500))
-    notes: list[str] = []
 
     def hit(**changes) -> bool:
-        notes.clear()
-        prepare_cached(path, config(**changes), say=notes.append)
-        return "taken from" in notes[-1]
+        caplog.clear()
+        prepare_cached(path, config(**changes))
+        return "taken from" in notes()[-1]
 
     assert [hit(), hit(), hit(val_fraction=0.2), hit(kind="byte"), hit(kind="byte")] == [
         False,
@@ -414,21 +410,22 @@ def test_cache_is_used_until_text_or_settings_change(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache" / "prepared").glob("*/meta.json"))) == 4
 
 
-def test_damaged_cache_entry_is_made_anew(tmp_path):
+def test_damaged_cache_entry_is_made_anew(tmp_path, notes):
     path = write(tmp_path / "t.txt", prose(500))
     first = prepare_cached(path, config(), tmp_path / "cache")
     flip(first.path / "train.bin")
-    notes: list[str] = []
-    second = prepare_cached(path, config(), tmp_path / "cache", say=notes.append)
-    assert "damaged" in notes[0]
+    second = prepare_cached(path, config(), tmp_path / "cache")
+    assert "damaged" in notes()[0]
     assert second.fingerprint == first.fingerprint == open_prepared(second.path).fingerprint
 
 
 def test_two_processes_share_one_preparation_and_a_kill_leaves_nothing(tmp_path):
     path = write(tmp_path / "t.txt", prose(20000))
     code = f"""
-        from chatgot.data.prepare import prepare_cached
+        import logging, sys
+        from chatgot.data.cache import prepare_cached
         from chatgot.config.run import DataConfig
+        logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
         print(prepare_cached({path!r}, DataConfig(), {str(tmp_path / "cache")!r}).fingerprint)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
@@ -486,13 +483,12 @@ def test_disk_that_fills_up_is_a_data_error_and_leaves_nothing(tmp_path):
         prepare(path, tmp_path / "t.txt" / "out", config())
 
 
-def test_odd_contents_are_reported(tmp_path):
+def test_odd_contents_are_reported(tmp_path, notes):
     write(tmp_path / "in" / "a.txt", prose(300))
     write(tmp_path / "in" / "b.txt", "")
     write(tmp_path / "in" / "c.txt", "nul \0\0 here")
     (tmp_path / "in" / "linked").symlink_to(tmp_path)
-    notes: list[str] = []
-    prepare(tmp_path / "in", tmp_path / "out", config(), say=notes.append)
-    assert any("linked/ (a link)" in n for n in notes)
-    assert any("1 empty file left out: b.txt" in n for n in notes)
-    assert any("c.txt: 2 NUL characters" in n for n in notes)
+    prepare(tmp_path / "in", tmp_path / "out", config())
+    assert any("linked/ (a link)" in n for n in notes())
+    assert any("1 empty file left out: b.txt" in n for n in notes())
+    assert any("c.txt: 2 NUL characters" in n for n in notes())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from chatgot.distributed import find_place
-from chatgot.engine.process_group import join
+from chatgot.engine.build import join
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chatgot.engine import guards, numerics
+from chatgot.engine import guards
+from chatgot.engine.step import poisoned_by
 from tests.support import environment
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -153,11 +154,11 @@ def test_an_empty_op_table_skips_the_shared_memory_op():
 
     backend = importlib.import_module("deepspeed.comm.torch")
     assert comm.cdb.shm_comm_op is None, (
-        "DeepSpeed compiled its shared-memory op although the table is empty: engine/process_group.py, join"
+        "DeepSpeed compiled its shared-memory op although the table is empty: guards.skip_shared_memory_op"
     )
     source = inspect.getsource(backend.build_shm_op)
     assert "__compatible_ops__" in source, mended(
-        "the op is no longer compiled at the start", "the emptied op table in process_group.join"
+        "the op is no longer compiled at the start", "guards.skip_shared_memory_op"
     )
 
 
@@ -171,7 +172,7 @@ def test_collectives_warn_that_torch_renamed_them():
     named = [w for w in caught if issubclass(w.category, FutureWarning) and "c10d_logger" in w.filename]
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
         pytest.skip("torch renamed the collectives in 2.13")
-    assert named, mended("the new names are used", "the warnings filter in process_group.join")
+    assert named, mended("the new names are used", "guards.quiet_renamed_collectives")
 
 
 def test_bf16_optimizer_always_reports_memory(monkeypatch):
@@ -289,6 +290,49 @@ def test_fp32_stage_0_has_no_norm_and_applies_nan(clipping):
     assert skipped == 0
 
 
+def test_one_rank_reduces_its_gradients_with_itself(monkeypatch):
+    from deepspeed import comm
+
+    reduced, engine = [], stock(0)
+    theirs = comm.all_reduce
+    monkeypatch.setattr(comm, "all_reduce", lambda *args, **kwargs: reduced.append(1) or theirs(*args, **kwargs))
+    train(engine)
+    engine.destroy()
+    assert reduced, mended("a rank that is alone reduces nothing", "enable_backward_allreduce in Stage0Gradients")
+
+
+def test_zero_grad_drops_the_gradients_of_all_parameters_one_by_one():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    source = inspect.getsource(DeepSpeedEngine.zero_grad)
+    assert "self.module.named_parameters()" in source, mended("it is quick", "guards.Stage0Gradients.zero_grad")
+    assert "param.grad = None" in source
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}])
+def test_gradients_of_a_skipped_step_are_dropped_before_it_returns(keys):
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = stock(1, **keys)
+    train(engine, scale=math.inf)
+    assert engine.skipped_steps == 1
+    try:
+        kept = safe_get_full_grad(engine.module.inner.weight)
+    except ValueError:  # "Gradients are only available immediately after backward and before engine step"
+        kept = None
+    assert kept is None or bool(torch.isfinite(kept).all()), mended("they can be looked at", "guards.tell_overflow")
+    seen: list[bool] = []
+    guards.tell_overflow(
+        engine.optimizer,
+        lambda: seen.append(bool(torch.isfinite(safe_get_full_grad(engine.module.inner.weight)).all())),
+    )
+    train(engine)
+    assert seen == []
+    train(engine, scale=math.inf)
+    engine.destroy()
+    assert seen[0] is False  # the BF16_Optimizer drops them twice
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_offload_in_16_bit_never_trains_again_after_a_skipped_step(stage):
     offload = {"stage": stage, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
@@ -310,8 +354,8 @@ def test_a_loss_that_is_not_finite_is_trained_on_if_its_gradients_are(stage):
     engine = stock(stage)
     engine.backward(engine(torch.ones(1, 16)) + math.nan)
     engine.step()
-    assert engine.skipped_steps == 0, mended("it looks at the loss", "numerics.poisoned_by")
-    engine.backward(numerics.poisoned_by(engine(torch.ones(1, 16)) + math.nan))
+    assert engine.skipped_steps == 0, mended("it looks at the loss", "step.poisoned_by")
+    engine.backward(poisoned_by(engine(torch.ones(1, 16)) + math.nan))
     engine.step()
     assert engine.skipped_steps == 1
 
@@ -365,6 +409,26 @@ def test_latest_is_written_before_the_other_ranks_are_done():
     assert "barrier()" not in between, mended(
         "a barrier comes before `latest`", "save_latest=False and our own pointer, checkpoint/save.py"
     )
+
+
+def test_a_save_ends_in_a_barrier_which_a_rank_that_cannot_write_never_reaches(tmp_path: Path):
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    source = inspect.getsource(DeepSpeedEngine.save_checkpoint)
+    after = source[source.index("self._save_zero_checkpoint(") :]
+    assert "dist.barrier()" in after, mended("the ranks do not wait for each other", "guards.file_operations")
+    engine, tried = stock(1), []
+
+    def fails(name: str, theirs: Any) -> Any:
+        return lambda *args, **kwargs: tried.append(name)
+
+    with guards.file_operations(engine, fails):
+        engine.save_checkpoint(str(tmp_path / "a"), tag="a", save_latest=False)
+    assert set(tried) == {"makedirs", "save", "_copy_recovery_script"}
+    assert not list(tmp_path.rglob("*.pt"))
+    engine.save_checkpoint(str(tmp_path / "b"), tag="b")
+    engine.destroy()
+    assert len(list((tmp_path / "b").rglob("*.pt"))) == 2
 
 
 def test_loading_from_an_empty_folder_returns_nothing(tmp_path: Path):

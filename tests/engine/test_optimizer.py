@@ -12,7 +12,6 @@ from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_conf
 from chatgot.devices import DeviceFacts
 from chatgot.engine.build import build
 from chatgot.engine.optimizer import (
-    base_learning_rates,
     build_client_optimizer,
     is_muon,
     parameter_groups,
@@ -150,7 +149,7 @@ def test_any_torch_optimizer_trains(kind, stage, params):
     allowed = {"zero_allow_untested_optimizer": True} if stage else {}
     engine = build(model(), read(kind, stage, {"weight_decay": 0.1, **params}, **allowed), torch.device("cpu"))
     assert type(engine.engine.basic_optimizer) is getattr(torch.optim, kind)
-    assert engine.base_lrs == [1e-2, 1e-2] == base_learning_rates(engine.engine.optimizer)
+    assert engine.base_lrs == [1e-2, 1e-2]
     assert [group["weight_decay"] for group in engine.engine.basic_optimizer.param_groups] == [0.1, 0.0]
     torch.manual_seed(0)
     input_ids = torch.randint(64, (2, 16))

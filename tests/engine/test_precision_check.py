@@ -11,9 +11,10 @@ import torch
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, find_place
+from chatgot.engine.build import join
 from chatgot.engine.precision_check import BOUNDS, SAMPLES, check_precision
-from chatgot.engine.process_group import device_facts, join
 from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json, write_json, write_run_yaml

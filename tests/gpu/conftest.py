@@ -99,7 +99,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 def device() -> Iterator[torch.device]:
     """The device, in a process group of one rank (nccl, or gloo in a dry run) that all in-process tests share."""
     from chatgot.distributed import find_place
-    from chatgot.engine.process_group import join
+    from chatgot.engine.build import join
     from chatgot.training.run import leave
 
     os.environ["DS_ACCELERATOR"] = machine.KIND
@@ -140,7 +140,7 @@ def cuda_only() -> None:
 @pytest.fixture(scope="session")
 def needs_fp16(device: torch.device) -> None:
     """For tests of fp16, which most CPUs cannot do."""
-    from chatgot.engine.process_group import device_facts
+    from chatgot.devices import device_facts
 
     if not device_facts().fp16:
         pytest.skip("dry run on the CPU: it has no fp16")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chatgot.engine.process_group import device_facts
+from chatgot.devices import device_facts
 from tests.gpu import program
 from tests.gpu.tiny import json_tree
 from tests.support import write_json, write_run_yaml

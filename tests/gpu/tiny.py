@@ -15,8 +15,9 @@ from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.engine_config import read_engine_config
-from chatgot.engine.build import TrainingEngine, build
-from chatgot.engine.process_group import device_facts
+from chatgot.devices import device_facts
+from chatgot.engine.build import build
+from chatgot.engine.step import TrainingEngine
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_parameters
 from chatgot.training.schedule import factor

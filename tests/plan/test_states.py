@@ -63,6 +63,18 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         "json": {"stage": 3, "optimizer": MUON, **shared},
         "overrides": {"zero_optimization.reduce_scatter": False},
     }
+    for stage, kind, params in (
+        (0, "AdamW", {"amsgrad": True, "torch_adam": True}),
+        (0, "Adafactor", {}),
+        (0, "RMSprop", {"momentum": 0.9, "centered": True}),
+        (2, "AdamW", {"amsgrad": True, "torch_adam": True}),
+        (2, "SGD", {"momentum": 0.9}),
+        (3, "Adafactor", {}),
+    ):
+        optimizer = {"type": kind, "params": {"lr": 1e-3, **params}}
+        found[f"{kind} {[*params]} stage {stage}"] = {
+            "json": {"stage": stage, "optimizer": optimizer, "zero_allow_untested_optimizer": True, **shared}
+        }
     for case in found.values():
         case["model"] = ODD
     found["bf16 stage 2, modern, grouped heads, tied"] = {

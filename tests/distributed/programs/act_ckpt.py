@@ -26,10 +26,11 @@ from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
 from chatgot.engine import activation_checkpointing
-from chatgot.engine.build import TrainingEngine, build
-from chatgot.engine.process_group import device_facts, join
+from chatgot.engine.build import build, join
+from chatgot.engine.step import TrainingEngine
 from chatgot.model.generate import generate
 from chatgot.model.gpt import GPT, Block
 from chatgot.training.evaluate import evaluate

@@ -15,9 +15,10 @@ from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.engine_config import read_engine_config
+from chatgot.devices import device_facts
 from chatgot.distributed import find_place
-from chatgot.engine.build import build, mean_over_ranks
-from chatgot.engine.process_group import device_facts, join
+from chatgot.engine.build import build, join
+from chatgot.engine.step import mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave
 from chatgot.training.schedule import factor

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
-from chatgot.engine.build import build
-from chatgot.engine.process_group import device_facts, join
+from chatgot.engine.build import build, join
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_parameters
 from chatgot.training.run import leave

@@ -20,10 +20,11 @@ from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine import guards
-from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
-from chatgot.engine.process_group import device_facts, join
+from chatgot.engine.build import build, join
+from chatgot.engine.step import TrainingEngine, mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave
 from tests.distributed.programs.numerics import own_state

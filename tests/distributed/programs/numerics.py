@@ -22,18 +22,19 @@ from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
-from chatgot.engine import guards, numerics
-from chatgot.engine.build import TrainingEngine, build, mean_over_ranks
-from chatgot.engine.numerics import diagnose
-from chatgot.engine.process_group import device_facts, join
+from chatgot.engine import guards
+from chatgot.engine import step as engine_step
+from chatgot.engine.build import build, join
+from chatgot.engine.step import TrainingEngine, diagnose, mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.guard import Guard
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json
 
-POISONED_BY = numerics.poisoned_by
+POISONED_BY = engine_step.poisoned_by
 
 
 class Poison:
@@ -111,13 +112,9 @@ def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[Tra
     poison = Poison(model, case.get("kind", "loss"), place)
     engine = build(model, config, device)
     if case.get("without_poisoning"):
-        numerics.poisoned_by = lambda loss: loss
-    if case.get("without_guard") and engine.stage0 is not None:
-        engine.stage0 = None
-        del (
-            engine.engine.clip_fp32_gradients,
-            engine.engine.optimizer.step,
-        )  # the guard's; DeepSpeed's and torch's own come back
+        engine_step.poisoned_by = lambda loss: loss
+    if case.get("without_guard"):
+        del engine.engine.clip_fp32_gradients, engine.engine.optimizer.step  # the guard's; the stock ones come back
     order = DataOrder(len(tokens()), TINY_MODEL["max_seq_length"], seed=1)
     batches = TrainBatches(
         tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size
@@ -137,7 +134,7 @@ def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device)
         poison.armed = letter == "b"
         engine.set_learning_rate(1.0)
         loss = engine.train_step(batches.micro_batches(sample))
-        norms, diagnosis = engine.norms.found if engine.norms is not None else None, None
+        norms, diagnosis = engine.layer_grad_norms, None
         if not engine.engine.was_step_applied():
             diagnosis = dataclasses.asdict(diagnose(engine, batches.micro_batches(sample)))
         poison.armed = False
@@ -195,7 +192,7 @@ def main() -> None:
     for name, case in plan["poisoned"].items():
         print(name, flush=True)
         results["poisoned"][name] = shared(run(case, plan["schedule"], place, device), place)
-        numerics.poisoned_by = POISONED_BY
+        engine_step.poisoned_by = POISONED_BY
         if not name.startswith("control"):
             results["clean"][name] = shared(run(case, plan["schedule"].replace("b", ""), place, device), place)
     for name, case in plan["autocast"].items():
