@@ -20,9 +20,7 @@ from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError
 from chatgot.files import write_atomically
-
-ATTEMPT = "CHATGOT_ATTEMPT"
-"""Environment variable that names this start of the ranks; `launch/run` sets it where it can start them again."""
+from chatgot.launcher.command import ATTEMPT
 
 
 @dataclass(frozen=True)
