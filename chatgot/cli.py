@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -297,7 +298,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from chatgot.config.run import load_run_config
     from chatgot.deepspeed_json import check
     from chatgot.deepspeed_json.explain import explain
-    from chatgot.deepspeed_json.machine import assumed_device
+    from chatgot.devices import assumed_device
     from chatgot.errors import ConfigError
     from chatgot.model.shapes import count_parameters
 
@@ -335,6 +336,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     from chatgot.tuning.tune import TuneArguments, tune
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     given = {name: value for name, value in vars(arguments).items() if name in TuneArguments.__dataclass_fields__}
     lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     tune(TuneArguments(**{**given, **lists}))

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.bench import measuring
+from chatgot.devices import GIB
 from chatgot.plan.command import SHIPPED
-from chatgot.plan.devices import GIB
 from chatgot.plan.request import read_request
 
 STEPS = 3

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
@@ -25,7 +26,6 @@ from chatgot.errors import (
     ConfigError,
     MachineError,
 )
-from chatgot.launcher.gpus import visible_gpus
 from chatgot.launcher.hostfile import read_hostfile
 from chatgot.launcher.supervisor import Supervisor, say
 

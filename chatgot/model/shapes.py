@@ -1,4 +1,4 @@
-"""Names and shapes of the GPT's parameters, from arithmetic alone: no torch, so that a plan answers at once."""
+"""Names and shapes of the GPT's parameters, and FLOPs of a token, from arithmetic alone: no torch, so that a plan answers at once."""
 
 from __future__ import annotations
 
@@ -64,3 +64,15 @@ def count_matmul_parameters(config: ModelConfig, vocab_size: int) -> int:
     if config.architecture == "gpt2":
         looked_up += config.max_seq_length
     return count_parameters(config, vocab_size) - looked_up * config.d_model
+
+
+def flops_per_token(n_params_non_embedding: int, n_layers: int, d_model: int, seq: int) -> float:
+    """Model FLOPs of forward and backward for one token: 6 N + 12 L d T.
+
+    N counts the parameters that are multiplied with: all but the lookups, the output head included also where it is
+    tied to the token embedding. The second term is attention's scores and weighted sum, causality not discounted.
+    Recomputation (activation checkpointing) is not model work and does not count.
+    Source: PaLM (arXiv:2204.02311), appendix B, with heads x head size = d_model; the same formula as nanoGPT's
+        estimate_mfu.
+    """
+    return 6.0 * n_params_non_embedding + 12.0 * n_layers * d_model * seq

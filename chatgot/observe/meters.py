@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from chatgot.model.flops import Precision, peak_flops
+from chatgot.devices import Precision, peak_flops
 
 _EMA_DECAY_PER_STEP = 0.99
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.devices import GIB, Device
 from chatgot.plan.activations import Activations, activations
-from chatgot.plan.devices import GIB, Device
 from chatgot.plan.settings import FP32, Settings, read_settings
 from chatgot.plan.speed import Speed, speed
 from chatgot.plan.states import Memory, fullest_rank, model_states, padded_numel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatgot.plan.devices import GIB
+from chatgot.devices import GIB
 from chatgot.plan.estimate import CUDA_CONTEXT, FRAGMENTATION, PARTS, PROCESS, Estimate
 from chatgot.plan.remedies import Remedy
 from chatgot.plan.request import Request

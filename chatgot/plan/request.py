@@ -11,9 +11,9 @@ from chatgot.config.run import RunConfig, load_run_config
 from chatgot.deepspeed_json.batch import TO_BE_FOUND
 from chatgot.deepspeed_json.engine_config import read_engine_config
 from chatgot.deepspeed_json.file import read_document
+from chatgot.devices import Device, find_device
 from chatgot.errors import ConfigError
 from chatgot.model.shapes import count_parameters
-from chatgot.plan.devices import Device, find_device
 from chatgot.plan.estimate import Estimate, estimate
 
 CHARACTERS = 100

@@ -7,9 +7,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from chatgot.model.flops import Precision, flops_per_token, peak_flops
-from chatgot.model.shapes import count_matmul_parameters
-from chatgot.plan.devices import Device
+from chatgot.devices import Device, matmul_precision, peak_flops
+from chatgot.model.shapes import count_matmul_parameters, flops_per_token
 from chatgot.plan.settings import FP32, Settings
 
 BEST_EFFICIENCY, HALF_AT = 0.45, 15e6
@@ -46,7 +45,7 @@ def speed(settings: Settings, device: Device) -> Speed | None:
         blocks = flops - 6.0 * settings.vocab_size * model.d_model
         recomputed = blocks / 3 * len(range(0, model.n_layers, settings.recompute_every)) / model.n_layers
     if device.on_cuda:
-        peak = peak_flops(device.facts.name, _precision(settings))
+        peak = peak_flops(device.facts.name, matmul_precision(settings.precision))
         if peak is None:
             return None
         efficiency = BEST_EFFICIENCY / (1 + HALF_AT / matmul) * (1.0 if settings.compiled else EAGER)
@@ -61,10 +60,6 @@ def speed(settings: Settings, device: Device) -> Speed | None:
     moving = _moving_seconds(settings, device) if device.on_cuda else 0.0
     seconds = computing + moving
     return Speed(tokens * settings.world_size / seconds, 1000 * seconds, efficiency, moving / seconds)
-
-
-def _precision(settings: Settings) -> Precision:
-    return "bf16" if settings.precision.endswith("bf16") else "fp16" if settings.precision.endswith("fp16") else "fp32"
 
 
 def _moving_seconds(settings: Settings, device: Device) -> float:

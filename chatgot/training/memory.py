@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from chatgot.config.run import ModelConfig
-from chatgot.devices import DeviceFacts
+from chatgot.devices import GIB, DeviceFacts, device_of_machine
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
 from chatgot.engine.zero_view import live_model_states
 from chatgot.observe.meters import peak_memory_gib
-from chatgot.plan.devices import GIB, Device, find_device
 from chatgot.plan.estimate import Estimate, estimate
 from chatgot.plan.states import STATES
 
@@ -81,12 +80,7 @@ def check_memory(
     device: torch.device,
 ) -> MemoryCheck:
     """The plan of the run that this engine is about to make."""
-    if facts.kind == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        workspace = (33 if properties.major >= 9 else 9) * 2**20
-        here = Device(facts.name, properties.total_memory, facts, library_bytes=workspace)
-    else:
-        here = find_device("cpu")
+    here = device_of_machine(facts, device)
     check = MemoryCheck(estimate(model, vocab_size, engine.config, world_size, here), engine)
     check.start()
     return check

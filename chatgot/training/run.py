@@ -27,7 +27,7 @@ from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.batch import TO_BE_FOUND
 from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
 from chatgot.deepspeed_json.file import plain_copy, read_document
-from chatgot.devices import DeviceFacts, deterministic, device_facts, device_name
+from chatgot.devices import DeviceFacts, deterministic, device_facts, device_name, matmul_precision
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build, join, versions
 from chatgot.engine.optimizer import state_kind
@@ -39,9 +39,8 @@ from chatgot.errors import (
     CheckpointError,
     DataError,
 )
-from chatgot.model.flops import Precision, flops_per_token
 from chatgot.model.gpt import GPT
-from chatgot.model.shapes import count_matmul_parameters, count_parameters
+from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
 from chatgot.observe.journal import Events, Journal, newest_step
 from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count
@@ -224,7 +223,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         mfu=Mfu(
             flops_per_token(matmul_params, config.model.n_layers, config.model.d_model, block),
             facts.name,
-            _mfu_precision(engine_config),
+            matmul_precision(engine_config.precision),
             place.world_size,
             progress.say,
         ),
@@ -331,9 +330,7 @@ def _find_micro_batch(
         return None
     model = dataclasses.asdict(config.model)
     name = facts.name or facts.kind
-    return finder.find(
-        tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks, progress.say
-    )
+    return finder.find(tree, overrides, model, data.tokenizer.vocab_size, name, arguments.out_dir, place, ranks)
 
 
 def _choose_checkpoint(
@@ -372,10 +369,6 @@ def _choose_checkpoint(
 def _fallback_prompt(data: PreparedData) -> str:
     start = data.tokenizer.decode(data.val[:64].tolist()).strip()
     return (start.split("\n")[0] or data.tokenizer.decode(data.val[:1].tolist()))[:24]
-
-
-def _mfu_precision(config: EngineConfig) -> Precision:
-    return "bf16" if config.precision.endswith("bf16") else "fp16" if config.precision.endswith("fp16") else "fp32"
 
 
 def _open_records(

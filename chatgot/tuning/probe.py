@@ -1,4 +1,4 @@
-"""A few real optimizer steps in processes of their own, so that running out of memory there, or being killed for it,
+"""Try a few real optimizer steps in processes of their own, so that running out of memory, or being killed for it,
 costs nothing here.
 
 Run as a program it is one rank of a probe: `python -m chatgot.tuning.probe TASK`, with the rank in the environment.
@@ -18,17 +18,29 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.devices import GIB, Device, DeviceFacts, device_facts, is_out_of_memory
+from chatgot.distributed import find_place, free_port
 from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError
+from chatgot.launcher.command import rank_environment
+from chatgot.model.shapes import count_parameters
+from chatgot.plan.estimate import estimate
+from chatgot.tuning.micro_batch import ATTEMPT
 
 OUTSIDE = ("wandb", "tensorboard", "csv_monitor", "comet", "flops_profiler", "comms_logger", "scheduler")
 """Sections of the JSON that a probe leaves out: they write somewhere else, or have no say in memory and speed."""
+CERTAIN = 1.5
+"""A probe is left out if the plan's peak is this many times what there is: far beyond what the plan errs by
+(BENCHMARKS.md).
+"""
 
 _KILLED = (-9, 137)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be tried: a DeepSpeed JSON's tree with numbers for micro-batch and accumulation, on a model."""
+    """Settings to try: a DeepSpeed JSON's tree with numbers for micro-batch and accumulation, and a model."""
 
     tree: dict[str, Any]
     model: dict[str, Any]
@@ -40,23 +52,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of all ranks: their sum of doubts, their largest memory, the slowest time."""
+    """What all ranks together measured: it fits only if it fits on each of them."""
 
     fits: bool
     reason: str = ""
     """Why not."""
     peak_bytes: int = 0
-    """Most memory of the device, or on a CPU of the process, that was in use at a time."""
+    """Most memory in use at a time on any rank: of its device, or on a CPU of the process."""
     limit_bytes: int = 0
-    """What it could have had."""
+    """What that rank could have had."""
     tokens_per_sec: float = 0.0
-    """Over all ranks."""
+    """Over all ranks, at the pace of the slowest."""
 
 
 @dataclass
 class Probes:
     """Starts one process for each of some ranks, and watches them together with those of other machines."""
 
+    device: Device
+    """The one with the least memory; the same everywhere, so that all leave out the same probes."""
     ranks: tuple[int, ...]
     """Those started here, in the order of LOCAL_RANK from `first_local` on."""
     world_size: int
@@ -68,14 +82,25 @@ class Probes:
     """Every starter's value, everywhere. Collective where there are several."""
     program: tuple[str, ...] = ("-m", "chatgot.tuning.probe")
 
+    def outcome(self, task: Task) -> Outcome:
+        """Run the probe, unless the plan is sure that it cannot fit."""
+        reason = self._beyond(task)
+        return self.run(task) if reason is None else Outcome(False, reason)
+
+    def _beyond(self, task: Task) -> str | None:
+        model, config = read_task(task, self.world_size, self.device.facts)
+        plan = estimate(model, task.vocab_size, config, self.world_size, self.device)
+        needed = plan.needed - plan.margin
+        if needed <= CERTAIN * plan.capacity:
+            return None
+        return f"not tried: chatgot plan says {needed / GIB:.2f} GiB, of {plan.capacity / GIB:.2f} GiB"
+
     def run(self, task: Task) -> Outcome:
         """Probe on all ranks; the same answer everywhere.
 
         Raises:
             MachineError: a rank ended for another reason than memory.
         """
-        from chatgot.distributed import free_port
-
         port = self.share(free_port())[0]
         with tempfile.TemporaryDirectory(prefix="chatgot-probe-") as name, contextlib.ExitStack() as files:
             folder = Path(name)
@@ -120,28 +145,24 @@ class Probes:
             codes = [process.poll() for process in processes]
             states = self.share((any(codes), None in codes))
             if last_chance is None and any(bad for bad, _ in states):
-                last_chance = (
-                    time.monotonic() + 1.0
-                )  # who lost its peer may end before the one that says that memory ran out
+                # A rank that lost its peer may end before the one that says that memory ran out.
+                last_chance = time.monotonic() + 1.0
             late = any(self.share(last_chance is not None and time.monotonic() > last_chance))
             if late or not any(running for _, running in states):
                 return codes
             time.sleep(0.05)
 
     def _environment(self, rank: int, local_rank: int, port: int) -> dict[str, str]:
+        """What launch/run gives to a rank, so that a probe is as fast as the run."""
+        local_ranks = max(len(self.ranks), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        given = rank_environment(os.environ, rank, local_ranks, port, self.device.on_cuda)
         package = str(Path(__file__).resolve().parents[2])
-        return {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if name != "CHATGOT_FAULT" and not name.startswith("TORCHELASTIC_")
-            },
+        left_out = {name for name in given if name in ("CHATGOT_FAULT", ATTEMPT) or name.startswith("TORCHELASTIC_")}
+        return {name: value for name, value in given.items() if name not in left_out} | {
             "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
-            "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": self.address,
-            "MASTER_PORT": str(port),
         }
 
     def _measured(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +174,7 @@ class Probes:
 
 
 def _verdict(rank: int, code: int, log: str) -> dict[str, Any]:
-    """Of a rank that failed: whether it was for want of memory. What is in `error` ends everything."""
+    """Say of a rank that failed whether memory ran out; `error` holds any other reason, which ends everything."""
     if code in _KILLED:
         return {"fits": False, "reason": f"rank {rank} was killed, as the kernel does when memory runs out"}
     if code == EXIT_ENVIRONMENT and "chatgot-probe: out of memory" in log:
@@ -182,24 +203,24 @@ def _together(results: list[dict[str, Any]]) -> Outcome:
     )
 
 
+def read_task(task: Task, world_size: int, facts: DeviceFacts) -> tuple[ModelConfig, EngineConfig]:
+    """Resolve the settings of a task."""
+    model = ModelConfig(**task.model)
+    n_params = count_parameters(model, task.vocab_size)
+    return model, build_engine_config(task.tree, "probe", world_size=world_size, facts=facts, n_params=n_params)
+
+
 def measure(task: Task) -> dict[str, Any]:
-    """One rank: train `task.steps` steps on random tokens; its memory and speed."""
+    """Train `task.steps` steps on random tokens as one rank; returns its memory and speed."""
     import torch
 
     from chatgot.checkpoint import rng
-    from chatgot.config.run import ModelConfig
-    from chatgot.deepspeed_json.engine_config import build_engine_config
-    from chatgot.devices import device_facts
-    from chatgot.distributed import find_place
     from chatgot.engine.build import build, join
     from chatgot.model.gpt import GPT
-    from chatgot.model.shapes import count_parameters
     from chatgot.observe import memory
 
     place, facts = find_place(), device_facts()
-    model_config = ModelConfig(**task.model)
-    n_params = count_parameters(model_config, task.vocab_size)
-    config = build_engine_config(task.tree, "probe", world_size=place.world_size, facts=facts, n_params=n_params)
+    model_config, config = read_task(task, place.world_size, facts)
     device = join(place, facts.kind)
     free_before = memory.available_bytes(device)
     model = GPT(model_config, task.vocab_size)
@@ -223,9 +244,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def main(path: str) -> int:
-    """One rank of a probe; its exit code."""
-    from chatgot.devices import is_out_of_memory
-
+    """Run one rank of a probe; returns its exit code."""
     task = Task(**json.loads(Path(path).read_text(encoding="utf-8")))
     try:
         result = measure(task)

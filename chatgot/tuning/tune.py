@@ -1,7 +1,7 @@
-"""`chatgot tune`: which micro-batch, activation checkpointing, ZeRO stage and compilation train fastest within the
-memory that there is.
+"""`chatgot tune`: find the micro-batch, activation checkpointing, ZeRO stage and compilation that train fastest within
+the memory that there is.
 
-Every row of the table is a real run of a few steps in processes of its own (training/probe.py), but for those that the
+Every row of the table is a real run of a few steps in processes of its own (tuning/probe.py), but for those that the
 memory plan puts far beyond the device.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,13 @@ from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.engine_config import build_engine_config
 from chatgot.deepspeed_json.file import plain_copy, read_document
-from chatgot.devices import DeviceFacts, device_facts
+from chatgot.devices import DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
-from chatgot.training.forecast import Forecast, this_device
 from chatgot.tuning.finder import MARGIN, candidates, largest_that_fits
-from chatgot.tuning.probe import (
-    OUTSIDE,
-    Outcome,
-    Probes,
-    Task,
-)
+from chatgot.tuning.probe import OUTSIDE, Outcome, Probes, Task
+
+logger = logging.getLogger(__name__)
 
 SECTION = "activation_checkpointing"
 
@@ -67,7 +64,7 @@ class Row:
     tree: dict[str, Any]
 
     def cells(self) -> tuple[str, ...]:
-        """Of the table."""
+        """Its line of the table, a text for each of HEAD."""
         one = self.outcome
         memory = f"{one.peak_bytes / 2**30:.2f}" if one.peak_bytes else "-"
         speed = f"{one.tokens_per_sec:,.0f}" if one.fits else "-"
@@ -85,11 +82,11 @@ class Row:
 HEAD = ("ZeRO", "recomputed", "compiled", "micro-batch", "peak GiB", "tokens/s", "result")
 
 
-def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: tuple[str, ...] | None = None) -> Row:
-    """Try, print the table, and write the fastest JSON that fits; returns its row.
+def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Row:
+    """Try, log the table, and write the fastest JSON that fits; returns its row.
 
     Args:
-        program: what is run for each rank of a probe, in place of training/probe.py.
+        program: what is run for each rank of a probe, in place of tuning/probe.py.
 
     Raises:
         ConfigError: the JSON or the arguments are wrong; it has no train_batch_size.
@@ -104,10 +101,11 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
     data = prepare_cached(arguments.data, config.data)
     check_block_size(data, config.model.max_seq_length)
     model, vocab_size = dataclasses.asdict(config.model), data.tokenizer.vocab_size
-    probes = Probes(tuple(range(arguments.world_size)), arguments.world_size, arguments.margin)
+    world_size = arguments.world_size
+    probes = Probes(device_of_machine(facts), tuple(range(world_size)), world_size, arguments.margin)
     if program is not None:
         probes.program = program
-    sizes = candidates(total, arguments.world_size)
+    sizes = candidates(total, world_size)
     if arguments.micro_batches is not None:
         if wrong := sorted(set(arguments.micro_batches) - set(sizes)):
             raise ConfigError(
@@ -116,35 +114,33 @@ def tune(arguments: TuneArguments, say: Callable[[str], None] = print, program: 
                 f"{', '.join(map(str, sizes))}"
             )
         sizes = sorted(set(arguments.micro_batches))
-    forecast = Forecast(model, vocab_size, arguments.world_size, this_device(facts))
     rows: list[Row] = []
     for stage, recomputed, compiled, variant in variants(tree, arguments, facts):
         refusal = _refusal(variant, sizes[0], arguments, facts)
         if refusal is not None:
             rows.append(Row(stage, recomputed, compiled, None, Outcome(False, f"refused: {refusal}"), variant))
-            say(" | ".join(rows[-1].cells()))
+            logger.info(" | ".join(rows[-1].cells()))
             continue
 
         def measured(
             micro: int, kind: tuple[int, str, str] = (stage, recomputed, compiled), tree: dict[str, Any] = variant
         ) -> bool:
             run = {key: value for key, value in _with_micro_batch(tree, micro).items() if key not in OUTSIDE}
-            beyond = forecast.beyond(run)
-            outcome = Outcome(False, beyond) if beyond else probes.run(Task(run, model, vocab_size, arguments.steps))
+            outcome = probes.outcome(Task(run, model, vocab_size, arguments.steps))
             rows.append(Row(*kind, micro, outcome, tree))
-            say(" | ".join(rows[-1].cells()))
+            logger.info(" | ".join(rows[-1].cells()))
             return rows[-1].outcome.fits
 
         largest_that_fits(sizes, measured)
     for line in table([row.cells() for row in rows]):
-        say(line)
-    return _fastest(rows, arguments, total, say)
+        logger.info(line)
+    return _fastest(rows, arguments, total)
 
 
 def variants(
     tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts
 ) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
-    """(ZeRO stage, recomputed, compiled, the JSON's tree with these)."""
+    """Yield (ZeRO stage, recomputed, compiled, the JSON's tree with these)."""
     zero = tree.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {"stage": int(bool(zero))}
     own_stage = zero.get("stage", 0)
@@ -165,7 +161,7 @@ def variants(
 
 
 def _total(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> int:
-    """The global batch, which stays; every other problem of the JSON is refused here."""
+    """The global batch, which stays. Refuses every other problem of the JSON."""
     config = build_engine_config(
         plain_copy(tree),
         str(arguments.deepspeed_config),
@@ -188,14 +184,14 @@ def _with_micro_batch(tree: dict[str, Any], micro: int) -> dict[str, Any]:
     return {**{key: value for key, value in tree.items() if key != ACCUMULATION}, MICRO: micro}
 
 
-def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int, say: Callable[[str], None]) -> Row:
+def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int) -> Row:
     fitting = [row for row in rows if row.outcome.fits]
     if not fitting:
         raise MachineError(f"{arguments.deepspeed_config}: nothing that was tried fits into memory; see the table")
     best = max(fitting, key=lambda row: row.outcome.tokens_per_sec)
     assert best.micro_batch is not None
     accumulation = total // (best.micro_batch * arguments.world_size)
-    say(
+    logger.info(
         f"fastest that leaves {arguments.margin:.0%} of the memory free: ZeRO stage {best.stage}, recomputation "
         f"{best.recomputed}, "
         f"compilation {best.compiled}, micro-batch {best.micro_batch}, accumulation {accumulation}, global batch "
@@ -203,12 +199,12 @@ def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int, say: Cal
     )
     if arguments.out is not None:
         write_atomically(arguments.out, json.dumps(_with_micro_batch(best.tree, best.micro_batch), indent=2) + "\n")
-        say(f"written: {arguments.out}")
+        logger.info(f"written: {arguments.out}")
     return best
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, with columns as wide as their widest cell."""
+    """Lines of a Markdown table with columns as wide as their widest cell."""
     all_rows = [HEAD, *rows]
     widths = [max(len(row[column]) for row in all_rows) for column in range(len(HEAD))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in all_rows]

@@ -17,6 +17,7 @@ from typing import Any
 from chatgot import run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
+from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
@@ -29,7 +30,6 @@ from chatgot.errors import (
     MachineError,
     NumericsError,
 )
-from chatgot.launcher.gpus import visible_gpus
 from chatgot.proof import digest
 from chatgot.proof.digest import History, Setup
 

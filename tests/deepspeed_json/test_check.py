@@ -21,7 +21,7 @@ from chatgot.deepspeed_json.effective import Effective
 from chatgot.deepspeed_json.engine_config import build_engine_config
 from chatgot.deepspeed_json.explain import explain, explained_keys, sentences
 from chatgot.deepspeed_json.findings import shown
-from chatgot.deepspeed_json.machine import assumed_device
+from chatgot.devices import assumed_device
 from chatgot.errors import ConfigError
 from tests.deepspeed_json.conftest import GPU, VALID, with_keys
 from tests.support import ROOT, environment

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatgot.devices import is_out_of_memory
+from chatgot.devices import device_facts, device_of_machine, is_out_of_memory
 from chatgot.tuning import finder
 from chatgot.tuning.probe import Probes, Task
 from tests.gpu.tiny import VOCABULARY, fp32_parameters, micro_batches, model_config, tiny_engine
@@ -43,11 +43,11 @@ def test_a_step_that_does_not_fit_says_so_and_leaves_the_weights(stage, device, 
 def test_the_finder_is_brute_force_on_a_limited_device(device, record):
     tree = {**engine_json(batch=27), "train_micro_batch_size_per_gpu": "auto"}
     model = dataclasses.asdict(model_config(**MODEL))
-    probes = Probes((0,), 1, 0.0, program=("-m", "tests.tuning.programs.limited_probe", "fraction", str(700 * 2**20)))
+    program = ("-m", "tests.tuning.programs.limited_probe", "fraction", str(700 * 2**20))
+    probes = Probes(device_of_machine(device_facts(), device), (0,), 1, 0.0, program=program)
     sizes = finder.candidates(27, 1)
     fitting = [size for size in sizes if probes.run(Task(finder.probe_tree(tree, size, 1), model, VOCABULARY)).fits]
-    lines: list[str] = []
-    answer = finder.search(tree, model, VOCABULARY, 1, probes, lines.append, "key")
+    answer = finder.search(tree, model, VOCABULARY, probes)
     record(found=answer.micro_batch)
     assert answer.micro_batch == max(fitting) < 27
     assert torch.ones(2**20, device=device).sum() == 2**20

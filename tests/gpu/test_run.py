@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatgot.devices import device_facts
+from chatgot.devices import device_facts, peak_flops
 from chatgot.inference.sample import SampleArguments, sample
-from chatgot.model.flops import peak_flops
 from chatgot.observe.journal import live_metrics
 from tests.gpu import program
 from tests.gpu.tiny import json_tree

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.devices import device_facts
-from chatgot.model.flops import peak_flops
+from chatgot.devices import device_facts, peak_flops
 from chatgot.observe.journal import live_metrics
 from tests.gpu import program
 from tests.gpu.machine import DRY_RUN

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from chatgot.devices import visible_gpus
 from chatgot.errors import MachineError
-from chatgot.launcher.gpus import visible_gpus
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LISTING = "\n".join(f"GPU {index}: NVIDIA H100 80GB HBM3 (UUID: GPU-{index}aaa-bbbb)" for index in range(4))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.model.flops import flops_per_token, peak_flops
+from chatgot.devices import peak_flops
+from chatgot.model.shapes import flops_per_token
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 
 

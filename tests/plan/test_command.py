@@ -10,9 +10,8 @@ import sys
 import pytest
 
 from chatgot.cli import main
+from chatgot.devices import DEVICES, GIB, find_device, peak_flops
 from chatgot.errors import ConfigError
-from chatgot.model.flops import peak_flops
-from chatgot.plan.devices import DEVICES, GIB, find_device
 from chatgot.plan.remedies import find_remedies
 from chatgot.plan.request import read_request
 from tests.support import ROOT, engine_json, write_json

@@ -10,9 +10,8 @@ import pytest
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.engine_config import build_engine_config
-from chatgot.devices import DeviceFacts
+from chatgot.devices import DeviceFacts, find_device
 from chatgot.model.shapes import count_parameters
-from chatgot.plan.devices import find_device
 from chatgot.plan.estimate import Estimate, estimate
 from tests.support import engine_json, run_ranks
 

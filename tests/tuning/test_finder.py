@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -12,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatgot.config.run import ModelConfig
-from chatgot.devices import DeviceFacts
+from chatgot.devices import Device, DeviceFacts, device_of_machine
 from chatgot.errors import MachineError
-from chatgot.training.forecast import Forecast, this_device
 from chatgot.tuning import finder
 from chatgot.tuning.finder import candidates, largest_that_fits
 from chatgot.tuning.probe import Probes, Task
@@ -55,22 +55,21 @@ def test_candidates_make_the_global_batch_with_whole_accumulation_steps():
 @pytest.mark.parametrize(("kind", "limit"), [("hook", 4 * LOGITS), ("rlimit", 55 * LOGITS)])
 def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit):
     tree = {**engine_json(batch=TOTAL), "train_micro_batch_size_per_gpu": "auto"}
-    probes = Probes((0,), 1, 0.0, program=("-m", "tests.tuning.programs.limited_probe", kind, str(limit)))
+    probes = Probes(cpu(), (0,), 1, 0.0, program=("-m", "tests.tuning.programs.limited_probe", kind, str(limit)))
     every = {
         size: probes.run(Task(finder.probe_tree(tree, size, 1), MODEL, VOCABULARY)) for size in candidates(TOTAL, 1)
     }
     fitting = [size for size, outcome in every.items() if outcome.fits]
     assert fitting in ([1], [1, 3], [1, 3, 9]), every  # the limit is one, and not for everything
-    lines: list[str] = []
-    answer = finder.search(tree, probes, forecast(1), lines.append, "key")
+    answer = finder.search(tree, MODEL, VOCABULARY, probes)
     assert answer.micro_batch == max(fitting)
     assert "ran out of memory" in answer.reason
     assert torch.ones(60 * LOGITS // 4).shape == (60 * LOGITS // 4,)  # here nothing is limited, and nothing broken
 
 
-def forecast(world_size: int, memory: int | None = None) -> Forecast:
-    device = this_device(DeviceFacts("cpu", bf16=True, fp16=False))
-    return Forecast(MODEL, VOCABULARY, world_size, dataclasses.replace(device, memory=memory) if memory else device)
+def cpu(memory: int | None = None) -> Device:
+    device = device_of_machine(DeviceFacts("cpu", bf16=True, fp16=False))
+    return dataclasses.replace(device, memory=memory) if memory else device
 
 
 def test_what_the_plan_puts_far_beyond_the_memory_is_not_probed():
@@ -82,25 +81,25 @@ def test_what_the_plan_puts_far_beyond_the_memory_is_not_probed():
             started.append(task.tree["train_micro_batch_size_per_gpu"])
             return super().run(task)
 
-    fitting = Counted((0,), 1, 0.0, program=("-m", "tests.tuning.programs.fake_probe", "fits"))
-    lines: list[str] = []
-    answer = finder.search(tree, fitting, forecast(1, memory=20 * LOGITS), lines.append, "key")
+    fitting = Counted(cpu(20 * LOGITS), (0,), 1, 0.0, program=("-m", "tests.tuning.programs.fake_probe", "fits"))
+    answer = finder.search(tree, MODEL, VOCABULARY, fitting)
     assert answer.micro_batch == max(started) == 9, "27 samples have 27 logits, and their gradients"
     assert "27 does not (not tried: chatgot plan says " in answer.reason
     started.clear()
+    fitting.device = cpu(1_000_000)
     with pytest.raises(MachineError, match="not even one sample of 128 tokens fits \\(not tried: chatgot plan says"):
-        finder.search(tree, fitting, forecast(1, memory=1_000_000), lines.append, "key")
+        finder.search(tree, MODEL, VOCABULARY, fitting)
     assert started == []
 
 
 def probes_of(how: str) -> Probes:
-    return Probes((0, 1), 2, 0.05, program=("-m", "tests.tuning.programs.fake_probe", how))
+    return Probes(cpu(), (0, 1), 2, 0.05, program=("-m", "tests.tuning.programs.fake_probe", how))
 
 
 @pytest.mark.parametrize(("how", "why"), [("killed", "rank 1 was killed"), ("told", "rank 1 ran out of memory")])
 def test_the_smallest_of_all_ranks_answers_counts(how, why):
     tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
-    answer = finder.search(tree, probes_of(how), forecast(2), lambda line: None, "key")
+    answer = finder.search(tree, MODEL, VOCABULARY, probes_of(how))
     assert answer.micro_batch == 3
     assert f"9 does not ({why}" in answer.reason
 
@@ -108,7 +107,7 @@ def test_the_smallest_of_all_ranks_answers_counts(how, why):
 def test_a_margin_must_stay_free():
     tree = {**engine_json(batch=6), "train_micro_batch_size_per_gpu": "auto"}
     probes = dataclasses.replace(probes_of("told"), margin=0.75)
-    answer = finder.search(tree, probes, forecast(2), lambda line: None, "key")
+    answer = finder.search(tree, MODEL, VOCABULARY, probes)
     assert answer.micro_batch == 1
     assert "3 does not (leaves less than 75% free" in answer.reason
 
@@ -116,10 +115,11 @@ def test_a_margin_must_stay_free():
 def test_another_failure_of_a_probe_is_no_want_of_memory():
     tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
     with pytest.raises(MachineError, match=r"(?s)rank . of a probe ended with 1, not for want of memory"):
-        finder.search(tree, probes_of("broken"), forecast(2), lambda line: None, "key")
+        finder.search(tree, MODEL, VOCABULARY, probes_of("broken"))
 
 
-def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(tmp_path, text_file, monkeypatch, capsys):
+def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(tmp_path, text_file, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", "chatgot")
     tree = {**engine_json(batch=6), "train_micro_batch_size_per_gpu": "auto"}
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=2)
     command = in_process.argv(write_json(tmp_path / "auto.json", tree), tmp_path / "out", config, text_file)
@@ -136,4 +136,25 @@ def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(tmp_path, text_
 
     monkeypatch.setattr(Probes, "run", run)
     assert in_process.train([*command, "train.max_steps=3"]) == 0
-    assert "found by an earlier start" in capsys.readouterr().out
+    assert "found by an earlier start" in caplog.text
+
+
+def test_a_probe_has_the_environment_that_launch_run_gives_to_a_rank(tmp_path, monkeypatch):
+    """Threads shared out over the ranks, and the allocator that keeps its memory, where the user says nothing else."""
+    for name in ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CHATGOT_ATTEMPT", "of the run")
+    monkeypatch.setenv("SEEN", str(tmp_path))
+    tree = {**engine_json(batch=2, micro=1), "gradient_accumulation_steps": 1}
+    assert probes_of("environment").outcome(Task(tree, MODEL, VOCABULARY)).fits
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, one in enumerate(seen):
+        assert (one["RANK"], one["LOCAL_RANK"], one["WORLD_SIZE"]) == (str(rank), str(rank), "2")
+        assert one["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+        assert one["MALLOC_TRIM_THRESHOLD_"] == "10000000000"
+        assert one["GOMP_SPINCOUNT"] == "10000"
+        assert "CHATGOT_ATTEMPT" not in one
+    assert seen[0]["MASTER_PORT"] == seen[1]["MASTER_PORT"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert probes_of("environment").outcome(Task(tree, MODEL, VOCABULARY)).fits
+    assert json.loads((tmp_path / "0.json").read_text())["OMP_NUM_THREADS"] == "3"
