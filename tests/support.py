@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -13,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from chatgot.observe.journal import Branch, read_journal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,6 +133,17 @@ def write_json(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
+@functools.cache
+def takes_fp16() -> bool:
+    """Whether the accelerator of the tests, a CPU, computes in fp16: few do (AVX512-FP16, AMX-FP16).
+
+    Cases that need it are marked `fp16`. CHATGOT_TEST_FP16=0 or 1 forces the answer, see tests/forced/sitecustomize.py.
+    """
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def environment(**extra: str) -> dict[str, str]:
     """Of a rank on the CPU: one thread, no dashboard, this checkout on the path."""
     return {
@@ -203,3 +217,14 @@ def run_ranks(
             )
         )
     return done
+
+
+def live_metrics(path: Path) -> list[dict[str, Any]]:
+    """One record per logged step of the run as it stands, sorted by step; of two values of a step the later counts."""
+    branch: Branch[dict[str, Any]] = Branch()
+    for record in read_journal(path)[0]:
+        step = record["step"]
+        branch.go_to(step)
+        if record.pop("digest", None) is None:
+            branch.by_step[step] = {**branch.by_step.get(step, {}), **record}
+    return [branch.by_step[step] for step in sorted(branch.by_step)]
