@@ -32,6 +32,7 @@ from chatgot.tuning.probe import OUTSIDE, Outcome, Probes, Task
 logger = logging.getLogger(__name__)
 
 SECTION = "activation_checkpointing"
+NOT_RUN = Outcome(False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Row:
     tree: dict[str, Any]
     """The JSON that runs so, micro-batch left out."""
     micro_batch: int | None = None
-    outcome: Outcome = Outcome(False)
+    outcome: Outcome = NOT_RUN
 
     def cells(self) -> tuple[str, ...]:
         """Its line of the table, a text for each of HEAD."""
