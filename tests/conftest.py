@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import os
+import runpy
 from pathlib import Path
 
 import pytest
 
-from tests.support import write_text
+from tests.support import ROOT, takes_fp16, write_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("CHATGOT_TEST_FP16"):
+    path = [str(ROOT / "tests" / "forced"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # for the processes that tests start
+    runpy.run_path(str(ROOT / "tests" / "forced" / "sitecustomize.py"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs fp16 where the CPU has none, before any fixture is set up."""
+    if item.get_closest_marker("fp16") and not takes_fp16():
+        pytest.skip("this CPU does not compute in fp16")
 
 
 @pytest.fixture(scope="session", autouse=True)

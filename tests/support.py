@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -128,6 +129,17 @@ def engine_json(
 def write_json(path: Path, tree: dict[str, Any]) -> Path:
     path.write_text(json.dumps(tree, indent=2))
     return path
+
+
+@functools.cache
+def takes_fp16() -> bool:
+    """Whether the accelerator of the tests, a CPU, computes in fp16: few do (AVX512-FP16, AMX-FP16).
+
+    Cases that need it are marked `fp16`. CHATGOT_TEST_FP16=0 or 1 forces the answer, see tests/forced/sitecustomize.py.
+    """
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def environment(**extra: str) -> dict[str, str]:

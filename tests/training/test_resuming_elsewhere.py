@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from chatgot.observe.journal import live_metrics
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
 
@@ -51,6 +53,14 @@ def test_a_run_turns_to_16_bit_and_back(tmp_path, text_file):
     train(tmp_path, text_file, 1, 2, stage=1, precision="fp32")
     said = train(tmp_path, text_file, 1, 3, stage=1, precision="bf16")
     assert "precision: fp32 -> bf16" in said
-    said = train(tmp_path, text_file, 1, 4, stage=2, precision="fp16")
-    assert "fp16: the checkpoint has no loss scale; starting with 1024" in said
+    said = train(tmp_path, text_file, 1, 4, stage=1, precision="fp32")
+    assert "precision: bf16 -> fp32" in said
     assert losses(tmp_path, "out").keys() == {1, 2, 3, 4}
+
+
+@pytest.mark.fp16
+def test_a_run_turns_from_bf16_to_fp16(tmp_path, text_file):
+    train(tmp_path, text_file, 1, 2, stage=1, precision="bf16")
+    said = train(tmp_path, text_file, 1, 3, stage=2, precision="fp16")
+    assert "fp16: the checkpoint has no loss scale; starting with 1024" in said
+    assert losses(tmp_path, "out").keys() == {1, 2, 3}
