@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from chatgot.observe.journal import Branch, read_journal
+
 ROOT = Path(__file__).resolve().parent.parent
 
 _SENTENCE = (
@@ -215,3 +217,14 @@ def run_ranks(
             )
         )
     return done
+
+
+def live_metrics(path: Path) -> list[dict[str, Any]]:
+    """One record per logged step of the run as it stands, sorted by step; of two values of a step the later counts."""
+    branch: Branch[dict[str, Any]] = Branch()
+    for record in read_journal(path)[0]:
+        step = record["step"]
+        branch.go_to(step)
+        if record.pop("digest", None) is None:
+            branch.by_step[step] = {**branch.by_step.get(step, {}), **record}
+    return [branch.by_step[step] for step in sorted(branch.by_step)]

@@ -1,7 +1,7 @@
 """The run folder's two append-only records: metrics.jsonl (the truth every plot is drawn from) and events.jsonl.
 
 One JSON object a line, ASCII: the metrics of a logged step or of an evaluation, or the digest of a step
-(observe/digest.py), of which every step has one. A number is written with repr, which gives back the same bits when it
+(proof/digest.py), of which every step has one. A number is written with repr, which gives back the same bits when it
 is read. JSON knows no NaN or infinity, so a non-finite metric is written as the string "nan", "inf" or "-inf", and
 `read_journal` turns it back into a float. A kill leaves at most one broken line, the last: every line is a single
 O_APPEND write.
@@ -10,6 +10,7 @@ O_APPEND write.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import numbers
 import os
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, Generic, SupportsFloat, TypeVar
 
 METRICS = (
     "train/loss",
@@ -40,76 +41,65 @@ ranks.
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """How JSON, which has no words for them, is given numbers that are not finite."""
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-class Patient:
-    """Writing that outlives a disk that is full or ill: training goes on, and what could not be written is counted and
-    said.
 
-    It speaks once when writing begins to fail, and once when it works again.
-    """
+class TolerantWriter:
+    """Swallow OSError, warn once, count what is lost, and say when writing works again."""
 
-    def __init__(self, what: str, say: Callable[[str], None]) -> None:
+    def __init__(self, what: str) -> None:
         """`what` is counted: 'lines of metrics.jsonl'."""
         self.what = what
         self.lost = 0
         """Since writing began to fail; 0 while it works."""
-        self._say = say
 
-    def attempt(self, write: Callable[[], Any]) -> bool:
-        """Call `write`; whether it worked. An OSError is kept here; anything else is raised."""
+    def attempt(self, write: Callable[[], object]) -> bool:
+        """Call `write`; returns whether it worked. Raises whatever is no OSError."""
         try:
             write()
         except OSError as error:
             if not self.lost:
-                self._say(
-                    f"WARNING: {self.what} cannot be written: {error}; training goes on without them, every further "
-                    f"one is tried"
+                logger.warning(
+                    f"{self.what} cannot be written: {error}; training goes on without them, every further one is tried"
                 )
             self.lost += 1
             return False
         if self.lost:
-            self._say(f"{self.what} can be written again; {self.lost} were lost")
+            logger.info(f"{self.what} can be written again; {self.lost} were lost")
             self.lost = 0
         return True
 
 
 class LineFile:
-    """An append-only file of JSON lines.
+    """An append-only file of JSON lines. A line that the file system refuses is lost with a warning.
 
-    `note` is None, or says that the file ended in a broken line when it was opened. That line is left as it is and only
-    terminated, so that the lines that follow can be read; `read_lines` then counts it.
+    A broken line at the end of the file that is opened is said, left as it is and only terminated, so that the lines
+    that follow can be read; `read_journal` then counts it.
     """
 
-    def __init__(self, path: str | os.PathLike, say: Callable[[str], None] | None = None) -> None:
-        """With `say`, a line that the file system refuses is lost with a warning (`Patient`); without, `append`
-        raises.
-        """
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._patient = None if say is None else Patient(f"lines of {self.path}", say)
+        self._writer = TolerantWriter(f"lines of {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._torn = False
-        self.note: str | None = None
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            self._attempt(b"\n")
-            self.note = f"{self.path}: the last line was cut off (the run was killed while it was written); it stays, and new lines follow it"
+            self._writer.attempt(lambda: self._write(b"\n"))
+            logger.info(
+                f"{self.path}: the last line was cut off (the run was killed while it was written); it stays, and new "
+                "lines follow it"
+            )
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line.
+        """Write one line. After one that was lost, the next starts on a fresh line.
 
         Raises:
             ValueError: closed, or a value that JSON cannot hold.
-            OSError: there is no `say`, and the file system refused (full, read-only). The next append starts on a fresh
-                line.
         """
-        self._attempt(json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n")
-
-    def _attempt(self, line: bytes) -> None:
-        if self._patient is None:
-            self._write(line)
-        else:
-            self._patient.attempt(lambda: self._write(line))
+        line = json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n"
+        self._writer.attempt(lambda: self._write(line))
 
     def _write(self, line: bytes) -> None:
         if self._fd is None:
@@ -121,20 +111,18 @@ class LineFile:
         self._torn = False
 
     def close(self) -> None:
-        """Idempotent. Lines are in the kernel's hands when `append` returns; close only gives back the descriptor."""
+        """Give back the descriptor; the lines are with the kernel when `append` returns. Idempotent."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
 
 class Journal:
-    """metrics.jsonl. Rank 0 owns it."""
+    """Writes metrics.jsonl. Rank 0 owns it."""
 
-    def __init__(self, path: str | os.PathLike, say: Callable[[str], None] | None = None) -> None:
-        """With `say`, an ill disk costs lines and not the run; see `LineFile`."""
-        self._lines = LineFile(path, say)
-        self.note = self._lines.note
-        """None, or the report of a broken last line found on opening."""
+    def __init__(self, path: str | os.PathLike) -> None:
+        self._lines = LineFile(path)
+        self.close = self._lines.close
 
     def append(self, record: Mapping[str, SupportsFloat | None]) -> None:
         """Write the metrics of one optimizer step: {"step": 250, "train/loss": 1.48, ...}. A metric that is None is
@@ -159,40 +147,29 @@ class Journal:
         self._lines.append(line)
 
     def digest(self, step: int, digest: Mapping[str, Any]) -> None:
-        """Write the digest of one optimizer step (observe.digest.Digest.to_json), on a line of its own."""
+        """Write the digest of one optimizer step (proof.digest.Digest.to_json), on a line of its own."""
         self._lines.append({"step": int(step), "digest": digest})
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._lines.close()
 
 
 class Events:
-    """events.jsonl: started, resumed, saved, skipped step, preempted, finished, ... Rank 0 owns it.
+    """Writes events.jsonl: started, resumed, saved, skipped step, preempted, finished, ... Rank 0 owns it.
 
     `time` is UTC for people; `seconds_since_start` counts from this object's construction on the monotonic clock,
     because the wall clock may jump.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        clock: Callable[[], float] = time.monotonic,
-        say: Callable[[str], None] | None = None,
-    ) -> None:
-        """With `say`, an ill disk costs lines and not the run; see `LineFile`."""
+    def __init__(self, path: str | os.PathLike, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._start = clock()
-        self._lines = LineFile(path, say)
-        self.note = self._lines.note
-        """None, or the report of a broken last line found on opening."""
+        self._lines = LineFile(path)
+        self.close = self._lines.close
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write one event. Fields are JSON values (a Path is written as text).
 
         Raises:
-            ValueError: a field named like one of the three that every event has; TypeError: a value that JSON cannot
-                hold.
+            ValueError: a field named like one of the three that every event has.
+            TypeError: a value that JSON cannot hold.
         """
         own = {
             "event": kind,
@@ -203,13 +180,9 @@ class Events:
             raise ValueError(f"event {kind!r}: the fields {sorted(clash)} are every event's own")
         self._lines.append({**own, **fields})
 
-    def close(self) -> None:
-        """Idempotent."""
-        self._lines.close()
 
-
-def lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
-    """The records of a metrics.jsonl or events.jsonl one by one, in the order of writing; None for a broken line.
+def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
+    """Read a metrics.jsonl or events.jsonl record by record, in the order of writing; None for a broken line.
 
     A broken line is one that a kill cut off (or that a power cut filled with zeros). A file that does not exist has no
     lines.
@@ -228,54 +201,54 @@ def lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
 
 
 def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
-    """All records of a metrics.jsonl or events.jsonl in the order of writing, and the number of broken lines, which are
-    left out.
-    """
-    records, broken = [], 0
-    for record in lines(path):
-        if record is None:
-            broken += 1
-            continue
+    """Read all records in the order of writing; returns them and the number of broken lines, which are left out."""
+    lines = list(read_lines(path))
+    records = [record for record in lines if record is not None]
+    for record in records:
         for name in METRICS:
             value = record.get(name)
             if isinstance(value, str) and value in NON_FINITE:
                 record[name] = NON_FINITE[value]
-        records.append(record)
-    return records, broken
+    return records, len(lines) - len(records)
 
 
-def live_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The history of the run as it stands: one record per logged step, sorted by step; digests are left out.
+class Branch(Generic[T]):
+    """Values by step of the run as it stands, filled in the order of writing.
 
-    Records of the same step are merged, the later value winning. A step lower than the one before it means that the run
-    was resumed from an older checkpoint: what had been written from that step on belongs to a past that was given up,
-    and is dropped.
+    A step lower than the one before it means that the run was resumed from an older checkpoint: what had been written
+    from that step on belongs to a past that was given up.
     """
-    live: dict[int, dict[str, Any]] = {}
-    last = -1
-    for record in read_journal(path)[0]:
-        step = record["step"]
-        if step < last:
-            live = {s: r for s, r in live.items() if s < step}
-        last = step
-        if record.pop("digest", None) is None:
-            live[step] = {**live.get(step, {}), **record}
-    return [live[step] for step in sorted(live)]
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, T] = {}
+        self._last = -1
+
+    def go_to(self, step: int, once: bool = False) -> dict[int, T] | None:
+        """Follow the run to `step`; returns what is given up if it goes back there, None if it goes on.
+
+        Args:
+            once: a step has one value, so that a second one means going back, too.
+        """
+        back = step < self._last or (once and step in self.by_step)
+        self._last = step
+        if not back:
+            return None
+        given_up = {s: value for s, value in self.by_step.items() if s >= step}
+        self.by_step = {s: value for s, value in self.by_step.items() if s < step}
+        return given_up
 
 
 def newest_step(path: str | os.PathLike) -> int | None:
-    """The highest step ever logged, given-up pasts included: what a dashboard that cannot forget has already seen.
-    None: no step.
+    """Find the highest step whose metrics were ever logged, given-up pasts included; None: there is none.
 
-    Steps with a digest alone are no dashboard's.
+    This is what a dashboard that cannot forget has already seen; digests are not sent there.
     """
-    return max(
-        (record["step"] for record in lines(path) if record is not None and "digest" not in record), default=None
-    )
+    steps = (record["step"] for record in read_lines(path) if record is not None and "digest" not in record)
+    return max(steps, default=None)
 
 
 def _finite(value: Any) -> Any:
-    """`value` with non-finite floats as strings and paths as text, all the way down."""
+    """Write non-finite floats as strings and paths as text, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):

@@ -1,9 +1,8 @@
-"""What training costs: tokens per second, milliseconds per step, time to go, model FLOPs utilization, peak memory."""
+"""What training costs: tokens per second, milliseconds per step, time to go, model FLOPs utilization."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from chatgot.devices import Precision, peak_flops
 
 _EMA_DECAY_PER_STEP = 0.99
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,6 @@ class Throughput:
         self._paused_before_first_step = 0.0
         self._total_steps = 0
         self._ema_seconds = self._ema_weight = 0.0
-
-    @property
-    def active_seconds(self) -> float:
-        """Seconds since construction that were not paused."""
-        self._charge()
-        return self._active
 
     @contextmanager
     def paused(self, kind: str) -> Iterator[None]:
@@ -129,36 +124,13 @@ class Throughput:
 class Mfu:
     """Model FLOPs utilization: achieved model FLOP/s over the devices' peak (PaLM, appendix B)."""
 
-    def __init__(
-        self, flops_per_token: float, device_name: str, dtype: Precision, n_devices: int, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, flops_per_token: float, device_name: str, dtype: Precision, n_devices: int) -> None:
         self._flops_per_token = flops_per_token
         peak = peak_flops(device_name, dtype)
         self._peak = peak * n_devices if peak else None
         if self._peak is None:
-            say(f"perf/mfu is left out: the {dtype} peak of {device_name!r} is not known")
+            logger.info(f"perf/mfu is left out: the {dtype} peak of {device_name!r} is not known")
 
     def __call__(self, tokens_per_sec: float) -> float | None:
         """A share of the peak (0.4 = 40 %), or None where the peak is unknown. tokens_per_sec counts all ranks."""
         return self._flops_per_token * tokens_per_sec / self._peak if self._peak else None
-
-
-def peak_memory_gib(device_kind: str) -> float:
-    """Most memory this rank has held so far, in GiB: tensors on the current CUDA device for "cuda", else the process's
-    resident set.
-    """
-    if device_kind == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        # Not getrusage where there is a choice: its ru_maxrss is handed down through fork and exec (Linux), launcher's
-        # peak included.
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) / 2**20  # KiB
-    except FileNotFoundError:
-        pass  # no Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -129,6 +130,27 @@ class Progress:
                 pass  # no descriptor behind it (io.UnsupportedOperation is both): then nothing is left to flush
         if self._on_quiet is not None:
             self._on_quiet(reason)
+
+
+class _LogHandler(logging.Handler):
+    """Prints records as lines of the progress, warnings with "WARNING: " before them."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.say(("WARNING: " if record.levelno >= logging.WARNING else "") + record.getMessage())
+
+
+def show_log(progress: Progress) -> None:
+    """Print what the package logs through this progress, and no longer through an earlier one."""
+    package = logging.getLogger("chatgot")
+    for handler in list(package.handlers):
+        if isinstance(handler, _LogHandler):
+            package.removeHandler(handler)
+    package.addHandler(_LogHandler(progress))
+    package.setLevel(logging.INFO)
 
 
 def describe(metrics: Mapping[str, float | int | None]) -> list[str]:

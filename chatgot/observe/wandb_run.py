@@ -8,6 +8,7 @@ samples on the step axis, and raises on rank 0 alone when there is no API key (d
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import secrets
@@ -15,34 +16,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from chatgot import run_folder
+from chatgot.files import write_atomically
+from chatgot.observe.journal import newest_step
+
+if TYPE_CHECKING:
+    from chatgot.deepspeed_json.engine_config import WandbConfig
 
 _QUEUED_LINES = 10_000
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
-
-class WandbConfig(Protocol):
-    """The DeepSpeed JSON's `wandb` section."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def group(self) -> str | None: ...
-    @property
-    def team(self) -> str | None: ...
+logger = logging.getLogger(__name__)
 
 
 class WandbRun:
     """Rank 0's wandb run, or nothing at all where wandb is disabled, missing or broken. Made by `start`."""
 
-    def __init__(self, say: Callable[[str], None], finish_timeout: float) -> None:
-        self._say = say
+    def __init__(self, finish_timeout: float) -> None:
         self._finish_timeout = finish_timeout
         self._last_step = -1
         self._worker: _Worker | None = None
@@ -58,9 +52,7 @@ class WandbRun:
         run_dir: Path,
         run_name: str,
         run_config: Mapping[str, Any],
-        say: Callable[[str], None],
         resumed_from_step: int | None = None,
-        last_step: int | None = None,
         init_timeout: float = 30.0,
         finish_timeout: float = 60.0,
     ) -> WandbRun:
@@ -70,28 +62,28 @@ class WandbRun:
         Args:
             config: enabled, project, group, team. Disabled: no process is started.
             run_dir: the run folder; the id is kept in run_dir/wandb/run_id.json, with wandb's own files beside it.
+                Steps that its metrics.jsonl has are in wandb already; trained again after a resume from an older
+                checkpoint, they are not logged a second time.
             run_config: the resolved configuration, shown by wandb.
-            say: prints one line; told once about everything that is not as asked for.
             resumed_from_step: the checkpoint's step; None for a new start.
-            last_step: the highest step ever journaled before this start (journal.newest_step). Steps up to it are in
-                wandb already; trained again after a resume from an older checkpoint, they are not logged a second time.
             init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.
             finish_timeout: seconds granted to the upload at the end.
         """
-        self = cls(say, finish_timeout)
+        self = cls(finish_timeout)
         if not config.enabled:
             return self
         if os.environ.get("WANDB_MODE", "").lower() == "disabled":
-            say("wandb: off (WANDB_MODE=disabled)")
+            logger.info("wandb: off (WANDB_MODE=disabled)")
             return self
-        folder = Path(run_dir) / run_folder.WANDB
+        folder = run_dir / run_folder.WANDB
         try:
-            self.id, known = _run_id(folder, say)
+            self.id, known = _run_id(folder)
         except OSError as error:
             self._off(f"its id cannot be kept: {error}")
             return self
         if known:
-            self._last_step = max(-1 if step is None else step for step in (resumed_from_step, last_step))
+            steps = (resumed_from_step, newest_step(run_dir / run_folder.METRICS))
+            self._last_step = max(-1 if step is None else step for step in steps)
         job = {
             "id": self.id,
             "dir": str(run_dir),
@@ -108,8 +100,8 @@ class WandbRun:
         for _ in ("online where that is possible", "offline because of the failure"):
             try:
                 worker = _Worker({**job, "offline_because": failure}, folder)
-                ready = worker.wait("ready", init_timeout, say)
-            except (OSError, _WorkerFailed) as error:
+                ready = worker.wait("ready", init_timeout)
+            except (OSError, _WorkerError) as error:
                 failure = str(error)
                 if "No module named 'wandb'" in failure:
                     failure = "wandb is not installed (pip install wandb), and the JSON's wandb section asks for it"
@@ -119,7 +111,7 @@ class WandbRun:
             because = ready["offline_because"]
             self.mode = "offline" if because else "online"
             what = f"wandb: {'run' if known else 'new run'} {self.id} {'goes on, ' if known else ''}{self.mode}"
-            say(
+            logger.info(
                 f"{what} ({because}); upload later: wandb sync {folder}/offline-run-*"
                 if because
                 else f"{what}: {ready['url']}"
@@ -150,28 +142,28 @@ class WandbRun:
         self.mode = "off"
         try:
             worker.send({"exit_code": exit_code})
-            worker.wait("finished", self._finish_timeout, self._say)
+            worker.wait("finished", self._finish_timeout)
             worker.kill()  # nothing is left for it to do
-        except _WorkerFailed as error:
+        except _WorkerError as error:
             self._off(f"the run was not closed ({error}); complete the upload with: wandb sync {worker.folder}/*run-*")
 
     def _send(self, step: int, metrics: dict[str, float | int], texts: dict[str, str]) -> None:
         if self._worker is None or step <= self._last_step:
             return
         try:
-            self._worker.check(self._say)
+            self._worker.check()
             self._worker.send({"step": step, "metrics": metrics, "texts": texts})
-        except _WorkerFailed as error:
+        except _WorkerError as error:
             self._worker = None
             self._off(str(error))
 
     def _off(self, reason: str) -> None:
         self.mode = "off"
-        self._say(f"wandb: off, {reason}. Training goes on; metrics.jsonl has every metric")
+        logger.info(f"wandb: off, {reason}. Training goes on; metrics.jsonl has every metric")
 
 
-class _WorkerFailed(Exception):
-    """The wandb process failed or did not answer; it is dead when this is raised."""
+class _WorkerError(Exception):
+    """The wandb process failed or did not answer, and has been ended."""
 
 
 class _Worker:
@@ -211,28 +203,28 @@ class _Worker:
         """Queue one message.
 
         Raises:
-            _WorkerFailed: the process has not read for a long time.
+            _WorkerError: the process has not read for a long time.
         """
         try:
             self._lines.put_nowait(json.dumps(message, default=str).encode("ascii") + b"\n")
         except queue.Full:
             self.kill()
-            raise _WorkerFailed(f"it has not taken the last {_QUEUED_LINES} records") from None
+            raise _WorkerError(f"it has not taken the last {_QUEUED_LINES} records") from None
 
-    def check(self, say: Callable[[str], None]) -> None:
-        """Say the warnings that have come in.
+    def check(self) -> None:
+        """Log the warnings that have come in.
 
         Raises:
-            _WorkerFailed: the process has reported a failure or has ended.
+            _WorkerError: the process has reported a failure or has ended.
         """
         while not self._replies.empty():
-            self._handle(self._replies.get(), say)
+            self._handle(self._replies.get())
 
-    def wait(self, kind: str, seconds: float, say: Callable[[str], None]) -> Any:
-        """The value of the reply `kind`.
+    def wait(self, kind: str, seconds: float) -> Any:
+        """Wait for the reply `kind` and return its value.
 
         Raises:
-            _WorkerFailed: the process failed instead, or `seconds` are over.
+            _WorkerError: the process failed instead, or `seconds` are over.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -240,10 +232,10 @@ class _Worker:
                 reply = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 self.kill()
-                raise _WorkerFailed(f"wandb did not answer within {seconds:g} s") from None
+                raise _WorkerError(f"wandb did not answer within {seconds:g} s") from None
             if kind in reply:
                 return reply[kind]
-            self._handle(reply, say)
+            self._handle(reply)
 
     def kill(self) -> None:
         """End the process and both threads. Idempotent."""
@@ -252,18 +244,16 @@ class _Worker:
             self._process.wait(timeout=5)
             self._lines.put_nowait(None)
         except (subprocess.TimeoutExpired, queue.Full):
-            # a process stuck in the kernel dies when that lets go of it; a full queue has a writer, whom the broken
-            # pipe ends
-            pass
+            pass  # stuck in the kernel, it dies when let go; a full queue has a writer, whom the broken pipe ends
         for thread in self._threads:
             thread.join(timeout=1)
 
-    def _handle(self, reply: dict[str, Any], say: Callable[[str], None]) -> None:
+    def _handle(self, reply: dict[str, Any]) -> None:
         if "failed" in reply:
             self.kill()
-            raise _WorkerFailed(reply["failed"])
+            raise _WorkerError(reply["failed"])
         if "warning" in reply:
-            say(f"wandb: {reply['warning']}")
+            logger.info(f"wandb: {reply['warning']}")
 
     def _read(self, descriptor: int) -> None:
         with os.fdopen(descriptor, "rb") as replies:
@@ -283,9 +273,10 @@ class _Worker:
             pass  # the process has ended; the reading thread says so
 
 
-def _run_id(folder: Path, say: Callable[[str], None]) -> tuple[str, bool]:
-    """The run folder's wandb id, and whether it existed. Stored before wandb sees it, so that a kill during init cannot
-    fork the run.
+def _run_id(folder: Path) -> tuple[str, bool]:
+    """Read or make the run folder's wandb id; returns it, and whether it existed.
+
+    It is stored before wandb sees it, so that a kill during init cannot fork the run.
     """
     path = folder / "run_id.json"
     try:
@@ -296,13 +287,8 @@ def _run_id(folder: Path, say: Callable[[str], None]) -> tuple[str, bool]:
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError) as error:
-        say(f"wandb: {path} cannot be read ({error}); this run folder gets a new wandb run")
+        logger.info(f"wandb: {path} cannot be read ({error}); this run folder gets a new wandb run")
     folder.mkdir(parents=True, exist_ok=True)
     new = secrets.token_hex(4)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        json.dump({"id": new}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, json.dumps({"id": new}))
     return new, False

@@ -34,7 +34,7 @@ _TRAINING_IS_GONE = 1
 
 
 class _Replies:
-    """The line to the training process. It may be gone: then there is nobody to tell."""
+    """Writes to the training process, which may be gone: then nothing is written."""
 
     def __init__(self, descriptor: int) -> None:
         self._file: TextIO | None = os.fdopen(descriptor, "w", encoding="ascii")
@@ -52,9 +52,7 @@ class _Replies:
 
 
 class _Stderr:
-    """Standard error: everything goes to worker.log; wandb's warnings and errors are also told to the training
-    process.
-    """
+    """Writes standard error to worker.log, and sends wandb's warnings and errors to the training process, too."""
 
     encoding = "utf-8"
 
@@ -84,11 +82,7 @@ class _Stderr:
 
 def main() -> None:
     """Run one wandb run from the first line of standard input to its end."""
-    for ignored in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # the training gets them too, and decides; we end when it does
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the training gets them too, and decides
         signal.signal(ignored, signal.SIG_IGN)
     replies = _Replies(int(sys.argv[1]))
     sys.stderr = _Stderr(sys.stderr, replies)
@@ -102,7 +96,7 @@ def main() -> None:
         run.finish(exit_code=exit_code)
         replies.send(finished=True)
         exit_status = 0
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001  whatever wandb raises, the training hears of it and goes on
         replies.send(failed=describe(error))
         exit_status = 1
     sys.stderr.flush()
@@ -118,8 +112,8 @@ def _open(job: dict[str, Any], replies: _Replies) -> tuple[Any, Any]:
     offline_because = job["offline_because"] or _why_offline(settings)
     own = {
         "console": "off",
-        "init_timeout": 0.8
-        * job["init_timeout"],  # a little tighter than the bounds around it, so that wandb ends by itself
+        # a little tighter than the bounds around it, so that wandb ends by itself
+        "init_timeout": 0.8 * job["init_timeout"],
         "finish_timeout": 0.8 * job["finish_timeout"],
         "x_transaction_log_flush_interval": 1.0,  # wandb's 15 s is what a machine that dies would lose
         "x_stats_pid": job["pid"],
@@ -144,7 +138,7 @@ def _open(job: dict[str, Any], replies: _Replies) -> tuple[Any, Any]:
 
 
 def _feed(wandb: Any, run: Any) -> int:
-    """Log until the end; returns the exit code. Lines of one step become one record, sent when the next step comes."""
+    """Log until the end and return the exit code. Lines of one step are one record, sent when the next step comes."""
     pending: dict[str, Any] = {}
     exit_code = _TRAINING_IS_GONE
     for line in sys.stdin.buffer:
@@ -168,7 +162,7 @@ def _feed(wandb: Any, run: Any) -> int:
 
 
 def _why_offline(settings: Any) -> str | None:
-    """The reason for which this run cannot be online, or None."""
+    """Find out why this run cannot be online; None: it can."""
     if settings.mode in ("offline", "dryrun"):
         mode = os.environ.get("WANDB_MODE")
         return f"WANDB_MODE={mode}" if mode else "wandb's settings file says so"
@@ -198,7 +192,7 @@ def _netrc_has_key(host: str) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """One line: the type and the message."""
+    """Put an error on one line: the type and the message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -11,7 +11,7 @@ from chatgot.devices import GIB, Device
 from chatgot.plan.activations import Activations, activations
 from chatgot.plan.settings import FP32, Settings, read_settings
 from chatgot.plan.speed import Speed, speed
-from chatgot.plan.states import Memory, fullest_rank, model_states, padded_numel
+from chatgot.plan.states import Memory, checkpoint_bytes, fullest_rank, model_states, padded_numel
 
 PARTS = (
     "parameters",
@@ -104,7 +104,7 @@ def estimate(model: ModelConfig, vocab_size: int, engine: EngineConfig, world_si
         parts=parts,
         peak_at=peak_at,
         host=PROCESS + offloaded + (0 if device.on_cuda else sum(parts.values())),
-        checkpoint=_checkpoint(settings),
+        checkpoint=checkpoint_bytes(settings),
         speed=speed(settings, device),
     )
 
@@ -223,19 +223,3 @@ def _stepping(settings: Settings) -> int:
         share = min(share, settings.sub_group_size)
     flat = 0 if settings.bf16_optimizer else settings.master_bytes * share
     return max(norm, flat + (0 if settings.fused else FP32 * share))
-
-
-def _checkpoint(settings: Settings) -> int:
-    """Weights as the model has them (none at stage 3), and every rank's master weights and moments, padding
-    included.
-    """
-    world = settings.world_size
-    total = settings.parameter_bytes * settings.numel if settings.stage < 3 else 0
-    for group in settings.groups:
-        if settings.stage == 0:
-            total += settings.moment_bytes * sum(map(group.states.elements, group.shapes))
-            continue
-        shared = world * sum(-(-numel // world) for numel in group.numels)
-        flat = padded_numel(group, world) if settings.stage < 3 else shared
-        total += settings.master_bytes * flat + settings.moment_bytes * group.states.elements((flat,))
-    return total

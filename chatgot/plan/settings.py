@@ -72,7 +72,6 @@ class Settings:
     sub_group_size: int
     recompute_every: int | None
     """Every n-th block is recomputed in the backward pass; None: none is."""
-    recompute_backend: str | None
     activations_on_cpu: bool
     """Inputs of recomputed blocks wait in host memory (activation_checkpointing.cpu_checkpointing)."""
     compiled: bool
@@ -170,7 +169,6 @@ def read_settings(
         max_live_parameters=int(zero("stage3_max_live_parameters")),
         sub_group_size=int(zero("sub_group_size")),
         recompute_every=engine.chatgot.activation_checkpointing.every_n_layers if engine.activation_backend else None,
-        recompute_backend=engine.activation_backend,
         activations_on_cpu=bool(recompute.get("cpu_checkpointing")) and engine.activation_backend == "deepspeed",
         compiled=engine.chatgot.compile.enabled,
         notes=tuple(notes),

@@ -150,6 +150,20 @@ def _master_and_moments(settings: Settings, memory: Memory, group: Group, share:
     memory.add("optimizer_states", size * group.states.elements((share,)) + FP32 * group.states.scalars, host)
 
 
+def checkpoint_bytes(settings: Settings) -> int:
+    """Bytes of a checkpoint: the module (not at stage 3), every rank's master weights and moments, padding included."""
+    world = settings.world_size
+    total = settings.parameter_bytes * settings.numel if settings.stage < 3 else 0
+    for group in settings.groups:
+        if settings.stage == 0:
+            total += settings.moment_bytes * sum(map(group.states.elements, group.shapes))
+            continue
+        shared = world * sum(-(-numel // world) for numel in group.numels)
+        flat = padded_numel(group, world) if settings.stage < 3 else shared
+        total += settings.master_bytes * flat + settings.moment_bytes * group.states.elements((flat,))
+    return total
+
+
 def padded_numel(group: Group, world_size: int) -> int:
     """Elements of a group's flat buffer."""
     alignment = ALIGNMENT * world_size

@@ -1,27 +1,27 @@
-"""Proof that a run is the run it says it is: a digest of every step, and after a resume the comparison with the
-journal.
-"""
+"""Proof that a run is what it says: a digest of every step, and after a resume the comparison with the journal."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chatgot.checkpoint import rng
 from chatgot.config.run import RunConfig
-from chatgot.data.loader import TrainBatches
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.distributed import ControlGroup
-from chatgot.engine.step import TrainingEngine
 from chatgot.observe.journal import Journal
 from chatgot.proof import digest
 from chatgot.proof.digest import Digest, History, Setup
 from chatgot.run_folder import flattened
+
+logger = logging.getLogger(__name__)
 
 _NO_NUMBER = (
     "train.log_every",
@@ -66,8 +66,9 @@ _ROUNDING = (
 
 
 def changes_numbers(name: str) -> bool:
-    """Whether the setting (named as overrides name it, or a line of run_folder.changed_settings) is meant to change a
-    run's numbers.
+    """Tell whether a setting, named as overrides name it, is meant to change a run's numbers.
+
+    A line of run_folder.changed_settings will do, too: it begins with the name.
     """
     return not name.startswith((*_NO_NUMBER, *_ROUNDING))
 
@@ -82,7 +83,7 @@ def setup(
     versions: dict[str, str],
     changes: list[str],
 ) -> Setup:
-    """What the numbers of this start depend on.
+    """Collect what the numbers of this start depend on.
 
     Args:
         data: fingerprint of the tokens.
@@ -122,182 +123,151 @@ def _hash(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-@dataclass
-class _Step:
-    """A step whose loss may still be on its way from the device."""
+@dataclass(frozen=True)
+class TrainedStep:
+    """An optimizer step that has just been made, seen by one rank. Its loss may still be on its way from the device."""
 
     step: int
-    loss: torch.Tensor
-    grad_norm: torch.Tensor | float | None
+    loss: Tensor
+    """This rank's, a scalar."""
+    grad_norm: Tensor | float | None
+    """Before clipping; None where DeepSpeed does not measure it."""
     lr: float
     batch: int
+    """64-bit hash of this rank's samples."""
+    offset: int = 0
+    """Of the digest."""
+
+
+@dataclass
+class _Pending:
+    """A step whose digest is not written yet."""
+
+    trained: TrainedStep
     rng: int
-    offset: int
-    setup: str
-    arrived: torch.cuda.Event | None
+    arrived: torch.cuda.Event | None = None
+    """Set when loss and norm have been copied to the CPU."""
+
+
+KnownLoss = tuple[int, float]
+"""A step and its loss as in its digest, on every rank."""
 
 
 class Proof:
-    """Every rank has one; rank 0 writes the digests and compares them.
+    """Digests every step. Every rank has one; rank 0 writes the digests and compares them.
 
     Reading a loss right after its step would make the CPU wait for a GPU: there it is copied away behind the step's
     kernels, and its digest follows one step later. `flush` catches up.
     """
 
-    def __init__(self, ranks: ControlGroup, device: torch.device) -> None:
-        self.overlap: Overlap | None = None
-        """Rank 0's, after a resume."""
-        self.setup_id = ""
-        self.journal: Journal | None = None
-        """Rank 0's, with the id of the setup; both are set before the first step."""
-        self.losses: list[tuple[int, float]] = []
-        """(step, loss as in its digest) of the steps whose losses have become known, on every rank; the guard takes
-        them.
+    def __init__(
+        self,
+        ranks: ControlGroup,
+        device: torch.device,
+        journal: Journal | None = None,
+        setup_id: str = "",
+        overlap: Overlap | None = None,
+    ) -> None:
         """
-        self.describe: Callable[[EngineConfig], Setup] | None = None
-        """Rank 0's: the setup of this start with these settings."""
-        self._ranks = ranks
+        Args:
+            journal: rank 0's, where digests are written.
+            setup_id: of the setup of this start.
+            overlap: rank 0's, after a resume.
+        """
+        self.overlap = overlap
         self.lags = device.type == "cuda"
         """Whether a digest follows one step after its own."""
-        self._late: _Step | None = None
+        self._ranks = ranks
+        self._journal = journal
+        self._setup_id = setup_id
+        self._late: _Pending | None = None
         self._rng = 0
 
-    def settings_changed(self, config: EngineConfig) -> Setup | None:
-        """From the coming step on it trains with these; rank 0's setup, for an event."""
-        if self.describe is None:
-            return None
-        now = self.describe(config)
-        self.setup_id = now.id
-        if self.overlap is not None:
-            self.overlap.settings_changed(now)
-        return now
-
     def begin_step(self) -> None:
-        """Before anything of the step draws a random number."""
+        """Remember the random state, before anything of the step draws a number."""
         self._rng = rng.fingerprint(self._ranks.rank)
 
-    def end_step(
-        self,
-        step: int,
-        loss: torch.Tensor,
-        engine: TrainingEngine,
-        batches: TrainBatches,
-        flags: Sequence[bool],
-        offset: int = 0,
-    ) -> tuple[bool, ...]:
-        """After optimizer step `step`: write what is known of it, and share `flags` (see ControlGroup.any). The one
-        collective of a step.
+    def end_step(self, trained: TrainedStep, flags: Sequence[bool]) -> tuple[tuple[bool, ...], KnownLoss | None]:
+        """Write what is known after an optimizer step, and share `flags` (see ControlGroup.any). The one collective of
+        a step.
 
-        Args:
-            loss: this rank's, a scalar on the device.
-            offset: of the digest.
+        Returns:
+            For each flag, whether any rank raised it; and the loss that has become known: this step's, or on a GPU that
+            of the step before.
         """
-        done = _Step(
-            step,
-            loss,
-            engine.raw_grad_norm,
-            engine.learning_rate,
-            batches.batch_hash,
-            self._rng,
-            offset,
-            self.setup_id,
-            None,
-        )
+        pending: _Pending | None = _Pending(trained, self._rng)
         if self.lags:
-            done.loss, done.grad_norm = _sent(loss), _sent(done.grad_norm)
-            if loss.is_cuda:
-                done.arrived = torch.cuda.Event()
-                done.arrived.record()
-            done, self._late = self._late, done
-        return self._share(done, flags)
+            pending, self._late = self._late, _send(trained, self._rng)
+        return self._share(pending, flags)
 
-    def flush(self) -> None:
-        """Write the digest that is late, if there is one. Collective."""
+    def flush(self) -> KnownLoss | None:
+        """Write the digest that is late, if there is one; returns its loss. Collective."""
         late, self._late = self._late, None
-        if late is not None:
-            self._share(late, ())
+        return self._share(late, ())[1] if late is not None else None
 
-    def _share(self, done: _Step | None, flags: Sequence[bool]) -> tuple[bool, ...]:
-        sums = (0.0,) * 5
-        if done is not None:
-            if done.arrived is not None:
-                done.arrived.synchronize()
-            sums = (float(done.loss), *_halves(done.batch), *_halves(done.rng))
-        raised, (loss, *halves) = self._ranks.exchange(flags, sums)
-        if done is not None:
-            self.losses.append((done.step, loss / self._ranks.world_size))
-        if done is not None and self.journal is not None:
-            norm = done.grad_norm
-            found = Digest(
-                batch=_hex(halves[0], halves[1]),
-                loss=loss / self._ranks.world_size,
-                grad_norm=None if norm is None else float(norm),
-                lr=done.lr,
-                rng=_hex(halves[2], halves[3]),
-                setup=done.setup,
-                offset=done.offset,
-            )
-            self.journal.digest(done.step, found.to_json())
-            if self.overlap is not None:
-                self.overlap.step(done.step, found)
-        return raised
-
-    def end(self) -> None:
-        """The run ends: say how far the comparison got."""
+    def end(self, why: str = "the run ended first") -> None:
+        """Say how far the comparison got, if it is not at its end: no more journaled steps follow."""
         if self.overlap is not None:
-            self.overlap.end()
+            self.overlap.end(why)
+
+    def _share(self, pending: _Pending | None, flags: Sequence[bool]) -> tuple[tuple[bool, ...], KnownLoss | None]:
+        if pending is None:
+            return self._ranks.exchange(flags, (0.0,) * 5)[0], None
+        trained, norm = pending.trained, pending.trained.grad_norm
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        sums = (float(trained.loss), *_halves(trained.batch), *_halves(pending.rng))
+        raised, (loss_sum, *halves) = self._ranks.exchange(flags, sums)
+        loss = loss_sum / self._ranks.world_size
+        if self._journal is not None:
+            now = Digest(
+                batch=_hex(halves[0], halves[1]),
+                loss=loss,
+                grad_norm=None if norm is None else float(norm),
+                lr=trained.lr,
+                rng=_hex(halves[2], halves[3]),
+                setup=self._setup_id,
+                offset=trained.offset,
+            )
+            self._journal.digest(trained.step, now.to_json())
+            if self.overlap is not None:
+                self.overlap.step(trained.step, now)
+        return raised, (trained.step, loss)
 
 
 class Overlap:
     """Compares the first steps after a resume with those that the journal has already. Rank 0's."""
 
-    def __init__(
-        self,
-        from_step: int,
-        now: Setup,
-        known: History,
-        event: Callable[..., None],
-        say: Callable[[str], None],
-        offset: int = 0,
-    ) -> None:
+    def __init__(self, from_step: int, now: Setup, known: History, event: Callable[..., None], offset: int = 0) -> None:
         """
         Args:
             known: the digests after `from_step` of the run that the checkpoint belongs to, read before this start
                 writes its own.
             event: writes to events.jsonl.
-            offset: of the steps' digests that follow: those that were trained after a rollback, of which the checkpoint
-                does not know, are other batches.
+            offset: of the digests that follow. Steps trained after a rollback, of which the checkpoint does not know,
+                are other batches.
         """
         self.from_step = from_step
         self.expected = {step: digest for step, digest in known.digests.items() if digest.offset == offset}
         self.compared = 0
         self.difference: tuple[int, digest.Difference] | None = None
         self._event = event
-        self._say = say
-        self._known = known
-        self._terms: dict[str, digest.Terms] = {}
-        self.settings_changed(now)
+        setups = {one.setup for one in self.expected.values()}
+        self._terms = {name: digest.terms(known.setups.get(name), now) for name in setups}
         self._used: dict[str, digest.Terms] = {}
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
-        self._open = True
-        if not self.expected and known.digests:
-            self._nothing(
-                f"{len(known.digests)} journaled steps follow the checkpoint, and were trained on other data after a "
-                f"rollback"
-            )
+        follow = f"{len(known.digests)} journaled steps follow the checkpoint, and"
+        why = None
+        if not known.digests:
+            why = "the journal ends at the checkpoint"
         elif not self.expected:
-            self._nothing("the journal ends at the checkpoint")
+            why = f"{follow} were trained on other data after a rollback"
         elif not self.compares_anything:
-            why = _describe(self._terms)
-            self._nothing(
-                f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: {why}"
-            )
-
-    def settings_changed(self, now: Setup) -> None:
-        """The coming steps are compared as those of this setup."""
-        self._terms = {
-            name: digest.terms(self._known.setups.get(name), now) for name in {d.setup for d in self.expected.values()}
-        }
+            why = f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: "
+            why += _describe(self._terms)
+        self._open = why is None
+        if why is not None:
+            self._event("resume_not_compared", from_step=from_step, why=why)
 
     @property
     def exact(self) -> bool:
@@ -309,62 +279,54 @@ class Overlap:
         """What of them was compared, and why not more; 'bit for bit'."""
         return _describe(self._used)
 
-    def _nothing(self, why: str) -> None:
-        self._open = False
-        self._event("resume_not_compared", from_step=self.from_step, why=why)
-
     def step(self, step: int, now: Digest) -> None:
-        """Step `step` has been trained (again)."""
+        """Compare a step that has been trained (again)."""
         if not self._open:
             return
         journal = self.expected.get(step)
         if journal is not None:
-            self._used[journal.setup] = self._terms[journal.setup]
-            found = digest.first_difference(journal, now, self._terms[journal.setup], step - self.from_step)
-            if found is not None:
-                self._differs(step, found)
+            terms = self._used[journal.setup] = self._terms[journal.setup]
+            difference = digest.first_difference(journal, now, terms, step - self.from_step)
+            if difference is not None:
+                self._differs(step, difference)
                 return
             self.compared += 1
         if step >= max(self.expected):
             self._verified()
 
-    def _differs(self, step: int, found: digest.Difference) -> None:
-        self._open, self.difference = False, (step, found)
-        self._event(
-            "resume_differs", step=step, field=found.field, journal=found.journal, now=found.now, **self._counts()
-        )
-        self._say(
-            f"WARNING: resume differs at step {step}: {found} ({self.compared} of {len(self.expected)} journaled "
-            f"steps repeated, compared "
-            f"{self.compares}); training goes on"
+    def _differs(self, step: int, difference: digest.Difference) -> None:
+        self.difference = (step, difference)
+        self._close("resume_differs", step=step, **vars(difference))
+        logger.warning(
+            f"resume differs at step {step}: {difference} ({self.compared} of {len(self.expected)} journaled steps "
+            f"repeated, compared {self.compares}); training goes on"
         )
 
     def _verified(self) -> None:
-        self._open = False
-        self._event("resume_verified", **self._counts())
+        self._close("resume_verified")
         how = "repeat the journal bit for bit" if self.exact else f"repeat the journal ({self.compares})"
-        self._say(
-            f"resume verified {self.compared}/{len(self.expected)}: steps {min(self.expected)}..{max(self.expected)} "
-            f"{how}"
-        )
+        steps = f"steps {min(self.expected)}..{max(self.expected)}"
+        logger.info(f"resume verified {self.compared}/{len(self.expected)}: {steps} {how}")
 
-    def _counts(self) -> dict[str, Any]:
-        return {
-            "from_step": self.from_step,
-            "steps": self.compared,
-            "of": len(self.expected),
-            "exact": self.exact,
-            "compares": self.compares,
-        }
-
-    def end(self, why: str = "the run ended first") -> None:
+    def end(self, why: str) -> None:
         """No more steps follow; if some were still to be compared, say so."""
         if not self._open:
             return
-        self._open = False
-        self._event("resume_verified", ended_first=True, **self._counts())
+        self._close("resume_verified", ended_first=True)
         how = f" ({self.compares})" if self.compared else ""
-        self._say(f"resume verified {self.compared}/{len(self.expected)}{how}; {why}")
+        logger.info(f"resume verified {self.compared}/{len(self.expected)}{how}; {why}")
+
+    def _close(self, kind: str, **fields: Any) -> None:
+        self._open = False
+        self._event(
+            kind,
+            **fields,
+            from_step=self.from_step,
+            steps=self.compared,
+            of=len(self.expected),
+            exact=self.exact,
+            compares=self.compares,
+        )
 
 
 def _describe(terms: dict[str, digest.Terms]) -> str:
@@ -372,19 +334,26 @@ def _describe(terms: dict[str, digest.Terms]) -> str:
     return "; ".join(dict.fromkeys(reasons)) or "bit for bit"
 
 
-def _sent(value: Any) -> Any:
-    """On its way to the CPU, if it is a tensor on a GPU; the caller waits for an event."""
-    if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
-        return value
-    host = torch.empty_like(value, device="cpu", pin_memory=True)
-    return host.copy_(value, non_blocking=True)
+def _send(trained: TrainedStep, random_state: int) -> _Pending:
+    """Start copying loss and norm from the GPU to the CPU, if they are there."""
+
+    def sent(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type == "cpu":
+            return value
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+
+    pending = _Pending(replace(trained, loss=sent(trained.loss), grad_norm=sent(trained.grad_norm)), random_state)
+    if trained.loss.is_cuda:
+        pending.arrived = torch.cuda.Event()
+        pending.arrived.record()
+    return pending
 
 
 def _halves(value: int) -> tuple[float, float]:
-    """Upper and lower 32 bits of a 64-bit hash, which sum exactly in fp64."""
+    """Split a 64-bit hash in two halves of 32 bits, which sum exactly in fp64."""
     return float(value >> 32), float(value & 0xFFFF_FFFF)
 
 
 def _hex(high: float, low: float) -> str:
-    """16 digits of the sum modulo 2**64 of which the halves' sums are given."""
+    """Write the sum modulo 2**64 as 16 digits, given the sums of the halves."""
     return f"{((int(high) << 32) + int(low)) % 2**64:016x}"

@@ -1,5 +1,4 @@
-"""The digest of an optimizer step: enough to tell whether a step that was trained again is the same step. Imports no
-torch.
+"""The digest of an optimizer step, and how far the digests of two starts can be compared. Imports no torch.
 
 One line of metrics.jsonl for every step: {"step": 7, "digest": {"batch": ..., "loss": ..., ...}}. JSON numbers are
 written with repr, which gives back the same bits, so a loss of the journal *is* the loss, bit for bit.
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chatgot import run_folder
-from chatgot.observe.journal import NON_FINITE, lines
+from chatgot.observe.journal import NON_FINITE, Branch, read_lines
 
 TOLERANCE = 1e-5
 """Relative, for each step since the checkpoint: loss and gradient norm after a change of layout, in fp32."""
@@ -49,7 +48,7 @@ class Digest:
     different offsets are different batches by intention, and are not compared."""
 
     def to_json(self) -> dict[str, Any]:
-        """For `Journal.digest`."""
+        """As the journal stores it."""
         tree = asdict(self)
         if not self.offset:
             tree.pop("offset")
@@ -57,7 +56,7 @@ class Digest:
 
     @staticmethod
     def from_json(tree: Any) -> Digest | None:
-        """Counterpart of `to_json`; None for what is no digest."""
+        """Read what `to_json` wrote; None for what is no digest."""
         try:
             grad_norm = tree["grad_norm"]
             return Digest(
@@ -75,9 +74,7 @@ class Digest:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the numbers of a run depend on, besides its state; one start of a run has one. Kept in the `started` or
-    `resumed` event.
-    """
+    """What the numbers of one start depend on, besides the run's state. Kept in its `started` or `resumed` event."""
 
     id: str
     """8 hex digits over all of it. Equal ids: equal numbers, bit for bit (where the device is deterministic)."""
@@ -96,12 +93,12 @@ class Setup:
     """'ds.optimizer.params.lr: 0.003 -> 0.001': the settings of `numbers` that this start changed."""
 
     def to_json(self) -> dict[str, Any]:
-        """For the event."""
+        """As the event stores it."""
         return asdict(self)
 
     @staticmethod
     def from_json(tree: Any) -> Setup | None:
-        """Counterpart of `to_json`; None for what is no setup (an event of an earlier ChatGoT)."""
+        """Read what `to_json` wrote; None for what is no setup (an event of an earlier ChatGoT)."""
         try:
             return Setup(**{**tree, "changes": tuple(tree["changes"]), "topology": dict(tree["topology"])})
         except (KeyError, TypeError, ValueError):
@@ -153,7 +150,7 @@ EVERYTHING = ("batch", "rng", "lr", "loss", "grad_norm")
 
 
 def terms(before: Setup | None, now: Setup | None) -> Terms:
-    """How digests of `before` and `now` may be compared; None: a setup that no event tells about."""
+    """Decide how digests of two setups may be compared; None: a setup that no event tells about."""
     if before is None or now is None:
         return Terms(("batch",), why="events.jsonl does not tell the settings of one of them")
     if before.numbers != now.numbers:
@@ -181,8 +178,10 @@ def terms(before: Setup | None, now: Setup | None) -> Terms:
 
 
 def first_difference(journal: Digest, now: Digest, by: Terms, steps: int) -> Difference | None:
-    """The first field in which two digests of one step differ, `steps` steps after the checkpoint from which it was
-    trained again.
+    """Compare two digests of one step, `steps` steps after the checkpoint from which it was trained again.
+
+    Returns:
+        The first field that differs.
     """
     allowed = min(by.tolerance * steps, LARGEST_TOLERANCE)
     for name in EVERYTHING:
@@ -195,9 +194,7 @@ def first_difference(journal: Digest, now: Digest, by: Terms, steps: int) -> Dif
 
 
 def _near(before: float | None, after: float | None, tolerance: float) -> bool:
-    """Norms that are not measured, or of a step that was skipped (which another precision need not skip), say
-    nothing.
-    """
+    """Compare, unless a norm was not measured or a step was skipped (which another precision need not skip)."""
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
         return True
     return abs(before - after) <= tolerance * max(abs(before), abs(after))
@@ -205,7 +202,7 @@ def _near(before: float | None, after: float | None, tolerance: float) -> bool:
 
 @dataclass
 class History:
-    """The digests of the run as it stands after some step, and the setups that its events tell about."""
+    """The digests of a run as it stands, and the setups that its events tell about."""
 
     digests: dict[int, Digest] = field(default_factory=dict)
     """By step, in order."""
@@ -213,27 +210,21 @@ class History:
 
 
 def history(run: Path, after: int = 0) -> History:
-    """Read the latest branch of a run folder: a step lower than the one before it gives up what had been written from
-    that step on.
-    """
-    found: dict[int, Digest] = {}
-    last = -1
-    for record in lines(run / run_folder.METRICS):
-        step = None if record is None else record.get("step")
-        if record is None or not isinstance(step, int):
+    """Read the run as it stands: the digests of its latest branch, from step `after` + 1 on, and all setups."""
+    branch: Branch[Digest] = Branch()
+    for record in read_lines(run / run_folder.METRICS):
+        if record is None or not isinstance(step := record.get("step"), int):
             continue
-        if step < last:
-            found = {s: d for s, d in found.items() if s < step}
-        last = step
+        branch.go_to(step)
         if step > after and (digest := Digest.from_json(record.get("digest"))) is not None:
-            found[step] = digest
-    return History(dict(sorted(found.items())), setups(lines(run / run_folder.EVENTS)))
+            branch.by_step[step] = digest
+    return History(dict(sorted(branch.by_step.items())), setups(read_lines(run / run_folder.EVENTS)))
 
 
 def setups(events: Iterable[Mapping[str, Any] | None]) -> dict[str, Setup]:
-    """By id, from the `started` and `resumed` events."""
-    found = (Setup.from_json(event["setup"]) for event in events if event is not None and "setup" in event)
-    return {setup.id: setup for setup in found if setup is not None}
+    """Collect the setups of the `started` and `resumed` events, by id."""
+    known = (Setup.from_json(event["setup"]) for event in events if event is not None and "setup" in event)
+    return {setup.id: setup for setup in known if setup is not None}
 
 
 def _number(value: Any) -> float:

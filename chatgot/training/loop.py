@@ -23,11 +23,12 @@ from chatgot.data.prepared import PreparedData
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine, mean_over_ranks
 from chatgot.errors import CheckpointError, NumericsError
-from chatgot.observe.journal import Events, Journal, Patient
-from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
+from chatgot.observe.journal import Events, Journal, TolerantWriter
+from chatgot.observe.memory import peak_memory_gib
+from chatgot.observe.meters import Mfu, Throughput
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
-from chatgot.proof.compare import Proof
+from chatgot.proof.compare import KnownLoss, Proof, TrainedStep
 from chatgot.training import rollback, samples, schedule, skipped
 from chatgot.training.evaluate import Evaluation, evaluate
 from chatgot.training.guard import Guard
@@ -43,11 +44,8 @@ class Records:
     journal: Journal | None = None
     events: Events | None = None
     wandb: WandbRun | None = None
-    samples: Patient = field(init=False)
+    samples: TolerantWriter = field(default_factory=lambda: TolerantWriter("samples"))
     """Writes the files of samples/."""
-
-    def __post_init__(self) -> None:
-        self.samples = Patient("samples", self.progress.say)
 
     def event(self, kind: str, **fields: Any) -> None:
         """To events.jsonl, on rank 0."""
@@ -111,7 +109,7 @@ class Loop:
             loss = self._train_step()
             # The one collective a step, before any line of this step: those of metrics.jsonl never go back within a
             # run.
-            signalled, minutes_over, writing = self.share(
+            (signalled, minutes_over, writing), known = self.share(
                 loss, self.stop.received is not None, self._minutes_over(), self.saver.busy
             )
             step, last = self.step, self.step == train.max_steps
@@ -126,7 +124,7 @@ class Loop:
                 fields, line = compared
                 self.records.event("memory", step=step, **fields)
                 self.records.progress.say(line)
-            if why := self._diverged(step):
+            if why := self._diverged(step, known):
                 rollback.diverged(self, why)
                 yield self.step
                 continue
@@ -149,17 +147,22 @@ class Loop:
     def advance(self) -> None:
         """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
         self.share(self._train_step())
-        self.proof.losses.clear()
 
-    def share(self, loss: torch.Tensor, *flags: bool) -> tuple[bool, ...]:
+    def share(self, loss: torch.Tensor, *flags: bool) -> tuple[tuple[bool, ...], KnownLoss | None]:
         """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
-        return self.proof.end_step(
-            self.step, loss, self.engine, self.train_batches, flags, self.position.skipped_samples
+        engine = self.engine
+        trained = TrainedStep(
+            self.step,
+            loss,
+            engine.raw_grad_norm,
+            engine.learning_rate,
+            self.train_batches.batch_hash,
+            self.position.skipped_samples,
         )
+        return self.proof.end_step(trained, flags)
 
-    def _diverged(self, step: int) -> str | None:
-        known, self.proof.losses = self.proof.losses, []
-        return self.guard.divergence(step, self.engine.skips_in_a_row, known)
+    def _diverged(self, step: int, known: KnownLoss | None) -> str | None:
+        return self.guard.divergence(step, self.engine.skips_in_a_row, [known] if known is not None else [])
 
     def _train_step(self) -> torch.Tensor:
         self.proof.begin_step()
@@ -264,8 +267,7 @@ class Loop:
         """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the
         last chance.
         """
-        self.proof.flush()
-        if why := self._diverged(self.step):  # on a GPU the last loss has become known only now
+        if why := self._diverged(self.step, self.proof.flush()):  # on a GPU the last loss has become known only now
             rollback.diverged(self, why, must)
             return
         with self.meter.paused("save"):

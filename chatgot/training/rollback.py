@@ -42,7 +42,6 @@ def diverged(loop: Loop, why: str, must: bool = False) -> None:
     if found is None:
         raise stopped(loop, why)
     loop.proof.flush()
-    loop.proof.losses.clear()
     from_step, end, rollbacks = loop.step, loop.position.next_sample, loop.guard.rollbacks
     with loop.meter.paused("rollback"):
         client_state, _ = resume(loop.engine.engine, found, loop.fields, loop.ranks)
@@ -61,8 +60,7 @@ def diverged(loop: Loop, why: str, must: bool = False) -> None:
         "why": why,
     }
     loop.guard.rollbacks = [*rollbacks, done]
-    if loop.proof.overlap is not None:
-        loop.proof.overlap.end("the run was rolled back first")
+    loop.proof.end("the run was rolled back first")
     if loop.records.wandb is not None:
         loop.records.wandb.rolled_back(from_step)
     loop.records.event("rolled_back", checkpoint=found.tag, **done)

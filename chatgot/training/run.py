@@ -41,13 +41,12 @@ from chatgot.errors import (
 )
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
-from chatgot.observe.journal import Events, Journal, newest_step
+from chatgot.observe.journal import Events, Journal
 from chatgot.observe.meters import Mfu
-from chatgot.observe.progress import Progress, human_count
+from chatgot.observe.progress import Progress, human_count, show_log
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof import digest
 from chatgot.proof.compare import Overlap, Proof, setup
-from chatgot.proof.digest import Setup
 from chatgot.training import (
     micro_batch,
     samples,
@@ -167,6 +166,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     device = join(place, facts.kind)
     ranks = ControlGroup()
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
+    show_log(progress)
     if rehearsal := faults.arm(place.rank):
         progress.say(rehearsal)
 
@@ -225,7 +225,6 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             facts.name,
             matmul_precision(engine_config.precision),
             place.world_size,
-            progress.say,
         ),
         prompts=prompts,
         stop=StopSignals(),
@@ -383,22 +382,19 @@ def _open_records(
     if place.rank != 0:
         return
     out, config, engine_config = arguments.out_dir, loop.config, loop.engine.config
-    run, say = config.to_dict(), loop.records.progress.say
+    run = config.to_dict()
     changes = run_folder.changed_settings(found.folder.parent, run, engine_config.to_dict()) if found else []
 
-    def describe(engine_config: EngineConfig) -> Setup:
-        return setup(
-            config,
-            engine_config,
-            loop.data.fingerprint,
-            place.world_size,
-            device_name(loop.device),
-            deterministic(loop.device),
-            versions(),
-            [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
-        )
-
-    now = describe(engine_config)
+    now = setup(
+        config,
+        engine_config,
+        loop.data.fingerprint,
+        place.world_size,
+        device_name(loop.device),
+        deterministic(loop.device),
+        versions(),
+        [*(line for line in since_checkpoint if line.startswith("data:")), *changes],
+    )
     extra = {
         "data": {"spec": arguments.data, "fingerprint": loop.data.fingerprint},
         "launcher": place.launcher,
@@ -408,21 +404,16 @@ def _open_records(
     run_folder.write_settings(
         out, run, engine_config.to_dict(), run_folder.environment({**versions(), **extra}), loop.data.tokenizer
     )
-    loop.records.journal = Journal(out / run_folder.METRICS, say)
-    loop.records.events = Events(out / run_folder.EVENTS, say=say)
-    for note in (loop.records.journal.note, loop.records.events.note):
-        if note:
-            say(note)
+    loop.records.journal = Journal(out / run_folder.METRICS)
+    loop.records.events = Events(out / run_folder.EVENTS)
     for change in changes:
-        say(f"changed since the checkpoint's run: {change}")
+        loop.records.progress.say(f"changed since the checkpoint's run: {change}")
     loop.records.wandb = WandbRun.start(
         engine_config.wandb,
         run_dir=out,
         run_name=arguments.run_name or out.resolve().name,
         run_config={"run": run, "deepspeed": engine_config.to_dict()},
-        say=say,
         resumed_from_step=loop.step if found else None,
-        last_step=newest_step(out / run_folder.METRICS),
     )
     for note in found.notes if found else ():
         loop.records.event("resume_warning", message=note)
@@ -436,9 +427,8 @@ def _open_records(
         precision=engine_config.precision,
         setup=now.to_json(),
     )
-    loop.proof.journal, loop.proof.setup_id, loop.proof.describe = loop.records.journal, now.id, describe
-    if known is not None:
-        loop.proof.overlap = Overlap(loop.step, now, known, loop.records.event, say, loop.position.skipped_samples)
+    overlap = Overlap(loop.step, now, known, loop.records.event, loop.position.skipped_samples) if known else None
+    loop.proof = Proof(loop.ranks, loop.device, loop.records.journal, now.id, overlap)
 
 
 def _announce(loop: Loop, arguments: TrainArguments, found: Found | None, n_params: int, disk_notes: list[str]) -> None:

@@ -1,5 +1,6 @@
-"""Train some steps of a run again and compare them with its journal. The run folder is only read; needs no torch in
-this process.
+"""Train some steps of a run again and compare them with its journal. The run folder is only read.
+
+`replay` needs no torch: it starts the ranks through launch/run, which run this file with the task's path.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,20 @@ from chatgot import run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.devices import visible_gpus
-from chatgot.errors import (
-    EXIT_CHECKPOINT,
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_NUMERICS,
-    ChatGoTError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MachineError,
-    NumericsError,
-)
+from chatgot.errors import ChatGoTError, CheckpointError, ConfigError, DataError, MachineError, NumericsError
 from chatgot.proof import digest
 from chatgot.proof.digest import History, Setup
 
 OUTSIDE = ("wandb", "tensorboard", "csv_monitor", "comet", "flops_profiler", "comms_logger")
 """Sections of the JSON that write somewhere else; a replay leaves them out."""
 
-_ERRORS = {
-    EXIT_CONFIG: ConfigError,
-    EXIT_DATA: DataError,
-    EXIT_CHECKPOINT: CheckpointError,
-    EXIT_NUMERICS: NumericsError,
-}
+_ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, NumericsError)}
 
 
-def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], None] = print) -> bool:
-    """Resume the run in a temporary folder, train `steps` steps and compare their digests; whether they are the
-    journal's.
+def replay(run: Path, steps: int, tag: str | None = None) -> bool:
+    """Resume the run in a temporary folder, train `steps` steps and compare their digests with the journal's.
+
+    Prints what came of it; returns whether they are the same.
 
     The ranks are as many as trained the journaled steps, started by launch/run; one, within a tolerance, where there
     are too few GPUs.
@@ -64,7 +49,7 @@ def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], N
     known = digest.history(run)
     found, available = _choose(run, known, steps, tag)
     if available < steps:
-        say(f"replay: {available} journaled steps follow {found.tag}, fewer than {steps}: those are compared")
+        print(f"replay: {available} journaled steps follow {found.tag}, fewer than {steps}: those are compared")
         steps = available
     step = int(found.manifest["step"])
     data = _data(run, found)
@@ -73,7 +58,7 @@ def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], N
     environment = _environment(setup)
     gpus = len(visible_gpus(environment))
     if 0 < gpus < ranks:
-        say(
+        print(
             f"replay: {ranks} ranks trained these steps, and this machine has {gpus} GPU(s): one rank, compared "
             f"within a tolerance"
         )
@@ -83,20 +68,20 @@ def replay(run: Path, steps: int, tag: str | None = None, say: Callable[[str], N
         result = _train(run, found, task, ranks, environment, Path(folder))
     span = f"steps {step + 1}..{step + steps} after {found.tag}"
     if result["difference"] is not None:
-        say(
+        print(
             f"replay differs at {result['difference']} ({result['compared']} of {steps} steps repeated, compared "
             f"{result['compares']})"
         )
         return False
     if not result["compares_anything"]:
-        say(f"replay: {span} cannot be compared: {result['compares']}")
+        print(f"replay: {span} cannot be compared: {result['compares']}")
         return False
-    say(f"replay verified {result['compared']}/{steps}: {span} repeat the journal ({result['compares']})")
+    print(f"replay verified {result['compared']}/{steps}: {span} repeat the journal ({result['compares']})")
     return True
 
 
 def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Found, int]:
-    """The checkpoint to start from and the number of journaled steps that follow it without a gap."""
+    """Choose the checkpoint to start from; returns it and the number of journaled steps that follow without a gap."""
     folder = run / run_folder.CHECKPOINTS
     manifests: dict[str, dict[str, Any]] = {}
     for name in tags_in(folder):
@@ -104,8 +89,10 @@ def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Fou
             manifests[name] = manifest.read(folder / name)
     if tag is None:
         # The steps after a checkpoint are its own only if no resume or rollback has gone back behind it since.
-        own = {name: _following(known, one["step"]) for name, one in manifests.items() if not _left(one, manifests)}
-        order = sorted(own, key=lambda name: (-min(own[name], steps), manifests[name]["step"]))
+        follow = {
+            name: _following(known, one["step"]) for name, one in manifests.items() if not _left_behind(one, manifests)
+        }
+        order = sorted(follow, key=lambda name: (-min(follow[name], steps), manifests[name]["step"]))
     else:
         order = [tag]
     for name in order:
@@ -118,30 +105,27 @@ def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Fou
         if found is not None and (count := _following(known, found.manifest["step"])):
             return found, count
     raise ConfigError(
-        f"{run}: no journaled step follows {f'checkpoint {tag}' if tag is not None else 'a whole checkpoint'}, so "
-        f"that there is nothing to "
-        "compare a replay with; name an earlier one with --tag, or keep more (chatgot.checkpoint.keep_last)"
+        f"{run}: no journaled step follows {f'checkpoint {tag}' if tag is not None else 'a whole checkpoint'}, so that "
+        "there is nothing to compare a replay with; name an earlier one with --tag, or keep more "
+        "(chatgot.checkpoint.keep_last)"
     )
 
 
-def _left(one: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> bool:
+def _left_behind(one: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> bool:
     return any(other["sequence"] > one["sequence"] and other["step"] < one["step"] for other in manifests.values())
 
 
 def _following(known: History, step: int) -> int:
-    count = 0
-    first = known.digests.get(step + 1)
-    while (
-        first is not None
-        and (following := known.digests.get(step + count + 1)) is not None
-        and following.offset == first.offset
-    ):
-        count += 1
-    return count
+    """Count the journaled steps after `step` that follow without a gap and without a rollback in between."""
+    offset = known.digests[step + 1].offset if step + 1 in known.digests else 0
+    after = step + 1
+    while after in known.digests and known.digests[after].offset == offset:
+        after += 1
+    return after - step - 1
 
 
 def _data(run: Path, found: Found) -> str:
-    """The data spec of the run, once it has been seen to give the same tokens."""
+    """Find the text of the run, and see that it gives the same tokens; returns its spec."""
     from chatgot.config.run import load_run_config
     from chatgot.data.cache import prepare_cached
 
@@ -154,21 +138,17 @@ def _data(run: Path, found: Found) -> str:
     if data.fingerprint != found.manifest["data"]:
         raise DataError(
             f"--data {spec}: is not the data that {run} was trained on (fingerprint {data.fingerprint[:12]}…, the "
-            f"checkpoint has "
-            f"{str(found.manifest['data'])[:12]}…), so that its steps cannot be trained again"
+            f"checkpoint has {str(found.manifest['data'])[:12]}…), so that its steps cannot be trained again"
         )
     return spec
 
 
 def _environment(setup: Setup | None) -> dict[str, str]:
-    """Of the ranks: the kind of device and the number of threads that the journal's steps had, no dashboard, no
-    rehearsed disaster.
+    """Make the ranks' environment: kind of device and threads as the journal's steps had, no dashboard, no rehearsed
+    fault.
     """
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CHATGOT_FAULT")
-    }
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CHATGOT_FAULT")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
     environment["WANDB_MODE"] = "disabled"
@@ -182,7 +162,7 @@ def _environment(setup: Setup | None) -> dict[str, str]:
 def _train(
     run: Path, found: Found, task: dict[str, Any], ranks: int, environment: dict[str, str], folder: Path
 ) -> dict[str, Any]:
-    """What replay_rank reports of its task, done by `ranks` processes in `folder`."""
+    """Let `ranks` processes train in `folder`; returns what `_rank` reports."""
     tree = {name: value for name, value in run_folder.read(run, run_folder.DS_CONFIG).items() if name not in OUTSIDE}
     if ranks != run_folder.read(run, run_folder.ENVIRONMENT).get("world_size"):
         tree.pop("gradient_accumulation_steps", None)  # follows from the batch, the micro batch and the ranks
@@ -201,18 +181,8 @@ def _train(
     }
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
     start = "import sys; from chatgot.launcher import main; sys.exit(main(sys.argv[1:]))"
-    program = Path(__file__).with_name("replay_rank.py")
-    command = [
-        sys.executable,
-        "-c",
-        start,
-        "--nproc",
-        str(ranks),
-        "--script",
-        str(program),
-        "--",
-        str(folder / "task.json"),
-    ]
+    launch = [sys.executable, "-c", start, "--nproc", str(ranks), "--script", __file__]
+    command = [*launch, "--", str(folder / "task.json")]
     with open(folder / "log.txt", "w+", encoding="utf-8", errors="replace") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
         log.seek(0)
@@ -226,3 +196,43 @@ def _error(code: int, said: str, run: Path, found: Found) -> ChatGoTError:
     refusal = said.rpartition("\nchatgot: ")[2].strip() if "\nchatgot: " in said else said[-2000:].strip()
     kind = _ERRORS.get(code, MachineError)
     return kind(f"{run}: the replay from {found.tag} could not be trained (exit {code}): {refusal}")
+
+
+def _rank(task: dict[str, Any]) -> None:
+    """Resume, train and compare on one rank; rank 0 writes what came of it."""
+    import torch
+
+    from chatgot.distributed import find_place
+    from chatgot.training.run import TrainArguments, leave, prepare_run
+
+    if task["deterministic"] and torch.cuda.is_available():  # as the journal's steps were; a CPU needs no asking
+        torch.use_deterministic_algorithms(True)
+    arguments = TrainArguments(
+        deepspeed_config=task["deepspeed_config"],
+        out_dir=Path(task["out_dir"]),
+        config=task["config"],
+        data=task["data"],
+        resume_from=task["resume_from"],
+    )
+    loop = prepare_run(arguments, find_place())
+    for _ in range(task["steps"]):
+        loop.advance()
+    loop.proof.flush()
+    overlap = loop.proof.overlap
+    if overlap is not None:
+        result = {
+            "compared": overlap.compared,
+            "difference": overlap.difference and "step {}: {}".format(*overlap.difference),
+            "compares": overlap.compares,
+            "compares_anything": overlap.compares_anything,
+        }
+        Path(task["result"]).write_text(json.dumps(result), encoding="utf-8")
+    leave()
+
+
+if __name__ == "__main__":
+    try:
+        _rank(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except ChatGoTError as error:
+        print(f"\nchatgot: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # see cli.train: the process group is still joined

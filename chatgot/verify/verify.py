@@ -1,24 +1,23 @@
-"""Is a run folder whole? Every checkpoint against its manifest, and the journal against itself. Reads only, and needs
-no torch.
+"""Check whether a run folder is whole: every checkpoint against its manifest, and the journal against itself. Reads
+only, and needs no torch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from chatgot import run_folder
 from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.errors import CheckpointError
-from chatgot.observe.journal import lines, read_journal
+from chatgot.observe.journal import Branch, read_journal, read_lines
 from chatgot.proof import digest
 from chatgot.proof.digest import Digest, Setup
 
 
-def verify(run: Path, tag: str | None = None, say: Callable[[str], None] = print) -> bool:
-    """Check a run folder and print what was found, a line per checkpoint; whether it is whole.
+def verify(run: Path, tag: str | None = None) -> bool:
+    """Check a run folder and print what was found, a line per checkpoint; returns whether it is whole.
 
     Args:
         tag: check the files of this checkpoint only.
@@ -29,176 +28,180 @@ def verify(run: Path, tag: str | None = None, say: Callable[[str], None] = print
     """
     run_folder.check(run)
     folder = run / run_folder.CHECKPOINTS
-    problems: list[str] = []
-    whole: list[Found] = []
-    if tag is not None and tag not in tags_in(folder):
-        raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags_in(folder)) or 'none'})")
-    for name in tags_in(folder) if tag is None else [tag]:
-        try:
-            found = find(folder, name)
-            assert found is not None
-        except CheckpointError as error:
-            if (folder / name).exists():
-                problems.append(str(error))
-                say(f"checkpoint {name}: NOT WHOLE")
-            else:
-                say(f"checkpoint {name}: deleted by the run meanwhile")
-            continue
-        whole.append(found)
-        files = found.manifest["files"]
-        size = sum(file["bytes"] for file in files.values())
-        say(f"checkpoint {name}: whole, {len(files)} file(s), {size / 1e6:.1f} MB, step {found.manifest['step']}")
+    tags = tags_in(folder)
+    if tag is not None and tag not in tags:
+        raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags) or 'none'})")
+    whole, problems = _checkpoints(folder, tags if tag is None else [tag])
+    newest = max(whole, key=lambda checkpoint: checkpoint.manifest["sequence"], default=None)
     if tag is None:
-        problems += _latest(folder, whole, say)
-    journal = read(run)
+        problems += _latest(folder, whole, newest)
+    journal = JournalCheck(run)
+    journal.read()
     problems += journal.problems
-    if whole:
-        newest = max(whole, key=lambda found: found.manifest["sequence"])
-        if newest.manifest["step"] not in journal.live:
-            end = f"ends at step {max(journal.live)}" if journal.live else "has no digest"
-            problems.append(f"{run / run_folder.METRICS}: {end}, and does not cover {newest.tag}")
-    say(f"journal: {journal.describe()}")
+    if newest is not None and newest.manifest["step"] not in journal.digests:
+        end = f"ends at step {max(journal.digests)}" if journal.digests else "has no digest"
+        problems.append(f"{journal.path}: {end}, and does not cover {newest.tag}")
+    print(f"journal: {journal.describe()}")
     for note in journal.notes:
-        say(f"note: {note}")
+        print(f"note: {note}")
     for problem in problems:
-        say(f"PROBLEM: {problem}")
-    say(f"{run}: {'whole' if not problems else f'{len(problems)} problem(s)'}")
+        print(f"PROBLEM: {problem}")
+    print(f"{run}: {'whole' if not problems else f'{len(problems)} problem(s)'}")
     return not problems
 
 
-def _latest(folder: Path, whole: list[Found], say: Callable[[str], None]) -> list[str]:
-    """`latest` is stock DeepSpeed's; a kill between a checkpoint's rename and it leaves it at the checkpoint before."""
-    if not whole:
+def _checkpoints(folder: Path, tags: list[str]) -> tuple[list[Found], list[str]]:
+    """Check the files of checkpoints; returns those that are whole, and the problems."""
+    whole: list[Found] = []
+    problems: list[str] = []
+    for tag in tags:
+        try:
+            checkpoint = find(folder, tag)
+            assert checkpoint is not None
+        except CheckpointError as error:
+            if (folder / tag).exists():
+                problems.append(str(error))
+                print(f"checkpoint {tag}: NOT WHOLE")
+            else:
+                print(f"checkpoint {tag}: deleted by the run meanwhile")
+            continue
+        whole.append(checkpoint)
+        files = checkpoint.manifest["files"]
+        size = sum(file["bytes"] for file in files.values())
+        print(f"checkpoint {tag}: whole, {len(files)} file(s), {size / 1e6:.1f} MB, step {checkpoint.manifest['step']}")
+    return whole, problems
+
+
+def _latest(folder: Path, whole: list[Found], newest: Found | None) -> list[str]:
+    """Check stock DeepSpeed's `latest`; a kill right after a checkpoint's rename leaves it at the one before."""
+    if newest is None:
         if not tags_in(folder):
-            say("no checkpoint yet")
+            print("no checkpoint yet")
         return []
-    newest = max(whole, key=lambda found: found.manifest["sequence"]).tag
     path = folder / "latest"
     try:
         named = path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         return [f"{path}: cannot be read: {error}"]
-    if named == newest:
-        say(f"latest: {named}")
-    elif any(named == found.tag for found in whole):
-        say(
-            f"note: latest is {named}, and {newest} is newer: the run was killed in between, or is saving now; a "
-            f"resume takes {newest}"
+    if named == newest.tag:
+        print(f"latest: {named}")
+    elif any(named == checkpoint.tag for checkpoint in whole):
+        print(
+            f"note: latest is {named}, and {newest.tag} is newer: the run was killed in between, or is saving now; a "
+            f"resume takes {newest.tag}"
         )
     else:
-        return [f"{path}: names {named!r}, which is no whole checkpoint; the newest is {newest}"]
+        return [f"{path}: names {named!r}, which is no whole checkpoint; the newest is {newest.tag}"]
     return []
 
 
 @dataclass
-class Journal:
-    """What metrics.jsonl and events.jsonl say of the run."""
+class JournalCheck:
+    """Reads metrics.jsonl and events.jsonl of a run folder and checks that they hang together."""
 
-    first: int = 1
-    """The first step that must have a digest."""
-    live: dict[int, Digest] = field(default_factory=dict)
-    """Digests of the run as it stands, by step."""
-    twice: int = 0
-    """Steps that were trained again and could be compared."""
-    exact: bool = True
-    """Whether all of them were compared bit for bit."""
+    run: Path
+    digests: dict[int, Digest] = field(default_factory=dict)
+    """Of the run as it stands, by step."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _twice: int = 0
+    """Steps that were trained again and could be compared."""
+    _exact: bool = True
+    """Whether all of them were compared bit for bit."""
+    _differs: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Of metrics.jsonl."""
+        return self.run / run_folder.METRICS
 
     def describe(self) -> str:
-        """One line."""
-        if not self.live:
+        """Say on one line what the journal has."""
+        if not self.digests:
             return "no digests"
-        text = f"{len(self.live)} steps with a digest, {min(self.live)}..{max(self.live)}"
-        if self.twice:
-            text += f"; {self.twice} of them were trained again, compared {'bit for bit' if self.exact else 'as far as changes allow'}"
+        text = f"{len(self.digests)} steps with a digest, {min(self.digests)}..{max(self.digests)}"
+        if self._twice:
+            how = "bit for bit" if self._exact else "as far as changes allow"
+            text += f"; {self._twice} of them were trained again, compared {how}"
         return text
 
+    def read(self) -> None:
+        """Read both files, and fill digests, problems and notes."""
+        events, broken_events = read_journal(self.run / run_folder.EVENTS)
+        starts = [event for event in events if event.get("event") in ("started", "resumed")]
+        with_digests = [event for event in starts if "setup" in event]
+        first = int(with_digests[0].get("step", 0)) + 1 if with_digests else 1
+        if with_digests and starts[0] is not with_digests[0]:
+            self.notes.append(f"steps up to {first - 1} were trained by an earlier ChatGoT, which wrote no digests")
+        for event in events:
+            if event.get("event") == "rolled_back":
+                self.notes.append(
+                    f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; "
+                    f"{event.get('samples')} samples from {event.get('first_sample')} on were left out"
+                )
+        self._read_metrics(digest.setups(events), restarts=max(len(starts) - 1, 0))
+        missing = [step for step in range(first, max(self.digests, default=0)) if step not in self.digests]
+        if missing:
+            self.problems.append(f"{self.path}: no digest of step {_ranges(missing)}")
+        if broken_events:
+            self.notes.append(f"{self.run / run_folder.EVENTS}: {broken_events} broken line(s)")
 
-def read(run: Path) -> Journal:
-    """Read both files of a run folder and check that they hang together."""
-    events, broken_events = read_journal(run / run_folder.EVENTS)
-    setups = digest.setups(events)
-    starts = [event for event in events if event.get("event") in ("started", "resumed")]
-    with_digests = [event for event in starts if "setup" in event]
-    found = Journal(first=int(with_digests[0].get("step", 0)) + 1 if with_digests else 1)
-    if with_digests and starts[0] is not with_digests[0]:
-        found.notes.append(f"steps up to {found.first - 1} were trained by an earlier ChatGoT, which wrote no digests")
-    for event in events:
-        if event.get("event") == "rolled_back":
-            found.notes.append(
-                f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; {event.get('samples')} "
-                f"samples from "
-                f"{event.get('first_sample')} on were left out"
+    def _read_metrics(self, setups: dict[str, Setup], restarts: int) -> None:
+        branch: Branch[Digest] = Branch()
+        tokens: Branch[int] = Branch()
+        given_up: dict[int, Digest] = {}
+        broken, torn_end, resumed_at = 0, False, 0
+        for record in read_lines(self.path):
+            torn_end = record is None
+            if record is None or not isinstance(step := record.get("step"), int):
+                broken += 1
+                continue
+            now = Digest.from_json(record["digest"]) if "digest" in record else None
+            if "digest" in record and now is None:
+                self.problems.append(f"{self.path}: the digest of step {step} cannot be read")
+            if (left := branch.go_to(step, once=now is not None)) is not None:
+                given_up |= left
+                resumed_at = step - 1
+            tokens.go_to(step)
+            if "data/tokens" in record:
+                tokens.by_step[step] = record["data/tokens"]
+            if now is not None:
+                branch.by_step[step] = now
+                if step in given_up:
+                    self._compare(step, given_up.pop(step), now, setups, resumed_at)
+        self.digests = branch.by_step
+        self._check_tokens(tokens.by_step)
+        if broken:
+            ending = "the last line was cut off by a kill; " if torn_end else ""
+            self.notes.append(f"{self.path}: {ending}{broken} broken line(s) in all, after {restarts} restart(s)")
+        if broken > restarts + torn_end:
+            self.problems.append(
+                f"{self.path}: {broken} broken lines, and a kill leaves one at most: somebody else changed the file"
             )
-    path = run / run_folder.METRICS
-    tokens: dict[int, int] = {}
-    given_up: dict[int, Digest] = {}
-    last, broken, torn_end, base = 0, 0, False, 0
-    for record in lines(path):
-        torn_end = record is None
-        if record is None or not isinstance(record.get("step"), int):
-            broken += 1
-            continue
-        step = record["step"]
-        now = Digest.from_json(record["digest"]) if "digest" in record else None
-        if "digest" in record and now is None:
-            found.problems.append(f"{path}: the digest of step {step} cannot be read")
-        if step < last or (now is not None and step in found.live):  # a resume went back: what follows is trained again
-            base = step - 1
-            given_up |= {s: d for s, d in found.live.items() if s >= step}
-            found.live = {s: d for s, d in found.live.items() if s < step}
-            tokens = {s: t for s, t in tokens.items() if s < step}
-        last = step
-        if now is not None:
-            found.live[step] = now
-            if step in given_up:
-                _compare(found, path, step, given_up.pop(step), now, setups, base)
-        if "data/tokens" in record:
-            tokens[step] = record["data/tokens"]
-    found.problems += _gaps(found, path) + _tokens(tokens, path)
-    restarts = max(len(starts) - 1, 0)
-    if broken:
-        ending = "the last line was cut off by a kill; " if torn_end else ""
-        found.notes.append(f"{path}: {ending}{broken} broken line(s) in all, after {restarts} restart(s)")
-    if broken > restarts + torn_end:
-        found.problems.append(
-            f"{path}: {broken} broken lines, and a kill leaves one at most: somebody else changed the file"
-        )
-    if broken_events:
-        found.notes.append(f"{run / run_folder.EVENTS}: {broken_events} broken line(s)")
-    return found
 
+    def _compare(self, step: int, before: Digest, now: Digest, setups: dict[str, Setup], resumed_at: int) -> None:
+        """Compare a step with the same step of a past that was given up; only the first difference is a problem."""
+        terms = digest.terms(setups.get(before.setup), setups.get(now.setup))
+        if not terms.exactly or before.offset != now.offset:  # a rollback in between: other data by intention
+            return
+        self._twice += 1
+        self._exact &= terms.exact
+        difference = digest.first_difference(before, now, terms, step - resumed_at)
+        if difference is not None and not self._differs:
+            self._differs = True
+            self.problems.append(
+                f"{self.path}: step {step} was trained again after a resume, and differs: {difference} (compared "
+                f"{terms.describe()})"
+            )
 
-def _compare(
-    found: Journal, path: Path, step: int, before: Digest, now: Digest, setups: dict[str, Setup], base: int
-) -> None:
-    by = digest.terms(setups.get(before.setup), setups.get(now.setup))
-    if not by.exactly or before.offset != now.offset:  # a rollback in between: other data by intention
-        return
-    found.twice += 1
-    found.exact &= by.exact
-    difference = digest.first_difference(before, now, by, step - base)
-    if difference is not None and not any("was trained again" in problem for problem in found.problems):
-        found.problems.append(
-            f"{path}: step {step} was trained again after a resume, and differs: {difference} (compared "
-            f"{by.describe()})"
-        )
-
-
-def _gaps(found: Journal, path: Path) -> list[str]:
-    missing = [step for step in range(found.first, max(found.live, default=0)) if step not in found.live]
-    return [f"{path}: no digest of step {_ranges(missing)}"] if missing else []
-
-
-def _tokens(tokens: dict[int, int], path: Path) -> list[str]:
-    steps = sorted(tokens)
-    for before, after in itertools.pairwise(steps):
-        if tokens[after] <= tokens[before]:
-            return [
-                f"{path}: data/tokens does not grow: {tokens[before]} at step {before}, {tokens[after]} at step {after}"
-            ]
-    return []
+    def _check_tokens(self, tokens: dict[int, int]) -> None:
+        for before, after in itertools.pairwise(sorted(tokens)):
+            if tokens[after] <= tokens[before]:
+                self.problems.append(
+                    f"{self.path}: data/tokens does not grow: {tokens[before]} at step {before}, {tokens[after]} at "
+                    f"step {after}"
+                )
+                return
 
 
 def _ranges(steps: list[int]) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 
 from chatgot.cli import train_parser
 from chatgot.distributed import find_place
-from chatgot.observe.journal import live_metrics
 from chatgot.training import run
 from chatgot.training.loop import Loop
 from tests.gpu.machine import KIND
-from tests.support import ROOT, environment
+from tests.support import ROOT, environment, live_metrics
 
 
 def argv(json: Path, out: Path, config: Path | str, data: Path | str, *more: str) -> list[str]:

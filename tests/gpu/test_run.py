@@ -11,10 +11,9 @@ import torch
 
 from chatgot.devices import device_facts, peak_flops
 from chatgot.inference.sample import SampleArguments, sample
-from chatgot.observe.journal import live_metrics
 from tests.gpu import program
 from tests.gpu.tiny import json_tree
-from tests.support import write_json, write_run_yaml
+from tests.support import live_metrics, write_json, write_run_yaml
 
 pytestmark = pytest.mark.gpu
 

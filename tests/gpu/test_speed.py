@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from chatgot.devices import device_facts, peak_flops
-from chatgot.observe.journal import live_metrics
 from tests.gpu import program
 from tests.gpu.machine import DRY_RUN
-from tests.support import ROOT, write_text
+from tests.support import ROOT, live_metrics, write_text
 
 pytestmark = pytest.mark.gpu
 

@@ -40,8 +40,7 @@ def read_offline_history(run_dir: str | os.PathLike) -> tuple[set[str], list[dic
 
 def read_offline_records(run_dir: str | os.PathLike) -> list[Any]:
     """All protobuf records of the offline logs below run_dir/wandb, in the order of their start."""
-    # pyright: ignore[reportAttributeAccessIssue] (made at import time)
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]  made at import
 
     logs = sorted(Path(run_dir, "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.parent.name)
     if not logs:

@@ -17,17 +17,17 @@ from tests.observe.offline_wandb import read_offline_history, read_offline_recor
 ROOT = Path(__file__).parents[2]
 
 TRAIN = """
-import json, sys
+import json, logging, sys
 from pathlib import Path
 from types import SimpleNamespace
 from chatgot.observe.wandb_run import WandbRun
 
 job = json.loads(sys.argv[1])
-say = lambda message: print(message, flush=True)
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 section = SimpleNamespace(enabled=job.get("enabled", True), project="ravens", group="winter", team=None)
 run = WandbRun.start(
-    section, run_dir=Path(job["run_dir"]), run_name="a-run", run_config={"model": {"d_model": 64}}, say=say,
-    resumed_from_step=job.get("resumed_from_step"), last_step=job.get("last_step"),
+    section, run_dir=Path(job["run_dir"]), run_name="a-run", run_config={"model": {"d_model": 64}},
+    resumed_from_step=job.get("resumed_from_step"),
     init_timeout=job.get("init_timeout", 30), finish_timeout=job.get("finish_timeout", 30),
 )
 steps = list(range(*job["steps"]))
@@ -101,7 +101,8 @@ def test_invariant_16_resumed_run_keeps_one_wandb_id(tmp_path, environment):
     first = train(environment, run_dir, range(1, 11))
     assert "offline (no API key for 127.0.0.1:9: set WANDB_API_KEY" in first[0]
     time.sleep(1)  # wandb names its folders by the second
-    second = train(environment, run_dir, range(7, 16), resumed_from_step=6, last_step=10)
+    (run_dir / "metrics.jsonl").write_text('{"step": 10}\n')
+    second = train(environment, run_dir, range(7, 16), resumed_from_step=6)
     assert "goes on, offline" in second[0]
     assert (len(first), len(second)) == (3, 3), "nothing else is said"
     ids, history = read_offline_history(run_dir)
@@ -128,7 +129,9 @@ def test_what_wandb_is_told_of_the_run(tmp_path, environment):
 
 
 def test_steps_are_logged_again_where_the_run_folder_had_no_wandb_run(tmp_path, environment):
-    train(environment, tmp_path / "run", range(7, 10), resumed_from_step=6, last_step=20)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 20}\n')
+    train(environment, tmp_path / "run", range(7, 10), resumed_from_step=6)
     assert [r["train/step"] for r in read_offline_history(tmp_path / "run")[1]] == [7, 8, 9]
 
 

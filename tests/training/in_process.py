@@ -12,9 +12,10 @@ from typing import Any
 from chatgot import cli
 from chatgot.checkpoint import manifest
 from chatgot.distributed import find_place
-from chatgot.observe.journal import live_metrics, read_journal
+from chatgot.observe.journal import read_journal
 from chatgot.training import run
 from chatgot.training.loop import Loop
+from tests.support import live_metrics
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.observe.journal import live_metrics
-from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
+from tests.support import ROOT, engine_json, live_metrics, run_ranks, write_json, write_run_yaml
 
 
 def train(folder: Path, text: Path, ranks: int, steps: int, out: str = "out", **engine) -> str:

@@ -20,9 +20,9 @@ from chatgot.checkpoint.weights import fp32_weights
 from chatgot.cli import train_parser
 from chatgot.data.loader import TrainBatches
 from chatgot.distributed import find_place
-from chatgot.observe.journal import live_metrics
 from chatgot.training import run, schedule
 from chatgot.training.loop import Loop
+from tests.support import live_metrics
 
 TRACE: list[list[int]] = []
 
