@@ -1,18 +1,30 @@
-"""`chatgot plan`: one JSON, or all of a folder."""
+"""`chatgot plan`: one JSON or all of a folder, as text, a table of several, or JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from chatgot.devices import GIB
 from chatgot.errors import ConfigError
-from chatgot.plan import report
-from chatgot.plan.estimate import Estimate
-from chatgot.plan.remedies import find_remedies
-from chatgot.plan.request import read_request
+from chatgot.plan.estimate import CUDA_CONTEXT, FRAGMENTATION, PARTS, PROCESS, Estimate
+from chatgot.plan.request import Remedy, Request, find_remedies, read_request
+from chatgot.plan.states import STATES
 
 SHIPPED = Path(__file__).resolve().parent.parent.parent / "ds_configs"
+
+_NAMES = {
+    **{part: part for part in PARTS},
+    "master_weights": "fp32 master weights",
+    "optimizer_states": "optimizer states",
+    "buffers": "communication buffers",
+    "gathered": "gathered parameters",
+    "logits": "logits and loss",
+    "libraries": "cuBLAS workspace",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,16 @@ def plan(arguments: PlanArguments) -> str:
     if arguments.deepspeed_config is None:
         raise ConfigError("chatgot plan: which JSON? Give one, or --sweep for all of ds_configs/")
     request = _request(arguments, arguments.deepspeed_config)
-    found = request.plan()
-    remedies = [] if found.fits else find_remedies(request, found)
+    current = request.plan()
+    remedies = [] if current.fits else find_remedies(request, current)
     if arguments.format == "json":
-        return json.dumps(report.tree(request, found, remedies), indent=2)
-    return report.text(request, found, remedies)
+        return json.dumps(_tree(request, current, remedies), indent=2)
+    return "\n".join(_text(request, current, remedies))
+
+
+def _request(arguments: PlanArguments, path: Path) -> Request:
+    overrides = list(arguments.overrides)
+    return read_request(path, arguments.config, arguments.world_size, arguments.device, overrides, arguments.vocab_size)
 
 
 def _sweep(arguments: PlanArguments) -> str:
@@ -55,24 +72,134 @@ def _sweep(arguments: PlanArguments) -> str:
             f"--sweep: {folder} is no folder with JSON files; name the one that holds them: chatgot plan FOLDER --sweep"
         )
     rows: list[tuple[str, Estimate | str]] = []
-    trees = []
+    trees: list[dict[str, Any]] = []
     for path in paths:
         request = _request(arguments, path)
         try:
-            found = request.plan()
+            estimate = request.plan()
         except ConfigError as error:
             rows.append((path.name, str(error).splitlines()[0]))
             trees.append({"deepspeed_config": str(path), "refused": str(error)})
         else:
-            rows.append((path.name, found))
-            trees.append(report.tree(request, found, []))
+            rows.append((path.name, estimate))
+            trees.append(_tree(request, estimate, []))
     if arguments.format == "json":
         return json.dumps(trees, indent=2)
-    head = f"{arguments.config}, {arguments.world_size} x {request.device.name}, of {request.device.memory / 2**30:.1f} GiB"
-    return "\n".join([head, report.table(rows), *(f"note: {note}" for note in request.notes)])
+    device = request.device
+    head = f"{arguments.config}, {arguments.world_size} x {device.name}, of {device.memory / GIB:.1f} GiB"
+    return "\n".join([head, *_table(rows), *(f"note: {note}" for note in request.notes)])
 
 
-def _request(arguments: PlanArguments, path: Path):
-    return read_request(
-        path, arguments.config, arguments.world_size, arguments.device, list(arguments.overrides), arguments.vocab_size
+def _text(request: Request, plan: Estimate, remedies: list[Remedy]) -> Iterator[str]:
+    """The whole plan, some twenty lines."""
+    settings, model, on_cuda = plan.settings, plan.settings.model, plan.device.on_cuda
+    every = settings.recompute_every
+    recomputed = {None: "no recomputation", 1: "every block recomputed"}.get(every, f"one block in {every} recomputed")
+    margin = f"{_size(CUDA_CONTEXT)} for CUDA and NCCL" if on_cuda else f"{_size(PROCESS)} for Python and torch"
+    beyond = plan.needed - plan.peak - plan.margin
+    verdict = (
+        f"fits, {_size(plan.capacity - plan.needed)} to spare"
+        if plan.fits
+        else f"DOES NOT FIT, {_size(plan.needed - plan.capacity)} too much"
     )
+    yield f"{request.path} on {settings.world_size} x {plan.device.name}"
+    yield (
+        f"model: {model.architecture}, {settings.numel:,} parameters, vocabulary {settings.vocab_size}, "
+        f"{model.max_seq_length} tokens a sample"
+    )
+    yield (
+        f"run: {settings.precision}, ZeRO stage {settings.stage}, micro batch {settings.micro_batch_size}, "
+        f"accumulation {settings.accumulation}, {recomputed}\n"
+    )
+    yield f"memory of one rank at its peak, {plan.peak_at}:"
+    yield from (f"  {_NAMES[part]:<24}{_size(size):>12}" for part, size in plan.parts.items() if size)
+    yield f"  {'in use':<24}{_size(plan.peak):>12}"
+    yield f"  {'margin':<24}{_size(plan.margin):>12}   {100 * FRAGMENTATION:.0f} % for the allocator, {margin}"
+    if not on_cuda and beyond > 0:
+        yield f"  {'offloaded':<24}{_size(beyond):>12}   the same memory on a CPU"
+    yield f"  {'needed':<24}{_size(plan.needed):>12}   of {_size(plan.capacity)}: {verdict}"
+    if on_cuda:
+        offloaded = ", ".join(f"{_NAMES[part]} {_size(size)}" for part, size in plan.states.host.items())
+        yield f"host memory of one rank: {_size(plan.host)} ({offloaded or 'nothing offloaded'})"
+    yield f"checkpoint: {_size(plan.checkpoint)} on disk"
+    yield f"speed: {_speed(plan)}"
+    yield from (f"note: {note}" for note in (*request.notes, *settings.notes))
+    if not plan.fits:
+        yield (
+            "\ncheapest changes that make it fit:"
+            if remedies
+            else "\nno micro batch, recomputation, stage or offload makes it fit"
+        )
+    for remedy in remedies:
+        cost = "" if remedy.speed_ratio is None else f", {100 * (remedy.speed_ratio - 1):+.0f} % tokens/s"
+        yield f"  {' '.join(remedy.words())}"
+        yield f"      needs {_size(remedy.plan.needed)}{cost}"
+
+
+def _speed(plan: Estimate) -> str:
+    speed = plan.speed
+    if speed is None:
+        return f"not estimated: {plan.settings.precision} on {plan.device.name} has no known peak"
+    share = f", {100 * speed.moving_share:.0f} % of it communication and offload" if speed.moving_share >= 0.005 else ""
+    return (
+        f"about {speed.tokens_per_sec:,.0f} tokens/s, {speed.step_ms:,.0f} ms a step{share}; "
+        f"assumes {100 * speed.efficiency:.0f} % of the peak while computing"
+    )
+
+
+def _table(rows: list[tuple[str, Estimate | str]]) -> Iterator[str]:
+    """One line per JSON; a text in place of an estimate says why it cannot run."""
+    head = ("JSON", "fits", "needs", "states", "activations", "logits", "buffers", "host", "checkpoint", "tokens/s")
+    lines = {"JSON": head} | {name: _cells(name, plan) for name, plan in rows if not isinstance(plan, str)}
+    widths = [max(map(len, column)) for column in zip(*lines.values())]
+    widths[0] = max(len(name) for name, _ in [("JSON", ""), *rows])
+    for name, plan in [("JSON", None), *rows]:
+        if isinstance(plan, str):
+            yield f"{name:<{widths[0]}}  refused: {plan}"
+        else:
+            cells = (f"{cell:>{width}}" for cell, width in zip(lines[name][1:], widths[1:]))
+            yield "  ".join([f"{name:<{widths[0]}}", *cells])
+
+
+def _cells(name: str, plan: Estimate) -> tuple[str, ...]:
+    states = sum(plan.parts[part] for part in STATES)
+    buffers = sum(plan.parts[part] for part in ("buffers", "gathered", "temporaries", "libraries"))
+    activations, logits = plan.parts["activations"], plan.parts["logits"]
+    sizes = (plan.needed, states, activations, logits, buffers, plan.host, plan.checkpoint)
+    rate = f"{plan.speed.tokens_per_sec:,.0f}" if plan.speed else "?"
+    return (name, "yes" if plan.fits else "NO", *map(_size, sizes), rate)
+
+
+def _tree(request: Request, plan: Estimate, remedies: list[Remedy]) -> dict[str, Any]:
+    """The plan for programs. Sizes in bytes."""
+    settings = plan.settings
+    digits = {"tokens_per_sec": 1, "step_ms": 3, "efficiency": 4, "moving_share": 4}
+    return {
+        "deepspeed_config": str(request.path),
+        "device": plan.device.name,
+        "world_size": settings.world_size,
+        "parameters": settings.numel,
+        "vocab_size": settings.vocab_size,
+        "precision": settings.precision,
+        "zero_stage": settings.stage,
+        "micro_batch_size": settings.micro_batch_size,
+        "accumulation": settings.accumulation,
+        **{name: getattr(plan, name) for name in ("fits", "needed", "capacity", "peak", "peak_at", "margin", "parts")},
+        "host": plan.host,
+        "offloaded": plan.states.host,
+        "checkpoint": plan.checkpoint,
+        "speed": plan.speed and {name: round(value, digits[name]) for name, value in asdict(plan.speed).items()},
+        "notes": [*request.notes, *settings.notes],
+        "remedies": [
+            {
+                "overrides": remedy.words(),
+                "needed": remedy.plan.needed,
+                "speed_ratio": remedy.speed_ratio and round(remedy.speed_ratio, 4),
+            }
+            for remedy in remedies
+        ],
+    }
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

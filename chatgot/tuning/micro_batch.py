@@ -21,6 +21,7 @@ from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError
 from chatgot.files import write_atomically
 from chatgot.launcher.command import ATTEMPT
+from chatgot.plan.request import less_memory, words
 
 
 @dataclass(frozen=True)
@@ -130,17 +131,10 @@ def shrink(
 
 
 def remedies(config: EngineConfig) -> list[str]:
-    """What needs less memory and is not in use yet."""
-    advice = []
-    every = config.chatgot.activation_checkpointing.every_n_layers
-    if config.activation_backend is None:
-        advice.append('an "activation_checkpointing": {} section')
-    elif every > 1:
-        advice.append("chatgot.activation_checkpointing.every_n_layers = 1")
-    if config.zero_stage < 3:
-        advice.append(f"zero_optimization.stage above {config.zero_stage}, on several ranks")
-    if config.zero_stage > 0 and config.offload_optimizer == "none":
-        advice.append('zero_optimization.offload_optimizer = {"device": "cpu"}')
-    if config.zero_stage == 3 and config.offload_param == "none":
-        advice.append('zero_optimization.offload_param = {"device": "cpu"}')
-    return [*advice, "a smaller model.max_seq_length or model"]
+    """What needs less memory and is not in use yet, as overrides where one says it."""
+    recomputed, stages, offloads = less_memory(config)
+    advice = [" ".join(words(options[-1])) for options in (recomputed, stages) if options]
+    if stages:
+        advice[-1] += " on several ranks"
+    possible = [one for one in offloads if config.zero_stage == 3 or (config.zero_stage > 0 and len(one) == 1)]
+    return [*advice, *(" ".join(words(one)) for one in possible[-1:]), "a smaller model.max_seq_length or model"]

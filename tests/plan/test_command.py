@@ -12,8 +12,7 @@ import pytest
 from chatgot.cli import main
 from chatgot.devices import DEVICES, GIB, find_device, peak_flops
 from chatgot.errors import ConfigError
-from chatgot.plan.remedies import find_remedies
-from chatgot.plan.request import read_request
+from chatgot.plan.request import find_remedies, read_request
 from tests.support import ROOT, engine_json, write_json
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
