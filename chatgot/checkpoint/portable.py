@@ -17,8 +17,8 @@ import torch
 
 from chatgot.checkpoint import pickles
 from chatgot.checkpoint.load import Found
-from chatgot.checkpoint.shards import Fragment, cut_each, cut_group, whole
 from chatgot.checkpoint.stored_tensor import StoredTensor, join, stored
+from chatgot.engine.zero_view import Fragment, cut_each, cut_group, whole
 from chatgot.errors import CheckpointError
 
 MOMENTUM = "momentum_buffer"

@@ -11,6 +11,7 @@ from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable_write import hyper_parameter_changes, write_portable
 from chatgot.distributed import ControlGroup
+from chatgot.engine import zero_view
 from chatgot.errors import CheckpointError
 
 CHANGED = "changed since the checkpoint: "
@@ -104,7 +105,7 @@ def resume(engine: Any, found: Found, now: dict[str, Any], ranks: ControlGroup) 
     notes = (
         [CHANGED + str(one).removeprefix("layout.") for one in changed] + told + hyper_parameter_changes(engine, state)
     )
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = zero_view.loss_scaler(engine)
     if scaler is not None and scaler.dynamic and state.loss_scaler is None:
         notes.append(f"fp16: the checkpoint has no loss scale; starting with {scaler.cur_scale:g}")
     return client_state, notes

@@ -32,6 +32,7 @@ from chatgot.checkpoint.retention import Pruned, expected_bytes, make_room, prun
 from chatgot.checkpoint.snapshot import Snapshot, Snapshots
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.distributed import ControlGroup
+from chatgot.engine import guards
 from chatgot.errors import CheckpointError
 from chatgot.files import sync, write_atomically
 
@@ -305,9 +306,7 @@ def _files_of(
     """Let this rank's file operations note their failure instead of raising it, and put what is to be written into
     `snapshots`, if given.
 
-    DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank that raised
-    before would leave them waiting there until the process group's timeout. torch.save reports a full disk as a
-    RuntimeError.
+    See guards.file_operations for why. torch.save reports a full disk as a RuntimeError.
     """
     failures: list[OSError | RuntimeError] = []
 
@@ -329,15 +328,11 @@ def _files_of(
         except (RuntimeError, ValueError) as error:  # no memory for the copy
             failures.append(RuntimeError(f"no copy for saving in the background (chatgot.checkpoint.async): {error}"))
 
-    files = engine.checkpoint_engine
-    wrapped: list[tuple[Any, str]] = [(files, "save"), (files, "makedirs"), (engine, "_copy_recovery_script")]
-    for owner, name in wrapped:
-        setattr(owner, name, copied if name == "save" and snapshots is not None else noted(getattr(owner, name)))
-    try:
+    def ours(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        return copied if name == "save" and snapshots is not None else noted(theirs)
+
+    with guards.file_operations(engine, ours):
         yield failures
-    finally:
-        for owner, name in wrapped:
-            delattr(owner, name)
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.portable_write import owned_pieces
 from chatgot.distributed import ControlGroup
+from chatgot.engine.zero_view import owned_pieces
 
 SAME_SIZE = ("parameters", "world_size", "zero_stage", "precision", "layout")
 """Fields of the manifest that two checkpoints of the same size share."""

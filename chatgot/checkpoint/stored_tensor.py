@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chatgot.checkpoint.shards import Fragment
+from chatgot.engine.zero_view import Fragment
 
 
 @dataclass(frozen=True)
