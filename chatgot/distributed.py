@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from chatgot.errors import ChatGoTError, MachineError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,12 @@ def first_host(node_list: str) -> str:
     return prefix + rest.split("]")[0].split("-")[0].split(",")[0]
 
 
+def python_path(environ: Mapping[str, str] = os.environ) -> str:
+    """PYTHONPATH with which a child process imports this package, wherever it starts."""
+    package = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
+
+
 def _copy(environ: MutableMapping[str, str], names: dict[str, str]) -> None:
     for ours, theirs in names.items():
         if theirs in environ:
@@ -164,6 +173,17 @@ class ControlGroup:
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
         self.any(False)
+
+    def on_rank_0(self, function: Callable[[], T]) -> T:
+        """Rank 0 calls `function`; its value, or the ChatGoTError that it raised, reaches every rank. Collective."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = function()
+            except ChatGoTError as caught:
+                error = caught
+        self.agree(error)
+        return self.from_rank_0(value)
 
     def agree(self, error: ChatGoTError | None) -> None:
         """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead.

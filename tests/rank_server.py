@@ -20,7 +20,7 @@ from typing import Any
 
 import deepspeed  # noqa: F401 - here and below: so that the ranks need not import it
 import numpy as np
-import torch  # noqa: F401
+import torch
 import torch._dynamo  # every optimizer imports it
 import torch._inductor.compile_fx  # noqa: F401 - and every ZeRO engine, for Muon
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import re
 import shutil
 import signal
 import socket
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from chatgot import run_folder
 from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
@@ -29,17 +34,12 @@ from chatgot.errors import (
 from chatgot.launcher.hostfile import read_hostfile
 from chatgot.launcher.supervisor import Supervisor, say
 
-NEVER_RESTARTED = (
-    EXIT_DONE,
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_CHECKPOINT,
-    EXIT_NUMERICS,
-    EXIT_INTERRUPTED,
-    EXIT_SECOND_INTERRUPT,
-)
+_REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
+NEVER_RESTARTED = (EXIT_DONE, *_REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
 """A refusal would refuse again, and an interruption was asked for."""
 GRACE_SECONDS = 60.0
+ATTEMPT = "CHATGOT_ATTEMPT"
+"""Environment variable that names this start of the ranks, so that one that runs out of memory can ask for another."""
 
 EPILOG = """With one process and no restarts, the program replaces launch/run: nothing stands between you and it.
 With --hostfile, launch/run becomes DeepSpeed's runner, which reaches the hosts by pdsh or ssh.
@@ -50,6 +50,7 @@ Ctrl-C; 2 or 6 when launch/run itself refuses the command line or the machine"""
 
 def main(argv: Sequence[str]) -> int:
     """Run `argv` (without the program's name); returns the exit code. Does not return where it execs."""
+    os.environ.pop(ATTEMPT, None)  # of a launcher around this one
     argv = list(argv)
     split = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
@@ -75,53 +76,37 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--nproc", type=_process_count, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)"
-    )
-    parser.add_argument("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
-    parser.add_argument(
-        "--master_port",
-        type=_port,
-        metavar="P",
-        help="port of the rendezvous (default: a free one, or 29500 with --hostfile)",
-    )
-    parser.add_argument(
-        "--max_restarts",
-        type=_restart_count,
-        metavar="K",
-        help="start again after a crash, K times at most (default: 0)",
-    )
-    parser.add_argument(
-        "--grace",
-        type=_seconds,
-        metavar="S",
-        help="seconds that ranks have to save and end after a signal (default: 60)",
-    )
-    parser.add_argument(
-        "--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)"
-    )
-    parser.add_argument("--script", metavar="PATH", help="another program to start instead of launch/train.py")
+    add = parser.add_argument
+    processes = "processes (default: auto: one per visible GPU, or one)"
+    add("--nproc", type=_process_count, metavar="N|auto", help=processes)
+    add("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
+    port = "port of the rendezvous (default: a free one, or 29500 with --hostfile)"
+    add("--master_port", type=_port, metavar="P", help=port)
+    restarts = "start again after a crash, K times at most (default: 0)"
+    add("--max_restarts", type=_restart_count, metavar="K", help=restarts)
+    grace = f"seconds that ranks have to save and end after a signal (default: {GRACE_SECONDS:g})"
+    add("--grace", type=_seconds, metavar="S", help=grace)
+    add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
+    add("--script", metavar="PATH", help="another program to start instead of launch/train.py")
     return parser
 
 
-def _process_count(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of processes from 1 on")
+def _number(text: str, what: str, low: int, high: float = math.inf) -> int:
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is {what}")
     return int(text)
+
+
+def _process_count(text: str) -> int | None:
+    return None if text == "auto" else _number(text, "neither auto nor a number of processes from 1 on", 1)
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535, or leave it out for a free one")
-    return int(text)
+    return _number(text, "not a port: 1 to 65535, or leave it out for a free one", 1, 65535)
 
 
 def _restart_count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of restarts from 0 on")
-    return int(text)
+    return _number(text, "not a number of restarts from 0 on", 0)
 
 
 def _seconds(text: str) -> float:
@@ -131,12 +116,12 @@ def _seconds(text: str) -> float:
 
 
 def _interpreter(given: str | None) -> str:
-    found = shutil.which(given if given is not None else sys.executable)
-    if found is None:
+    path = shutil.which(sys.executable if given is None else given)
+    if path is None:
         raise ConfigError(
             f"--python {given}: no such program, or it is not executable; name a Python that has ChatGoT's dependencies"
         )
-    return found
+    return path
 
 
 def _script(given: str | None) -> str:
@@ -164,7 +149,7 @@ def _exec_deepspeed(arguments: argparse.Namespace, command: Sequence[str]) -> in
 
 
 def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
-    """Environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
+    """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
 
     glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are
     4 to 14 % faster. libgomp's threads spin for each other; where another program takes a core, spinning less makes a
@@ -188,11 +173,10 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
 
 
 def rendezvous_port(wanted: int | None) -> int:
-    """`wanted` if it can be bound, else MachineError; a free port for None."""
+    """Return `wanted` if it can be bound, else raise MachineError; find a free port for None."""
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # a port in TIME_WAIT is free for torch's TCPStore too
+        # a port in TIME_WAIT is free for torch's TCPStore too
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", wanted or 0))
         except OSError as error:
@@ -219,24 +203,47 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup, a closed terminal stops nothing
         stops.add(signal.SIGHUP)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the ranks' exit codes
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, stops | {signal.SIGCHLD}
-    )  # until this process ends: the supervisor waits for them
-    for restart in range(restarts + 1):
-        if restart:
-            say(f"restart {restart} of {restarts}: all ranks start again")
+    # until this process ends: the supervisor waits for them
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})
+    restart = 0
+    while True:
+        attempt = uuid.uuid4().hex
         port = rendezvous_port(arguments.master_port)
-        environments = [rank_environment(os.environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
+        environ = {**os.environ, ATTEMPT: attempt}
+        environments = [rank_environment(environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
         where = f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
         say(
             f"{nproc} {'ranks' if nproc > 1 else 'rank'} on {where}, "
             f"OMP_NUM_THREADS={environments[0]['OMP_NUM_THREADS']}, port {port}"
         )
-        supervisor = Supervisor(stops, grace)
+        supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, _out_dir(command)))
         code = supervisor.run(command, environments)
-        if supervisor.stopping or signal.sigpending() & stops or code in NEVER_RESTARTED:
-            break
-    return code
+        if supervisor.stopping or signal.sigpending() & stops:
+            return code
+        if supervisor.ran_out:  # no restart of --max_restarts; it ends, because every one halves the micro-batch
+            say("all ranks start again with the smaller micro-batch")
+        elif code in NEVER_RESTARTED or restart == restarts:
+            return code
+        else:
+            restart += 1
+            say(f"restart {restart} of {restarts}: all ranks start again")
+
+
+def _out_dir(command: Sequence[str]) -> Path | None:
+    """Find the run folder that train.py's arguments name, as its own parser does."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--out_dir", type=Path)
+    return parser.parse_known_args(command[2:])[0].out_dir
+
+
+def _stored_by(attempt: str, out_dir: Path | None) -> bool:
+    """Tell whether a rank of this attempt has stored a smaller micro-batch in the run folder."""
+    if out_dir is None:
+        return False
+    try:
+        return json.loads((out_dir / run_folder.MICRO_BATCH).read_text(encoding="utf-8"))["attempt"] == attempt
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _exec(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
