@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str,
     folder = tmp_path_factory.mktemp("oom")
     plan_file, results = folder / "plan.json", folder / "results.json"
     plan_file.write_text(json.dumps(plan_of(folder, text_file)))
-    run_ranks(["-m", "tests.distributed.programs.out_of_memory", str(plan_file), str(results)], 2, timeout=900)
+    run_ranks(["-m", "tests.distributed.programs.out_of_memory", str(plan_file), str(results)], 2)
     return json.loads(results.read_text())
 
 

@@ -48,7 +48,7 @@ def one(item: dict[str, Any], place: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     plan = json.loads(Path(sys.argv[1]).read_text())
     place = find_place()
     results = {}
