@@ -56,7 +56,7 @@ except SystemExit as end:
     print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.stderr == "[]\n"
     assert done.stdout.startswith("usage: ")

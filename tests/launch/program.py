@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-marks, *actions = sys.argv[1:]
-marks = Path(marks)
+folder, *actions = sys.argv[1:]
+marks = Path(folder)
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 verbs = dict(action.split(":") for action in actions if ":" in action)
 verb, _, value = verbs.get(str(rank), verbs.get("*", "exit=0")).partition("=")
@@ -29,7 +29,7 @@ def mark(name: str, text: str = "") -> None:
 
 
 def marked(name: str, by: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(marks.glob(f"{name}.*"))) < by:
         if time.monotonic() > deadline:
             sys.exit(f"rank {rank}: no {name} from all ranks")
@@ -83,7 +83,7 @@ if verb == "crash_once":
     sys.exit(9 if starts() == 1 else 0)
 if verb == "signal":
     os.kill(os.getpid(), signal.Signals[value])
-deadline = time.monotonic() + 120
+deadline = time.monotonic() + 400
 while time.monotonic() < deadline:
     time.sleep(0.05)
 sys.exit("nobody ended me")
