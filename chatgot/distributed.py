@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from chatgot.errors import ChatGoTError, MachineError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,17 @@ class ControlGroup:
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
         self.any(False)
+
+    def on_rank_0(self, function: Callable[[], T]) -> T:
+        """Rank 0 calls `function`; its value, or the ChatGoTError that it raised, reaches every rank. Collective."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = function()
+            except ChatGoTError as caught:
+                error = caught
+        self.agree(error)
+        return self.from_rank_0(value)
 
     def agree(self, error: ChatGoTError | None) -> None:
         """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead.

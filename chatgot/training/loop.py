@@ -15,7 +15,7 @@ import torch
 
 from chatgot import run_folder
 from chatgot.checkpoint import manifest, rng
-from chatgot.checkpoint.portable_write import parameter_groups
+from chatgot.checkpoint.portable import parameter_groups
 from chatgot.checkpoint.save import Saved, Saver
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches

@@ -11,13 +11,12 @@ from typing import Any
 import torch.distributed as dist
 
 from chatgot import run_folder
-from chatgot.checkpoint import faults, load, manifest, rng, size
+from chatgot.checkpoint import faults, load, manifest, rng, room
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import Difference
-from chatgot.checkpoint.preflight import preflight
 from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
-from chatgot.checkpoint.retention import expected_bytes
+from chatgot.checkpoint.room import expected_bytes, preflight
 from chatgot.checkpoint.save import Saver
 from chatgot.config.overrides import apply_overrides, parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
@@ -232,7 +231,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             own,
             engine_config.chatgot.checkpoint,
             ranks,
-            estimated_bytes=size.estimate(engine.engine, ranks),
+            estimated_bytes=room.estimate(engine.engine, ranks),
             damaged=set(found.damaged) if found is not None and own.is_dir() and found.folder.samefile(own) else set(),
         ),
         proof=Proof(ranks, device),

@@ -16,9 +16,8 @@ import torch
 
 from chatgot.checkpoint import pickles
 from chatgot.checkpoint.load import Found, find
-from chatgot.checkpoint.portable import read_portable
-from chatgot.checkpoint.stored_tensor import StoredTensor, join, stored
-from chatgot.checkpoint.weights import fp32_weights
+from chatgot.checkpoint.portable import StoredTensor, join, stored
+from chatgot.checkpoint.portable_read import fp32_weights, read_portable
 from chatgot.engine.zero_view import Fragment
 from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml
 from tests.training import in_process
