@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from chatgot.checkpoint.manifest import ClientState
 from chatgot.distributed import ControlGroup
 from chatgot.engine import zero_view
 from chatgot.engine.zero_view import Fragment
@@ -18,6 +19,8 @@ from chatgot.errors import CheckpointError
 
 MOMENTUM = "momentum_buffer"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+HyperParameters = dict[str, Any]
+"""A parameter group of an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +35,34 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Its elements stay in the files until they are read. The pieces hold each of them once, in order; `join` has
-    checked that.
-    """
+    """A tensor whose elements stay in the files until they are read. The pieces hold each of them once, in order."""
 
     shape: torch.Size
     pieces: tuple[Piece, ...]
 
     def read(self, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of the flattened tensor: a new fp32 tensor (numel,) on the CPU.
+        """Read elements [start, start + numel) of the flattened tensor: a new fp32 tensor (numel,) on the CPU.
 
         Raises:
             ValueError: the range is not inside the tensor.
         """
         if start < 0 or numel < 0 or start + numel > self.shape.numel():
             raise ValueError(f"elements [{start}, {start + numel}) of a tensor of {self.shape.numel()}")
-        found = torch.empty(numel, dtype=torch.float32)
+        elements = torch.empty(numel, dtype=torch.float32)
         for piece in self.pieces:
             left, right = max(start, piece.start), min(start + numel, piece.start + piece.numel)
             if left < right:
                 offset = piece.offset + left - piece.start
-                found[left - start : right - start] = piece.source[offset : offset + right - left]
-        return found
+                elements[left - start : right - start] = piece.source[offset : offset + right - left]
+        return elements
 
     def whole(self) -> torch.Tensor:
-        """All of it: a new fp32 tensor of its shape on the CPU."""
+        """Read all of it: a new fp32 tensor of its shape on the CPU."""
         return self.read(0, self.shape.numel()).view(self.shape)
 
 
 def stored(tensor: torch.Tensor, shape: torch.Size) -> StoredTensor:
-    """A tensor that lies in one piece.
+    """Make a StoredTensor of a tensor that lies in one piece.
 
     Raises:
         ValueError: it has another number of elements than `shape`.
@@ -90,28 +91,22 @@ def join(
         for fragment in own:
             source = place[fragment.name]
             offset = source.offset + fragment.start - source.start
-            if (
-                offset < 0
-                or fragment.start + fragment.numel > source.start + source.numel
-                or offset + fragment.numel > part.numel()
-            ):
-                raise ValueError(
-                    f"{fragment.name}: elements [{offset}, {offset + fragment.numel}) of rank {rank}'s shard, which "
-                    f"has {part.numel()}"
-                )
+            end, ends = offset + fragment.numel, fragment.start + fragment.numel
+            if offset < 0 or ends > source.start + source.numel or end > part.numel():
+                where = f"elements [{offset}, {end}) of rank {rank}'s shard, which has {part.numel()}"
+                raise ValueError(f"{fragment.name}: {where}")
             pieces[fragment.name].append(Piece(fragment.start, fragment.numel, part.detach().reshape(-1), offset))
-    for name, found in pieces.items():
-        found.sort(key=lambda piece: piece.start)
+    for name, ordered in pieces.items():
+        ordered.sort(key=lambda piece: piece.start)
         end = 0
-        for piece in found:
+        for piece in ordered:
             if piece.start != end:
-                raise ValueError(
-                    f"{name}: a shard continues with element {piece.start}, the ones before it end at {end}"
-                )
+                at = f"a shard continues with element {piece.start}, the ones before it end at {end}"
+                raise ValueError(f"{name}: {at}")
             end += piece.numel
         if end != shapes[name].numel():
             raise ValueError(f"{name}: the shards have {end} of {shapes[name].numel()} elements")
-    return {name: StoredTensor(shapes[name], tuple(found)) for name, found in pieces.items()}
+    return {name: StoredTensor(shapes[name], tuple(ordered)) for name, ordered in pieces.items()}
 
 
 @dataclass
@@ -134,7 +129,7 @@ class PortableState:
 
     parameters: dict[str, PortableParameter]
     """By name, each tied weight once."""
-    groups: list[dict[str, Any]]
+    groups: list[HyperParameters]
     """Hyper-parameters of the optimizer's parameter groups; empty where zero_optimization.elastic_checkpoint did not
     keep them.
     """
@@ -146,13 +141,11 @@ class PortableState:
     global_samples: int
     loss_scaler: dict[str, float | int] | None
     """LOSS_SCALER_FIELDS of fp16's dynamic loss scaler; None where there was none."""
-    client_state: dict[str, Any]
+    client_state: ClientState
 
 
 def parameter_groups(engine: Any) -> list[list[str]]:
-    """Names of the parameters in every group of an optimizer without ZeRO, whose state dict only numbers them; [] with
-    ZeRO.
-    """
+    """Name the parameters in every group of an optimizer without ZeRO, whose state dict numbers them; [] with ZeRO."""
     if engine.zero_optimization():
         return []
     names = zero_view.parameter_names(engine)
@@ -162,7 +155,7 @@ def parameter_groups(engine: Any) -> list[list[str]]:
 def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
     """Give a new engine the state's weights, optimizer state and counters. Collective.
 
-    The optimizer's hyper-parameters stay those of the engine; `hyper_parameter_changes` names what differs.
+    The optimizer's hyper-parameters stay those of the engine.
 
     Raises:
         CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state
@@ -188,11 +181,8 @@ def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> No
             if name in state.buffers:
                 buffer.copy_(state.buffers[name])
     zero_view.refresh_16_bit_copies(engine)
-    engine.global_steps, engine.skipped_steps, engine.global_samples = (
-        state.global_steps,
-        state.skipped_steps,
-        state.global_samples,
-    )
+    engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
+    engine.global_samples = state.global_samples
     scaler = zero_view.loss_scaler(engine)
     if scaler is not None and scaler.dynamic and state.loss_scaler is not None:
         for key in LOSS_SCALER_FIELDS:

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from chatgot.checkpoint import manifest, pickles
+from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import MAY_CHANGE, ClientState
 from chatgot.checkpoint.portable import PortableState, write_portable
-from chatgot.checkpoint.portable_read import read_portable
+from chatgot.checkpoint.reading import explained, read_portable, weights_only
 from chatgot.distributed import ControlGroup
 from chatgot.engine import zero_view
 from chatgot.errors import CheckpointError
@@ -127,12 +127,12 @@ def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[ClientState, l
     error, loaded = None, None
     try:
         # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
-        with contextlib.redirect_stdout(io.StringIO()), pickles.weights_only():
+        with contextlib.redirect_stdout(io.StringIO()), weights_only():
             path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
         if path is None or "chatgot" not in (loaded or {}):
             error = CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
     except Exception as caught:  # noqa: BLE001  # files that nobody has checked: whatever torch and DeepSpeed raise
-        error = CheckpointError(f"{found.path}: cannot be loaded: {pickles.explained(caught)}")
+        error = CheckpointError(f"{found.path}: cannot be loaded: {explained(caught)}")
     ranks.agree(error)
     notes = _reapply(engine, wished)
     _catch_up(engine)

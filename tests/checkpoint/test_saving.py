@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint import publish as publish_module
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.portable_read import fp32_weights
 from chatgot.checkpoint.publish import tag_of, take_back, writer
+from chatgot.checkpoint.reading import fp32_weights
 from chatgot.checkpoint.retention import examine, prune
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError

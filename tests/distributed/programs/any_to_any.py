@@ -21,7 +21,7 @@ from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint import resume as resuming
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import StoredTensor, parameter_groups, stored
-from chatgot.checkpoint.portable_read import read_portable
+from chatgot.checkpoint.reading import read_portable
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
