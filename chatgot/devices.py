@@ -67,9 +67,7 @@ class _Chip:
     """One kind of GPU. Peaks are dense (no 2:4 sparsity) TFLOP/s of NVIDIA's data sheets with fp32 accumulation."""
 
     pattern: str
-    """The whole of torch.cuda.get_device_name after NVIDIA or Tesla: a laptop chip, a MIG slice or a "D" variant is
-    another device.
-    """
+    """All of CUDA's name after NVIDIA or Tesla: a laptop chip, a MIG slice or a "D" variant is another device."""
     half: float
     """fp16, and bf16 where `bf16`."""
     tf32: float | None
@@ -80,7 +78,7 @@ class _Chip:
     bf16: bool = True
     link: float = 12.0
     host: float = 20.0
-    """Typical rates in GB/s, for the estimate of speed."""
+    """Typical GB/s, for the estimate of speed."""
     library_mib: int = 9
 
     def device(self, name: str, memory: int, facts: DeviceFacts) -> Device:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from chatgot.checkpoint import faults
-from chatgot.checkpoint.manifest import Measured
+from chatgot.checkpoint.manifest import ClientState, Measured, StateFields
 from chatgot.checkpoint.publish import UNFINISHED, flush_and_measure, publish, sharing_error, sweep, tag_of
 from chatgot.checkpoint.retention import Pruned, prune
 from chatgot.checkpoint.room import expected_bytes, make_room
@@ -108,13 +108,13 @@ class Saver:
             return False
         return not (self._pending.publishing or self._pending.writing).done()
 
-    def begin(self, engine: Any, client_state: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    def begin(self, engine: Any, client_state: ClientState, fields: StateFields) -> None:
         """Begin to save the state after the current step; when this returns, training may change it. Collective.
 
         Args:
-            client_state: a manifest.ClientState: what DeepSpeed does not save, under the single key "chatgot" (any
-                other key could overwrite an engine attribute).
-            fields: the manifest's StateFields.
+            client_state: what DeepSpeed does not save, under the single key "chatgot" (any other key could overwrite an
+                engine attribute).
+            fields: the manifest's.
 
         Raises:
             CheckpointError: on all ranks, if any could not write; then nothing is pending, and nothing was published.
@@ -188,7 +188,7 @@ class Saver:
             error = NumericsError(f"step {step}: {bad} has values that are not finite, and such a state is never saved")
         self.ranks.agree(error)
 
-    def _make_ready(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    def _make_ready(self, fields: StateFields) -> tuple[str, ...]:
         """Make the folder, clean it, and make room; returns tags that were deleted for it. Rank 0 only."""
         try:
             expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)

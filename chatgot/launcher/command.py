@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
 import signal
 import socket
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from chatgot import run_folder
 from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
@@ -40,6 +44,8 @@ NEVER_RESTARTED = (
 )
 """A refusal would refuse again, and an interruption was asked for."""
 GRACE_SECONDS = 60.0
+ATTEMPT = "CHATGOT_ATTEMPT"
+"""Environment variable that names this start of the ranks, so that one that runs out of memory can ask for another."""
 
 EPILOG = """With one process and no restarts, the program replaces launch/run: nothing stands between you and it.
 With --hostfile, launch/run becomes DeepSpeed's runner, which reaches the hosts by pdsh or ssh.
@@ -222,21 +228,45 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     signal.pthread_sigmask(
         signal.SIG_BLOCK, stops | {signal.SIGCHLD}
     )  # until this process ends: the supervisor waits for them
-    for restart in range(restarts + 1):
-        if restart:
-            say(f"restart {restart} of {restarts}: all ranks start again")
+    restart = 0
+    while True:
+        attempt = uuid.uuid4().hex
         port = rendezvous_port(arguments.master_port)
-        environments = [rank_environment(os.environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
+        environ = {**os.environ, ATTEMPT: attempt}
+        environments = [rank_environment(environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
         where = f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
         say(
             f"{nproc} {'ranks' if nproc > 1 else 'rank'} on {where}, "
             f"OMP_NUM_THREADS={environments[0]['OMP_NUM_THREADS']}, port {port}"
         )
-        supervisor = Supervisor(stops, grace)
+        supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, _out_dir(command)))
         code = supervisor.run(command, environments)
-        if supervisor.stopping or signal.sigpending() & stops or code in NEVER_RESTARTED:
-            break
-    return code
+        if supervisor.stopping or signal.sigpending() & stops:
+            return code
+        if supervisor.ran_out:  # no restart of --max_restarts; it ends, because every one halves the micro-batch
+            say("all ranks start again with the smaller micro-batch")
+        elif code in NEVER_RESTARTED or restart == restarts:
+            return code
+        else:
+            restart += 1
+            say(f"restart {restart} of {restarts}: all ranks start again")
+
+
+def _out_dir(command: Sequence[str]) -> Path | None:
+    """The run folder that train.py's arguments name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out_dir", type=Path)
+    return parser.parse_known_args(command[2:])[0].out_dir
+
+
+def _stored_by(attempt: str, out_dir: Path | None) -> bool:
+    """Whether a rank of this attempt has stored a smaller micro-batch in the run folder."""
+    if out_dir is None:
+        return False
+    try:
+        return json.loads((out_dir / run_folder.MICRO_BATCH).read_text(encoding="utf-8"))["attempt"] == attempt
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _exec(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chatgot.errors import (
@@ -46,9 +46,15 @@ class Supervisor:
     thread.
     """
 
-    def __init__(self, stops: set[signal.Signals], grace: float) -> None:
+    def __init__(
+        self, stops: set[signal.Signals], grace: float, out_of_memory: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`out_of_memory`: whether a rank of these has stored a smaller micro-batch, asked when one ends with 75."""
         self.stops = stops
         self.grace = grace
+        self.ran_out = False
+        """A rank ran out of memory and has stored a smaller micro-batch; the others were killed."""
+        self._out_of_memory = out_of_memory
         self.stopping = False
         """The user sent a stop signal."""
         self.ranks: list[Rank] = []
@@ -127,8 +133,12 @@ class Supervisor:
             first = rank.exit_code != 0 and not any(earlier.exit_code != 0 for earlier in self._ended)
             self._ended.append(rank)
             if first:
-                say(f"rank {rank.index} {_how_it_ended(rank)}")
-                if self._kill_at is None:
+                self.ran_out = rank.exit_code == EXIT_INTERRUPTED and self._out_of_memory()
+                memory = "ran out of memory and has stored a smaller micro-batch; the others are ended"
+                say(f"rank {rank.index} {memory if self.ran_out else _how_it_ended(rank)}")
+                if self.ran_out:  # the others wait for it in a collective, and have nothing to save
+                    self._kill()
+                elif self._kill_at is None:
                     self._end_peers_at = time.monotonic() + min(PEERS_END_SECONDS, self.grace)
 
     def _kill(self) -> None:
@@ -145,6 +155,8 @@ class Supervisor:
 
     def _exit_code(self) -> int:
         bad = [rank for rank in self._ended if rank.exit_code != 0]
+        if self.ran_out:
+            return EXIT_INTERRUPTED
         if not bad:
             return EXIT_DONE
         own = [rank for rank in bad if not rank.told_to_end]

@@ -13,9 +13,7 @@ from chatgot.plan.settings import FP32, HALF, Settings
 
 INT64 = 8
 LOSS_BYTES = 3 * FP32
-"""Per logit, at the start of the backward pass: log-probabilities, their gradient, and the gradient of the logits, all
-in fp32.
-"""
+"""Per logit, when the backward pass starts: log-probabilities, their gradient, the gradient of the logits, all fp32."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,7 @@ class Activations:
     block: int
     """What one block keeps when nothing is recomputed; a recomputed block has it again during its own backward."""
     ends: int
-    """Kept by what comes before and after the blocks: embeddings, final norm, the head's input; casts of weights under
-    autocast.
-    """
+    """Kept outside the blocks: embeddings, final norm, the head's input; casts of weights under autocast."""
     logits: int
     """Log-probabilities kept by the loss."""
     loss_peak: int
@@ -49,7 +45,7 @@ def activations(settings: Settings) -> Activations:
     """Bytes kept by one micro batch under the run's recomputation policy."""
     model, tokens = settings.model, settings.tokens
     block = _block(settings)
-    block_input = tokens * model.d_model * _residual(settings)
+    block_input = tokens * model.d_model * settings.parameter_bytes
     recomputed = [
         settings.recompute_every is not None and i % settings.recompute_every == 0 for i in range(model.n_layers)
     ]
@@ -67,34 +63,29 @@ def activations(settings: Settings) -> Activations:
 
 
 def _element(settings: Settings) -> int:
-    """Of what matrix products take and give."""
+    """Bytes of an element of what matrix products take and give."""
     return FP32 if settings.precision == "fp32" else HALF
 
 
-def _residual(settings: Settings) -> int:
-    """Of the residual stream, which autocast leaves in fp32."""
-    return settings.parameter_bytes
-
-
 def _mask(settings: Settings) -> int:
-    """Of what dropout keeps."""
-    return 0 if not settings.model.dropout else 1 if settings.on_cuda else _residual(settings)
+    """Bytes of an element of what dropout keeps."""
+    return 0 if not settings.model.dropout else 1 if settings.on_cuda else settings.parameter_bytes
 
 
 def _norm(settings: Settings) -> int:
     """Bytes per token of one norm over d_model: its input, or what it is normalised to, and the statistics."""
     if settings.model.architecture == "gpt2":
-        return settings.model.d_model * _residual(settings) + 2 * (FP32 if settings.on_cuda else _residual(settings))
-    return settings.model.d_model * (_residual(settings) if settings.on_cuda else FP32) + FP32
+        return settings.model.d_model * settings.parameter_bytes + 2 * (
+            FP32 if settings.on_cuda else settings.parameter_bytes
+        )
+    return settings.model.d_model * (settings.parameter_bytes if settings.on_cuda else FP32) + FP32
 
 
 def _block(settings: Settings) -> int:
     model, e = settings.model, _element(settings)
     d, f = model.d_model, model.d_hid
     kv = model.kv_heads * (d // model.n_head)
-    per_token = (
-        2 * _norm(settings) + 2 * d * e + 2 * d * _mask(settings)
-    )  # two norms, the inputs of qkv and up, two dropouts
+    per_token = 2 * (_norm(settings) + d * e + d * _mask(settings))  # two norms, inputs of qkv and up, two dropouts
     if model.architecture == "modern":
         per_token += 4 * f * e  # gate and up in one, silu(gate), its product with up
         per_token += FP32 * (model.n_head + model.kv_heads) + (0 if settings.on_cuda else FP32 * (d + kv))  # QK-norm
@@ -102,17 +93,15 @@ def _block(settings: Settings) -> int:
         per_token += 2 * f * e  # before and after GELU
     grouped = model.kv_heads != model.n_head
     if settings.on_cuda and settings.precision == "fp32" and grouped:
-        matrices = 1 + 2 * bool(
-            model.dropout
-        )  # no kernel for grouped heads in fp32: softmax, and what dropout makes of it
+        # There is no kernel for grouped heads in fp32: softmax, and what dropout makes of it, are kept.
+        matrices = 1 + 2 * bool(model.dropout)
     elif not settings.on_cuda and model.dropout:
         matrices = 3
     else:
         matrices = 0
     if matrices:
-        per_token += (
-            3 * d * FP32 + d * e + matrices * FP32 * model.n_head * model.max_seq_length
-        )  # scaled q and k, v, the result
+        # scaled q and k, v, the result
+        per_token += 3 * d * FP32 + d * e + matrices * FP32 * model.n_head * model.max_seq_length
     else:
         rotated = d + kv if model.architecture == "modern" else 0
         per_token += (d + 2 * kv + rotated) * e + d * e + FP32 * model.n_head  # q, k, v; the result; logsumexp
@@ -133,7 +122,6 @@ def _ends(settings: Settings, recomputed: list[bool]) -> int:
 
 def _workspace(settings: Settings) -> int:
     model, e = settings.model, _element(settings)
-    wide = (
-        2 if model.architecture == "modern" else 1
-    )  # gradients as wide as the feed-forward layer, less what has been freed by then
-    return settings.tokens * (2 * model.d_model * _residual(settings) + wide * model.d_hid * e)
+    # Gradients as wide as the feed-forward layer, less what has been freed by then.
+    wide = 2 if model.architecture == "modern" else 1
+    return settings.tokens * (2 * model.d_model * settings.parameter_bytes + wide * model.d_hid * e)

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.engine_config import EngineConfig
-from chatgot.devices import GIB, Device
+from chatgot.devices import GIB, Device, matmul_precision, peak_flops
+from chatgot.model.shapes import count_matmul_parameters, flops_per_token
 from chatgot.plan.activations import Activations, activations
 from chatgot.plan.settings import FP32, Settings, read_settings
-from chatgot.plan.speed import Speed, speed
-from chatgot.plan.states import Memory, checkpoint_bytes, fullest_rank, model_states, padded_numel
+from chatgot.plan.states import STATES, Memory, checkpoint_bytes, fullest_rank, model_states, padded_numel
 
-PARTS = (
-    "parameters",
-    "gradients",
-    "master_weights",
-    "optimizer_states",
-    "buffers",
-    "gathered",
-    "activations",
-    "logits",
-    "temporaries",
-    "libraries",
-)
+PARTS = (*STATES, "buffers", "gathered", "activations", "logits", "temporaries", "libraries")
 """buffers: communication and offload; gathered: ZeRO-3's whole parameters; libraries: cuBLAS."""
 
 FRAGMENTATION = 0.05
@@ -34,14 +24,34 @@ CUDA_CONTEXT = round(0.8 * GIB)
 PROCESS = round(0.6 * GIB)
 """Resident size of Python with torch and DeepSpeed, before a model exists."""
 ALLREDUCE_ELEMENTS = 500_000_000
-"""engine.py, MEMORY_OPT_ALLREDUCE_SIZE: stage 0 and the BF16_Optimizer flatten gradients up to so many elements into a
-copy.
-"""
+"""Stage 0 and the BF16_Optimizer flatten gradients up to so many into a copy (engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
+BEST_EFFICIENCY, HALF_AT = 0.45, 15e6
+"""Share of the peak that a compiled model of N parameters reaches: BEST / (1 + HALF_AT / N). Anchors on A100 and H100:
+about 18 % at 10.7 M, 40 % at 124 M, 45 % at 1.3 B (nanoGPT, llm.c, llm-foundry)."""
+EAGER = 0.6
+"""Speed without torch.compile over the speed with it (nanoGPT: 250 ms against 135 ms a step)."""
+CPU_CORE_FLOPS, CPU_EFFICIENCY, CPU_HALF_AT = 165e9, 0.75, 0.6e6
+"""fp32 peak of one AVX-512 core, and the share of it that training reached (45 % at 0.8 M parameters, 72 % at 14 M);
+other cores differ by a factor of four."""
+HOST_ADAM_GB = 20.0
+"""GB/s of host memory that an AdamW step on the CPU reads and writes."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted speed of all ranks together: for choosing between settings, no promise."""
+
+    tokens_per_sec: float
+    step_ms: float
+    efficiency: float
+    """Share of the peak while computing."""
+    moving_share: float
+    """Share of a step spent on communication and offload, taken not to overlap with computing."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank, the fullest."""
+    """The plan of a run. Bytes are those of the fullest rank."""
 
     settings: Settings
     device: Device
@@ -75,11 +85,8 @@ class Estimate:
     @property
     def needed(self) -> int:
         """Peak and margin, and on a CPU what is offloaded too."""
-        return (
-            self.peak
-            + self.margin
-            + (0 if self.device.on_cuda else sum(self.states.host.values()) + self.activations.host)
-        )
+        offloaded = 0 if self.device.on_cuda else sum(self.states.host.values()) + self.activations.host
+        return self.peak + self.margin + offloaded
 
     @property
     def fits(self) -> bool:
@@ -105,7 +112,7 @@ def estimate(model: ModelConfig, vocab_size: int, engine: EngineConfig, world_si
         peak_at=peak_at,
         host=PROCESS + offloaded + (0 if device.on_cuda else sum(parts.values())),
         checkpoint=checkpoint_bytes(settings),
-        speed=speed(settings, device),
+        speed=_speed(settings, device),
     )
 
 
@@ -113,11 +120,8 @@ def _phases(settings: Settings, states: Memory, kept: Activations) -> Iterator[t
     """Moments of a step at which memory may be at its highest, with what is on the device then."""
     always = {part: size for part, size in states.device.items() if part != "gradients"}
     before, growth = _gradients(settings, states)
-    element = settings.parameter_bytes
-    bucket, sharing = (
-        _bucket(settings),
-        element * min(settings.reduce_bucket, settings.numel) * _sharing_copies(settings),
-    )
+    bucket = _bucket(settings)
+    sharing = settings.parameter_bytes * min(settings.reduce_bucket, settings.numel) * _sharing_copies(settings)
     # A bucket that holds all gradients is reduced once, after the last block.
     late = settings.stage > 0 and not settings.bf16_optimizer and settings.reduce_bucket >= settings.numel
     running = {**always, "gathered": _gathered(settings)}
@@ -125,34 +129,23 @@ def _phases(settings: Settings, states: Memory, kept: Activations) -> Iterator[t
 
     # The bucket comes with the first gradient of a pass; ZeRO-1 keeps it until the last pass of the step.
     waiting = own + (bucket if settings.stage == 1 and settings.accumulation > 1 else 0)
-    yield (
-        "the loss",
-        running
-        | {"buffers": waiting, "gradients": before, "activations": kept.saved - kept.logits, "logits": kept.loss_peak},
-    )
+    loss = {"activations": kept.saved - kept.logits, "logits": kept.loss_peak}
+    yield "the loss", running | loss | {"buffers": waiting, "gradients": before}
     n_layers = len(kept.blocks)
     for index in reversed(range(n_layers)):
         done = 0.0 if late else (n_layers - index) / n_layers
         # Where the input alone is kept, the block has its activations once more while it is differentiated.
         again = kept.blocks[index] if kept.blocks[index] != kept.block else 0
-        yield (
-            f"the backward pass of block {index}",
-            running
-            | {
-                "buffers": own + bucket,
-                "gradients": before + round(growth * done),
-                "activations": kept.ends + sum(kept.blocks[:index]) + kept.block + again,
-                "temporaries": kept.workspace + (0 if late else sharing),
-            },
-        )
-    resting = always | {"gradients": states.device.get("gradients", 0)}
-    reduced = {
-        "buffers": own + bucket,
-        "gradients": before + growth,
-        "temporaries": _reduction_copy(settings) + sharing,
-    }
-    yield "the reduction of gradients", always | reduced
-    yield "the optimizer step", resting | {"temporaries": _stepping(settings)}
+        there = {
+            "buffers": own + bucket,
+            "gradients": before + round(growth * done),
+            "activations": kept.ends + sum(kept.blocks[:index]) + kept.block + again,
+            "temporaries": kept.workspace + (0 if late else sharing),
+        }
+        yield f"the backward pass of block {index}", running | there
+    copies = {"buffers": own + bucket, "temporaries": _reduction_copy(settings) + sharing}
+    yield "the reduction of gradients", always | copies | {"gradients": before + growth}
+    yield "the optimizer step", states.device | {"temporaries": _stepping(settings)}
 
 
 def _gradients(settings: Settings, states: Memory) -> tuple[int, int]:
@@ -185,9 +178,7 @@ def _bucket(settings: Settings) -> int:
 
 
 def _sharing_copies(settings: Settings) -> int:
-    """Copies that are made of a bucket while it is reduced: two for ZeRO-3's reduce-scatter, one for sending it at
-    stages 1 and 2.
-    """
+    """Copies of a bucket while it is reduced: two for ZeRO-3's reduce-scatter, one for sending it at stages 1 and 2."""
     if settings.stage == 3:
         return 2
     return int(settings.stage > 0 and settings.world_size > 1 and not settings.bf16_optimizer)
@@ -223,3 +214,50 @@ def _stepping(settings: Settings) -> int:
         share = min(share, settings.sub_group_size)
     flat = 0 if settings.bf16_optimizer else settings.master_bytes * share
     return max(norm, flat + (0 if settings.fused else FP32 * share))
+
+
+def _speed(settings: Settings, device: Device) -> Speed | None:
+    """Tokens per second from FLOPs, a stated efficiency, and what moving data adds; None where the device's peak is not
+    known, or where 16 bit on a CPU is emulated at an unknown price.
+    """
+    model = settings.model
+    matmul = count_matmul_parameters(model, settings.vocab_size)
+    flops = flops_per_token(matmul, model.n_layers, model.d_model, model.max_seq_length)
+    recomputed = 0.0
+    if settings.recompute_every is not None:
+        blocks = flops - 6.0 * settings.vocab_size * model.d_model
+        recomputed = blocks / 3 * len(range(0, model.n_layers, settings.recompute_every)) / model.n_layers
+    if device.on_cuda:
+        peak = peak_flops(device.facts.name, matmul_precision(settings.precision))
+        if peak is None:
+            return None
+        efficiency = BEST_EFFICIENCY / (1 + HALF_AT / matmul) * (1.0 if settings.compiled else EAGER)
+        per_rank = peak * efficiency
+    elif settings.precision == "fp32":
+        efficiency = CPU_EFFICIENCY / (1 + CPU_HALF_AT / matmul)
+        per_rank = CPU_CORE_FLOPS * efficiency * (os.cpu_count() or 1) / settings.world_size
+    else:
+        return None
+    tokens = settings.tokens * settings.accumulation
+    computing = tokens * (flops + recomputed) / per_rank
+    moving = _moving_seconds(settings, device) if device.on_cuda else 0.0
+    seconds = computing + moving
+    return Speed(tokens * settings.world_size / seconds, 1000 * seconds, efficiency, moving / seconds)
+
+
+def _moving_seconds(settings: Settings, device: Device) -> float:
+    """Seconds for gradients, reduced once a step (ZeRO-2 and 3: once a micro batch), parameters, and offload."""
+    world, weights = settings.world_size, settings.parameter_bytes * settings.numel
+    gathered = 0.0
+    if world > 1:
+        reductions = settings.accumulation if settings.stage >= 2 else 1
+        gathers = 2 * settings.accumulation if settings.stage == 3 else 1
+        gathered = (world - 1) / world * weights * (reductions + gathers)
+    hosted = seconds = 0.0
+    if settings.offload_optimizer:
+        hosted += 2 * weights / world
+        # Gradient, weights and moments are read, all but the first are written.
+        seconds += 7 * FP32 * settings.numel / world / (HOST_ADAM_GB * 1e9)
+    if settings.offload_param:
+        hosted += 2 * settings.accumulation * weights / world
+    return seconds + gathered / (device.link_gb * 1e9) + hosted / (device.host_gb * 1e9)

@@ -90,25 +90,14 @@ class Settings:
 
     @property
     def gathers(self) -> bool:
-        """Whether ZeRO-3 copies a parameter to use it; a single rank uses its partition, unless that lies in another
-        memory.
-        """
+        """Whether ZeRO-3 copies a parameter to use it; a single rank does so only where it is offloaded."""
         return self.stage == 3 and (self.world_size > 1 or (self.offload_param and self.on_cuda))
-
-    @property
-    def muon(self) -> bool:
-        """Whether Muon is the optimizer."""
-        return any(group.muon for group in self.groups)
 
     @property
     def bf16_optimizer(self) -> bool:
         """DeepSpeed takes its BF16_Optimizer and not ZeRO's (engine.py, _do_optimizer_sanity_check)."""
-        return (
-            self.precision == "bf16"
-            and self.stage == 1
-            and self.accumulator_bytes == FP32
-            and not self.offload_optimizer
-        )
+        accumulated_in_fp32 = self.precision == "bf16" and self.accumulator_bytes == FP32
+        return self.stage == 1 and accumulated_in_fp32 and not self.offload_optimizer
 
 
 def read_settings(
@@ -138,9 +127,8 @@ def read_settings(
     if "nvme" in (engine.offload_optimizer, engine.offload_param):
         notes.append("offload to nvme is counted as host memory")
     if engine.chatgot.compile.enabled:
-        notes.append(
-            "torch.compile: memory is that of eager PyTorch, an upper bound, because compiling fuses activations away"
-        )
+        upper_bound = "that of eager PyTorch, an upper bound, because compiling fuses activations away"
+        notes.append(f"torch.compile: memory is {upper_bound}")
     overlap = zero("overlap_comm")
     recompute = engine.activation_checkpointing or {}
     muon = kind.lower() == "muon"
@@ -176,9 +164,7 @@ def read_settings(
 
 
 def _groups(model: ModelConfig, vocab_size: int, states: OptimizerStates, muon: bool) -> tuple[Group, ...]:
-    """As engine/optimizer.py makes them, and as DeepSpeed's Muon splits them by name (engine.py,
-    _muon_param_groups).
-    """
+    """As engine/optimizer.py makes them, and DeepSpeed's Muon splits them by name (engine.py, _muon_param_groups)."""
     shapes = parameter_shapes(model, vocab_size)
     matrices = {name: shape for name, shape in shapes.items() if len(shape) >= 2}
     vectors = Group(tuple(shape for shape in shapes.values() if len(shape) < 2), states)
@@ -201,9 +187,7 @@ def _section(engine: EngineConfig, name: str) -> dict[str, Any]:
 
 
 def _value(engine: EngineConfig, section: str, key: str) -> Any:
-    """A value as given under either spelling, else DeepSpeed's default; "auto" that nothing resolved counts as the
-    default.
-    """
+    """A value as given under either spelling; DeepSpeed's default where there is none, or an unresolved "auto"."""
     node = schema.NODES[f"{section}.{key}"]
     assert isinstance(node, schema.Key) or key == "zenflow"
     given = _section(engine, section)

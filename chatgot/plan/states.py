@@ -36,9 +36,7 @@ class Memory:
 
 
 def model_states(settings: Settings, rank: int = 0) -> Memory:
-    """Bytes of parameters, gradients, master_weights, optimizer_states and buffers (whatever else the engine keeps
-    meanwhile).
-    """
+    """Bytes of STATES, and of buffers: whatever else the engine keeps meanwhile."""
     memory = Memory()
     if settings.stage == 0:
         _plain(settings, memory)
@@ -52,9 +50,7 @@ def model_states(settings: Settings, rank: int = 0) -> Memory:
 
 
 def fullest_rank(settings: Settings) -> int:
-    """The rank with the most bytes on its device: parameters that lie across two ranks' partitions count whole on
-    both.
-    """
+    """The rank with the most bytes on its device: a parameter across two ranks' partitions counts whole on both."""
     if settings.stage not in (1, 2) or settings.bf16_optimizer:
         return 0
     return max(range(settings.world_size), key=lambda rank: sum(model_states(settings, rank).device.values()))
@@ -80,8 +76,7 @@ def _bf16_optimizer(settings: Settings, memory: Memory) -> None:
 def _zero_1_2(settings: Settings, memory: Memory, rank: int) -> None:
     host, world = settings.offload_optimizer, settings.world_size
     element, accumulator = settings.parameter_bytes, settings.accumulator_bytes
-    raw_kept = False
-    raw = 0
+    raw_kept, raw = False, 0
     for group in settings.groups:
         padded = padded_numel(group, world)
         share = padded // world
@@ -111,9 +106,8 @@ def _zero_1_2(settings: Settings, memory: Memory, rank: int) -> None:
         memory.add("buffers", largest)
         memory.add("buffers", largest, host=True)
         if settings.stage == 1 and accumulator != element and world > 1:
-            memory.add(
-                "gradients", accumulator * settings.reduce_bucket
-            )  # grad_accum of the last parameters still points into it
+            # grad_accum of the last parameters still points into the bucket.
+            memory.add("gradients", accumulator * settings.reduce_bucket)
         if settings.stage == 2 and settings.accumulation > 1 and accumulator == element:
             memory.add("gradients", raw, host=True)
 
@@ -121,7 +115,7 @@ def _zero_1_2(settings: Settings, memory: Memory, rank: int) -> None:
 def _zero_3(settings: Settings, memory: Memory) -> None:
     host, world = settings.offload_optimizer, settings.world_size
     memory.add("buffers", settings.parameter_bytes * settings.reduce_bucket)
-    if settings.muon and world > 1:
+    if world > 1 and any(group.muon for group in settings.groups):
         # Kept from step to step for gathering gradients, up to a limit (stage3.py, _muon_allgather_buffers).
         gathering = sum(
             FP32 * (1 + world) * -(-numel // world) for group in settings.groups if group.muon for numel in group.numels
@@ -136,10 +130,8 @@ def _zero_3(settings: Settings, memory: Memory) -> None:
         for sub_group in _sub_groups(shares, settings.sub_group_size):
             _master_and_moments(settings, memory, group, sum(sub_group), host)
         if settings.gathers:
-            kept = sum(
-                world * share for numel, share in zip(group.numels, shares) if numel <= settings.persistence_threshold
-            )
-            memory.add("parameters", settings.parameter_bytes * kept)
+            small = (share for numel, share in zip(group.numels, shares) if numel <= settings.persistence_threshold)
+            memory.add("parameters", settings.parameter_bytes * world * sum(small))
 
 
 def _master_and_moments(settings: Settings, memory: Memory, group: Group, share: int, host: bool) -> None:
@@ -171,9 +163,7 @@ def padded_numel(group: Group, world_size: int) -> int:
 
 
 def _touching(group: Group, share: int, rank: int) -> tuple[list[int], int]:
-    """Sizes of the parameters that lie in a rank's partition, whole or in part, and how many elements of it they
-    fill.
-    """
+    """Sizes of the parameters in a rank's partition, whole or in part, and how many of its elements they fill."""
     start, touched, covered = 0, [], 0
     for numel in group.numels:
         overlap = min(start + numel, (rank + 1) * share) - max(start, rank * share)

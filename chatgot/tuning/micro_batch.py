@@ -20,10 +20,8 @@ from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError
 from chatgot.files import write_atomically
+from chatgot.launcher.command import ATTEMPT
 from chatgot.plan.request import less_memory, words
-
-ATTEMPT = "CHATGOT_ATTEMPT"
-"""Environment variable that names this start of the ranks; `launch/run` sets it where it can start them again."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Outcome:
     """What that rank could have had."""
     tokens_per_sec: float = 0.0
     """Over all ranks, at the pace of the slowest."""
+    error: str = ""
+    """Why a rank failed, where memory was not the reason."""
 
 
 @dataclass
@@ -125,20 +127,16 @@ class Probes:
                 for process in processes:
                     process.kill()
                     process.wait()
-            mine = []
+            mine: list[Outcome] = []
             for rank, code, log in zip(self.ranks, codes, logs):
                 log.seek(0)
-                if code:
-                    mine.append(_verdict(rank, code, log.read()))
-                elif code == 0:
-                    mine.append(
-                        self._measured(json.loads((folder / f"result.{rank}.json").read_text(encoding="utf-8")))
-                    )
+                if code is not None:
+                    mine.append(_failed(rank, code, log.read()) if code else self._measured(rank, folder))
         return _together([one for each in self.share(mine) for one in each])
 
     def _wait(self, processes: list[subprocess.Popen]) -> list[int | None]:
-        """Until all ranks have ended, or one has failed and the others had time to; the exit codes, None: still
-        running.
+        """Wait until all ranks have ended, or one has failed and the others had time to. Returns the exit codes, None
+        for a rank that is still running.
         """
         last_chance = None
         while True:
@@ -165,42 +163,36 @@ class Probes:
             "MASTER_ADDR": self.address,
         }
 
-    def _measured(self, result: dict[str, Any]) -> dict[str, Any]:
-        peak, limit = result["peak_bytes"], result["limit_bytes"]
-        if peak > limit * (1 - self.margin):
-            gib = f"{peak / 2**30:.2f} of {limit / 2**30:.2f} GiB"
-            return {**result, "fits": False, "reason": f"leaves less than {self.margin:.0%} free ({gib} in use)"}
-        return {**result, "fits": True, "reason": ""}
+    def _measured(self, rank: int, folder: Path) -> Outcome:
+        outcome = Outcome(True, **json.loads((folder / f"result.{rank}.json").read_text(encoding="utf-8")))
+        if outcome.peak_bytes <= outcome.limit_bytes * (1 - self.margin):
+            return outcome
+        used = f"{outcome.peak_bytes / GIB:.2f} of {outcome.limit_bytes / GIB:.2f} GiB in use"
+        return replace(outcome, fits=False, reason=f"leaves less than {self.margin:.0%} free ({used})")
 
 
-def _verdict(rank: int, code: int, log: str) -> dict[str, Any]:
-    """Say of a rank that failed whether memory ran out; `error` holds any other reason, which ends everything."""
+def _failed(rank: int, code: int, log: str) -> Outcome:
+    """What the end of a rank that failed means: memory ran out, or an error."""
     if code in _KILLED:
-        return {"fits": False, "reason": f"rank {rank} was killed, as the kernel does when memory runs out"}
+        return Outcome(False, f"rank {rank} was killed, as the kernel does when memory runs out")
     if code == EXIT_ENVIRONMENT and "chatgot-probe: out of memory" in log:
-        return {"fits": False, "reason": f"rank {rank} ran out of memory"}
+        return Outcome(False, f"rank {rank} ran out of memory")
     if "std::bad_alloc" in log:
-        return {"fits": False, "reason": f"rank {rank} ran out of memory (std::bad_alloc)"}
-    return {
-        "fits": False,
-        "error": f"rank {rank} of a probe ended with {code}, not for want of memory:\n{log[-3000:].strip()}",
-    }
+        return Outcome(False, f"rank {rank} ran out of memory (std::bad_alloc)")
+    error = f"rank {rank} of a probe ended with {code}, not for want of memory:\n{log[-3000:].strip()}"
+    return Outcome(False, error=error)
 
 
-def _together(results: list[dict[str, Any]]) -> Outcome:
-    bad = [one for one in results if not one["fits"]]
-    without_error = [one for one in bad if "error" not in one]
-    if bad and not without_error:  # another rank's loss of its peer is no error where memory is the reason
-        raise MachineError(bad[0]["error"])
-    measured = [one for one in results if "peak_bytes" in one]
-    peak = max(measured, key=lambda one: one["peak_bytes"], default={"peak_bytes": 0, "limit_bytes": 0})
-    return Outcome(
-        fits=not bad,
-        reason=without_error[0]["reason"] if bad else "",
-        peak_bytes=peak["peak_bytes"],
-        limit_bytes=peak["limit_bytes"],
-        tokens_per_sec=min((one["tokens_per_sec"] for one in measured), default=0.0),
-    )
+def _together(outcomes: list[Outcome]) -> Outcome:
+    """Combine over ranks. A rank's error counts only where no rank ran out of memory, for it may have lost its peer."""
+    bad = [one for one in outcomes if not one.fits]
+    of_memory = [one for one in bad if not one.error]
+    if bad and not of_memory:
+        raise MachineError(bad[0].error)
+    fullest = max(outcomes, key=lambda one: one.peak_bytes, default=Outcome(True))
+    slowest = min((one.tokens_per_sec for one in outcomes if one.peak_bytes), default=0.0)
+    reason = of_memory[0].reason if bad else ""
+    return Outcome(not bad, reason, fullest.peak_bytes, fullest.limit_bytes, slowest)
 
 
 def read_task(task: Task, world_size: int, facts: DeviceFacts) -> tuple[ModelConfig, EngineConfig]:

@@ -8,6 +8,7 @@ memory plan puts far beyond the device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.engine_config import build_engine_config
 from chatgot.deepspeed_json.file import plain_copy, read_document
-from chatgot.devices import DeviceFacts, device_facts, device_of_machine
+from chatgot.devices import GIB, DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
 from chatgot.tuning.finder import MARGIN, candidates, largest_that_fits
@@ -31,6 +32,7 @@ from chatgot.tuning.probe import OUTSIDE, Outcome, Probes, Task
 logger = logging.getLogger(__name__)
 
 SECTION = "activation_checkpointing"
+NOT_RUN = Outcome(False)
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,18 @@ class Row:
     stage: int
     recomputed: str
     compiled: str
-    micro_batch: int | None
-    outcome: Outcome
     tree: dict[str, Any]
+    """The JSON that runs so, micro-batch left out."""
+    micro_batch: int | None = None
+    outcome: Outcome = NOT_RUN
 
     def cells(self) -> tuple[str, ...]:
         """Its line of the table, a text for each of HEAD."""
         one = self.outcome
-        memory = f"{one.peak_bytes / 2**30:.2f}" if one.peak_bytes else "-"
+        memory = f"{one.peak_bytes / GIB:.2f}" if one.peak_bytes else "-"
         speed = f"{one.tokens_per_sec:,.0f}" if one.fits else "-"
-        return (
-            str(self.stage),
-            self.recomputed,
-            self.compiled,
-            str(self.micro_batch or "-"),
-            memory,
-            speed,
-            one.reason or "fits",
-        )
+        micro = str(self.micro_batch or "-")
+        return (str(self.stage), self.recomputed, self.compiled, micro, memory, speed, one.reason or "fits")
 
 
 HEAD = ("ZeRO", "recomputed", "compiled", "micro-batch", "peak GiB", "tokens/s", "result")
@@ -115,32 +111,30 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
             )
         sizes = sorted(set(arguments.micro_batches))
     rows: list[Row] = []
-    for stage, recomputed, compiled, variant in variants(tree, arguments, facts):
-        refusal = _refusal(variant, sizes[0], arguments, facts)
-        if refusal is not None:
-            rows.append(Row(stage, recomputed, compiled, None, Outcome(False, f"refused: {refusal}"), variant))
-            logger.info(" | ".join(rows[-1].cells()))
-            continue
 
-        def measured(
-            micro: int, kind: tuple[int, str, str] = (stage, recomputed, compiled), tree: dict[str, Any] = variant
-        ) -> bool:
-            run = {key: value for key, value in _with_micro_batch(tree, micro).items() if key not in OUTSIDE}
-            outcome = probes.outcome(Task(run, model, vocab_size, arguments.steps))
-            rows.append(Row(*kind, micro, outcome, tree))
-            logger.info(" | ".join(rows[-1].cells()))
-            return rows[-1].outcome.fits
+    def add(row: Row) -> bool:
+        rows.append(row)
+        logger.info(" | ".join(row.cells()))
+        return row.outcome.fits
 
-        largest_that_fits(sizes, measured)
+    def measured(kind: Row, micro: int) -> bool:
+        run = {key: value for key, value in _with_micro_batch(kind.tree, micro).items() if key not in OUTSIDE}
+        outcome = probes.outcome(Task(run, model, vocab_size, arguments.steps))
+        return add(dataclasses.replace(kind, micro_batch=micro, outcome=outcome))
+
+    for kind in variants(tree, arguments, facts):
+        refusal = _refusal(kind.tree, sizes[0], arguments, facts)
+        if refusal is None:
+            largest_that_fits(sizes, functools.partial(measured, kind))
+        else:
+            add(dataclasses.replace(kind, outcome=Outcome(False, f"refused: {refusal}")))
     for line in table([row.cells() for row in rows]):
         logger.info(line)
     return _fastest(rows, arguments, total)
 
 
-def variants(
-    tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts
-) -> Iterator[tuple[int, str, str, dict[str, Any]]]:
-    """Yield (ZeRO stage, recomputed, compiled, the JSON's tree with these)."""
+def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> Iterator[Row]:
+    """Yield every way of running that is to be tried, nothing measured yet."""
     zero = tree.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {"stage": int(bool(zero))}
     own_stage = zero.get("stage", 0)
@@ -157,7 +151,7 @@ def variants(
                     variant.pop(SECTION, None)
                     chatgot.pop(SECTION, None)
                 chatgot["compile"] = {**(chatgot.get("compile") or {}), "enabled": compiled == "on"}
-                yield stage, recomputed, compiled, variant
+                yield Row(stage, recomputed, compiled, variant)
 
 
 def _total(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> int:

@@ -19,8 +19,8 @@ from chatgot.checkpoint.reading import fp32_weights
 from chatgot.checkpoint.retention import examine, prune
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
-from chatgot.training import loop as loop_module
 from chatgot.training import run
+from chatgot.training import saving as saving_module
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, events, series, tags
@@ -41,8 +41,8 @@ def test_every_n_steps_and_at_the_end(tmp_path, text_file):
 def test_every_m_minutes_since_the_last_save(tmp_path, text_file, monkeypatch):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=8)
     loop = in_process.prepare(argv(saving(tmp_path, every_minutes=2.0), tmp_path / "out", config, text_file))
-    monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(monotonic=lambda: 50.0 * loop.step))
-    loop._last_save = 0.0
+    monkeypatch.setattr(saving_module, "time", types.SimpleNamespace(monotonic=lambda: 50.0 * loop.step))
+    loop.saving = saving_module.Saving(loop.saving.saver, loop.records)
     run.finish(loop)
     assert tags(tmp_path / "out") == [3, 6, 8]  # 150 s, 150 s, the end
 
@@ -137,7 +137,7 @@ def test_stock_deepspeed_reads_the_checkpoint_through_latest(stage, tmp_path, te
         path, _ = loop.engine.engine.load_checkpoint(str(tmp_path / "out" / "checkpoints"))
     assert Path(path).parent == tmp_path / "out" / "checkpoints" / tag_of(3)
     assert loop.step == 3
-    loop._save(must=True)
+    loop.save(must=True)
     trained, read = (fp32_weights(find(tmp_path / name / "checkpoints")) for name in ("out", "other"))
     assert trained.keys() == read.keys()
     assert all(torch.equal(trained[name], read[name]) for name in trained)

@@ -3,7 +3,7 @@
 usage: program.py MARKS ACTION...     ACTION is RANK:VERB or *:VERB; the ranks that no action names end with 0
 VERB: exit=N, signal=NAME (of itself), wait (until killed), save (SIGTERM, SIGINT, SIGUSR1: leave a mark, end with 75
     when all ranks have
-one), deaf (leave the mark, go on), crash_once (exit 9 the first time), linger=N (wait for SIGTERM, then exit N)
+one), memory=K (of its first K attempts, each stores a micro_batch.json and ends with 75), wait_if_memory=K (killed with it), deaf (leave the mark, go on), crash_once (exit 9 the first time), linger=N (wait for SIGTERM, then exit N)
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 marks, *actions = sys.argv[1:]
 marks = Path(marks)
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-verbs = dict(action.split(":") for action in actions)
+verbs = dict(action.split(":") for action in actions if ":" in action)
 verb, _, value = verbs.get(str(rank), verbs.get("*", "exit=0")).partition("=")
 
 
@@ -58,6 +58,12 @@ with (marks / f"starts.{rank}").open("a") as starts:
 if verb == "exit":
     sys.exit(int(value))
 marked("start", world)
+if verb == "memory" and (marks / f"starts.{rank}").read_text().count("\n") <= int(value):
+    out_dir = Path(next(action for action in actions if action.startswith("--out_dir=")).partition("=")[2])
+    (out_dir / "micro_batch.json").write_text(json.dumps({"attempt": os.environ.get("CHATGOT_ATTEMPT")}))
+    sys.exit(75)
+if verb in ("memory", "wait_if_memory") and (marks / f"starts.{rank}").read_text().count("\n") > int(value):
+    sys.exit(0)
 if verb == "crash_once":
     sys.exit(9 if (marks / f"starts.{rank}").read_text().count("\n") == 1 else 0)
 if verb == "signal":

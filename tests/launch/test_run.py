@@ -255,6 +255,24 @@ def test_a_crash_is_restarted_on_a_new_port(launch: Launch, nproc: int) -> None:
     assert "restart 1 of 3" in errors
 
 
+def test_a_rank_that_ran_out_of_memory_is_started_again_with_the_others(launch: Launch, tmp_path: Path) -> None:
+    """The others wait in a collective and are killed; no restart of --max_restarts is used up."""
+    code, errors = launch.run("1:memory=2", "0:wait_if_memory=2", f"--out_dir={tmp_path}")
+    assert code == 0
+    assert len(set(launch.ports(0))) == 3
+    assert errors.count("rank 1 ran out of memory and has stored a smaller micro-batch") == 2
+    assert errors.count("all ranks start again with the smaller micro-batch") == 2
+    assert "SIGKILL" not in errors
+
+
+def test_75_of_another_attempt_is_no_lack_of_memory(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "micro_batch.json").write_text(json.dumps({"attempt": "an earlier one", "micro_batch": 2}))
+    code, errors = launch.run("*:exit=75", f"--out_dir={tmp_path}")
+    assert code == 75
+    assert "memory" not in errors
+    assert len(launch.ports(0)) == 1
+
+
 def test_restarts_come_to_an_end(launch: Launch) -> None:
     code, errors = launch.run("*:exit=6", options=("--nproc", "2", "--max_restarts", "2"))
     assert code == 6, errors
