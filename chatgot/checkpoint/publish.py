@@ -57,11 +57,14 @@ def flush_and_measure(folder: Path, rank: int, world_size: int) -> dict[str, Mea
     return own
 
 
-def sharing_error(folder: Path, gathered: list[dict[str, Measured]]) -> CheckpointError | None:
-    """The error if rank 0 does not see exactly the files that all ranks together have hashed; waits VISIBLE_WITHIN_S.
+def check_shared(folder: Path, gathered: list[dict[str, Measured]]) -> None:
+    """Wait until rank 0 sees exactly the files that all ranks together have hashed, VISIBLE_WITHIN_S at most.
 
     Args:
         gathered: the files of every rank.
+
+    Raises:
+        CheckpointError: it does not: the ranks do not share the file system, or somebody else writes there.
     """
     until = time.monotonic() + VISIBLE_WITHIN_S
     hashed = {name for part in gathered for name in part}
@@ -69,13 +72,12 @@ def sharing_error(folder: Path, gathered: list[dict[str, Measured]]) -> Checkpoi
         time.sleep(0.5)
     for rank, part in enumerate(gathered):
         if unseen := sorted(part.keys() - seen):
-            return CheckpointError(
+            raise CheckpointError(
                 f"{folder}: rank {rank} wrote {unseen[0]}, and rank 0 does not see it: the ranks do not share this "
                 "file system; give an --out_dir on a file system that all machines share"
             )
     if unhashed := sorted(seen - hashed):
-        return CheckpointError(f"{folder}: nobody has written {unhashed[0]}: another program writes into this folder")
-    return None
+        raise CheckpointError(f"{folder}: nobody has written {unhashed[0]}: another program writes into this folder")
 
 
 def sweep(folder: Path) -> None:

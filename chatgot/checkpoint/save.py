@@ -22,23 +22,20 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from chatgot.checkpoint import faults
 from chatgot.checkpoint.manifest import ClientState, Measured, StateFields
-from chatgot.checkpoint.publish import UNFINISHED, flush_and_measure, publish, sharing_error, sweep, tag_of
+from chatgot.checkpoint.publish import UNFINISHED, check_shared, flush_and_measure, publish, sweep, tag_of
 from chatgot.checkpoint.retention import Pruned, prune
 from chatgot.checkpoint.room import expected_bytes, make_room
-from chatgot.checkpoint.snapshot import Snapshot, Snapshots
+from chatgot.checkpoint.snapshot import Snapshot, Snapshots, file_operations
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.distributed import ControlGroup
-from chatgot.engine import guards
 from chatgot.engine.zero_view import first_non_finite
 from chatgot.errors import CheckpointError, NumericsError
 
 T = TypeVar("T")
-Written = tuple[dict[str, Measured], CheckpointError | None]
-Published = tuple[Pruned, CheckpointError | None]
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,10 @@ class _Pending:
     step: int
     started: float
     fields: Mapping[str, Any]
-    writing: Future[Written]
+    writing: Future[dict[str, Measured]]
     made_room: tuple[str, ...]
     """Tags that were deleted for it; known on rank 0."""
-    publishing: Future[Published] | None = None
+    publishing: Future[Pruned] | None = None
     stalled: float = 0.0
 
 
@@ -130,7 +127,7 @@ class Saver:
             made_room = self.ranks.on_rank_0(lambda: self._make_ready(fields))
             self._snapshots.reuse()
             snapshots: list[tuple[Path, Snapshot]] | None = [] if self._thread else None
-            with _files_of(engine, snapshots, self._snapshots) as failures:
+            with file_operations(engine, snapshots, self._snapshots) as failures:
                 engine.save_checkpoint(
                     str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False
                 )
@@ -151,17 +148,12 @@ class Saver:
         began, pending = time.monotonic(), self._pending
         with self._cleared_away(pending.step):
             if pending.publishing is None:
-                own, error = pending.writing.result()
-                self.ranks.agree(error)
-                gathered = self.ranks.gather(own)
-                if self.ranks.rank == 0:
-                    pending.publishing = self._run(lambda: self._publish(pending, gathered))
-                else:
-                    pending.publishing = _done((Pruned(), None))
+                gathered = self.ranks.gather(self._agreed(pending.writing))
+                alone = self.ranks.rank == 0
+                pending.publishing = self._run(lambda: self._publish(pending, gathered) if alone else Pruned())
                 pending.stalled += time.monotonic() - began
                 return None
-            pruned, error = pending.publishing.result()
-            self.ranks.agree(error)
+            pruned = self._agreed(pending.publishing)
         self._pending = None
         notes, self._unsaid = (*self._unsaid, *pruned.warnings), []
         now, tags = time.monotonic(), (*pending.made_room, *pruned.tags)
@@ -179,7 +171,25 @@ class Saver:
         return saved
 
     def _run(self, work: Callable[[], T]) -> Future[T]:
-        return self._thread.submit(work) if self._thread is not None else _done(work())
+        """Begin the work in the thread, or do it now where there is none."""
+        if self._thread is not None:
+            return self._thread.submit(work)
+        future: Future[T] = Future()
+        try:
+            future.set_result(work())
+        except CheckpointError as error:
+            future.set_exception(error)
+        return future
+
+    def _agreed(self, future: Future[T]) -> T:
+        """Wait for this rank's result; raise on all ranks what one has met. Collective."""
+        result = error = None
+        try:
+            result = future.result()
+        except CheckpointError as caught:
+            error = caught
+        self.ranks.agree(error)
+        return cast(T, result)
 
     def _refuse_non_finite(self, engine: Any, step: int) -> None:
         """Such a checkpoint is worth nothing, and would push one that is worth something out of the folder."""
@@ -213,8 +223,8 @@ class Saver:
                 shutil.rmtree(self.folder / f"{UNFINISHED}{tag_of(step)}", ignore_errors=True)
             raise
 
-    def _write(self, folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]]) -> Written:
-        """Part 2: this rank's files with their sizes and hashes, and the error if there was one.
+    def _write(self, folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]]) -> dict[str, Measured]:
+        """Part 2: write, flush and hash this rank's files.
 
         Args:
             files: the engine's checkpoint engine, which knows how to write a state dict.
@@ -223,63 +233,22 @@ class Saver:
             for path, snapshot in snapshots:
                 faults.operation(f"save {path.name}")
                 files.save(snapshot.rebuild(), str(path))
-            return flush_and_measure(folder, self.ranks.rank, self.ranks.world_size), None
+            return flush_and_measure(folder, self.ranks.rank, self.ranks.world_size)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            return {}, _refusal(folder, error)
+            raise _refusal(folder, error) from error
 
-    def _publish(self, pending: _Pending, gathered: list[dict[str, Measured]]) -> Published:
-        """Part 3: what was pruned, and the error if there was one. Rank 0 only."""
+    def _publish(self, pending: _Pending, gathered: list[dict[str, Measured]]) -> Pruned:
+        """Part 3: publish, and prune. Rank 0 only."""
         tag = tag_of(pending.step)
         try:
-            if error := sharing_error(self.folder / f"{UNFINISHED}{tag}", gathered):
-                return Pruned(), error
+            check_shared(self.folder / f"{UNFINISHED}{tag}", gathered)
             publish(self.folder, tag, pending.fields, gathered)
         except OSError as error:
-            return Pruned(), _refusal(self.folder / tag, error)
+            raise _refusal(self.folder / tag, error) from error
         self.damaged.discard(tag)
         pruned = prune(self.folder, self.config, self.damaged)
         self.damaged.update(pruned.damaged)
-        return pruned, None
-
-
-def _done(result: T) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_result(result)
-    return future
-
-
-@contextlib.contextmanager
-def _files_of(
-    engine: Any, snapshots: list[tuple[Path, Snapshot]] | None, memory: Snapshots
-) -> Iterator[list[OSError | RuntimeError]]:
-    """Let this rank's file operations note their failure instead of raising it (see guards.file_operations), and put
-    what is to be written into `snapshots`, if given. torch.save reports a full disk as a RuntimeError.
-    """
-    failures: list[OSError | RuntimeError] = []
-
-    def noted(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def attempt(*args: Any, **kwargs: Any) -> Any:
-            try:
-                paths = [Path(value).name for value in (*args, *kwargs.values()) if isinstance(value, (str, Path))]
-                faults.operation(" ".join([operation.__name__.strip("_"), *paths]))
-                return operation(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        return attempt
-
-    def copied(state_dict: Any, path: str) -> None:
-        try:
-            assert snapshots is not None
-            snapshots.append((Path(path), memory.take(state_dict)))
-        except (RuntimeError, ValueError) as error:  # no memory for the copy
-            failures.append(RuntimeError(f"no copy for saving in the background (chatgot.checkpoint.async): {error}"))
-
-    def ours(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        return copied if name == "save" and snapshots is not None else noted(theirs)
-
-    with guards.file_operations(engine, ours):
-        yield failures
+        return pruned
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 from pathlib import Path
 
@@ -265,9 +264,11 @@ def test_every_file_has_one_rank_that_answers_for_it(name, rank):
 def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(publish_module, "VISIBLE_WITHIN_S", 0.0)
     (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"weights")
-    hashed = [{"mp_rank_00_model_states.pt": {}}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": {}}]
-    unseen = publish_module.sharing_error(tmp_path, hashed)
-    assert re.search(r"rank 1 wrote zero_pp_rank_1_.*do not share this file system", str(unseen))
+    one: publish_module.Measured = {"bytes": 7, "sha256": ""}
+    hashed = [{"mp_rank_00_model_states.pt": one}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": one}]
+    with pytest.raises(CheckpointError, match=r"rank 1 wrote zero_pp_rank_1_.*do not share this file system"):
+        publish_module.check_shared(tmp_path, hashed)
     (tmp_path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"1")
-    assert publish_module.sharing_error(tmp_path, hashed) is None
-    assert "nobody has written" in str(publish_module.sharing_error(tmp_path, hashed[:1]))
+    publish_module.check_shared(tmp_path, hashed)
+    with pytest.raises(CheckpointError, match="nobody has written"):
+        publish_module.check_shared(tmp_path, hashed[:1])
