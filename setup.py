@@ -1,17 +1,26 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("chatgot/version.py").read_text(encoding="utf-8"))
+assert VERSION is not None
 
 setup(
     name="chatgot",
-    version="0.1.0",
+    version=VERSION[1],
     description="A from-scratch GPT trainer on stock DeepSpeed: kill it anywhere, resume it anywhere.",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["chatgot", "chatgot.*"]),
-    package_data={"chatgot.presets": ["*.yaml"], "chatgot": ["presets/*.yaml"]},
+    packages=[*find_packages(include=["chatgot", "chatgot.*"]), "chatgot.presets", "chatgot.ds_configs"],
+    package_dir={"chatgot.ds_configs": "ds_configs"},
+    package_data={"chatgot.presets": ["*.yaml"], "chatgot.ds_configs": ["*.json", "README.md"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
+        "hjson>=3.1,<4",
         "numpy>=1.26",
+        "pydantic>=2.7,<3",
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "wandb>=0.19",
@@ -21,7 +30,7 @@ setup(
         "bpe": ["tokenizers>=0.20"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "import-linter"),
-            *("hjson>=3.1", "transformers>=5", "tokenizers>=0.20"),
+            *("transformers>=5", "tokenizers>=0.20"),
         ],
     },
     entry_points={"console_scripts": ["chatgot=chatgot.cli:main"]},

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
-from chatgot import __version__
-from chatgot.errors import (
-    EXIT_CHECKPOINT,
-    EXIT_CONFIG,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    ChatGoTError,
-    MachineError,
-)
+from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, MachineError
+from chatgot.version import __version__
+
+T = TypeVar("T")
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
   ds.optimizer.params.lr=3e-4  ds.chatgot.checkpoint.keep_last=5  the DeepSpeed JSON
 
 exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 numerics, 6 environment, 75 interrupted and
-saved"""
+saved, or the micro-batch made smaller because memory ran out: run the same command again"""
 
 
 class _RankParser(argparse.ArgumentParser):
@@ -47,38 +42,23 @@ def train_parser() -> argparse.ArgumentParser:
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--deepspeed_config", required=True, metavar="JSON", help="how it is run: a DeepSpeed JSON, see ds_configs/"
-    )
-    parser.add_argument(
-        "--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)"
-    )
-    parser.add_argument(
-        "--data",
-        default="wars_of_the_roses",
-        metavar="SPEC",
-        help="a text file, a folder of them, a prepared folder, or a built-in corpus (default: wars_of_the_roses)",
-    )
-    parser.add_argument("--out_dir", required=True, type=Path, help="the run folder")
-    parser.add_argument(
-        "--resume_from",
-        default="auto",
-        metavar="auto|must|never|PATH[@TAG]",
-        help="auto: go on if the run folder has a checkpoint, else start, and say which (default)",
-    )
-    parser.add_argument(
-        "--allow_data_change",
-        action="store_true",
-        help="resume with other data, or with another train.seed, which orders them; the run goes on at the same sample number",
-    )
-    parser.add_argument("--allow_batch_change", action="store_true", help="resume with another train_batch_size")
-    parser.add_argument("--run_name", help="name on the dashboard (default: the run folder's name)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers")
-    parser.add_argument(
-        "--deepspeed", action="store_true", help="accepted from stock command lines; the engine is always DeepSpeed's"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, see below")
+    add = parser.add_argument
+    how = "how it is run: a DeepSpeed JSON, or the name of a shipped one (chatgot configs)"
+    add("--deepspeed_config", required=True, metavar="NAME|JSON", help=how)
+    _config(parser, "what is trained: a preset (chatgot presets) or a run YAML")
+    text = "a text file, a folder of them, a prepared folder, or a built-in corpus (default: wars_of_the_roses)"
+    add("--data", default="wars_of_the_roses", metavar="SPEC", help=text)
+    add("--out_dir", required=True, type=Path, help="the run folder")
+    resume = "auto: go on from its newest checkpoint, else start (default)"
+    add("--resume_from", default="auto", metavar="auto|must|never|PATH[@TAG]", help=resume)
+    change = "resume with other data, or with another train.seed, which orders them; the run goes on at the same sample"
+    add("--allow_data_change", action="store_true", help=f"{change} number")
+    add("--allow_batch_change", action="store_true", help="resume with another train_batch_size")
+    add("--run_name", help="name on the dashboard (default: the run folder's name)")
+    add("--debug", action="store_true", help="show the traceback of a refusal")
+    add("--local_rank", "--local-rank", type=int, help="set by launchers")
+    add("--deepspeed", action="store_true", help="accepted from stock command lines; the engine is always DeepSpeed's")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides, see below")
     return parser
 
 
@@ -87,23 +67,12 @@ def train(argv: Sequence[str] | None = None) -> None:
     arguments = train_parser().parse_args(argv)
 
     def program() -> int:
+        from chatgot.deepspeed_json.shipped import find_json
         from chatgot.training.run import TrainArguments, leave
         from chatgot.training.run import train as run
 
-        code = run(
-            TrainArguments(
-                deepspeed_config=arguments.deepspeed_config,
-                out_dir=arguments.out_dir,
-                config=arguments.config,
-                data=arguments.data,
-                resume_from=arguments.resume_from,
-                allow_data_change=arguments.allow_data_change,
-                allow_batch_change=arguments.allow_batch_change,
-                overrides=tuple(arguments.overrides),
-                run_name=arguments.run_name,
-                local_rank=arguments.local_rank,
-            )
-        )
+        json = str(find_json(arguments.deepspeed_config))
+        code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json))
         leave()
         return code
 
@@ -120,156 +89,136 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The `chatgot` command."""
-    parser = argparse.ArgumentParser(
-        prog="chatgot", description="Train a GPT on your own text with DeepSpeed, and use it."
-    )
-    parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    commands.add_parser("train", help="train, in one process; the same as python launch/train.py", add_help=False)
-
-    prepare = commands.add_parser("prepare", help="turn text into tokens on disk")
-    prepare.add_argument("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
-    prepare.add_argument("--out", required=True, type=Path, help="the prepared folder, for --data")
-    prepare.add_argument(
-        "--config", default="tiny", metavar="NAME|YAML", help="its data section says how (default: tiny)"
-    )
-    prepare.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
-
-    sample = commands.add_parser("sample", help="draw text from a run folder")
-    sample.add_argument("run", type=Path, metavar="RUN", help="the run folder")
-    sample.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
-    sample.add_argument("--max_new_tokens", type=int, default=256, help="tokens to draw (default: 256)")
-    sample.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    sample.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
-    sample.add_argument("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
-    sample.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
-    sample.add_argument("--num_samples", type=int, default=1, help="continuations to draw (default: 1)")
-    sample.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    sample.add_argument("--tag", help="checkpoint to use (default: the newest)")
-    sample.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one"
-    )
-
-    check = commands.add_parser("check", help="say everything about a DeepSpeed JSON before anything runs")
-    check.add_argument("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON")
-    check.add_argument(
-        "--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes"
-    )
-    check.add_argument(
-        "--vocab_size", type=int, help="of the model in --config (default: the bpe tokenizer's, else 256)"
-    )
-    check.add_argument("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
-    check.add_argument(
-        "--device",
-        default="auto",
-        choices=("auto", "cuda", "cpu"),
-        help="what the run will have (default: this machine's)",
-    )
-    check.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="overrides, as after train.py's flags",
-    )
-    check.add_argument("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
-    check.add_argument("--effective", action="store_true", help="print every value in use and where it comes from")
-    check.add_argument(
-        "--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON"
-    )
-
-    verify = commands.add_parser(
-        "verify", help="check a run folder: every checkpoint's files, and that the journal is whole"
-    )
-    verify.add_argument("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
-    verify.add_argument(
-        "--replay",
-        type=_steps,
-        metavar="K",
-        help="train K steps from a checkpoint again and compare them with the journal",
-    )
-    verify.add_argument(
-        "--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)"
-    )
-
-    plan = commands.add_parser("plan", help="memory, speed and checkpoint size of a run, before it starts")
-    plan.add_argument(
-        "deepspeed_config", nargs="?", type=Path, metavar="JSON", help="how it is run; with --sweep a folder"
-    )
-    plan.add_argument(
-        "--config", default="tiny", metavar="NAME|YAML", help="what is trained: a preset or a run YAML (default: tiny)"
-    )
-    plan.add_argument("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
-    plan.add_argument(
-        "--device",
-        default="h200",
-        metavar="NAME|BYTES",
-        help="h200, a100-80, rtx4090, ..., cpu, or 24GiB (default: h200)",
-    )
-    plan.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as train.py takes them"
-    )
-    plan.add_argument(
-        "--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)"
-    )
-    plan.add_argument(
-        "--sweep", action="store_true", help="a table of all JSONs in ds_configs/, or in the folder given"
-    )
-    plan.add_argument(
-        "--format", default="text", choices=("text", "json"), help="json: for programs, sizes in bytes (default: text)"
-    )
-
-    tune = commands.add_parser(
-        "tune", help="find the micro-batch, recomputation, ZeRO stage and compilation that train fastest and fit"
-    )
-    tune.add_argument("deepspeed_config", type=Path, metavar="JSON", help="a DeepSpeed JSON; its global batch stays")
-    tune.add_argument(
-        "--config", default="tiny", metavar="NAME|YAML", help="the model: a preset or a run YAML (default: tiny)"
-    )
-    tune.add_argument(
-        "--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters"
-    )
-    tune.add_argument(
-        "--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)"
-    )
-    tune.add_argument("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
-    tune.add_argument(
-        "--micro_batches",
-        type=_count,
-        nargs="+",
-        metavar="N",
-        help="only these (default: all that make the global batch)",
-    )
-    tune.add_argument(
-        "--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)"
-    )
-    tune.add_argument(
-        "--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)"
-    )
-    tune.add_argument("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
-    tune.add_argument(
-        "--steps", type=_steps, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)"
-    )
-    tune.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
-
-    for command in (prepare, sample, verify, check, plan, tune):
-        command.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     if argv[:1] == ["train"]:
         train(argv[1:])
-    arguments = parser.parse_args(argv)
-    programs = {
-        "prepare": _prepare,
-        "sample": _sample,
-        "verify": _verify,
-        "check": _check,
-        "plan": _plan,
-        "tune": _tune,
-    }
-    sys.exit(guarded(lambda: programs[arguments.command](arguments), arguments.debug))
+    arguments = _parser().parse_args(argv or ["--help"])
+    sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chatgot",
+        description="Train a GPT on your own text with DeepSpeed, and use it.",
+        epilog="chatgot help COMMAND, or chatgot COMMAND --help, says more about one of them.",
+    )
+    parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, program: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        added.set_defaults(program=program)
+        added.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+        return added
+
+    commands.add_parser("train", help="train, in one process; the same as python launch/train.py", add_help=False)
+    _prepare_options(command("prepare", _prepare, "turn text into tokens on disk"))
+    _sample_options(command("sample", _sample, "draw text from a run folder"))
+    _verify_options(command("verify", _verify, "check a run folder: files of every checkpoint, and the journal"))
+    _check_options(command("check", _check, "say everything about a DeepSpeed JSON before anything runs"))
+    _plan_options(command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts"))
+    _tune_options(command("tune", _tune, "find the micro-batch, ZeRO stage and other settings that train fastest"))
+    command("presets", _presets, "list the models that ship, for --config")
+    command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
+    return parser
+
+
+def _config(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
+
+
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
+    add("--out", required=True, type=Path, help="the prepared folder, for --data")
+    _config(parser, "its data section says how")
+    add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the run folder")
+    add("--prompt", default="\n", help="text to continue (default: a line break)")
+    add("--max_new_tokens", type=int, default=256, help="tokens to draw (default: 256)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    add("--top_k", type=int, help="draw from the k likeliest tokens only")
+    add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    add("--num_samples", type=int, default=1, help="continuations to draw (default: 1)")
+    add("--greedy", action="store_true", help="always take the likeliest token")
+    add("--tag", help="checkpoint to use (default: the newest)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
+    add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
+    add("--vocab_size", type=int, help="of the model in --config (default: the bpe tokenizer's, else 256)")
+    add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, as for train.py")
+    add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
+    add("--effective", action="store_true", help="print every value in use and where it comes from")
+    add("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
+    add("--replay", type=_count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
+    add("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    how = "how it is run: a DeepSpeed JSON, or the name of a shipped one; with --sweep a folder"
+    add("deepspeed_config", nargs="?", type=Path, metavar="JSON", help=how)
+    _config(parser, "what is trained: a preset or a run YAML")
+    add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    add("--device", default="h200", metavar="NAME|BYTES", help="h200, rtx4090, ..., cpu, or 24GiB (default: h200)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as for train.py")
+    add("--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)")
+    add("--sweep", action="store_true", help="a table of all JSONs that ship, or of those in the folder given")
+    add("--format", default="text", choices=("text", "json"), help="json: for programs, in bytes")
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    how = "a DeepSpeed JSON, or the name of a shipped one; its global batch stays"
+    add("deepspeed_config", type=Path, metavar="JSON", help=how)
+    _config(parser, "the model: a preset or a run YAML")
+    add("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
+    add("--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
+    add("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
+    sizes = "only these (default: all that make the global batch)"
+    add("--micro_batches", type=_count, nargs="+", metavar="N", help=sizes)
+    add("--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)")
+    add("--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)")
+    add("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
+    add("--steps", type=_count, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
+    add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _given(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
+    """Make the arguments of a room's function from those of a command line, lists as tuples."""
+    given = {name: value for name, value in vars(arguments).items() if name in signature(kind).parameters}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _show_log() -> None:
+    """Print what the package logs, as a run does."""
+    from chatgot.observe.progress import Progress, show_log
+
+    show_log(Progress(0))
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -277,20 +226,20 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from chatgot.config.run import load_run_config
     from chatgot.data.prepare import prepare
 
+    _show_log()
     texts = [text for text in arguments.text if "=" not in text or Path(text).exists()]
     overrides, _ = parse_overrides([text for text in arguments.text if text not in texts])
     config = load_run_config(arguments.config, overrides)
     prepared = prepare(texts, arguments.out, config.data, block_size=config.model.max_seq_length)
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
-    return 0
+    return EXIT_DONE
 
 
 def _sample(arguments: argparse.Namespace) -> int:
     from chatgot.inference.sample import SampleArguments, sample
 
-    names = SampleArguments.__dataclass_fields__
-    sample(SampleArguments(**{name: value for name, value in vars(arguments).items() if name in names}))
-    return 0
+    sample(_given(SampleArguments, arguments))
+    return EXIT_DONE
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -306,9 +255,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(explain(arguments.explain))
         return EXIT_DONE
     if arguments.json is None:
-        raise ConfigError(
-            "chatgot check: give a DeepSpeed JSON, for example ds_configs/bf16_zero1.json; or --explain KEY"
-        )
+        raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")
     if arguments.world_size < 1 or (arguments.vocab_size is not None and arguments.vocab_size < 1):
         raise ConfigError("chatgot check: --world_size and --vocab_size are whole numbers >= 1")
     run_overrides, ds_overrides, refused, n_params = {}, {}, (), None
@@ -325,34 +272,18 @@ def _check(arguments: argparse.Namespace) -> int:
     facts = assumed_device(arguments.device)
     report = check.check(arguments.json, ds_overrides, world_size=arguments.world_size, facts=facts, n_params=n_params)
     report = replace(report, findings=(*refused, *report.findings))
-    if arguments.format == "json":
-        print(check.as_json(report, arguments.effective))
-    else:
-        for line in check.as_text(report, arguments.effective):
-            print(line)
+    lines = check.as_text(report, arguments.effective) if arguments.format == "text" else None
+    print("\n".join(lines) if lines else check.as_json(report, arguments.effective))
     return report.exit_code
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    from chatgot.deepspeed_json.shipped import find_json
     from chatgot.tuning.tune import TuneArguments, tune
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    given = {name: value for name, value in vars(arguments).items() if name in TuneArguments.__dataclass_fields__}
-    lists: dict[str, Any] = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    tune(TuneArguments(**{**given, **lists}))
+    _show_log()
+    tune(replace(_given(TuneArguments, arguments), deepspeed_config=find_json(arguments.deepspeed_config)))
     return EXIT_DONE
-
-
-def _steps(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps from 1 on")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -369,9 +300,38 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from chatgot.plan.command import PlanArguments, plan
 
-    names = PlanArguments.__dataclass_fields__
-    print(plan(PlanArguments(**{name: value for name, value in vars(arguments).items() if name in names})))
-    return 0
+    print(plan(_given(PlanArguments, arguments)))
+    return EXIT_DONE
+
+
+def _presets(arguments: argparse.Namespace) -> int:
+    from chatgot.config.run import load_run_config, preset_names
+    from chatgot.model.shapes import count_parameters
+
+    rows = [("PRESET", "ARCHITECTURE", "PARAMETERS", "WIDTH x LAYERS x HEADS", "CONTEXT", "TOKENIZER")]
+    for name in preset_names():
+        config = load_run_config(name)
+        model, data = config.model, config.data
+        count = count_parameters(model, data.bpe_vocab_size if data.tokenizer == "bpe" else 95)
+        shape = f"{model.d_model} x {model.n_layers} x {model.n_head}"
+        rows.append((name, model.architecture, f"{count:,}", shape, f"{model.max_seq_length}", data.tokenizer))
+    _print_table(rows)
+    print("parameters: with the tokenizer's vocabulary for bpe, with 95 characters for char")
+    return EXIT_DONE
+
+
+def _configs(arguments: argparse.Namespace) -> int:
+    from chatgot.deepspeed_json.shipped import shipped_table
+
+    _print_table([("CONFIG", "PRECISION", "ZERO", "USE IT WHEN"), *shipped_table()])
+    return EXIT_DONE
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, the first of which is the head, as columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
 def guarded(program: Callable[[], int], debug: bool) -> int:
@@ -386,6 +346,6 @@ def guarded(program: Callable[[], int], debug: bool) -> int:
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return EXIT_DONE
     except KeyboardInterrupt:
         return 130

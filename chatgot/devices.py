@@ -212,27 +212,18 @@ def device_of_machine(facts: DeviceFacts, device: torch.device | None = None) ->
     return Device(facts.name or "cuda", properties.total_memory, facts, library_bytes=workspace * _MIB)
 
 
-def guess_device() -> DeviceFacts:
-    """A CUDA device where the driver shows one and the environment does not hide it, else the CPU.
+def assumed_device(kind: str) -> DeviceFacts:
+    """What `check --device` names: a modern GPU ("cuda"), a CPU without fp16 kernels ("cpu"), this machine's ("auto").
 
-    Which types a GPU supports is only known to torch, so both are assumed; a CPU trains in fp16 with AVX512-FP16 or
-    AMX-FP16 only (oneDNN).
+    Without torch, auto is a guess: a CUDA device where the driver shows one and the environment does not hide it, with
+    all types; else the CPU, which trains in fp16 with AVX512-FP16 or AMX-FP16 only (oneDNN).
     """
     hidden = os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if not hidden and (glob.glob("/dev/nvidia[0-9]*") or glob.glob("/proc/driver/nvidia/gpus/*")):
-        return DeviceFacts("cuda", bf16=True, fp16=True, name="cuda", certain=False)
-    return DeviceFacts("cpu", bf16=True, fp16=_cpu_has_fp16(), name="cpu", certain=False)
-
-
-def assumed_device(kind: str) -> DeviceFacts:
-    """The device that --device names: 'auto' is this machine's, 'cuda' a modern GPU, 'cpu' a CPU without fp16
-    kernels.
-    """
-    if kind == "auto":
-        return guess_device()
-    if kind == "cuda":
-        return DeviceFacts("cuda", bf16=True, fp16=True, name="cuda")
-    return DeviceFacts("cpu", bf16=True, fp16=False, name="cpu")
+    shown = not hidden and bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/proc/driver/nvidia/gpus/*"))
+    certain = kind != "auto"
+    if kind == "cuda" or (kind == "auto" and shown):
+        return DeviceFacts("cuda", bf16=True, fp16=True, name="cuda", certain=certain)
+    return DeviceFacts("cpu", bf16=True, fp16=kind == "auto" and _cpu_has_fp16(), name="cpu", certain=certain)
 
 
 def _cpu_has_fp16() -> bool:
@@ -244,8 +235,7 @@ def _cpu_has_fp16() -> bool:
 
 
 def present_gpus() -> list[str]:
-    """NVIDIA GPUs of this machine: their UUIDs from nvidia-smi, else the names of their device files; no CUDA context
-    is made.
+    """UUIDs of this machine's NVIDIA GPUs from nvidia-smi, else the names of their device files; makes no CUDA context.
 
     MachineError if nvidia-smi hangs, which it does when a GPU or the driver does.
     """
@@ -263,8 +253,7 @@ def present_gpus() -> list[str]:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[str]:
-    """GPUs that the ranks will see, in their order: those of CUDA_VISIBLE_DEVICES (indices or UUIDs), else all. Empty:
-    train on the CPU.
+    """GPUs that the ranks will see, in their order, by CUDA_VISIBLE_DEVICES (indices or UUIDs); none: train on the CPU.
 
     As CUDA does, the list is read up to its first entry that names no device, such as -1. MachineError for an index
     the machine lacks or a device named twice, for which CUDA would show fewer devices than listed, or none.

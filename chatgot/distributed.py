@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from chatgot.errors import ChatGoTError, MachineError
@@ -106,6 +107,12 @@ def first_host(node_list: str) -> str:
     if not bracket:
         return head
     return prefix + rest.split("]")[0].split("-")[0].split(",")[0]
+
+
+def python_path(environ: Mapping[str, str] = os.environ) -> str:
+    """PYTHONPATH with which a child process imports this package, wherever it starts."""
+    package = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
 
 
 def _copy(environ: MutableMapping[str, str], names: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -162,36 +163,47 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(
-    program: list[str], world_size: int, timeout: float = 300.0, check: bool = True, **env: str
-) -> list[subprocess.CompletedProcess]:
-    """Run `python program` as `world_size` real processes joined by gloo; returns them in rank order.
+class RankServer:
+    """Forks ranks out of a process that has imported torch and DeepSpeed: tests/rank_server.py."""
 
-    With `check`, a rank that fails or outlives `timeout` fails the test with every rank's output.
-    """
-    port = str(free_port())
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
-        # Files and not pipes: a pipe that nobody reads yet would stop its rank, and with it all the others.
-        logs = [
-            [files.enter_context(open(Path(folder) / f"{rank}.{k}", "w+")) for k in ("out", "err")]
-            for rank in range(world_size)
-        ]
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.rank_server"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the server."""
+        self._process.communicate()
+
+    def run(self, ranks: list[dict[str, Any]], timeout: float) -> tuple[list[int], bool]:
+        """Exit codes in rank order, and whether the ranks had to be killed after `timeout` seconds."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"ranks": ranks, "timeout": timeout}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return answer["codes"], answer["late"]
+
+
+@functools.cache
+def rank_server() -> RankServer:
+    """The one of this test process, started when the first ranks are."""
+    return RankServer()
+
+
+def run_afresh(ranks: list[dict[str, Any]], timeout: float) -> tuple[list[int], bool]:
+    """Start Python anew for every rank; else as RankServer.run."""
+    with contextlib.ExitStack() as files:
         processes = [
             subprocess.Popen(
-                [sys.executable, *program],
-                env=environment(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE=str(world_size),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=port,
-                    **env,
-                ),
+                [sys.executable, *rank["program"]],
+                env=rank["environment"],
                 cwd=ROOT,
-                stdout=logs[rank][0],
-                stderr=logs[rank][1],
+                stdout=files.enter_context(open(rank["stdout"], "w")),
+                stderr=files.enter_context(open(rank["stderr"], "w")),
             )
-            for rank in range(world_size)
+            for rank in ranks
         ]
         deadline = time.monotonic() + timeout
         late = False
@@ -202,13 +214,32 @@ def run_ranks(
                 late = True
                 for other in processes:
                     other.kill()
-        done = []
-        for process, log in zip(processes, logs):
-            process.wait()
-            for file in log:
-                file.seek(0)
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, log[0].read(), log[1].read()))
-    if late or (check and any(p.returncode for p in done)):
+        return [process.wait() for process in processes], late
+
+
+def run_ranks(
+    program: list[str], world_size: int, timeout: float = 600.0, check: bool = True, afresh: bool = False, **env: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run `python program` as `world_size` real processes joined by gloo; returns them in rank order.
+
+    With `check`, a rank that fails or outlives `timeout` fails the test with every rank's output. The ranks are forked
+    from a process that has imported torch and DeepSpeed, or with `afresh` started by themselves.
+    """
+    port = str(free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        # Files and not pipes: a pipe that nobody reads yet would stop its rank, and with it all the others.
+        ranks: list[dict[str, Any]] = []
+        for rank in range(world_size):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            variables = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env)
+            logs = {name: str(Path(folder, f"{rank}.{name}")) for name in ("stdout", "stderr")}
+            ranks.append({"program": program, "environment": variables, **logs})
+        codes, late = (run_afresh if afresh else rank_server().run)(ranks, timeout)
+        done = [
+            subprocess.CompletedProcess(program, code, *(Path(rank[name]).read_text() for name in ("stdout", "stderr")))
+            for rank, code in zip(ranks, codes)
+        ]
+    if late or (check and any(codes)):
         raise AssertionError(
             f"{program}: {'did not end in time' if late else 'failed'}\n"
             + "\n".join(

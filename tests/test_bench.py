@@ -36,7 +36,7 @@ def act_ckpt(tmp_path_factory: pytest.TempPathFactory) -> str:
         "0.001",
     ]
     done = subprocess.run(
-        [*command, "--data", str(text)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+        [*command, "--data", str(text)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from chatgot import __version__, cli
+from chatgot.config.run import preset_names
+from chatgot.deepspeed_json.shipped import shipped_jsons
 from chatgot.errors import (
     CheckpointError,
     ConfigError,
@@ -29,6 +32,8 @@ PROGRAMS = {
     "chatgot prepare": (None, ("prepare",)),
     "chatgot check": (None, ("check",)),
     "chatgot verify": (None, ("verify",)),
+    "chatgot plan": (None, ("plan",)),
+    "chatgot tune": (None, ("tune",)),
 }
 
 
@@ -51,7 +56,7 @@ except SystemExit as end:
     print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.stderr == "[]\n"
     assert done.stdout.startswith("usage: ")
@@ -67,8 +72,8 @@ def test_usage_errors_end_with_2(capsys):
     assert exit_code(cli.train) == 2
     assert "--deepspeed_config" in capsys.readouterr().err
     assert exit_code(cli.train, "--deepspeed_config", "x.json", "--out_dir", "x", "--unknown", "1") == 2
-    assert exit_code(cli.main) == 2
     assert exit_code(cli.main, "sing") == 2
+    assert exit_code(cli.main, "help", "sing") == 2
     assert "sample" in capsys.readouterr().err
     assert exit_code(cli.main, "sample", "x", "--temperature", "hot") == 2
 
@@ -88,6 +93,76 @@ def test_version_and_help_end_with_0(capsys):
         word in text
         for word in ("--resume_from", "auto|must|never|PATH[@TAG]", "ds.optimizer.params.lr", "75 interrupted")
     )
+
+
+def test_without_arguments_and_help_show_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(cli.main) == 0
+    shown = capsys.readouterr().out
+    for name in ("train", "prepare", "sample", "verify", "check", "plan", "tune", "presets", "configs"):
+        assert f"\n    {name} " in shown
+    assert exit_code(cli.main, "help") == 0
+    assert capsys.readouterr().out == shown
+    assert exit_code(cli.main, "help", "sample") == 0
+    of_help = capsys.readouterr().out
+    assert exit_code(cli.main, "sample", "--help") == 0
+    assert capsys.readouterr().out == of_help
+    assert exit_code(cli.main, "help", "train") == 0
+    assert "--resume_from" in capsys.readouterr().out
+
+
+def test_presets_lists_every_preset_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(cli.main, "presets") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(preset_names()) <= set(lines)
+    assert lines["tiny"].split()[1:] == ["modern", "877,696", "128", "x", "4", "x", "4", "128", "char"]
+    assert "124,439,808" in lines["gpt2_small"]
+
+
+def test_configs_lists_every_json_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(cli.main, "configs") == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert set(lines) == set(shipped_jsons())
+    for name, (precision, stage, *use) in lines.items():
+        tree = json.loads(shipped_jsons()[name].read_text())
+        enabled = [kind for kind in ("bf16", "fp16") if kind in tree]
+        assert [precision] == (enabled or ["fp32"])
+        assert int(stage) == tree["zero_optimization"]["stage"]
+        assert use
+
+
+def test_a_shipped_json_is_taken_by_name_and_a_file_of_that_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(cli.main, "check", "bf16_zero2", "--config", "tiny") == 0
+    assert "ds_configs/bf16_zero2.json: nothing to say" in capsys.readouterr().out
+    assert exit_code(cli.main, "plan", "bf16_zero2") == 0
+    assert "ZeRO stage 2" in capsys.readouterr().out
+    assert exit_code(cli.main, "plan", "--sweep") == 0
+    assert capsys.readouterr().out.count("_zero") == len(shipped_jsons())
+    (tmp_path / "bf16_zero2").write_text("{")
+    assert exit_code(cli.main, "check", "bf16_zero2") == 2
+    assert "not valid JSON" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--out_dir", "run", "--deepspeed_config", "bf16_zero22"),
+        ("check", "bf16_zero22"),
+        ("plan", "bf16_zero22"),
+        ("tune", "bf16_zero22"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_unknown_name_of_a_json_is_refused_with_the_nearest(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(cli.main, *words) == 2
+    said = "".join(capsys.readouterr())
+    assert "no DeepSpeed JSON of that name ships; did you mean 'bf16_zero2'?" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_second_run_is_refused_and_named_the_holder(holder, words, tmp_path, cap
         f"--out_dir {tmp_path / 'out'}: another run is writing there: pid {holder.pid} on host "
         f"{socket.gethostname()}, since 2" in said
     )
-    ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, timeout=60, check=False)
+    ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, check=False)
     assert [done.returncode for done in ranks] == [2, 2]
     assert f"pid {holder.pid} on host" in ranks[0].stderr
     assert ranks[1].stderr == ""

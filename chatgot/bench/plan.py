@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.bench import measuring
+from chatgot.deepspeed_json.shipped import shipped_jsons
 from chatgot.devices import GIB
-from chatgot.plan.command import SHIPPED
 from chatgot.plan.request import read_request
 
 STEPS = 3
@@ -120,7 +120,7 @@ def measure(case: Case) -> dict[str, Any]:
     from chatgot.training.memory import check_memory
     from chatgot.training.run import leave
 
-    path = SHIPPED / f"{case.deepspeed}.json"
+    path = shipped_jsons()[case.deepspeed]
     facts = device_facts()
     request = read_request(path, case.config, 1, "h200", case.words(), case.vocab_size)
     shape = request.config.model

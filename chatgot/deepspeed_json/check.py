@@ -24,6 +24,7 @@ from chatgot.deepspeed_json.findings import (
     shown,
 )
 from chatgot.deepspeed_json.inspection import Inspection, inspect
+from chatgot.deepspeed_json.shipped import find_json
 from chatgot.devices import DeviceFacts
 from chatgot.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
 
@@ -61,6 +62,7 @@ def check(
     file's content.
     """
     try:
+        path = str(find_json(path))
         document = read_document(Path(path))
     except ConfigError as error:
         return Report(path, findings_of(error, path), None)

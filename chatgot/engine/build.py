@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from chatgot import __version__
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.distributed import Place
 from chatgot.engine import activation_checkpointing, guards
@@ -18,6 +17,7 @@ from chatgot.engine.optimizer import build_client_optimizer, is_muon, parameter_
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.model.gpt import GPT
+from chatgot.version import __version__
 
 
 def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 
@@ -38,8 +39,60 @@ class SampleArguments:
     device: str = "auto"
 
 
-def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[GPT, Tokenizer]:
-    """The model (fp32, evaluation mode) and the tokenizer of a run folder, from its newest or the named checkpoint.
+class LoadedModel(NamedTuple):
+    """A model (fp32, evaluation mode) and its tokenizer."""
+
+    gpt: GPT
+    tokenizer: Tokenizer
+
+    def continuations(
+        self,
+        prompt: str,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        num_samples: int = 1,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """The prompt with each of `num_samples` continuations, drawn as one batch.
+
+        Args:
+            temperature: 0 is greedy.
+            on_token: called with (sample, token) as tokens are drawn.
+
+        Raises:
+            ConfigError: a prompt with unseen characters, or a setting out of range.
+        """
+        if num_samples < 1:
+            raise ConfigError(f"--num_samples {num_samples}: must be >= 1")
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"--seed {seed}: must be >= 0 and below 2**63")
+        ids = self.tokenizer.encode_prompt(prompt)
+        if len(ids) == 0:
+            raise ConfigError("--prompt: is empty; give at least one character")
+        device = next(self.gpt.parameters()).device
+        input_ids = torch.from_numpy(ids.astype("int64"))[None].repeat(num_samples, 1).to(device)
+        try:
+            rows = generate(
+                self.gpt,
+                input_ids,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                on_token=on_token,
+            )
+        except ValueError as error:
+            raise ConfigError(f"chatgot sample: {error}") from error
+        return [prompt + self.tokenizer.decode(row) for row in rows]
+
+
+def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedModel:
+    """Read model and tokenizer of a run folder from its newest or the named checkpoint.
 
     Args:
         device: cpu, cuda, or auto: cuda where there is one.
@@ -50,32 +103,35 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> tuple[G
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    os.environ.setdefault(
-        "DS_ACCELERATOR", chosen
-    )  # reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself
-    found = find(run / run_folder.CHECKPOINTS, tag)
-    if found is None:
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    # Reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself. It is told of this machine's,
+    # and not of the one to sample on, because a training that follows in this process keeps it.
+    os.environ.setdefault("DS_ACCELERATOR", here)
+    checkpoint = find(run / run_folder.CHECKPOINTS, tag)
+    if checkpoint is None:
         raise CheckpointError(
-            f"{run}: no complete checkpoint in {run / 'checkpoints'}; is it a run folder of train.py?"
+            f"{run}: no complete checkpoint in {run / run_folder.CHECKPOINTS}; is it a run folder of train.py?"
         )
-    for note in found.notes:
+    for note in checkpoint.notes:
         print(f"WARNING: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(run / run_folder.TOKENIZER)
-    if tokenizer.fingerprint != found.manifest["tokenizer"]:
+    if tokenizer.fingerprint != checkpoint.manifest["tokenizer"]:
         raise CheckpointError(
-            f"{run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with (fingerprints differ)"
+            f"{run / run_folder.TOKENIZER} is not the tokenizer that {checkpoint.path} was trained with (fingerprints "
+            f"differ)"
         )
-    fields = dict(found.manifest["model"])
+    fields = dict(checkpoint.manifest["model"])
     model = GPT(
-        read_section(ModelConfig, {k: v for k, v in fields.items() if k != "vocab_size"}, str(found.path)),
+        read_section(ModelConfig, {k: v for k, v in fields.items() if k != "vocab_size"}, str(checkpoint.path)),
         fields["vocab_size"],
     )
     try:
-        model.load_state_dict(fp32_weights(found), strict=True)
+        model.load_state_dict(fp32_weights(checkpoint), strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{found.path}: the weights do not fit the model in its manifest: {error}") from error
-    return model.to(chosen).eval(), tokenizer
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights do not fit the model in its manifest: {error}"
+        ) from error
+    return LoadedModel(model.to(here if device == "auto" else device).eval(), tokenizer)
 
 
 def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
@@ -88,17 +144,8 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
         CheckpointError: see `load_run`.
     """
     out: TextIO = sys.stdout if to is None else to
-    if arguments.num_samples < 1:
-        raise ConfigError(f"--num_samples {arguments.num_samples}: must be >= 1")
-    if not 0 <= arguments.seed < 2**63:
-        raise ConfigError(f"--seed {arguments.seed}: must be >= 0 and below 2**63")
-    model, tokenizer = load_run(arguments.run, arguments.tag, arguments.device)
-    ids = tokenizer.encode_prompt(arguments.prompt)
-    if len(ids) == 0:
-        raise ConfigError("--prompt: is empty; give at least one character")
-    device = next(model.parameters()).device
-    input_ids = torch.from_numpy(ids.astype("int64"))[None].repeat(arguments.num_samples, 1).to(device)
-    decoder = tokenizer.stream()
+    loaded = load_run(arguments.run, arguments.tag, arguments.device)
+    decoder = loaded.tokenizer.stream()
     before = arguments.prompt  # written with the first token, when every setting has been accepted
 
     def stream(row: int, token: int) -> None:
@@ -108,21 +155,17 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
             out.flush()
             before = ""
 
-    try:
-        rows = generate(
-            model,
-            input_ids,
-            arguments.max_new_tokens,
-            temperature=0.0 if arguments.greedy else arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            on_token=stream,
-        )
-    except ValueError as error:
-        raise ConfigError(f"chatgot sample: {error}") from error
+    texts = loaded.continuations(
+        arguments.prompt,
+        arguments.max_new_tokens,
+        temperature=0.0 if arguments.greedy else arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        num_samples=arguments.num_samples,
+        on_token=stream,
+    )
     out.write(decoder.flush() + "\n")
-    texts = [arguments.prompt + tokenizer.decode(row) for row in rows]
     for number, text in enumerate(texts[1:], start=2):
         out.write(f"\n--- sample {number}\n{text}\n")
     return texts

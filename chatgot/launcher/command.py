@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -33,15 +34,8 @@ from chatgot.errors import (
 from chatgot.launcher.hostfile import read_hostfile
 from chatgot.launcher.supervisor import Supervisor, say
 
-NEVER_RESTARTED = (
-    EXIT_DONE,
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_CHECKPOINT,
-    EXIT_NUMERICS,
-    EXIT_INTERRUPTED,
-    EXIT_SECOND_INTERRUPT,
-)
+_REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
+NEVER_RESTARTED = (EXIT_DONE, *_REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
 """A refusal would refuse again, and an interruption was asked for."""
 GRACE_SECONDS = 60.0
 ATTEMPT = "CHATGOT_ATTEMPT"
@@ -56,6 +50,7 @@ Ctrl-C; 2 or 6 when launch/run itself refuses the command line or the machine"""
 
 def main(argv: Sequence[str]) -> int:
     """Run `argv` (without the program's name); returns the exit code. Does not return where it execs."""
+    os.environ.pop(ATTEMPT, None)  # of a launcher around this one
     argv = list(argv)
     split = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
@@ -81,53 +76,37 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--nproc", type=_process_count, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)"
-    )
-    parser.add_argument("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
-    parser.add_argument(
-        "--master_port",
-        type=_port,
-        metavar="P",
-        help="port of the rendezvous (default: a free one, or 29500 with --hostfile)",
-    )
-    parser.add_argument(
-        "--max_restarts",
-        type=_restart_count,
-        metavar="K",
-        help="start again after a crash, K times at most (default: 0)",
-    )
-    parser.add_argument(
-        "--grace",
-        type=_seconds,
-        metavar="S",
-        help="seconds that ranks have to save and end after a signal (default: 60)",
-    )
-    parser.add_argument(
-        "--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)"
-    )
-    parser.add_argument("--script", metavar="PATH", help="another program to start instead of launch/train.py")
+    add = parser.add_argument
+    processes = "processes (default: auto: one per visible GPU, or one)"
+    add("--nproc", type=_process_count, metavar="N|auto", help=processes)
+    add("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
+    port = "port of the rendezvous (default: a free one, or 29500 with --hostfile)"
+    add("--master_port", type=_port, metavar="P", help=port)
+    restarts = "start again after a crash, K times at most (default: 0)"
+    add("--max_restarts", type=_restart_count, metavar="K", help=restarts)
+    grace = f"seconds that ranks have to save and end after a signal (default: {GRACE_SECONDS:g})"
+    add("--grace", type=_seconds, metavar="S", help=grace)
+    add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
+    add("--script", metavar="PATH", help="another program to start instead of launch/train.py")
     return parser
 
 
-def _process_count(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of processes from 1 on")
+def _number(text: str, what: str, low: int, high: float = math.inf) -> int:
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is {what}")
     return int(text)
+
+
+def _process_count(text: str) -> int | None:
+    return None if text == "auto" else _number(text, "neither auto nor a number of processes from 1 on", 1)
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535, or leave it out for a free one")
-    return int(text)
+    return _number(text, "not a port: 1 to 65535, or leave it out for a free one", 1, 65535)
 
 
 def _restart_count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of restarts from 0 on")
-    return int(text)
+    return _number(text, "not a number of restarts from 0 on", 0)
 
 
 def _seconds(text: str) -> float:
@@ -137,12 +116,12 @@ def _seconds(text: str) -> float:
 
 
 def _interpreter(given: str | None) -> str:
-    found = shutil.which(given if given is not None else sys.executable)
-    if found is None:
+    path = shutil.which(sys.executable if given is None else given)
+    if path is None:
         raise ConfigError(
             f"--python {given}: no such program, or it is not executable; name a Python that has ChatGoT's dependencies"
         )
-    return found
+    return path
 
 
 def _script(given: str | None) -> str:
@@ -170,7 +149,7 @@ def _exec_deepspeed(arguments: argparse.Namespace, command: Sequence[str]) -> in
 
 
 def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
-    """Environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
+    """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
 
     glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are
     4 to 14 % faster. libgomp's threads spin for each other; where another program takes a core, spinning less makes a
@@ -181,24 +160,15 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
         defaults |= {"MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_MMAP_THRESHOLD_": "10000000000"}
         if "OMP_WAIT_POLICY" not in environ:
             defaults["GOMP_SPINCOUNT"] = "10000"
-    return {
-        **defaults,
-        **environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
+    return {**defaults, **environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}}
 
 
 def rendezvous_port(wanted: int | None) -> int:
-    """`wanted` if it can be bound, else MachineError; a free port for None."""
+    """Return `wanted` if it can be bound, else raise MachineError; find a free port for None."""
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # a port in TIME_WAIT is free for torch's TCPStore too
+        # a port in TIME_WAIT is free for torch's TCPStore too
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", wanted or 0))
         except OSError as error:
@@ -225,9 +195,8 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup, a closed terminal stops nothing
         stops.add(signal.SIGHUP)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the ranks' exit codes
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, stops | {signal.SIGCHLD}
-    )  # until this process ends: the supervisor waits for them
+    # until this process ends: the supervisor waits for them
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})
     restart = 0
     while True:
         attempt = uuid.uuid4().hex
@@ -253,14 +222,14 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _out_dir(command: Sequence[str]) -> Path | None:
-    """The run folder that train.py's arguments name."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """Find the run folder that train.py's arguments name, as its own parser does."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out_dir", type=Path)
     return parser.parse_known_args(command[2:])[0].out_dir
 
 
 def _stored_by(attempt: str, out_dir: Path | None) -> bool:
-    """Whether a rank of this attempt has stored a smaller micro-batch in the run folder."""
+    """Tell whether a rank of this attempt has stored a smaller micro-batch in the run folder."""
     if out_dir is None:
         return False
     try:

@@ -11,17 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from chatgot.errors import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_SECOND_INTERRUPT,
-    MachineError,
-)
+from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, MachineError
 
 PEERS_END_SECONDS = 10.0
-"""After one rank ended badly, the others are often about to end with the same code: wait this long before they are told
-to.
-"""
+"""After one rank ended badly, the others often end by themselves with the same code: wait so long, then end them."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -37,14 +30,12 @@ class Rank:
 
 
 def say(message: str) -> None:
-    """One line on stderr, at once."""
+    """Print one line on stderr, at once."""
     print(f"launch/run: {message}", file=sys.stderr, flush=True)
 
 
 class Supervisor:
-    """Starts the ranks once and sees them to their end. `stops` and SIGCHLD have to be blocked, in a process with one
-    thread.
-    """
+    """Starts the ranks once and sees them to their end. The process has one thread, and `stops` and SIGCHLD blocked."""
 
     def __init__(
         self, stops: set[signal.Signals], grace: float, out_of_memory: Callable[[], bool] = lambda: False
@@ -63,9 +54,7 @@ class Supervisor:
         self._kill_at: float | None = None
 
     def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
-        """The exit code of the launcher. Every rank is a session of its own: a terminal's Ctrl-C reaches it through us,
-        once.
-        """
+        """Run all ranks; returns the exit code. Each is a session of its own: Ctrl-C reaches it through us, once."""
         try:
             for index, environment in enumerate(environments):
                 self.ranks.append(Rank(index, _start(command, environment, self.stops | {signal.SIGCHLD})))
@@ -121,30 +110,26 @@ class Supervisor:
             self._kill_at = time.monotonic() + self.grace
 
     def _collect(self) -> None:
-        """Note the ranks that ended. Of several found at once, one that a signal ended is the likelier cause and goes
-        first.
-        """
-        found: list[Rank] = []
+        """Note the ranks that ended. Of several at once, one that a signal ended is the likelier cause and goes first."""
+        ended: list[tuple[bool, Rank]] = []
         for rank in self._alive():
             rank.exit_code = rank.process.poll()
             if rank.exit_code is not None:
-                found.append(rank)
-        for rank in sorted(found, key=lambda rank: rank.exit_code is not None and rank.exit_code >= 0):
+                ended.append((rank.exit_code >= 0, rank))
+        for _, rank in sorted(ended, key=lambda pair: pair[0]):
             first = rank.exit_code != 0 and not any(earlier.exit_code != 0 for earlier in self._ended)
             self._ended.append(rank)
-            if first:
-                self.ran_out = rank.exit_code == EXIT_INTERRUPTED and self._out_of_memory()
-                memory = "ran out of memory and has stored a smaller micro-batch; the others are ended"
-                say(f"rank {rank.index} {memory if self.ran_out else _how_it_ended(rank)}")
-                if self.ran_out:  # the others wait for it in a collective, and have nothing to save
-                    self._kill()
-                elif self._kill_at is None:
+            if not self.ran_out and rank.exit_code == EXIT_INTERRUPTED and self._out_of_memory():
+                self.ran_out = True
+                say(f"rank {rank.index} ran out of memory and has stored a smaller micro-batch; the others are ended")
+                self._kill()  # they wait for it in a collective, and have nothing to save
+            elif first and not self.ran_out:
+                say(f"rank {rank.index} {_how_it_ended(rank)}")
+                if self._kill_at is None:
                     self._end_peers_at = time.monotonic() + min(PEERS_END_SECONDS, self.grace)
 
     def _kill(self) -> None:
-        """SIGKILL to every rank that still runs, and only to it: a wandb worker ends by itself, after it has handed
-        over what it has.
-        """
+        """Kill every rank that still runs, and only it: a wandb worker ends by itself, with its work handed over."""
         alive = self._alive()
         for rank in alive:
             rank.told_to_end = True
@@ -154,9 +139,9 @@ class Supervisor:
             self._ended.append(rank)
 
     def _exit_code(self) -> int:
-        bad = [rank for rank in self._ended if rank.exit_code != 0]
         if self.ran_out:
             return EXIT_INTERRUPTED
+        bad = [rank for rank in self._ended if rank.exit_code != 0]
         if not bad:
             return EXIT_DONE
         own = [rank for rank in bad if not rank.told_to_end]
@@ -185,9 +170,8 @@ def _start(
     libc = ctypes.CDLL(None)
 
     def before_exec() -> None:
-        libc.prctl(
-            PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0
-        )  # no orphans, even when the launcher is killed with SIGKILL
+        # no orphans, even when the launcher is killed with SIGKILL
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != launcher:  # it died before the line above
             os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, unblock)

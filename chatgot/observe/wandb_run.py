@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatgot import run_folder
+from chatgot.distributed import python_path
 from chatgot.files import write_atomically
 from chatgot.observe.journal import newest_step
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from chatgot.deepspeed_json.engine_config import WandbConfig
 
 _QUEUED_LINES = 10_000
-_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,6 @@ class _Worker:
     def __init__(self, job: Mapping[str, Any], folder: Path) -> None:
         self.folder = folder
         reading, writing = os.pipe()
-        path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         try:
             with open(folder / "worker.log", "ab") as log:
                 self._process = subprocess.Popen(
@@ -181,7 +180,7 @@ class _Worker:
                     stdout=log,
                     stderr=log,
                     pass_fds=(writing,),
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={**os.environ, "PYTHONPATH": python_path()},
                     start_new_session=True,  # a Ctrl-C on the terminal is for the training
                 )
         except OSError:

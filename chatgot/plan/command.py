@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chatgot.deepspeed_json.shipped import find_json, shipped_jsons
 from chatgot.devices import GIB
 from chatgot.errors import ConfigError
 from chatgot.plan.estimate import CUDA_CONTEXT, FRAGMENTATION, PARTS, PROCESS, Estimate
 from chatgot.plan.request import Remedy, Request, find_remedies, read_request
 from chatgot.plan.states import STATES
-
-SHIPPED = Path(__file__).resolve().parent.parent.parent / "ds_configs"
 
 _NAMES = {
     **{part: part for part in PARTS},
@@ -51,7 +50,7 @@ def plan(arguments: PlanArguments) -> str:
         return _sweep(arguments)
     if arguments.deepspeed_config is None:
         raise ConfigError("chatgot plan: which JSON? Give one, or --sweep for all of ds_configs/")
-    request = _request(arguments, arguments.deepspeed_config)
+    request = _request(arguments, find_json(arguments.deepspeed_config))
     current = request.plan()
     remedies = [] if current.fits else find_remedies(request, current)
     if arguments.format == "json":
@@ -65,8 +64,8 @@ def _request(arguments: PlanArguments, path: Path) -> Request:
 
 
 def _sweep(arguments: PlanArguments) -> str:
-    folder = arguments.deepspeed_config or SHIPPED
-    paths = sorted(folder.glob("*.json"))
+    folder = arguments.deepspeed_config
+    paths = sorted(folder.glob("*.json")) if folder is not None else list(shipped_jsons().values())
     if not paths:
         raise ConfigError(
             f"--sweep: {folder} is no folder with JSON files; name the one that holds them: chatgot plan FOLDER --sweep"

@@ -108,7 +108,6 @@ def read_settings(
     def zero(key: str) -> Any:
         return _value(engine, "zero_optimization", key)
 
-    notes: list[str] = []
     kind = engine.optimizer.type if engine.optimizer else "AdamW"
     params = engine.optimizer.params if engine.optimizer else {}
     half = engine.precision in ("bf16", "fp16")
@@ -117,13 +116,11 @@ def read_settings(
     wanted = (engine.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
     accumulator_bytes = parameter_bytes if wanted is None else FP32 if wanted in ("fp32", "float32") else HALF
     low_precision = bool(section.get(f"{engine.precision}_master_weights_and_grads"))
-    for key in ("zero_quantized_weights", "zero_quantized_gradients", "parameter_alignment", "zenflow"):
-        if zero(key):
-            notes.append(f"zero_optimization.{key} is not part of this arithmetic")
+    unknown = ("zero_quantized_weights", "zero_quantized_gradients", "parameter_alignment", "zenflow")
+    notes = [f"zero_optimization.{key} is not part of this arithmetic" for key in unknown if zero(key)]
     if int(zero("zero_hpz_partition_size") or 1) > 1:
-        notes.append(
-            "zero_optimization.zero_hpz_partition_size: the secondary partition is not part of this arithmetic"
-        )
+        hpz = "zero_optimization.zero_hpz_partition_size"
+        notes.append(f"{hpz}: the secondary partition is not part of this arithmetic")
     if "nvme" in (engine.offload_optimizer, engine.offload_param):
         notes.append("offload to nvme is counted as host memory")
     if engine.chatgot.compile.enabled:

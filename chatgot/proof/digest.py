@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from chatgot import run_folder
-from chatgot.observe.journal import NON_FINITE, Branch, read_lines
+from chatgot.observe.journal import Branch, read_lines
 
 TOLERANCE = 1e-5
 """Relative, for each step since the checkpoint: loss and gradient norm after a change of layout, in fp32."""
@@ -58,17 +60,8 @@ class Digest:
     def from_json(tree: Any) -> Digest | None:
         """Read what `to_json` wrote; None for what is no digest."""
         try:
-            grad_norm = tree["grad_norm"]
-            return Digest(
-                batch=str(tree["batch"]),
-                loss=_number(tree["loss"]),
-                grad_norm=None if grad_norm is None else _number(grad_norm),
-                lr=_number(tree["lr"]),
-                rng=str(tree["rng"]),
-                setup=str(tree["setup"]),
-                offset=int(tree.get("offset", 0)),
-            )
-        except (KeyError, TypeError, ValueError):
+            return _DIGEST.validate_python(tree)
+        except ValidationError:
             return None
 
 
@@ -100,9 +93,12 @@ class Setup:
     def from_json(tree: Any) -> Setup | None:
         """Read what `to_json` wrote; None for what is no setup (an event of an earlier ChatGoT)."""
         try:
-            return Setup(**{**tree, "changes": tuple(tree["changes"]), "topology": dict(tree["topology"])})
-        except (KeyError, TypeError, ValueError):
+            return _SETUP.validate_python(tree)
+        except ValidationError:
             return None
+
+
+_DIGEST, _SETUP = TypeAdapter(Digest), TypeAdapter(Setup)
 
 
 @dataclass(frozen=True)
@@ -225,8 +221,3 @@ def setups(events: Iterable[Mapping[str, Any] | None]) -> dict[str, Setup]:
     """Collect the setups of the `started` and `resumed` events, by id."""
     known = (Setup.from_json(event["setup"]) for event in events if event is not None and "setup" in event)
     return {setup.id: setup for setup in known if setup is not None}
-
-
-def _number(value: Any) -> float:
-    """Raises ValueError or TypeError for what is no number."""
-    return NON_FINITE[value] if isinstance(value, str) and value in NON_FINITE else float(value)

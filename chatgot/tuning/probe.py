@@ -21,7 +21,7 @@ from typing import Any
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
 from chatgot.devices import GIB, Device, DeviceFacts, device_facts, is_out_of_memory
-from chatgot.distributed import find_place, free_port
+from chatgot.distributed import find_place, free_port, python_path
 from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError
 from chatgot.launcher.command import rank_environment
 from chatgot.model.shapes import count_parameters
@@ -154,10 +154,9 @@ class Probes:
         """What launch/run gives to a rank, so that a probe is as fast as the run."""
         local_ranks = max(len(self.ranks), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         given = rank_environment(os.environ, rank, local_ranks, port, self.device.on_cuda)
-        package = str(Path(__file__).resolve().parents[2])
         left_out = {name for name in given if name in ("CHATGOT_FAULT", ATTEMPT) or name.startswith("TORCHELASTIC_")}
         return {name: value for name, value in given.items() if name not in left_out} | {
-            "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": python_path(),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": self.address,

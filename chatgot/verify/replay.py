@@ -18,6 +18,7 @@ from chatgot import run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.devices import visible_gpus
+from chatgot.distributed import find_place, python_path
 from chatgot.errors import ChatGoTError, CheckpointError, ConfigError, DataError, MachineError, NumericsError
 from chatgot.proof import digest
 from chatgot.proof.digest import History, Setup
@@ -144,14 +145,10 @@ def _data(run: Path, found: Found) -> str:
 
 
 def _environment(setup: Setup | None) -> dict[str, str]:
-    """Make the ranks' environment: kind of device and threads as the journal's steps had, no dashboard, no rehearsed
-    fault.
-    """
+    """Make the ranks' environment: device and threads of the journal's steps, no dashboard, no rehearsed fault."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CHATGOT_FAULT")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    package = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
-    environment["WANDB_MODE"] = "disabled"
+    environment |= {"PYTHONPATH": python_path(), "WANDB_MODE": "disabled"}
     if setup is not None and str(setup.topology["device"]).startswith("cpu"):
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(setup.topology["threads"])}
     elif setup is not None and setup.deterministic:
@@ -202,7 +199,6 @@ def _rank(task: dict[str, Any]) -> None:
     """Resume, train and compare on one rank; rank 0 writes what came of it."""
     import torch
 
-    from chatgot.distributed import find_place
     from chatgot.training.run import TrainArguments, leave, prepare_run
 
     if task["deterministic"] and torch.cuda.is_available():  # as the journal's steps were; a CPU needs no asking

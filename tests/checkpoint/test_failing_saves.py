@@ -34,9 +34,7 @@ def launched(tmp_path_factory, text_file) -> tuple[Path, list[dict[str, int]]]:
             out = folder / f"{name} {stage}"
             plan.append({"name": out.name, "argv": in_process.argv(engine, out, config, text_file), "fail_at": steps})
     (folder / "plan.json").write_text(json.dumps(plan))
-    run_ranks(
-        ["-m", "tests.checkpoint.failing_ranks", str(folder / "plan.json"), str(folder / "result")], 2, timeout=120
-    )
+    run_ranks(["-m", "tests.checkpoint.failing_ranks", str(folder / "plan.json"), str(folder / "result")], 2)
     return folder, [json.loads((folder / f"result.{rank}").read_text()) for rank in range(2)]
 
 
@@ -89,7 +87,7 @@ def test_part_that_does_not_load_on_one_rank_is_refused_by_both(two_ranks, launc
     words = in_process.argv(
         launched[0] / f"engine{stage}.json", copy, launched[0] / "run.yaml", text_file, "--resume_from", "must"
     )
-    ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, timeout=120, check=False)
+    ranks = run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, check=False)
     assert [rank.returncode for rank in ranks] == [4, 4]
     assert ranks[0].stderr.startswith("chatgot: rank 1: ")
     assert "cannot be loaded" in ranks[0].stderr

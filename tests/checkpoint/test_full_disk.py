@@ -175,7 +175,6 @@ def test_two_ranks_on_a_disk_that_fills_up(tmp_path, text_file, request):
         run_ranks(
             ["-m", "tests.checkpoint.full_disk_ranks", str(tmp_path / "plan.json"), str(tmp_path / "codes")],
             2,
-            timeout=120,
         )
         codes = [json.loads(Path(f"{tmp_path / 'codes'}.{rank}").read_text()) for rank in range(2)]
         assert codes == [{"recovers": 0, "three in a row": 4}] * 2

@@ -61,7 +61,7 @@ def sizes(request, tmp_path_factory, text_file) -> dict[str, tuple[int, int]]:
     write_run_yaml(folder / "run.yaml", max_steps=1, model={"d_model": 128, "n_layers": 4, "d_hid": 256})
     names = [name for name in CASES[request.param] if takes_fp16() or "fp16" not in name]
     (folder / "plan.json").write_text(json.dumps({name: case(name) for name in names}))
-    run_ranks(["-m", "tests.checkpoint.sizes", str(folder), str(folder / "sizes.json")], request.param, timeout=280)
+    run_ranks(["-m", "tests.checkpoint.sizes", str(folder), str(folder / "sizes.json")], request.param)
     return json.loads((folder / "sizes.json").read_text())
 
 

@@ -21,7 +21,6 @@ from chatgot.deepspeed_json.effective import Effective
 from chatgot.deepspeed_json.engine_config import build_engine_config
 from chatgot.deepspeed_json.explain import explain, explained_keys, sentences
 from chatgot.deepspeed_json.findings import shown
-from chatgot.devices import assumed_device
 from chatgot.errors import ConfigError
 from tests.deepspeed_json.conftest import GPU, VALID, with_keys
 from tests.support import ROOT, environment
@@ -140,7 +139,7 @@ except SystemExit as end:
     print(end.code, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.stderr == "0 []\n"
 
@@ -314,24 +313,6 @@ def test_explain_needs_no_file(run) -> None:
     code, out, _ = run("--explain", "zero_optimization.stage")
     assert code == 0
     assert out.startswith("zero_optimization.stage\n")
-
-
-# ----------------------------------------------------------------------------------------------------------------------------- the device
-
-
-def test_device_is_this_machines_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    guess = assumed_device("auto")
-    assert (guess.kind, guess.bf16, guess.certain) == ("cpu", True, False)
-    assert (assumed_device("cuda").kind, assumed_device("cuda").certain) == ("cuda", True)
-    assert assumed_device("cpu").fp16 is False
-
-
-def test_guess_about_fp16_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert assumed_device("auto").fp16 == bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def test_valid_is_valid(write) -> None:

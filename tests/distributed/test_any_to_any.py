@@ -53,7 +53,7 @@ def possible(*names: str) -> bool:
 def drive(folder: Path, ranks: int, label: str, **plan: Any) -> dict[str, Any]:
     plan_file, results = folder / f"{label}.plan.json", folder / f"{label}.results.json"
     plan_file.write_text(json.dumps({"folder": str(folder / f"ranks{ranks}"), **plan}))
-    run_ranks(["-m", "tests.distributed.programs.any_to_any", str(plan_file), str(results)], ranks, timeout=280)
+    run_ranks(["-m", "tests.distributed.programs.any_to_any", str(plan_file), str(results)], ranks)
     return json.loads(results.read_text())
 
 

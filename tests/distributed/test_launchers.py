@@ -46,7 +46,7 @@ def launch(name: str, files: Path, text: Path, out: str, *more: str) -> subproce
         start_new_session=True,
     )
     try:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the ranks too, which a killed launcher would leave behind
         raise AssertionError(f"{command} did not end: {process.communicate()}") from None

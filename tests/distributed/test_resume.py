@@ -33,7 +33,7 @@ def variants() -> list[tuple[str, int, str, str]]:
 def drive(folder: Path, world_size: int, items: list[dict[str, Any]], label: str) -> dict[str, Any]:
     plan, results = folder / f"{label}.plan.json", folder / f"{label}.results.json"
     plan.write_text(json.dumps(items))
-    run_ranks(["-m", "tests.distributed.programs.runs", str(plan), str(results)], world_size, timeout=400)
+    run_ranks(["-m", "tests.distributed.programs.runs", str(plan), str(results)], world_size)
     return json.loads(results.read_text())
 
 

@@ -51,7 +51,6 @@ def folder(tmp_path_factory, text_file) -> Path:
     run_ranks(
         ["-m", "tests.distributed.programs.runs", str(folder / "plan.json"), str(folder / "results.json")],
         2,
-        timeout=200,
     )
     return folder
 

@@ -49,7 +49,7 @@ def suffer(fault: str, rank: int = 0) -> subprocess.Popen:
 )
 def test_fault_strikes_the_chosen_operation_on_the_chosen_rank(fault, rank, code, says):
     process = suffer(fault, rank)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert (out == "went on\n") == (code == 0)
     assert says in err
@@ -60,7 +60,7 @@ def test_stopped_process_hangs_until_it_is_continued():
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
     process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=60)[0] == "went on\n"
+    assert process.communicate(timeout=300)[0] == "went on\n"
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_the_command_prints_the_text_and_writes_nothing(folder):
         env=environment(CUDA_VISIBLE_DEVICES=""),
         cwd=ROOT,
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stderr == b""
     assert done.returncode == 0
@@ -231,5 +231,5 @@ def test_reader_that_goes_away_is_no_error(folder):
     assert process.stderr is not None
     assert process.stdout.read(5)
     process.stdout.close()
-    assert (process.wait(timeout=120), process.stderr.read()) == (0, b"")
+    assert (process.wait(timeout=300), process.stderr.read()) == (0, b"")
     process.stderr.close()

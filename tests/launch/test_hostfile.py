@@ -92,7 +92,7 @@ def test_deepspeeds_runner_starts_the_ranks_of_the_hostfile(tmp_path: Path) -> N
         str(program),
     ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    ended = subprocess.run([*command, "--", str(marks)], env=environment, capture_output=True, text=True, timeout=180)
+    ended = subprocess.run([*command, "--", str(marks)], env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     started = [json.loads((marks / f"start.{rank}").read_text()) for rank in range(2)]
     assert {mark["env"]["MASTER_PORT"] for mark in started} == {port}

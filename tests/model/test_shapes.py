@@ -11,7 +11,7 @@ import torch
 
 from chatgot.config.run import ModelConfig, load_run_config, preset_names
 from chatgot.model.gpt import GPT
-from chatgot.model.shapes import count_matmul_parameters, count_parameters, parameter_shapes
+from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token, parameter_shapes
 from tests.support import TINY_MODEL
 
 
@@ -45,3 +45,10 @@ def test_no_torch_is_imported():
     code = "import sys; import chatgot.model.shapes; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_flops_per_token_of_gpt3_175b_and_of_a_hand_count():
+    assert flops_per_token(10, 2, 3, 5) == 6 * 10 + 12 * 2 * 3 * 5
+    assert flops_per_token(174_600_000_000, 96, 12288, 2048) == pytest.approx(
+        6 * 174.6e9 * (1 + 2 * 96 * 12288 * 2048 / 174.6e9)
+    )

@@ -4,8 +4,6 @@ import logging
 
 import pytest
 
-from chatgot.devices import peak_flops
-from chatgot.model.shapes import flops_per_token
 from chatgot.observe.meters import Mfu, Throughput
 
 
@@ -116,39 +114,6 @@ def test_eta_is_not_moved_by_the_step_that_waits_for_the_device():
         meter.interval()
         etas.append(meter.eta_seconds(100))
     assert etas[1:] == pytest.approx([10] * 9, rel=0.06)
-
-
-def test_flops_per_token_of_gpt3_175b_and_of_a_hand_count():
-    assert flops_per_token(10, 2, 3, 5) == 6 * 10 + 12 * 2 * 3 * 5
-    assert flops_per_token(174_600_000_000, 96, 12288, 2048) == pytest.approx(
-        6 * 174.6e9 * (1 + 2 * 96 * 12288 * 2048 / 174.6e9)
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
-        ("NVIDIA H100 PCIe", "bf16", 756e12),
-        ("NVIDIA H200", "fp16", 989e12),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
-        ("NVIDIA A100 80GB PCIe", "tf32", 156e12),
-        ("NVIDIA L40S", "bf16", 362e12),
-        ("NVIDIA L4", "bf16", 121e12),
-        ("NVIDIA GeForce RTX 4090", "bf16", 165.2e12),
-        ("NVIDIA GeForce RTX 3090", "fp32", 35.6e12),
-        ("NVIDIA GeForce RTX 3090 Ti", "fp32", 40e12),
-        ("Tesla V100-SXM2-16GB", "fp16", 125e12),
-        ("Tesla V100-SXM2-16GB", "bf16", None),
-        ("Tesla T4", "fp16", 65e12),
-        ("NVIDIA A10G", "bf16", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),
-        ("cpu", "fp32", None),
-    ],
-)
-def test_peaks_are_of_exactly_the_named_device(name, dtype, peak):
-    assert peak_flops(name, dtype) == peak
 
 
 def test_mfu_is_a_share_of_all_devices(caplog):

@@ -75,7 +75,7 @@ def train(environment: dict[str, str], run_dir: Path, steps: range, python: str 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=run_dir.parent,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr

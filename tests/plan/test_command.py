@@ -10,8 +10,6 @@ import sys
 import pytest
 
 from chatgot.cli import main
-from chatgot.devices import DEVICES, GIB, find_device, peak_flops
-from chatgot.errors import ConfigError
 from chatgot.plan.request import find_remedies, read_request
 from tests.support import ROOT, engine_json, write_json
 
@@ -136,17 +134,6 @@ def test_refusals(words, message, capsys, monkeypatch):
     code, _, err = run(capsys, *words)
     assert code == 2
     assert message in err
-
-
-def test_devices_by_name_and_size():
-    assert find_device("24GiB").memory == 24 * GIB
-    assert find_device("80GB").memory == find_device("80e9").memory == 80 * 10**9
-    assert not find_device("cpu").on_cuda
-    for device in DEVICES.values():
-        assert peak_flops(device.facts.name, "fp16") is not None, device.name
-    for wrong in ("0", "GB", "-5", "24 parsecs"):
-        with pytest.raises(ConfigError, match="no such device"):
-            find_device(wrong)
 
 
 def test_the_command_needs_no_torch():

@@ -72,7 +72,7 @@ def predicted(case: dict[str, Any], world_size: int) -> Estimate:
 def test_the_peak_of_a_step(world_size, tmp_path):
     (tmp_path / "cases.json").write_text(json.dumps(cases(world_size)))
     program = ["-m", "tests.distributed.programs.memory_peak", str(tmp_path / "cases.json"), str(tmp_path / "out.json")]
-    run_ranks(program, world_size, timeout=500)
+    run_ranks(program, world_size)
     measured = json.loads((tmp_path / "out.json").read_text())
     errors, moments = {}, set()
     for name, one in cases(world_size).items():

@@ -104,7 +104,7 @@ def measured(
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     (folder / "cases.json").write_text(json.dumps(cases(request.param)))
     program = ["-m", "tests.distributed.programs.memory", str(folder / "cases.json"), str(folder / "results.json")]
-    run_ranks(program, request.param, timeout=500)
+    run_ranks(program, request.param)
     return request.param, json.loads((folder / "results.json").read_text())
 
 

@@ -201,7 +201,7 @@ def test_debug_shows_the_traceback(capsys, files):
 
 def test_process_prints_one_message_on_stderr_and_nothing_on_stdout(files):
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *argv(**files), "model.n_layer=3"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("chatgot: override model.n_layer=3: no such key")
     assert len(done.stderr.splitlines()) == 1

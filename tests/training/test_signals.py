@@ -19,7 +19,7 @@ from tests.support import ROOT, engine_json, environment, free_port, write_json,
 from tests.training import in_process
 from tests.training.in_process import argv, events, series, tags
 
-BOUND = 120  # seconds: a hang is a failure
+BOUND = 300  # seconds: a hang is a failure
 
 
 @pytest.fixture

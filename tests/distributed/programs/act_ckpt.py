@@ -208,7 +208,7 @@ def explode(case: dict[str, Any], at: int, place: Place, device: torch.device, f
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     plan = json.loads(Path(sys.argv[1]).read_text())
     place = find_place()
     device = join(place, "cpu")

@@ -218,7 +218,7 @@ def load(item: dict[str, Any], folder: Path, place: Place, device: torch.device)
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(250, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     plan_path = Path(sys.argv[1])
     plan = json.loads(plan_path.read_text())
     place = find_place()

@@ -46,7 +46,7 @@ def losses_of(case: dict, folder: Path, steps: int, place, device: torch.device)
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(150, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     cases_path, out_path = Path(sys.argv[1]), Path(sys.argv[2])
     plan = json.loads(cases_path.read_text())
     place = find_place()

@@ -15,7 +15,7 @@ from tests.training.poison import Poison
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(250, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     plan = json.loads(Path(sys.argv[1]).read_text())
     found = {}
     for name, line in plan["runs"].items():

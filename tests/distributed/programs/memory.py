@@ -80,7 +80,7 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> dict[st
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(480, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     cases = json.loads(Path(sys.argv[1]).read_text())
     place = find_place()
     device = join(place, "cpu")

@@ -103,7 +103,7 @@ def resume(case: dict[str, Any], steps: int, folder: Path, place: Place, device:
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     plan_path = Path(sys.argv[1])
     plan = json.loads(plan_path.read_text())
     place = find_place()

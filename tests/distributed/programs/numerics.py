@@ -183,7 +183,7 @@ def autocast_losses(case: dict[str, Any], steps: int, place: Place, device: torc
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(540, exit=True)
     plan = json.loads(Path(sys.argv[1]).read_text())
     place = find_place()
     device = join(place, "cpu")

@@ -1,0 +1,151 @@
+"""The Python API: train, and open a run folder to sample from it. torch is imported when it is needed first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatgot.errors import EXIT_INTERRUPTED, RunAgainError
+
+if TYPE_CHECKING:
+    from chatgot.config.run import RunConfig
+    from chatgot.inference.sample import LoadedModel
+
+
+class Run:
+    """A run folder: what was trained and how, what it measured, and the model in its newest checkpoint."""
+
+    def __init__(self, path: str | PathLike[str], tag: str | None = None, device: str = "auto") -> None:
+        """See `load`."""
+        from chatgot import run_folder
+
+        self.path = Path(path)
+        self.tag = tag
+        self.device = device
+        run_folder.check(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def config(self) -> RunConfig:
+        """What was trained, from run.yaml: `run.config.model.n_layers`."""
+        from chatgot import run_folder
+        from chatgot.config.run import load_run_config
+
+        return load_run_config(str(self.path / run_folder.RUN))
+
+    @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """How it was run: the resolved DeepSpeed JSON of the newest start."""
+        from chatgot import run_folder
+
+        return run_folder.read(self.path, run_folder.DS_CONFIG)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl as it stands now, in the order of writing: metrics of logged steps, and a
+        digest per step. After a resume from an older checkpoint, a step may stand there twice.
+        """
+        from chatgot import run_folder
+        from chatgot.observe.journal import read_journal
+
+        return read_journal(self.path / run_folder.METRICS)[0]
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The model and its tokenizer, read once and kept; `load` again for a checkpoint that was saved since.
+
+        Raises:
+            ChatGoTError: no complete checkpoint, or files that cannot be read.
+        """
+        from chatgot.inference.sample import load_run
+
+        return load_run(self.path, self.tag, self.device)
+
+    def sample(
+        self,
+        prompt: str = "\n",
+        max_new_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """The prompt and its continuation, the text that `chatgot sample` prints with the same settings.
+
+        Args:
+            temperature: 0 always takes the likeliest token.
+            top_k: draw from the k likeliest tokens only.
+            top_p: draw from the likeliest tokens that make up this probability.
+            seed: the same seed gives the same text.
+
+        Raises:
+            ChatGoTError: a prompt with unseen characters, a setting out of range, or see `model`.
+        """
+        return self.model.continuations(
+            prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )[0]
+
+
+def load(path: str | PathLike[str], tag: str | None = None, device: str = "auto") -> Run:
+    """Open a run folder. Weights are read at the first `sample`.
+
+    Args:
+        tag: the checkpoint to use; default: the newest complete one.
+        device: cpu, cuda, or auto: cuda where there is one.
+
+    Raises:
+        ChatGoTError: it is no run folder.
+    """
+    return Run(path, tag, device)
+
+
+def train(
+    deepspeed_config: str | PathLike[str],
+    out_dir: str | PathLike[str],
+    config: str | PathLike[str] = "tiny",
+    data: str | PathLike[str] = "wars_of_the_roses",
+    resume_from: str = "auto",
+    allow_data_change: bool = False,
+    allow_batch_change: bool = False,
+    run_name: str | None = None,
+    overrides: Sequence[str] | Mapping[str, object] = (),
+) -> Run:
+    """Train in this process, as `python launch/train.py` does with the same arguments; returns the finished run.
+
+    Args:
+        deepspeed_config: a JSON, or the name of a shipped one (`chatgot configs`).
+        config: a preset's name (`chatgot presets`), or a run YAML.
+        overrides: {"train.max_steps": 200, "ds.optimizer.params.lr": 3e-4}, or the same as texts, "KEY=VALUE".
+
+    Raises:
+        RunAgainError: a signal interrupted the run, which is saved, or memory ran out: the same call goes on.
+        ChatGoTError: every other refusal; its exit_code is the command's.
+    """
+    import json
+
+    from chatgot.deepspeed_json.shipped import find_json
+    from chatgot.training.run import TrainArguments
+    from chatgot.training.run import train as run
+
+    texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else ()
+    code = run(
+        TrainArguments(
+            deepspeed_config=str(find_json(deepspeed_config)),
+            out_dir=Path(out_dir),
+            config=str(config),
+            data=str(data),
+            resume_from=resume_from,
+            allow_data_change=allow_data_change,
+            allow_batch_change=allow_batch_change,
+            overrides=tuple(texts or overrides),
+            run_name=run_name,
+        )
+    )
+    if code == EXIT_INTERRUPTED:
+        raise RunAgainError(f"{out_dir}: interrupted and saved; the same call goes on")
+    return Run(out_dir)
