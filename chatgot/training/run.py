@@ -14,13 +14,13 @@ from chatgot.checkpoint import faults, rng, room
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.resume import CHANGED, resume
 from chatgot.checkpoint.save import Saver
-from chatgot.config.overrides import apply_overrides, parse_overrides
+from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.deepspeed_json.batch import TO_BE_FOUND
 from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
-from chatgot.deepspeed_json.file import plain_copy, read_document
+from chatgot.deepspeed_json.file import apply_overrides, plain_copy, read_document
 from chatgot.devices import (
     device_facts,
     is_out_of_memory,
