@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from chatgot.checkpoint import rng
-from chatgot.checkpoint.portable_write import parameter_groups
+from chatgot.checkpoint.manifest import ClientState, RunFields, StateFields
+from chatgot.checkpoint.portable import parameter_groups
 from chatgot.checkpoint.resume import resume
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
@@ -44,9 +45,9 @@ class Position:
     last_val: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, client_state: dict[str, Any]) -> Position:
+    def of(cls, state: ClientState) -> Position:
         """The position that a checkpoint was saved at."""
-        return cls(**{name: client_state[name] for name in cls.__dataclass_fields__})
+        return cls(state["next_sample"], state["skipped_samples"], state["best_val_loss"], state["last_val"])
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Loop:
     records: Records
     out_dir: Path
     device: torch.device
-    fields: dict[str, Any]
+    fields: RunFields
     """What identifies the run, for the manifest."""
     mfu: Mfu
     prompts: list[str]
@@ -135,7 +136,7 @@ class Loop:
             self.records.event("save_refused", step=self.step, error=str(error))
             self.roll_back(str(error), must)
 
-    def client_state(self) -> dict[str, Any]:
+    def client_state(self) -> ClientState:
         """What DeepSpeed does not save. Collective: ZeRO 0-2 store only rank 0's, so it holds every rank's RNG."""
         return {
             "format": 1,
@@ -297,7 +298,7 @@ class Loop:
         )
         self.save(must)
 
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self) -> StateFields:
         val = self.position.last_val
         return {
             "tokens": self.position.next_sample * self.train_batches.block_size,

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from chatgot import run_folder
 from chatgot.checkpoint import load, manifest
 from chatgot.checkpoint.load import Found
-from chatgot.checkpoint.manifest import Difference
-from chatgot.checkpoint.preflight import preflight
+from chatgot.checkpoint.manifest import Difference, RunFields
 from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import layout, refuse_layouts
-from chatgot.checkpoint.retention import expected_bytes
+from chatgot.checkpoint.room import expected_bytes, preflight
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import RunConfig
 from chatgot.data.cache import prepare_cached
@@ -68,7 +67,7 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
 
 def identity(
     model: GPT, config: RunConfig, engine_config: EngineConfig, data: PreparedData, world_size: int
-) -> dict[str, Any]:
+) -> RunFields:
     """What identifies a run, for the manifest of its checkpoints."""
     params = engine_config.optimizer.params if engine_config.optimizer is not None else {}
     return {
@@ -90,7 +89,7 @@ def identity(
 
 
 def choose_checkpoint(
-    out_dir: Path, resume_from: str, allowed: Collection[str], fields: dict[str, Any], ranks: ControlGroup
+    out_dir: Path, resume_from: str, allowed: Collection[str], fields: RunFields, ranks: ControlGroup
 ) -> tuple[Found | None, list[Difference]]:
     """Rank 0 takes the run folder's lock and chooses the checkpoint to go on from, all ranks follow. Collective.
 
@@ -122,7 +121,7 @@ def choose_checkpoint(
     return ranks.on_rank_0(choose)
 
 
-def check_disk(saver: Saver, fields: dict[str, Any], config: EngineConfig, max_steps: int) -> list[str]:
+def check_disk(saver: Saver, fields: RunFields, config: EngineConfig, max_steps: int) -> list[str]:
     """Whether the run's checkpoints fit, in lines for the log. Collective.
 
     Raises:

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+from chatgot.checkpoint.manifest import ClientState, StateFields
 from chatgot.checkpoint.save import Saved, Saver
 from chatgot.errors import CheckpointError
 from chatgot.training.records import Records
@@ -36,7 +37,7 @@ class Saving:
         by_step = config.every_steps is not None and step % config.every_steps == 0
         return by_step or minutes_over or (improved and config.keep_best > 0)
 
-    def save(self, engine: Any, client_state: dict[str, Any], manifest: dict[str, Any], must: bool) -> None:
+    def save(self, engine: Any, client_state: ClientState, fields: StateFields, must: bool) -> None:
         """Save the state as it is, after the save that is still under way. Collective.
 
         Args:
@@ -48,7 +49,7 @@ class Saving:
         """
         self.finish()
         try:
-            self.saver.begin(engine, client_state, manifest)
+            self.saver.begin(engine, client_state, fields)
         except CheckpointError as error:
             self._failed(error, must)
             return

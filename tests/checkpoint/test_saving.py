@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint import save as save_module
+from chatgot.checkpoint import publish as publish_module
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.publish import tag_of, take_back
+from chatgot.checkpoint.publish import tag_of, take_back, writer
+from chatgot.checkpoint.reading import fp32_weights
 from chatgot.checkpoint.retention import examine, prune
-from chatgot.checkpoint.save import writer
-from chatgot.checkpoint.weights import fp32_weights
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
 from chatgot.training import run
@@ -264,11 +262,13 @@ def test_every_file_has_one_rank_that_answers_for_it(name, rank):
 
 
 def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(save_module, "VISIBLE_WITHIN_S", 0.0)
+    monkeypatch.setattr(publish_module, "VISIBLE_WITHIN_S", 0.0)
     (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"weights")
-    hashed = [{"mp_rank_00_model_states.pt": {}}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": {}}]
-    unseen = save_module._not_the_same_folder(tmp_path, hashed)
-    assert re.search(r"rank 1 wrote zero_pp_rank_1_.*do not share this file system", str(unseen))
+    one: publish_module.Measured = {"bytes": 7, "sha256": ""}
+    hashed = [{"mp_rank_00_model_states.pt": one}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": one}]
+    with pytest.raises(CheckpointError, match=r"rank 1 wrote zero_pp_rank_1_.*do not share this file system"):
+        publish_module.check_shared(tmp_path, hashed)
     (tmp_path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"1")
-    assert save_module._not_the_same_folder(tmp_path, hashed) is None
-    assert "nobody has written" in str(save_module._not_the_same_folder(tmp_path, hashed[:1]))
+    publish_module.check_shared(tmp_path, hashed)
+    with pytest.raises(CheckpointError, match="nobody has written"):
+        publish_module.check_shared(tmp_path, hashed[:1])

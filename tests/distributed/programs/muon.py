@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from chatgot.checkpoint import rng
-from chatgot.checkpoint.load import find, load
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.resume import load
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
