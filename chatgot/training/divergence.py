@@ -91,8 +91,9 @@ class Guard:
         rollbacks = [dict(one) for one in self.rollbacks]
         return {"skips_in_a_row": skips_in_a_row, "losses": list(self._losses), "rollbacks": rollbacks}
 
-    def restore(self, state: dict[str, Any]) -> int:
-        """Counterpart of `state`; returns the skips in a row."""
+    def restore(self, state: dict[str, Any] | None) -> int:
+        """Counterpart of `state` (None: a checkpoint from before there was one); returns the skips in a row."""
+        state = state or {"skips_in_a_row": 0, "losses": [], "rollbacks": []}
         self.rollbacks = [dict(one) for one in state["rollbacks"]]
         self._losses = deque(state["losses"], maxlen=SPIKE_WINDOW)
         return int(state["skips_in_a_row"])

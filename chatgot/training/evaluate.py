@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from chatgot.data.loader import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -35,7 +37,7 @@ def evaluate(engine, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], devic
     with torch.no_grad():
         for input_ids, targets in batches:
             loss = engine(input_ids.to(device), targets.to(device), reduction="sum")
-            total += torch.tensor([float(loss), int((targets != -100).sum())], dtype=torch.float64)
+            total += torch.tensor([float(loss), int((targets != IGNORE_INDEX).sum())], dtype=torch.float64)
     if dist.get_world_size() > 1:
         shared = total.to(device)
         dist.all_reduce(shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from chatgot.training.records import Records
 from chatgot.training.saving import Saving
 from chatgot.training.stop import StopSignals
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Position:
@@ -47,7 +50,8 @@ class Position:
     @classmethod
     def of(cls, state: ClientState) -> Position:
         """The position that a checkpoint was saved at."""
-        return cls(state["next_sample"], state["skipped_samples"], state["best_val_loss"], state["last_val"])
+        skipped = state.get("skipped_samples", 0)  # older checkpoints know no rollbacks
+        return cls(state["next_sample"], skipped, state["best_val_loss"], state["last_val"])
 
 
 @dataclass
@@ -77,6 +81,8 @@ class Loop:
     guard: Guard
     json_micro_batch: int
     """What the JSON says; a smaller one is used after memory has run out."""
+    micro_batch_is_auto: bool
+    """The JSON leaves it to memory; `json_micro_batch` is what was found."""
     position: Position
     meter: Throughput = field(default_factory=Throughput)
     stopped_by: str | None = None
@@ -191,7 +197,7 @@ class Loop:
         if (compared := self.memory.compare(self.ranks)) is not None:
             fields, line = compared
             self.records.event("memory", step=step, **fields)
-            self.records.progress.say(line)
+            logger.info(line)
 
     def _log(self, step: int, loss: torch.Tensor) -> None:
         mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval counts what has been computed
@@ -281,7 +287,7 @@ class Loop:
             client_state, _ = resume(self.engine.engine, good, self.fields, self.ranks)
         rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
         self.position = Position.of(client_state)
-        self.guard.restore(client_state["guard"])
+        self.guard.restore(client_state.get("guard"))
         self.engine.skips_in_a_row = 0
         first, number = self.position.next_sample, len(earlier) + 1
         self.position.next_sample = end
@@ -292,9 +298,9 @@ class Loop:
             self.records.wandb.rolled_back(from_step)
         self.records.event("rolled_back", checkpoint=good.tag, **self.guard.rollbacks[-1])
         limit = self.guard.config.max_rollbacks
-        self.records.progress.say(
-            f"WARNING: {why}. Rolled back to {good.tag} ({number} of {limit} times); samples {first}..{end - 1} are "
-            f"left out, training goes on at sample {end}"
+        logger.warning(
+            f"{why}. Rolled back to {good.tag} ({number} of {limit} times); samples {first}..{end - 1} are left out, "
+            f"training goes on at sample {end}"
         )
         self.save(must)
 

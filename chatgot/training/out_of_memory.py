@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.training.records import Records
@@ -13,7 +13,13 @@ from chatgot.tuning import micro_batch
 
 
 def end_rank(
-    error: BaseException, doing: str, out_dir: Path, config: EngineConfig, world_size: int, records: Records
+    error: BaseException,
+    doing: str,
+    out_dir: Path,
+    config: EngineConfig,
+    world_size: int,
+    asked: int | Literal["auto"],
+    records: Records,
 ) -> NoReturn:
     """Store the smaller micro-batch, say what was running, and end.
 
@@ -23,12 +29,13 @@ def end_rank(
     Args:
         error: the failed allocation.
         doing: what was running: 'step 7'.
+        asked: the micro-batch that the JSON comes to by itself, or "auto".
 
     Raises:
         RunAgainError: exit 75, the next start uses the smaller micro-batch.
         MachineError: exit 6, the micro-batch is 1 already.
     """
-    refusal = micro_batch.shrink(out_dir, config, world_size, doing, error)
+    refusal = micro_batch.shrink(out_dir, config, world_size, asked, doing, error)
     code = refusal.exit_code
     records.event("out_of_memory", doing=doing, micro_batch=config.micro_batch_size, exit_code=code)
     if world_size == 1:

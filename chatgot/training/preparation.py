@@ -152,17 +152,19 @@ def with_stored_micro_batch(
     return micro_batch.with_micro_batch(config, smaller, ranks.world_size), note
 
 
-def carry_on(engine: TrainingEngine, carried: dict[str, int], json_micro_batch: int, world_size: int) -> list[str]:
+def carry_on(
+    engine: TrainingEngine, carried: dict[str, int] | None, json_micro_batch: int, world_size: int
+) -> list[str]:
     """After a resume: use the micro-batch that memory was enough for, unless the JSON's own is another one now.
 
     Args:
-        carried: the checkpoint's: `json`, what the JSON said, and `used`.
+        carried: the checkpoint's: `json`, what the JSON said, and `used`; None: it is from before there was one.
 
     Returns:
         A note, or none.
     """
     config = engine.config
-    if carried["json"] == carried["used"]:
+    if carried is None or carried["json"] == carried["used"]:
         return []
     if carried["json"] != json_micro_batch:
         return [

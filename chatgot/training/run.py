@@ -21,11 +21,7 @@ from chatgot.data.prepared import PreparedData
 from chatgot.deepspeed_json.batch import TO_BE_FOUND
 from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
 from chatgot.deepspeed_json.file import apply_overrides, plain_copy, read_document
-from chatgot.devices import (
-    device_facts,
-    is_out_of_memory,
-    matmul_precision,
-)
+from chatgot.devices import device_facts, is_out_of_memory, matmul_precision
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build, join
 from chatgot.engine.precision_check import check_precision
@@ -118,8 +114,9 @@ def _train(loop: Loop) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        asked = "auto" if loop.micro_batch_is_auto else loop.json_micro_batch
         config, world_size = loop.engine.config, loop.ranks.world_size
-        out_of_memory.end_rank(error, loop.doing, loop.out_dir, config, world_size, loop.records)
+        out_of_memory.end_rank(error, loop.doing, loop.out_dir, config, world_size, asked, loop.records)
 
 
 def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | None = None) -> Loop:
@@ -202,8 +199,8 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         position = Position.of(client_state)
         if any(one.field == "data" for one in different):  # the numbers are of another validation split
             position = dataclasses.replace(position, best_val_loss=None, last_val={})
-        engine.skips_in_a_row = guard.restore(client_state["guard"])
-        notes += preparation.carry_on(engine, client_state["micro_batch"], json_micro_batch, world_size)
+        engine.skips_in_a_row = guard.restore(client_state.get("guard"))
+        notes += preparation.carry_on(engine, client_state.get("micro_batch"), json_micro_batch, world_size)
         step = engine.engine.global_steps
         notes += rng.resume(client_state["rng"], config.train.seed, place.rank, world_size, step)
     if micro_note is not None:
@@ -256,6 +253,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         memory=check_memory(config.model, vocab_size, engine, world_size, facts, device),
         guard=guard,
         json_micro_batch=json_micro_batch,
+        micro_batch_is_auto=answer is not None,
         position=position,
     )
     for note in notes:

@@ -1,8 +1,8 @@
 """The smaller micro-batch of a run whose memory was not enough: computed, stored in the run folder, read by the next
 start.
 
-`micro_batch.json` holds the micro-batch to use, the one that the JSON asked for at the time (or "auto"), the one that
-was too large, the reason, and the attempt that ran out of memory. `launch/run` starts the ranks again by itself where
+`micro_batch.json` holds the micro-batch to use, the one that the JSON asked for at the time (or "auto"), the reason, and
+the attempt that ran out of memory. `launch/run` starts the ranks again by itself where
 the attempt is its own.
 """
 
@@ -34,8 +34,6 @@ class Stored:
     reason: str
     attempt: str | None = None
     """The start of the ranks that ran out of memory; None: nothing did, or nobody names starts."""
-    before: int | None = None
-    """The micro-batch that was too large."""
     key: str | None = None
     """For "auto": hash of the settings that the micro-batch was found for."""
 
@@ -52,7 +50,7 @@ def read(out_dir: Path) -> Stored | None:
             int(fields["micro_batch"]),
             fields.get("json", "auto"),
             str(fields["reason"]),
-            **{name: fields.get(name) for name in ("attempt", "before", "key")},
+            **{name: fields.get(name) for name in ("attempt", "key")},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -87,12 +85,18 @@ def with_micro_batch(config: EngineConfig, micro: int, world_size: int) -> Engin
 
 
 def shrink(
-    out_dir: Path, config: EngineConfig, world_size: int, where: str, error: BaseException | None = None
+    out_dir: Path,
+    config: EngineConfig,
+    world_size: int,
+    asked: int | Literal["auto"],
+    where: str,
+    error: BaseException | None = None,
 ) -> ChatGoTError:
     """Store the largest micro-batch that is not above half of this one and keeps the global batch. Any rank may do so.
 
     Args:
         config: the settings that this run used.
+        asked: the micro-batch that the JSON comes to by itself, or "auto"; the file answers this JSON only.
         where: what was running: "step 12, the backward pass".
         error: the failed allocation.
 
@@ -110,11 +114,9 @@ def shrink(
     per_rank = config.train_batch_size // world_size
     micro = largest_divisor(per_rank, config.micro_batch_size // 2)
     attempt, known = os.environ.get(ATTEMPT), read(out_dir)
-    # The file says what the JSON asked for if this run's micro-batch came from it, or another rank wrote it just now.
-    same = known if known is not None and config.micro_batch_size in (known.micro_batch, known.before) else None
     reason = f"memory ran out with {config.micro_batch_size} ({where})"
-    json_value = same.json if same else config.micro_batch_size
-    smaller = Stored(micro, json_value, reason, attempt, config.micro_batch_size, same.key if same else None)
+    key = known.key if known is not None and asked == "auto" else None
+    smaller = Stored(micro, asked, reason, attempt, key)
     try:
         smaller.store(out_dir)
     except OSError as failed:

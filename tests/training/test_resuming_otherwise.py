@@ -9,6 +9,7 @@ import pytest
 
 from chatgot.checkpoint import manifest
 from chatgot.training import run
+from chatgot.training.loop import Loop
 from tests.support import engine_json, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv, contents, events, refused, series
@@ -74,6 +75,23 @@ def test_other_data_with_the_switch_only(half, text_file, tmp_path, capsys):
     assert losses.keys() == same.keys()
     assert all(losses[step] != same[step] for step in same)
     assert in_process.train(words(half, other)) == 0, "what it saved is of the new data"
+
+
+def test_a_checkpoint_from_before_rollbacks_and_smaller_micro_batches_goes_on(text_file, tmp_path, monkeypatch):
+    """Its client state lacks what later versions added; the same numbers follow."""
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=2 * STEPS, eval_every=STEPS)
+    engine = write_json(tmp_path / "engine.json", engine_json(1, batch=BATCH, chatgot=SAVING))
+    assert in_process.train(argv(engine, tmp_path / "whole", config, text_file)) == 0
+    whole = {step: loss for step, loss in series(tmp_path / "whole", "train/loss").items() if step > STEPS}
+    current, later = Loop.client_state, ("skipped_samples", "guard", "micro_batch")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Loop,
+            "client_state",
+            lambda loop: {name: value for name, value in current(loop).items() if name not in later},
+        )
+        in_process.abandon_after(STEPS, argv(engine, tmp_path / "out", config, text_file))
+    assert goes_on(tmp_path, words(tmp_path, text_file)) == whole
 
 
 def test_another_seed_orders_the_data_anew_with_the_switch_only(half, text_file, tmp_path, capsys):

@@ -39,7 +39,9 @@ def test_the_largest_divisor_is_brute_forces():
 @pytest.mark.parametrize(("before", "after"), [(12, 6), (6, 3), (4, 2), (3, 1), (2, 1)])
 def test_half_or_the_next_divisor_below_is_stored_for_the_same_json(before, after, tmp_path):
     config = settings(before)
-    error = shrink(tmp_path, config, 2, "step 7, the backward pass", RuntimeError("CUDA out of memory\nlong story"))
+    error = shrink(
+        tmp_path, config, 2, before, "step 7, the backward pass", RuntimeError("CUDA out of memory\nlong story")
+    )
     assert isinstance(error, RunAgainError)
     assert error.exit_code == EXIT_INTERRUPTED
     for part in (
@@ -60,7 +62,7 @@ def test_half_or_the_next_divisor_below_is_stored_for_the_same_json(before, afte
 
 def test_the_attempt_is_named_where_the_launcher_can_start_again(tmp_path, monkeypatch):
     monkeypatch.setenv(micro_batch.ATTEMPT, "a-1")
-    error = shrink(tmp_path, settings(4), 2, "evaluation")
+    error = shrink(tmp_path, settings(4), 2, 4, "evaluation")
     assert "launch/run starts all ranks again" in str(error)
     assert "run the same command" not in str(error)
     assert json.loads((tmp_path / "micro_batch.json").read_text())["attempt"] == "a-1"
@@ -68,10 +70,10 @@ def test_the_attempt_is_named_where_the_launcher_can_start_again(tmp_path, monke
 
 def test_ranks_that_run_out_together_store_the_same(tmp_path):
     """Also after an earlier shrink, so that the file says another micro-batch than the JSON."""
-    shrink(tmp_path, settings(12), 2, "step 1")
+    shrink(tmp_path, settings(12), 2, 12, "step 1")
     texts = []
     for _ in range(2):
-        shrink(tmp_path, settings(6), 2, "step 3")
+        shrink(tmp_path, settings(6), 2, 12, "step 3")
         texts.append((tmp_path / "micro_batch.json").read_text())
     assert texts[0] == texts[1]
     assert stored(tmp_path, 12, PER_RANK) == (3, "memory ran out with 6 (step 3)")
@@ -79,11 +81,19 @@ def test_ranks_that_run_out_together_store_the_same(tmp_path):
 
 def test_what_auto_found_becomes_smaller_and_stays_the_answer_to_auto(tmp_path):
     Stored(6, "auto", "fits", key="settings").store(tmp_path)
-    shrink(tmp_path, settings(6), 2, "step 3")
+    shrink(tmp_path, settings(6), 2, "auto", "step 3")
     assert stored(tmp_path, "auto", PER_RANK) == (3, "memory ran out with 6 (step 3)")
     known = micro_batch.read(tmp_path)
     assert known is not None
     assert known.key == "settings"
+
+
+def test_a_json_that_now_asks_for_what_was_stored_gets_an_answer_of_its_own(tmp_path):
+    """Else every start would find nothing for its JSON, run out of memory again, and launch/run would never end."""
+    shrink(tmp_path, settings(12), 2, 12, "step 1")
+    shrink(tmp_path, settings(6), 2, 6, "step 1")
+    assert stored(tmp_path, 6, PER_RANK) == (3, "memory ran out with 6 (step 1)")
+    assert stored(tmp_path, 12, PER_RANK) is None
 
 
 def test_a_file_of_earlier_versions_answers_auto(tmp_path):
@@ -100,7 +110,7 @@ def test_a_damaged_file_counts_as_none(text, tmp_path):
 
 
 def test_at_micro_batch_1_the_message_says_what_needs_less(tmp_path):
-    error = shrink(tmp_path, settings(1), 2, "step 2, the optimizer step")
+    error = shrink(tmp_path, settings(1), 2, 1, "step 2, the optimizer step")
     assert isinstance(error, MachineError)
     for part in (
         "at micro-batch 1, the smallest",
@@ -110,12 +120,12 @@ def test_at_micro_batch_1_the_message_says_what_needs_less(tmp_path):
     assert "offload" not in str(error)
     assert not list(tmp_path.iterdir())
     offload = "ds.zero_optimization.offload_optimizer.device=cpu"
-    assert f"on several ranks; {offload}; a smaller" in str(shrink(tmp_path, settings(1, stage=1), 2, "step 2"))
+    assert f"on several ranks; {offload}; a smaller" in str(shrink(tmp_path, settings(1, stage=1), 2, 1, "step 2"))
     in_use = settings(1, stage=3, activation_checkpointing={}, offload=True, offload_param=True)
-    assert "What needs less: a smaller model.max_seq_length or model." in str(shrink(tmp_path, in_use, 2, "step 2"))
+    assert "What needs less: a smaller model.max_seq_length or model." in str(shrink(tmp_path, in_use, 2, 1, "step 2"))
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(tmp_path: Path):
-    error = shrink(tmp_path / "gone", settings(4), 2, "step 2")
+    error = shrink(tmp_path / "gone", settings(4), 2, 4, "step 2")
     assert isinstance(error, MachineError)
     assert "train_micro_batch_size_per_gpu = 2 and gradient_accumulation_steps = 6" in str(error)
