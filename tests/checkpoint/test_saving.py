@@ -17,7 +17,6 @@ from chatgot.checkpoint.load import find
 from chatgot.checkpoint.publish import tag_of, take_back
 from chatgot.checkpoint.retention import examine, prune
 from chatgot.checkpoint.save import writer
-from chatgot.checkpoint.weights import fp32_weights
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
 from chatgot.training import loop as loop_module
@@ -139,7 +138,7 @@ def test_stock_deepspeed_reads_the_checkpoint_through_latest(stage, tmp_path, te
     assert Path(path).parent == tmp_path / "out" / "checkpoints" / tag_of(3)
     assert loop.step == 3
     loop._save(must=True)
-    trained, read = (fp32_weights(find(tmp_path / name / "checkpoints")) for name in ("out", "other"))
+    trained, read = (in_process.weights(tmp_path / name) for name in ("out", "other"))
     assert trained.keys() == read.keys()
     assert all(torch.equal(trained[name], read[name]) for name in trained)
 

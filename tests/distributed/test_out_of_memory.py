@@ -21,9 +21,7 @@ def plan_of(folder: Path, text_file: Path) -> list[dict[str, Any]]:
     config = write_run_yaml(folder / "run.yaml", max_steps=STEPS)
     longer = write_run_yaml(folder / "longer.yaml", max_steps=STEPS + 1)
 
-    def item(
-        name: str, stage: int, micro: int | str, out: str | None = None, config: Path = config, **more: Any
-    ) -> None:
+    def item(name: str, stage: int, micro: Any, out: str | None = None, config: Path = config, **more: Any) -> None:
         saving = {"every_steps": None, "every_minutes": None, "keep_best": 0}
         tree = engine_json(stage=stage, batch=16, micro=micro, chatgot={"checkpoint": saving})
         path = write_json(folder / f"{len(plan)}.json", tree)

@@ -15,8 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-marks, *actions = sys.argv[1:]
-marks = Path(marks)
+marks, actions = Path(sys.argv[1]), sys.argv[2:]
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 verbs = dict(action.split(":") for action in actions if ":" in action)
 verb, _, value = verbs.get(str(rank), verbs.get("*", "exit=0")).partition("=")
