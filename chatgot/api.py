@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatgot import run_folder
 from chatgot.errors import EXIT_INTERRUPTED, RunAgainError
 
 if TYPE_CHECKING:
@@ -20,8 +22,6 @@ class Run:
 
     def __init__(self, path: str | PathLike[str], tag: str | None = None, device: str = "auto") -> None:
         """See `load`."""
-        from chatgot import run_folder
-
         self.path = Path(path)
         self.tag = tag
         self.device = device
@@ -33,7 +33,6 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """What was trained, from run.yaml: `run.config.model.n_layers`."""
-        from chatgot import run_folder
         from chatgot.config.run import load_run_config
 
         return load_run_config(str(self.path / run_folder.RUN))
@@ -41,8 +40,6 @@ class Run:
     @property
     def deepspeed_config(self) -> dict[str, Any]:
         """How it was run: the resolved DeepSpeed JSON of the newest start."""
-        from chatgot import run_folder
-
         return run_folder.read(self.path, run_folder.DS_CONFIG)
 
     @property
@@ -50,7 +47,6 @@ class Run:
         """The whole lines of metrics.jsonl as it stands now, in the order of writing: metrics of logged steps, and a
         digest per step. After a resume from an older checkpoint, a step may stand there twice.
         """
-        from chatgot import run_folder
         from chatgot.observe.journal import read_journal
 
         return read_journal(self.path / run_folder.METRICS)[0]
@@ -126,8 +122,6 @@ def train(
         RunAgainError: a signal interrupted the run, which is saved, or memory ran out: the same call goes on.
         ChatGoTError: every other refusal; its exit_code is the command's.
     """
-    import json
-
     from chatgot.deepspeed_json.shipped import find_json
     from chatgot.training.run import TrainArguments
     from chatgot.training.run import train as run

@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, MachineError
+from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, ChatGoTError, MachineError
 from chatgot.version import __version__
 
 T = TypeVar("T")
@@ -64,9 +64,10 @@ def train_parser() -> argparse.ArgumentParser:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """launch/train.py: train, and end the process with the exit code of the run."""
-    arguments = train_parser().parse_args(argv)
+    arguments, left = train_parser().parse_args(argv), False
 
     def program() -> int:
+        nonlocal left
         from chatgot.deepspeed_json.shipped import find_json
         from chatgot.training.run import TrainArguments, leave
         from chatgot.training.run import train as run
@@ -74,10 +75,11 @@ def train(argv: Sequence[str] | None = None) -> None:
         json = str(find_json(arguments.deepspeed_config))
         code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json))
         leave()
+        left = True
         return code
 
     code = guarded(program, arguments.debug)
-    if code not in (EXIT_DONE, EXIT_INTERRUPTED) and os.environ.get("WORLD_SIZE", "1") != "1":
+    if not left and os.environ.get("WORLD_SIZE", "1") != "1":
         # The process group is still joined. Torn down by the interpreter while other ranks go away, gloo's threads
         # abort it (SIGABRT) in place of the exit code, and NCCL waits for the others; destroying the group needs all
         # ranks, which an error does not have.
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="chatgot",
         description="Train a GPT on your own text with DeepSpeed, and use it.",
-        epilog="chatgot help COMMAND, or chatgot COMMAND --help, says more about one of them.",
+        epilog="chatgot help COMMAND says more about one of them.",
     )
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

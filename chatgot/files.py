@@ -1,7 +1,8 @@
-"""Writing files so that a crash leaves the old one or the new one, never a part."""
+"""Writing files so that a crash leaves the old one or the new one, never a part; and their hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,3 +33,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hash a file's contents, 4 MiB at a time; hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -75,7 +75,7 @@ def engine_json(
     stage: int = 0,
     precision: str = "fp32",
     batch: int = 8,
-    micro: int = 4,
+    micro: int | str = 4,
     offload: bool = False,
     offload_param: bool = False,
     activation_checkpointing: dict[str, Any] | None = None,

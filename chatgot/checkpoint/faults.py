@@ -28,7 +28,7 @@ _FORM = re.compile(
 
 @dataclass
 class Rehearsal:
-    """What this process was asked to suffer, and how many file operations it has begun."""
+    """The fault that is planned for this process, and how many file operations it has begun."""
 
     number: int
     kind: str
@@ -52,20 +52,18 @@ def arm(rank: int) -> str | None:
         return None
     match = _FORM.fullmatch(text)
     if match is None:
-        raise ConfigError(
-            f"{VARIABLE}={text}: must be save:N:kill9|sigstop|enospc|eio|delay=SECONDS|list[:RANK|:all]; unset it to "
-            f"train"
-        )
+        form = "save:N:kill9|sigstop|enospc|eio|delay=SECONDS|list[:RANK|:all]"
+        raise ConfigError(f"{VARIABLE}={text}: must be {form}; unset it to train")
     if match["rank"] in ("all", str(rank)) or (match["rank"] is None and rank == 0):
         _rehearsal = Rehearsal(int(match["number"]), match["kind"].partition("=")[0], float(match["seconds"] or 0))
     return f"rehearsal: {VARIABLE}={text}"
 
 
 def operation(what: str) -> None:
-    """To be called right before every file operation of saving.
+    """Count a file operation of saving, and let the fault happen if it is the planned one. Call it right before.
 
     Raises:
-        OSError: if that is the fault that was asked for.
+        OSError: the planned fault is one.
     """
     if _rehearsal is None:
         return

@@ -1,26 +1,21 @@
-"""Finding a whole checkpoint and loading it into an engine. A requested resume that fails is an error, never a fresh
-start.
+"""Finding a whole checkpoint, and choosing the one to go on from. A requested resume that fails is an error, never a
+fresh start.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatgot import run_folder
-from chatgot.checkpoint import lr_scheduler, manifest, pickles
-from chatgot.checkpoint.manifest import Difference
-from chatgot.distributed import ControlGroup
+from chatgot.checkpoint import manifest
+from chatgot.checkpoint.manifest import Difference, Manifest
 from chatgot.errors import CheckpointError, ConfigError
+from chatgot.run_folder import CHECKPOINTS
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
 _TAG_OF_STEP = re.compile(r"step-(\d+)")
 
 
@@ -31,7 +26,7 @@ class Found:
     folder: Path
     """The `checkpoints` folder."""
     tag: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     notes: tuple[str, ...] = ()
     """What the user must hear: newer checkpoints that are damaged, a `latest` that leads nowhere."""
     damaged: tuple[str, ...] = ()
@@ -44,8 +39,7 @@ class Found:
 
 
 def find(folder: Path, tag: str | None = None) -> Found | None:
-    """The named checkpoint, or the one that was published last of those that are whole; None where there is none at
-    all.
+    """Find the named checkpoint, or the one that was published last of those that are whole; None if there is none.
 
     Every file is compared with the manifest's size and hash before anything is loaded. `latest` is a hint for stock
     DeepSpeed: where it disagrees with the manifests, they decide.
@@ -66,41 +60,33 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
             damaged.append((name, _step_in(name), str(error)))
     for _, step, name in sorted(candidates, reverse=True):
         try:
-            found = _open(folder, name)
+            whole = _open(folder, name)
         except CheckpointError as error:
             damaged.append((name, step, str(error)))
             continue
-        return Found(
-            folder,
-            name,
-            found.manifest,
-            tuple(_notes(folder, name, step, damaged)),
-            tuple(lost for lost, _, _ in damaged),
-        )
+        notes = tuple(_notes(folder, name, step, damaged))
+        return Found(folder, name, whole.manifest, notes, tuple(lost for lost, _, _ in damaged))
     if damaged:
         raise CheckpointError(f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged))
     return None
 
 
 def tags_in(folder: Path) -> list[str]:
-    """Names of what is, or should be, a published checkpoint: a manifest in it, or the name of one."""
+    """List what is, or should be, a published checkpoint: it has a manifest, or the name of one."""
     if not folder.is_dir():
         return []
-    names = [
-        path.name for path in folder.iterdir() if TAG.fullmatch(path.name) and (path.is_dir() or path.is_symlink())
-    ]
+    names = [one.name for one in folder.iterdir() if TAG.fullmatch(one.name) and (one.is_dir() or one.is_symlink())]
     return sorted(name for name in names if _TAG_OF_STEP.fullmatch(name) or (folder / name / manifest.NAME).is_file())
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> Manifest:
+    damaged = f"checkpoint {path} is damaged: "
     if path.is_symlink():
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: it is a symbolic link, and a checkpoint is a folder of its own"
-        )
+        raise CheckpointError(f"{damaged}it is a symbolic link, and a checkpoint is a folder of its own")
     try:
         return manifest.read(path)
     except CheckpointError as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: file {manifest.NAME}: {error}") from error
+        raise CheckpointError(f"{damaged}file {manifest.NAME}: {error}") from error
 
 
 def _open(folder: Path, tag: str) -> Found:
@@ -150,7 +136,7 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
         ConfigError: `never`, but the run folder has checkpoints, which the new run would replace.
         CheckpointError: `must` or a PATH without a usable checkpoint.
     """
-    own = out_dir / run_folder.CHECKPOINTS
+    own = out_dir / CHECKPOINTS
     if resume_from == "never":
         if tags_in(own):
             raise ConfigError(
@@ -159,22 +145,20 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
             )
         return None
     if resume_from in ("auto", "must"):
-        found = find(own)
-        if found is None and resume_from == "must":
-            raise CheckpointError(f"--resume_from must: {own} has no complete checkpoint")
-        return found
-    path_text, _, tag = resume_from.partition("@")
-    path = Path(path_text)
-    folder = path / run_folder.CHECKPOINTS if (path / run_folder.CHECKPOINTS).is_dir() else path
-    if not folder.is_dir():
-        raise CheckpointError(f"--resume_from {resume_from}: no such folder: {folder}")
-    found = find(folder, tag or None)
-    if found is None:
+        folder, tag = own, ""
+    else:
+        path_text, _, tag = resume_from.partition("@")
+        folder = Path(path_text)
+        folder = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
+        if not folder.is_dir():
+            raise CheckpointError(f"--resume_from {resume_from}: no such folder: {folder}")
+    chosen = find(folder, tag or None)
+    if chosen is None and resume_from != "auto":
         raise CheckpointError(f"--resume_from {resume_from}: {folder} has no complete checkpoint")
-    return found
+    return chosen
 
 
-def refuse_differences(found: Found, now: dict[str, Any], allowed: Collection[str] = ()) -> list[Difference]:
+def refuse_differences(found: Found, now: Mapping[str, Any], allowed: Collection[str] = ()) -> list[Difference]:
     """Compare the manifest with what this run would be, before an engine is built.
 
     Args:
@@ -189,70 +173,21 @@ def refuse_differences(found: Found, now: dict[str, Any], allowed: Collection[st
     """
     different = manifest.differences(found.manifest, now, manifest.MUST_MATCH)
     refused = [one for one in different if manifest.MUST_MATCH[one.field] not in allowed]
-    if refused:
-        rows = [
-            ("", "checkpoint", "this run", ""),
-            *((d.name, d.before, d.now, manifest.MUST_MATCH[d.field] or "") for d in refused),
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            f"  {name:{widths[0]}}  {before:{widths[1]}} | {after:{widths[2]}}"
-            + (f"  allowed by {switch}" if switch else "")
-            for name, before, after, switch in rows
-        ]
-        raise CheckpointError(
-            f"{found.path}: does not fit this run:\n"
-            + "\n".join(line.rstrip() for line in lines)
-            + "\nGive the same settings, or start a new run in another --out_dir"
-        )
-    return different
-
-
-def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[dict[str, Any], list[str]]:
-    """Load weights, optimizer and counters, and put the JSON's hyper-parameters back. Collective.
-
-    DeepSpeed returns (None, None) with a warning where there is nothing to load, and its resumed optimizer has the
-    checkpoint's learning rate, betas, weight decay and (ZeRO 1-2) clipping, whatever the JSON says.
-
-    Returns:
-        The client state that `save` was given, and one line per hyper-parameter that differs from the checkpoint's.
-
-    Raises:
-        CheckpointError: on all ranks, if any could not load.
-    """
-    wished = [
-        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+    if not refused:
+        return different
+    rows = [("", "checkpoint", "this run", ""), *((d.name, d.before, d.now, _switch(d)) for d in refused)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        f"  {name:{widths[0]}}  {before:{widths[1]}} | {after:{widths[2]}}  {switch}".rstrip()
+        for name, before, after, switch in rows
     ]
-    error: CheckpointError | None = None
-    client_state: dict[str, Any] = {}
-    try:
-        # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
-        with contextlib.redirect_stdout(io.StringIO()), pickles.weights_only():
-            path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
-        if path is None or "chatgot" not in (loaded or {}):
-            error = CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
-        else:
-            client_state = loaded["chatgot"]
-    except Exception as caught:  # noqa: BLE001
-        error = CheckpointError(f"{found.path}: cannot be loaded: {pickles.explained(caught)}")
-    ranks.agree(error)
-    notes = _reapply(engine, wished)
-    lr_scheduler.go_on(engine)
-    return client_state, notes
+    raise CheckpointError(
+        f"{found.path}: does not fit this run:\n"
+        + "\n".join(lines)
+        + "\nGive the same settings, or start a new run in another --out_dir"
+    )
 
 
-def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
-    notes = []
-    for index, (group, ours) in enumerate(zip(engine.optimizer.param_groups, wished)):
-        for key, value in ours.items():
-            theirs = group.get(key)
-            if _plain(theirs) != _plain(value) and key not in lr_scheduler.moved(engine):
-                notes.append(f"optimizer group {index}: {key} was {theirs!r}, is now {value!r} (from the JSON)")
-            group[key] = value
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = engine.gradient_clipping()
-    return notes
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+def _switch(difference: Difference) -> str:
+    switch = manifest.MUST_MATCH[difference.field]
+    return f"allowed by {switch}" if switch else ""

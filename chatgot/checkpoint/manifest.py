@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint is, readable without torch."""
+"""manifest.json: what a checkpoint is, readable without torch; and what DeepSpeed's files hold of ours."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import os
 import stat
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from chatgot.errors import CheckpointError
-from chatgot.files import write_atomically
+from chatgot.files import sha256, write_atomically
 
 NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -28,12 +28,78 @@ MUST_MATCH: dict[str, str | None] = {
     "train": "--allow_data_change",
     "train_batch_size": "--allow_batch_change",
 }
-"""Fields of the manifest that a resumed run must share with its checkpoint -> the switch of train.py that lets them
-differ, if any.
-"""
+"""Fields that a resumed run must share with its checkpoint -> the switch of train.py that lets them differ, if any."""
+MAY_CHANGE = ("world_size", "zero_stage", "precision", "layout")
+"""Fields that decide what DeepSpeed's files look like; they may change, and the files are then read by parameter."""
+ANNOUNCED = ("learning_rates", "gradient_clipping")
+"""Fields that follow the JSON, and that not every stage's files hold as the JSON said them."""
+SAME_SIZE = ("parameters", *MAY_CHANGE)
+"""Fields that two checkpoints of the same size share."""
 
 HASHING_THREADS = 4
 """Files that are hashed at once; hashlib lets other threads run meanwhile."""
+
+
+class RunFields(TypedDict):
+    """What identifies a run."""
+
+    model: dict[str, Any]
+    parameters: str
+    """`parameter_fingerprint` of the model."""
+    tokenizer: str
+    data: str
+    train: dict[str, Any]
+    optimizer: str
+    learning_rates: dict[str, Any]
+    gradient_clipping: float
+    world_size: int
+    zero_stage: int
+    precision: str
+    layout: dict[str, Any]
+    """`resume.layout` of the DeepSpeed JSON."""
+    train_batch_size: int
+    versions: dict[str, str]
+
+
+class StateFields(RunFields):
+    """The run and how far it has come."""
+
+    tokens: int
+    val_loss: float | None
+    """The validation loss at this very step, if it was measured."""
+
+
+class Measured(TypedDict):
+    """A file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(StateFields):
+    """All fields of manifest.json but its own sha256."""
+
+    format_version: int
+    step: int
+    sequence: int
+    """Order of publication in this folder: a run can go back, so the steps do not tell it."""
+    files: dict[str, Measured]
+    """By relative name, with '/' between folders."""
+
+
+class ClientState(TypedDict):
+    """What DeepSpeed stores for us in its own files, under the key "chatgot"."""
+
+    format: int
+    next_sample: int
+    skipped_samples: int
+    guard: dict[str, Any]
+    best_val_loss: float | None
+    last_val: dict[str, float]
+    micro_batch: dict[str, int]
+    rng: list[dict[str, Any]]
+    """`rng.capture` of every rank."""
+    parameter_groups: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +107,7 @@ class Difference:
     """A value of the manifest that is another one now."""
 
     field: str
-    """Of the manifest."""
+    """The field of the manifest."""
     name: str
     """The field, or field.key where it has keys."""
     before: str
@@ -49,25 +115,23 @@ class Difference:
     now: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.before} -> {self.now}"
+        return f"{self.name.removeprefix('layout.')}: {self.before} -> {self.now}"
 
 
 def parameter_fingerprint(named_shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
-    """sha256 over the ordered (name, shape) list: DeepSpeed's flat buffers are positional, so order is part of the
-    format.
-    """
+    """sha256 over the ordered (name, shape) list: the order is part of DeepSpeed's flat buffers."""
     text = "\n".join(f"{name} {tuple(shape)}" for name, shape in named_shapes)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write(folder: Path, fields: dict[str, Any], before: Callable[[str], None] = lambda operation: None) -> None:
+def write(folder: Path, fields: Mapping[str, Any], before: Callable[[str], None] = lambda operation: None) -> None:
     """Write manifest.json into a checkpoint folder and flush it to the disk. Rank 0 only, last of all files.
 
     Args:
         before: is called with the name of each file operation, right before it.
     """
-    fields = {"format_version": FORMAT_VERSION, **fields}
-    write_atomically(folder / NAME, json.dumps({**fields, "sha256": _digest(fields)}, indent=2), before)
+    said = {"format_version": FORMAT_VERSION, **fields}
+    write_atomically(folder / NAME, json.dumps({**said, "sha256": _digest(said)}, indent=2), before)
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -75,8 +139,8 @@ def _digest(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(json.loads(json.dumps(fields)), sort_keys=True).encode()).hexdigest()
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
+def read(folder: Path) -> Manifest:
+    """Read the manifest of a checkpoint folder.
 
     Raises:
         CheckpointError: missing, unreadable, damaged, or of another format.
@@ -87,50 +151,47 @@ def read(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: is a symbolic link; a checkpoint's files are its own")
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no {NAME}: the checkpoint is incomplete, or was not written by ChatGoT"
-        ) from None
+        incomplete = f"{folder}: no {NAME}: the checkpoint is incomplete, or was not written by ChatGoT"
+        raise CheckpointError(incomplete) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
         raise CheckpointError(f"{path}: not a manifest (no format_version)")
-    if fields["format_version"] > FORMAT_VERSION:
+    version = fields["format_version"]
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {fields['format_version']}, this ChatGoT reads up to {FORMAT_VERSION}; install "
-            f"the newer ChatGoT"
+            f"{path}: format version {version}, this ChatGoT reads up to {FORMAT_VERSION}; install the newer ChatGoT"
         )
-    if fields["format_version"] < FORMAT_VERSION:
+    if version < FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format version {fields['format_version']} has no hashes, so that nobody can tell whether the "
-            f"files are whole; "
+            f"{path}: format version {version} has no hashes, so that nobody can tell whether the files are whole; "
             f"this ChatGoT reads version {FORMAT_VERSION}"
         )
     if fields.pop("sha256", None) != _digest(fields):
         raise CheckpointError(f"{path}: damaged: its own sha256 does not fit what it says")
-    return fields
+    return cast(Manifest, fields)
 
 
 def listed(folder: Path) -> list[str]:
-    """Every file below a checkpoint folder by its relative name ('/' between folders), the manifest left out."""
+    """List every file below a checkpoint folder by its relative name ('/' between folders), the manifest left out."""
     names = []
     for parent, _, files in os.walk(folder):
         names += [(Path(parent) / name).relative_to(folder).as_posix() for name in files]
     return sorted(name for name in names if name != NAME)
 
 
-def measure(path: Path) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(4 << 20):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+def measure(path: Path) -> Measured:
+    """Size and hash of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def verify(folder: Path, fields: dict[str, Any], contents: bool = True) -> None:
-    """Compare every file of a checkpoint with its manifest: names and sizes first, because they cost nothing, then the
-    contents.
+def bytes_of(folder: Path, fields: Manifest) -> int:
+    """Bytes of a checkpoint by its manifest, the manifest itself included."""
+    return sum(file["bytes"] for file in fields["files"].values()) + (folder / NAME).lstat().st_size
+
+
+def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> None:
+    """Compare every file of a checkpoint with its manifest: names and sizes first, they cost nothing, then contents.
 
     Args:
         contents: whether to read the files; False compares names and sizes only.
@@ -166,32 +227,27 @@ def verify(folder: Path, fields: dict[str, Any], contents: bool = True) -> None:
         measured = [(name, executor.submit(measure, folder / name)) for name in files]
         for name, future in measured:  # in the manifest's order, whichever is done first
             try:
-                found = future.result()["sha256"]
+                digest = future.result()["sha256"]
             except OSError as error:
                 raise CheckpointError(f"file {name}: cannot be read: {error}") from error
-            if found != (expected := files[name]["sha256"]):
-                raise CheckpointError(
-                    f"file {name}: its contents have changed (sha256 {found[:12]}…, not {expected[:12]}…)"
-                )
+            if digest != (expected := files[name]["sha256"]):
+                changed = f"its contents have changed (sha256 {digest[:12]}…, not {expected[:12]}…)"
+                raise CheckpointError(f"file {name}: {changed}")
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], fields: Iterable[str]) -> list[Difference]:
-    """What differs in the given fields between a checkpoint's manifest and another one; fields with keys are compared
-    key by key.
-    """
-    found = []
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], fields: Iterable[str]) -> list[Difference]:
+    """Compare the given fields of two manifests, key by key where they have keys."""
+    different = []
     for field in fields:
         before, after = saved.get(field), now.get(field)
+        pairs = {field: (before, after)}
         if isinstance(before, dict) and isinstance(after, dict):
-            pairs = {
-                f"{field}.{key}": (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())
-            }
-        else:
-            pairs = {field: (before, after)}
-        found += [Difference(field, name, _shown(a), _shown(b)) for name, (a, b) in pairs.items() if a != b]
-    return found
+            keys = sorted(before.keys() | after.keys())
+            pairs = {f"{field}.{key}": (before.get(key), after.get(key)) for key in keys}
+        different += [Difference(field, name, _shown(a), _shown(b)) for name, (a, b) in pairs.items() if a != b]
+    return different
 
 
 def _shown(value: Any) -> str:

@@ -1,28 +1,112 @@
-"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and
-precision wrote it.
+"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and precision
+wrote it, and putting it into a new engine of any of these, bit for bit.
 
-Only the layout is read here: the elements stay in the memory-mapped files until somebody asks a StoredTensor for a
-range of them.
+Elements stay in the memory-mapped files until somebody asks a StoredTensor for a range of them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from chatgot.checkpoint import pickles
-from chatgot.checkpoint.load import Found
-from chatgot.checkpoint.stored_tensor import StoredTensor, join, stored
-from chatgot.engine.zero_view import Fragment, cut_each, cut_group, whole
+from chatgot.checkpoint.manifest import ClientState
+from chatgot.distributed import ControlGroup
+from chatgot.engine import zero_view
+from chatgot.engine.zero_view import Fragment
 from chatgot.errors import CheckpointError
 
 MOMENTUM = "momentum_buffer"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+HyperParameters = dict[str, Any]
+"""A parameter group of an optimizer."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`numel` elements of a tensor, flattened, from `start` on: those of `source` (1-D) from `offset` on."""
+
+    start: int
+    numel: int
+    source: torch.Tensor
+    offset: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose elements stay in the files until they are read. The pieces hold each of them once, in order."""
+
+    shape: torch.Size
+    pieces: tuple[Piece, ...]
+
+    def read(self, start: int, numel: int) -> torch.Tensor:
+        """Read elements [start, start + numel) of the flattened tensor: a new fp32 tensor (numel,) on the CPU.
+
+        Raises:
+            ValueError: the range is not inside the tensor.
+        """
+        if start < 0 or numel < 0 or start + numel > self.shape.numel():
+            raise ValueError(f"elements [{start}, {start + numel}) of a tensor of {self.shape.numel()}")
+        elements = torch.empty(numel, dtype=torch.float32)
+        for piece in self.pieces:
+            left, right = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            if left < right:
+                offset = piece.offset + left - piece.start
+                elements[left - start : right - start] = piece.source[offset : offset + right - left]
+        return elements
+
+    def whole(self) -> torch.Tensor:
+        """Read all of it: a new fp32 tensor of its shape on the CPU."""
+        return self.read(0, self.shape.numel()).view(self.shape)
+
+
+def stored(tensor: torch.Tensor, shape: torch.Size) -> StoredTensor:
+    """Make a StoredTensor of a tensor that lies in one piece.
+
+    Raises:
+        ValueError: it has another number of elements than `shape`.
+    """
+    if tensor.numel() != shape.numel():
+        raise ValueError(f"{tensor.numel()} elements in the file, {tuple(shape)} has {shape.numel()}")
+    return StoredTensor(shape, (Piece(0, tensor.numel(), tensor.detach().reshape(-1), 0),))
+
+
+def join(
+    shapes: dict[str, torch.Size], owned: list[list[Fragment]], held: list[list[Fragment]], parts: list[torch.Tensor]
+) -> dict[str, StoredTensor]:
+    """Put every rank's parts together, without reading their elements.
+
+    Args:
+        owned: by rank, the pieces that it is the owner of; together they are all elements, each once.
+        held: by rank, the pieces that its part holds; the owned ones or more.
+        parts: by rank, its flat tensor.
+
+    Raises:
+        ValueError: the pieces are not all elements, each once, or a part is too short for its pieces.
+    """
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    for rank, (own, have, part) in enumerate(zip(owned, held, parts)):
+        place = {fragment.name: fragment for fragment in have}
+        for fragment in own:
+            source = place[fragment.name]
+            offset = source.offset + fragment.start - source.start
+            end, ends = offset + fragment.numel, fragment.start + fragment.numel
+            if offset < 0 or ends > source.start + source.numel or end > part.numel():
+                where = f"elements [{offset}, {end}) of rank {rank}'s shard, which has {part.numel()}"
+                raise ValueError(f"{fragment.name}: {where}")
+            pieces[fragment.name].append(Piece(fragment.start, fragment.numel, part.detach().reshape(-1), offset))
+    for name, ordered in pieces.items():
+        ordered.sort(key=lambda piece: piece.start)
+        end = 0
+        for piece in ordered:
+            if piece.start != end:
+                at = f"a shard continues with element {piece.start}, the ones before it end at {end}"
+                raise ValueError(f"{name}: {at}")
+            end += piece.numel
+        if end != shapes[name].numel():
+            raise ValueError(f"{name}: the shards have {end} of {shapes[name].numel()} elements")
+    return {name: StoredTensor(shapes[name], tuple(ordered)) for name, ordered in pieces.items()}
 
 
 @dataclass
@@ -45,7 +129,7 @@ class PortableState:
 
     parameters: dict[str, PortableParameter]
     """By name, each tied weight once."""
-    groups: list[dict[str, Any]]
+    groups: list[HyperParameters]
     """Hyper-parameters of the optimizer's parameter groups; empty where zero_optimization.elastic_checkpoint did not
     keep them.
     """
@@ -57,240 +141,91 @@ class PortableState:
     global_samples: int
     loss_scaler: dict[str, float | int] | None
     """LOSS_SCALER_FIELDS of fp16's dynamic loss scaler; None where there was none."""
-    client_state: dict[str, Any]
+    client_state: ClientState
 
 
-def read_portable(found: Found) -> PortableState:
-    """Open every file of a checkpoint and find each parameter's pieces in them.
+def parameter_groups(engine: Any) -> list[list[str]]:
+    """Name the parameters in every group of an optimizer without ZeRO, whose state dict numbers them; [] with ZeRO."""
+    if engine.zero_optimization():
+        return []
+    names = zero_view.parameter_names(engine)
+    return [[names[id(p)] for p in group["params"]] for group in engine.optimizer.param_groups]
+
+
+def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
+    """Give a new engine the state's weights, optimizer state and counters. Collective.
+
+    The optimizer's hyper-parameters stay those of the engine.
 
     Raises:
-        CheckpointError: a file is missing, cannot be read, or does not fit the others: the pieces must be all elements,
-            each once.
+        CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state
+            is not in memory.
     """
+    error = None
+    owned = list(zero_view.owned_pieces(engine))
     try:
-        return _read_portable(found)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{found.path}: cannot be read: {pickles.explained(error)}") from error
+        _check(engine, state)
+        if any(parameter.moments or parameter.scalars for parameter in state.parameters.values()):
+            zero_view.create_optimizer_state(engine, owned)
+            for piece in owned:
+                _write_optimizer_state(engine, piece, state)
+    except CheckpointError as caught:
+        error = caught
+    ranks.agree(error)
+    with torch.no_grad():
+        for piece in owned:
+            flat = piece.tensor.data.view(-1)
+            for f in piece.fragments:
+                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.read(f.start, f.numel)
+        for name, buffer in engine.module.named_buffers():
+            if name in state.buffers:
+                buffer.copy_(state.buffers[name])
+    zero_view.refresh_16_bit_copies(engine)
+    engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
+    engine.global_samples = state.global_samples
+    scaler = zero_view.loss_scaler(engine)
+    if scaler is not None and scaler.dynamic and state.loss_scaler is not None:
+        for key in LOSS_SCALER_FIELDS:
+            setattr(scaler, key, state.loss_scaler[key])
 
 
-def _read_portable(found: Found) -> PortableState:
-    at_stage_3 = found.path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    model = pickles.read(at_stage_3 if at_stage_3.is_file() else found.path / "mp_rank_00_model_states.pt")
-    loss_scaler = None
-    if model.get("optimizer") is not None:
-        parameters, groups = _without_zero(found, model)
-    else:
-        paths = sorted(found.path.glob("*_optim_states.pt"), key=_rank)
-        if [_rank(path) for path in paths] != list(range(model["dp_world_size"])):
-            names = ", ".join(path.name for path in paths) or "none"
-            raise CheckpointError(
-                f"{found.path}: {model['dp_world_size']} optimizer shards are needed, there are: {names}"
-            )
-        shards = [pickles.read(path)["optimizer_state_dict"] for path in paths]
-        parameters, groups = (_stage_3 if "fp32_flat_groups" in shards[0] else _flat_groups)(
-            found, model["param_shapes"], shards
-        )
-        loss_scaler = _loss_scaler(shards[0].get("loss_scaler"))
-    buffers = {name: model["module"][name] for name in model.get("buffer_names") or [] if name in model["module"]}
-    shared = model.get("shared_params")
-    return PortableState(
-        parameters=parameters,
-        groups=groups,
-        buffers=buffers,
-        tied=dict(shared) if shared is not None else _tied(model["module"], parameters, buffers),
-        global_steps=model["global_steps"],
-        skipped_steps=model["skipped_steps"],
-        global_samples=model["global_samples"],
-        loss_scaler=loss_scaler,
-        client_state=model["chatgot"],
-    )
-
-
-def _without_zero(found: Found, model: dict[str, Any]) -> tuple[dict[str, PortableParameter], list[dict[str, Any]]]:
-    """Stage 0: torch's own state dict. It knows parameters by number only, so their names come from the client
-    state.
-    """
-    names = model.get("chatgot", {}).get("parameter_groups")
-    states, groups = model["optimizer"]["state"], _hyper_parameters(model["optimizer"]["param_groups"])
-    numbers = [group["params"] for group in model["optimizer"]["param_groups"]]
-    if names is None or [len(group) for group in names] != [len(group) for group in numbers]:
+def _check(engine: Any, state: PortableState) -> None:
+    shapes = zero_view.parameter_shapes(engine)
+    theirs = {name: tuple(parameter.weight.shape) for name, parameter in state.parameters.items()}
+    if shapes != theirs:
+        name = next(n for n in sorted(shapes.keys() | theirs.keys()) if shapes.get(n) != theirs.get(n))
         raise CheckpointError(
-            f"{found.path}: does not say which parameters its optimizer's groups hold; it can be resumed with the "
-            f"same settings only"
+            f"parameter {name}: shape {theirs.get(name)} in the checkpoint, {shapes.get(name)} in this run's model"
         )
-    parameters = {}
-    for index, (group, members) in enumerate(zip(names, numbers)):
-        for name, number in zip(group, members):
-            weight = model["module"][name]
-            parameter = parameters[name] = PortableParameter(stored(weight, weight.shape), index)
-            for key, value in states.get(number, {}).items():
-                if not _is_scalar(value):
-                    parameter.moments[key] = stored(value, weight.shape)
-            parameter.scalars = _scalars(states.get(number, {}), model["optimizer"]["param_groups"][index])
-    return parameters, groups
+    if setting := zero_view.out_of_reach(engine):
+        raise CheckpointError(
+            f"{setting}: a checkpoint of other settings cannot be resumed into it; offload to the CPU with ratio 1 first"
+        )
 
 
-def _tied(
-    module: dict[str, torch.Tensor], parameters: dict[str, PortableParameter], buffers: dict[str, torch.Tensor]
-) -> dict[str, str]:
-    """Without ZeRO DeepSpeed does not list the names of tied weights; they are the names left over, with the values of
-    a parameter.
-    """
-    tied = {}
-    for name in module.keys() - parameters.keys() - buffers.keys():
-        copy, alike = module[name], [p for p in parameters if module[p].shape == module[name].shape]
-        same = [p for p in alike if module[p].data_ptr() == copy.data_ptr()] or [
-            p for p in alike if torch.equal(module[p], copy)
-        ]
-        if not same:
-            raise ValueError(
-                f"{name}: neither a parameter of the optimizer, nor a buffer, nor another name of a parameter"
+def _write_optimizer_state(engine: Any, piece: zero_view.Owned, state: PortableState) -> None:
+    target = engine.basic_optimizer.state[piece.tensor]
+    if not piece.fragments:
+        return  # a part that is all padding
+    if piece.group.get("use_muon") and target.get(MOMENTUM) is None:
+        target[MOMENTUM] = torch.zeros(piece.momentum_numel, dtype=torch.float32, device=piece.tensor.device)
+    kept = {key for key, value in target.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
+    for name in dict.fromkeys(f.name for f in piece.fragments):
+        saved = state.parameters[name].moments.keys()
+        if kept != saved:
+            raise CheckpointError(
+                f"parameter {name}: the checkpoint's optimizer keeps {', '.join(sorted(saved)) or 'nothing'}, "
+                f"this run's {', '.join(sorted(kept)) or 'nothing'}; give the same optimizer"
             )
-        tied[name] = same[0]
-    return tied
-
-
-def _flat_groups(
-    found: Found, shapes_of_groups: list[dict[str, torch.Size]], shards: list[dict[str, Any]]
-) -> tuple[dict[str, PortableParameter], list[dict[str, Any]]]:
-    """ZeRO 1-2 and the BF16_Optimizer: one flat tensor per parameter group."""
-    parameters: dict[str, PortableParameter] = {}
-    hyper_parameters = _base_groups(shards[0])
-    for index, shapes in enumerate(shapes_of_groups):
-        masters = [shard["single_partition_of_fp32_groups"][index].detach() for shard in shards]
-        size = masters[0].numel()
-        if "zero_stage" in shards[0]:
-            size += shards[0]["group_paddings"][index]  # which those files leave out
-        numels = {name: shape.numel() for name, shape in shapes.items()}
-        paddings = (shards[0].get("param_alignment_paddings") or [[]] * (index + 1))[index]
-        cuts = [cut_group(list(numels.items()), size, rank, paddings) for rank in range(len(shards))]
-        states = [_base_state(shard, index) for shard in shards]
-        _assemble(
-            found,
-            parameters,
-            shapes,
-            index,
-            cuts,
-            masters,
-            states,
-            hyper_parameters[index] if hyper_parameters else {},
-            lambda key, cuts=cuts, states=states, numels=numels, size=size: (
-                _momentum_cuts(cuts, states, numels, size) if key == MOMENTUM else cuts
-            ),
-        )
-    return parameters, _hyper_parameters(hyper_parameters)
-
-
-def _momentum_cuts(
-    cuts: list[list[Fragment]], states: list[dict[str, Any]], numels: dict[str, int], partition_size: int
-) -> list[list[Fragment]]:
-    """Muon's momentum is laid out like the weights with offloading or in a BF16_Optimizer, else by whole matrices."""
-    held = [states[rank][MOMENTUM].numel() if MOMENTUM in states[rank] else 0 for rank in range(len(states))]
-    # Without padding, which zero_optimization.elastic_checkpoint leaves out.
-    filled = [max((f.offset + f.numel for f in cut), default=0) for cut in cuts]
-    if all(count in (partition_size, full) for count, full in zip(held, filled)):
-        return cuts
-    found = [whole(numels, cut) for cut in cuts]
-    if [sum(f.numel for f in cut) for cut in found] != held:
-        raise ValueError(f"{MOMENTUM}: {held} elements on the ranks fit no layout of {len(numels)} matrices")
-    return found
-
-
-def _stage_3(
-    found: Found, shapes_of_groups: list[dict[str, torch.Size]], shards: list[dict[str, Any]]
-) -> tuple[dict[str, PortableParameter], list[dict[str, Any]]]:
-    """ZeRO 3: one flat tensor per sub-group; `param_shapes` has one entry per sub-group too."""
-    parameters: dict[str, PortableParameter] = {}
-    hyper_parameters = _base_groups(shards[0])
-    group_of = {number: index for index, group in enumerate(hyper_parameters) for number in group["params"]}
-    for number, shapes in enumerate(shapes_of_groups):
-        masters = [shard["fp32_flat_groups"][number].detach() for shard in shards]
-        numels = [(name, shape.numel()) for name, shape in shapes.items()]
-        cuts = [cut_each(numels, len(shards), rank) for rank in range(len(shards))]
-        states = [shard["optimizer_state_dict"]["state"].get(number, {}) for shard in shards]
-        _assemble(
-            found,
-            parameters,
-            shapes,
-            group_of[number],
-            cuts,
-            masters,
-            states,
-            hyper_parameters[group_of[number]],
-            lambda key, cuts=cuts: cuts,
-        )
-    return parameters, _hyper_parameters(hyper_parameters)
-
-
-def _assemble(
-    found: Found,
-    parameters: dict[str, PortableParameter],
-    shapes: dict[str, torch.Size],
-    group: int,
-    cuts: list[list[Fragment]],
-    masters: list[torch.Tensor],
-    states: list[dict[str, Any]],
-    hyper_parameters: dict[str, Any],
-    cuts_of: Callable[[str], list[list[Fragment]]],
-) -> None:
-    """Add the parameters of one flat tensor, of which every rank has a part in `masters` and the same of the
-    optimizer's in `states`.
-    """
-    first = next((state for state in states if state), {})
-    tensors = {"": join(shapes, cuts, cuts, masters)}
-    for key in sorted({key for state in states for key, value in state.items() if not _is_scalar(value)}):
-        tensors[key] = join(shapes, cuts, cuts_of(key), [state.get(key, torch.empty(0)) for state in states])
-    scalars = _scalars(first, hyper_parameters)
-    for name in shapes:
-        if name in parameters:
-            raise CheckpointError(f"{found.path}: parameter {name} is there twice")
-        moments = {key: values[name] for key, values in tensors.items() if key}
-        parameters[name] = PortableParameter(tensors[""][name], group, moments, dict(scalars))
-
-
-def _base_groups(shard: dict[str, Any]) -> list[dict[str, Any]]:
-    base = shard.get("base_optimizer_state", shard.get("optimizer_state_dict"))
-    return base["param_groups"] if isinstance(base, dict) else []
-
-
-def _base_state(shard: dict[str, Any], group: int) -> dict[str, Any]:
-    """The optimizer's state for a flat group; zero_optimization.elastic_checkpoint stores a list of them instead of a
-    state dict.
-    """
-    base = shard["base_optimizer_state"]
-    if isinstance(base, dict):
-        return base["state"].get(group, {})
-    step = shard.get("base_optimizer_state_step")
-    return {**base[group], **({} if step is None else {"step": step})}
-
-
-def _hyper_parameters(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in group.items() if key != "params"} for group in groups]
-
-
-def _is_scalar(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or value.dim() == 0
-
-
-def _scalars(state: dict[str, Any], group: dict[str, Any]) -> dict[str, float | int]:
-    found = {
-        key: value.item() if isinstance(value, torch.Tensor) else value
-        for key, value in state.items()
-        if _is_scalar(value)
-    }
-    if state and "step" not in found and "step" in group:
-        found["step"] = group["step"]
-    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
-
-
-def _loss_scaler(scaler: Any) -> dict[str, float | int] | None:
-    if scaler is None or not scaler.dynamic:
-        return None
-    return {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS}
-
-
-def _rank(path: Path) -> int:
-    match = re.search(r"zero_pp_rank_(\d+)_", path.name)
-    return int(match.group(1)) if match else -1
+    for key in kept:
+        flat = target[key].view(-1)
+        for f in piece.momentum if key == MOMENTUM else piece.fragments:
+            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].read(f.start, f.numel)
+    scalars = state.parameters[piece.fragments[0].name].scalars
+    for key, value in scalars.items():
+        if isinstance(target.get(key), torch.Tensor):
+            target[key].fill_(value)
+        elif key in target:
+            target[key] = type(target[key])(value)
+    if "step" in scalars and "step" in piece.group:
+        piece.group["step"] = type(piece.group["step"])(scalars["step"])

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run folder are kept, and whether there is room for another one.
+"""Which checkpoints of a run folder are kept, and deleting the others.
 
 A checkpoint is good as long as its manifest can be read, its files have the names and sizes that the manifest lists,
 and nobody has found their contents changed. One that is not good is never deleted: a person may want to see it. It
@@ -13,9 +13,8 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from chatgot.checkpoint import faults, manifest, size
+from chatgot.checkpoint import faults, manifest
 from chatgot.checkpoint.load import tags_in
 from chatgot.checkpoint.publish import REPLACED, UNFINISHED
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
@@ -23,11 +22,6 @@ from chatgot.errors import CheckpointError
 
 PRUNED = ".pruned-"
 """Prefix of a checkpoint that is being deleted; what could not be deleted is tried again after the next save."""
-MARGIN_SHARE, MARGIN_BYTES = 0.03, 64 * 1024
-"""What a checkpoint is expected to take at most beyond its expected size: how far the estimate may be off, and what is
-no file of its own (folder entries, unfilled blocks)."""
-FILES_OF_ANY = 64
-"""Free inodes that are asked for where no checkpoint shows how many files one has."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +75,6 @@ class Pruned:
     """
 
 
-def needed(expected_bytes: int) -> int:
-    """Bytes that must be free for a checkpoint, margin included."""
-    return math.ceil(expected_bytes * (1 + MARGIN_SHARE)) + MARGIN_BYTES
-
-
 def budget(config: CheckpointConfig) -> int | None:
     """chatgot.checkpoint.disk_budget_gb in bytes."""
     return None if config.disk_budget_gb is None else int(config.disk_budget_gb * 1e9)
@@ -95,10 +84,9 @@ def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int =
     """Apply the rules; pure.
 
     Kept: the keep_last that were published last, the keep_best with the lowest val/loss, and every multiple of
-        keep_every_steps. All
-    others go, the oldest first. If the folder still holds more than disk_budget_gb: then those that keep_every_steps
-    alone keeps, the oldest first; those of keep_best, the worst first; those of keep_last, the oldest first; the newest
-    good one never.
+    keep_every_steps. All others go, the oldest first. If the folder still holds more than disk_budget_gb: then those
+    that keep_every_steps alone keeps, the oldest first; those of keep_best, the worst first; those of keep_last, the
+    oldest first; the newest good one never.
 
     Args:
         good: in any order.
@@ -110,11 +98,8 @@ def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int =
     scored = [c for c in ordered if c.val_loss is not None and math.isfinite(c.val_loss)]
     best = sorted(scored, key=lambda c: (c.val_loss, c.sequence))[: config.keep_best]
     every = [c for c in ordered if config.keep_every_steps and c.step % config.keep_every_steps == 0]
-    rules = (
-        {c.tag: "keep_every_steps" for c in every}
-        | {c.tag: "keep_best" for c in best}
-        | {c.tag: "keep_last" for c in last}
-    )
+    kept = (("keep_every_steps", every), ("keep_best", best), ("keep_last", last))
+    rules = {checkpoint.tag: rule for rule, checkpoints in kept for checkpoint in checkpoints}
     gone = [(c, "no rule keeps it") for c in ordered if c.tag not in rules]
     total = sum(c.bytes for c in ordered if c.tag in rules) + other_bytes + (coming or 0)
     limit = budget(config)
@@ -140,7 +125,7 @@ def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
         OSError: the folder cannot be listed.
     """
     good: list[Published] = []
-    found: list[tuple[str, str]] = []
+    bad: list[tuple[str, str]] = []
     for tag in tags_in(folder):
         if tag in damaged:
             continue
@@ -150,140 +135,26 @@ def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
                 raise CheckpointError("it is a symbolic link")
             fields = manifest.read(path)
             manifest.verify(path, fields, contents=False)
-            loss = fields.get("val_loss")
-            good.append(
-                Published(
-                    tag,
-                    int(fields["step"]),
-                    int(fields.get("sequence", 0)),
-                    size.of_checkpoint(path, fields),
-                    len(fields["files"]) + 1,
-                    None if loss is None else float(loss),
-                )
-            )
+            loss, files = fields.get("val_loss"), len(fields["files"]) + 1
+            place = int(fields["step"]), int(fields.get("sequence", 0))
+            loss = None if loss is None else float(loss)
+            good.append(Published(tag, *place, manifest.bytes_of(path, fields), files, loss))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
-            found.append((tag, str(error)))
+            bad.append((tag, str(error)))
     good.sort(key=lambda checkpoint: checkpoint.sequence)
     leftover = sum(_bytes_below(path) for path in _leftovers(folder))
     other = _bytes_below(folder) - leftover - sum(checkpoint.bytes for checkpoint in good)
-    return Holdings(tuple(good), tuple(found), other, leftover)
+    return Holdings(tuple(good), tuple(bad), other, leftover)
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What `sweep` deletes when the next save begins."""
+    """List what `sweep` deletes when the next save begins."""
     replaced = [path for path in folder.glob(f"{REPLACED}*") if (folder / path.name.removeprefix(REPLACED)).exists()]
     return [*folder.glob(f"{UNFINISHED}*"), *replaced]
 
 
 def _bytes_below(folder: Path) -> int:
     return sum((Path(parent) / name).lstat().st_size for parent, _, names in os.walk(folder) for name in names)
-
-
-@dataclass(frozen=True)
-class Room:
-    """What must be deleted so that another checkpoint fits."""
-
-    holdings: Holdings
-    deletions: tuple[tuple[Published, str], ...]
-    free: int
-    """Bytes free now on the file system, leftovers of a save that was cut short included."""
-
-
-def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damaged: Collection[str] = ()) -> Room:
-    """Whether a checkpoint of the expected size fits now, or after deleting what the rules would no longer keep beside
-    it. Writes nothing.
-
-    Raises:
-        CheckpointError: it does not fit, with the numbers.
-        OSError: the folder cannot be looked at.
-    """
-    coming, limit = needed(expected_bytes), budget(config)
-    holdings = examine(folder, damaged)
-    free, inodes = _free(folder)
-    free += holdings.leftover_bytes
-    files = (
-        holdings.good[-1].files + 3 if holdings.good else FILES_OF_ANY
-    )  # the folder, `latest`, the manifest's temporary file
-    total = sum(checkpoint.bytes for checkpoint in holdings.good) + holdings.other_bytes + coming
-    gone = plan(holdings.good, config, holdings.other_bytes, coming).gone
-    lack = ""
-    for count in range(len(gone) + 1):
-        freed = sum(checkpoint.bytes for checkpoint, _ in gone[:count])
-        if free + freed < coming:
-            lack = (
-                f"{size.shown(free + freed)} are free on this file "
-                f"system{', what may be deleted included' if gone else ''}; make room "
-                "there, keep fewer checkpoints (chatgot.checkpoint.keep_last, keep_best, keep_every_steps), or give "
-                "an --out_dir elsewhere"
-            )
-        elif limit is not None and total - freed > limit:
-            lack = (
-                f"beside the {size.shown(total - freed - coming)} that may not be deleted (the newest good "
-                f"checkpoint, damaged ones, other "
-                f"files) that is more than chatgot.checkpoint.disk_budget_gb = {config.disk_budget_gb:g} allows; give "
-                f"a larger budget, or "
-                "delete what is damaged"
-            )
-        elif inodes is not None and inodes + sum(checkpoint.files for checkpoint, _ in gone[:count]) < files:
-            lack = f"{files} new files, and this file system has inodes for {inodes} only; delete files there"
-        else:
-            return Room(holdings, gone[:count], free)
-    one = f"it needs about {size.shown(coming)} ({size.shown(expected_bytes)} and a margin of 3 % and 64 KiB)"
-    raise CheckpointError(
-        f"{folder}: the checkpoint could not be saved: {one}, and {lack}; earlier checkpoints are untouched"
-    )
-
-
-def expected_bytes(folder: Path, fields: dict[str, Any], estimated: int, damaged: Collection[str] = ()) -> int:
-    """Bytes of the next checkpoint: as many as the newest good one of the same layout has, or else the estimate.
-
-    Args:
-        fields: of the manifest of this run.
-
-    Raises:
-        CheckpointError: the folder cannot be looked at.
-    """
-    try:
-        good = examine(folder, damaged).good
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be looked at: {error}") from error
-    for checkpoint in reversed(good):
-        saved = manifest.read(folder / checkpoint.tag)
-        if all(saved.get(name) == fields.get(name) for name in size.SAME_SIZE):
-            return checkpoint.bytes
-    return estimated
-
-
-def make_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damaged: Collection[str] = ()) -> Pruned:
-    """Before anything of a save is written: make sure that a checkpoint of the expected size fits into file system and
-    budget.
-
-    Deletes what the rules would no longer keep beside it, but only where it would not fit otherwise, and no more than
-    that takes. Rank 0 only, while nobody else saves here.
-
-    Raises:
-        CheckpointError: it does not fit even then, with the numbers, and nothing was deleted; or what was to go could
-            not be deleted, or gave less room than its size; or the folder cannot be looked at.
-    """
-    deleted: list[str] = []
-    try:
-        first = room = find_room(folder, config, expected_bytes, damaged)
-        while room.deletions:
-            tags, failures = _delete(folder, room.deletions)
-            deleted += tags
-            if failures:
-                raise CheckpointError(
-                    f"{folder}: the checkpoint could not be saved: there is no room for it, and {'; '.join(failures)}"
-                )
-            room = find_room(folder, config, expected_bytes, damaged)  # deleting may give less than the files' sizes
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: the checkpoint could not be saved: {error}, when looking for room for it; earlier checkpoints "
-            f"are untouched"
-        ) from error
-    return Pruned(
-        tuple(deleted), tuple(_about_damaged(folder, first.holdings)), tuple(tag for tag, _ in first.holdings.damaged)
-    )
 
 
 def prune(folder: Path, config: CheckpointConfig, damaged: Collection[str] = ()) -> Pruned:
@@ -297,14 +168,14 @@ def prune(folder: Path, config: CheckpointConfig, damaged: Collection[str] = ())
         holdings = examine(folder, damaged)
     except OSError as error:
         return Pruned(warnings=(f"{folder}: old checkpoints could not be deleted: {error}",))
-    deleted, warnings = _delete(folder, plan(holdings.good, config, holdings.other_bytes).gone)
+    deleted, warnings = delete(folder, plan(holdings.good, config, holdings.other_bytes).gone)
     return Pruned(
-        deleted, (*_about_damaged(folder, holdings), *leftovers, *warnings), tuple(tag for tag, _ in holdings.damaged)
+        deleted, (*warnings_of(folder, holdings), *leftovers, *warnings), tuple(tag for tag, _ in holdings.damaged)
     )
 
 
-def _delete(folder: Path, gone: Sequence[tuple[Published, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Deleted tags, and warnings of those that could not be."""
+def delete(folder: Path, gone: Sequence[tuple[Published, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Delete checkpoints; returns their tags, and warnings of those that could not be deleted."""
     deleted, warnings = [], []
     for checkpoint, _ in gone:
         tag, trash = checkpoint.tag, folder / f"{PRUNED}{checkpoint.tag}"
@@ -334,20 +205,10 @@ def _not_deleted(path: Path, error: OSError) -> str:
     return f"{path}: the old checkpoint could not be deleted: {error}; it is tried again after the next save"
 
 
-def _about_damaged(folder: Path, holdings: Holdings) -> list[str]:
+def warnings_of(folder: Path, holdings: Holdings) -> list[str]:
+    """One line per checkpoint that turned out to be damaged."""
     return [
         f"checkpoint {folder / tag} is damaged: {reason}; it is not counted to those that are kept, and left where it "
-        f"is: look, delete it"
+        "is: look, delete it"
         for tag, reason in holdings.damaged
     ]
-
-
-def _free(folder: Path) -> tuple[int, int | None]:
-    """Bytes and inodes that this user may still take on the file system of a folder, which need not exist yet; None:
-    not counted there.
-    """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    system = os.statvfs(place)
-    return system.f_bavail * system.f_frsize, system.f_favail if system.f_files else None

@@ -16,33 +16,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from chatgot.checkpoint import faults, manifest
-from chatgot.checkpoint.finite import refuse_non_finite
-from chatgot.checkpoint.publish import UNFINISHED, next_sequence, publish, sweep, tag_of
-from chatgot.checkpoint.retention import Pruned, expected_bytes, make_room, prune
-from chatgot.checkpoint.snapshot import Snapshot, Snapshots
+from chatgot.checkpoint import faults
+from chatgot.checkpoint.manifest import ClientState, Measured, StateFields
+from chatgot.checkpoint.publish import UNFINISHED, check_shared, flush_and_measure, publish, sweep, tag_of
+from chatgot.checkpoint.retention import Pruned, prune
+from chatgot.checkpoint.room import expected_bytes, make_room
+from chatgot.checkpoint.snapshot import Snapshot, Snapshots, file_operations
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.distributed import ControlGroup
-from chatgot.engine import guards
-from chatgot.errors import CheckpointError
-from chatgot.files import sync, write_atomically
+from chatgot.engine.zero_view import first_non_finite
+from chatgot.errors import CheckpointError, NumericsError
 
-VISIBLE_WITHIN_S = 60.0
-"""How long rank 0 waits until a file that another machine has written shows up in its own listing (NFS keeps listings
-for a while).
-"""
-
-Measured = dict[str, dict[str, Any]]
-"""{file name: {"bytes", "sha256"}}"""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,11 +58,11 @@ class Saved:
 class _Pending:
     step: int
     started: float
-    fields: dict[str, Any]
-    writing: Future[tuple[Measured, CheckpointError | None]]
+    fields: Mapping[str, Any]
+    writing: Future[dict[str, Measured]]
     made_room: tuple[str, ...]
-    """Tags that were deleted for it."""
-    publishing: Future[tuple[Pruned, CheckpointError | None]] | None = None
+    """Tags that were deleted for it; known on rank 0."""
+    publishing: Future[Pruned] | None = None
     stalled: float = 0.0
 
 
@@ -85,7 +78,7 @@ class Saver:
     config: CheckpointConfig
     ranks: ControlGroup
     estimated_bytes: int = 0
-    """Of a checkpoint, until one shows it."""
+    """What a checkpoint will take, until one shows it."""
     damaged: set[str] = field(default_factory=set)
     """Tags in the folder that are known not to be whole; known on rank 0."""
     failed_step: int = 0
@@ -112,13 +105,13 @@ class Saver:
             return False
         return not (self._pending.publishing or self._pending.writing).done()
 
-    def begin(self, engine: Any, client_state: dict[str, Any], fields: dict[str, Any]) -> None:
+    def begin(self, engine: Any, client_state: ClientState, fields: StateFields) -> None:
         """Begin to save the state after the current step; when this returns, training may change it. Collective.
 
         Args:
             client_state: what DeepSpeed does not save, under the single key "chatgot" (any other key could overwrite an
                 engine attribute).
-            fields: of the manifest.
+            fields: the manifest's.
 
         Raises:
             CheckpointError: on all ranks, if any could not write; then nothing is pending, and nothing was published.
@@ -128,33 +121,19 @@ class Saver:
         if self._pending is not None:
             raise ValueError(f"the save of step {self._pending.step} is not finished")
         started, step = time.monotonic(), engine.global_steps
-        refuse_non_finite(engine, self.ranks)
+        self._refuse_non_finite(engine, step)
         unfinished = self.folder / f"{UNFINISHED}{tag_of(step)}"
-        error, made_room = None, Pruned()
-        if self.ranks.rank == 0:
-            try:
-                expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)
-                made_room = make_room(self.folder, self.config, expected, self.damaged)
-                self.damaged.update(made_room.damaged)
-                self._unsaid += made_room.warnings
-                faults.operation("make the folder and sweep leftovers")
-                self.folder.mkdir(parents=True, exist_ok=True)
-                sweep(self.folder)
-            except CheckpointError as caught:
-                error = caught
-            except OSError as caught:
-                error = _refusal(self.folder, caught)
         with self._cleared_away(step):
-            self.ranks.agree(error)
+            made_room = self.ranks.on_rank_0(lambda: self._make_ready(fields))
             self._snapshots.reuse()
             snapshots: list[tuple[Path, Snapshot]] | None = [] if self._thread else None
-            with _files_of(engine, snapshots, self._snapshots) as failures:
+            with file_operations(engine, snapshots, self._snapshots) as failures:
                 engine.save_checkpoint(
                     str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False
                 )
             self.ranks.agree(_refusal(unfinished, failures[0]) if failures else None)
-        writing = self._run(lambda: _write_and_hash(unfinished, engine.checkpoint_engine, snapshots or [], self.ranks))
-        self._pending = _Pending(step, started, {"step": step, **fields}, writing, made_room.tags)
+        writing = self._run(lambda: self._write(unfinished, engine.checkpoint_engine, snapshots or []))
+        self._pending = _Pending(step, started, {"step": step, **fields}, writing, made_room)
         self._pending.stalled = time.monotonic() - started
 
     def advance(self) -> Saved | None:
@@ -169,24 +148,17 @@ class Saver:
         began, pending = time.monotonic(), self._pending
         with self._cleared_away(pending.step):
             if pending.publishing is None:
-                own, error = pending.writing.result()
-                self.ranks.agree(error)
-                gathered = self.ranks.gather(own)
+                gathered = self.ranks.gather(self._agreed(pending.writing))
                 alone = self.ranks.rank == 0
-                pending.publishing = (
-                    self._run(lambda: self._publish(pending, gathered)) if alone else _done((Pruned(), None))
-                )
+                pending.publishing = self._run(lambda: self._publish(pending, gathered) if alone else Pruned())
                 pending.stalled += time.monotonic() - began
                 return None
-            pruned, error = pending.publishing.result()
-            self.ranks.agree(error)
+            pruned = self._agreed(pending.publishing)
         self._pending = None
         notes, self._unsaid = (*self._unsaid, *pruned.warnings), []
-        now = time.monotonic()
-        tags = (*pending.made_room, *pruned.tags)
-        return Saved(
-            pending.step, tag_of(pending.step), now - pending.started, pending.stalled + now - began, tags, notes
-        )
+        now, tags = time.monotonic(), (*pending.made_room, *pruned.tags)
+        stalled = pending.stalled + now - began
+        return Saved(pending.step, tag_of(pending.step), now - pending.started, stalled, tags, notes)
 
     def finish(self) -> Saved:
         """Wait until the pending save is published. Collective.
@@ -198,14 +170,51 @@ class Saver:
             pass
         return saved
 
-    def _run(self, work: Callable[[], Any]) -> Future[Any]:
-        return self._thread.submit(work) if self._thread is not None else _done(work())
+    def _run(self, work: Callable[[], T]) -> Future[T]:
+        """Begin the work in the thread, or do it now where there is none."""
+        if self._thread is not None:
+            return self._thread.submit(work)
+        future: Future[T] = Future()
+        try:
+            future.set_result(work())
+        except CheckpointError as error:
+            future.set_exception(error)
+        return future
+
+    def _agreed(self, future: Future[T]) -> T:
+        """Wait for this rank's result; raise on all ranks what one has met. Collective."""
+        result = error = None
+        try:
+            result = future.result()
+        except CheckpointError as caught:
+            error = caught
+        self.ranks.agree(error)
+        return cast(T, result)
+
+    def _refuse_non_finite(self, engine: Any, step: int) -> None:
+        """Such a checkpoint is worth nothing, and would push one that is worth something out of the folder."""
+        bad, error = first_non_finite(engine), None
+        if bad is not None:
+            error = NumericsError(f"step {step}: {bad} has values that are not finite, and such a state is never saved")
+        self.ranks.agree(error)
+
+    def _make_ready(self, fields: StateFields) -> tuple[str, ...]:
+        """Make the folder, clean it, and make room; returns tags that were deleted for it. Rank 0 only."""
+        try:
+            expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)
+            made_room = make_room(self.folder, self.config, expected, self.damaged)
+            self.damaged.update(made_room.damaged)
+            self._unsaid += made_room.warnings
+            faults.operation("make the folder and sweep leftovers")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
+        except OSError as error:
+            raise _refusal(self.folder, error) from error
+        return made_room.tags
 
     @contextlib.contextmanager
     def _cleared_away(self, step: int) -> Iterator[None]:
-        """A save that fails is forgotten, and rank 0 makes room at once; what it cannot delete now is swept at the next
-        save.
-        """
+        """Forget a save that fails, and make room at once; what cannot be deleted now is swept at the next save."""
         try:
             yield
         except CheckpointError:
@@ -214,125 +223,32 @@ class Saver:
                 shutil.rmtree(self.folder / f"{UNFINISHED}{tag_of(step)}", ignore_errors=True)
             raise
 
-    def _publish(self, pending: _Pending, gathered: list[Measured]) -> tuple[Pruned, CheckpointError | None]:
-        """Part 3: what was pruned, and the error if there was one. Rank 0 only."""
-        tag = tag_of(pending.step)
-        unfinished = self.folder / f"{UNFINISHED}{tag}"
-        files = dict(sorted((name, measured) for part in gathered for name, measured in part.items()))
+    def _write(self, folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]]) -> dict[str, Measured]:
+        """Part 2: write, flush and hash this rank's files.
+
+        Args:
+            files: the engine's checkpoint engine, which knows how to write a state dict.
+        """
         try:
-            if error := _not_the_same_folder(unfinished, gathered):
-                return Pruned(), error
-            for parent in sorted({(unfinished / name).parent for name in files} - {unfinished}):
-                sync(parent)
-            fields = {**pending.fields, "sequence": next_sequence(self.folder), "files": files}
-            manifest.write(unfinished, fields, faults.operation)
-            publish(unfinished, self.folder / tag)
-            write_atomically(self.folder / "latest", tag, faults.operation)
-        except OSError as caught:
-            return Pruned(), _refusal(self.folder / tag, caught)
+            for path, snapshot in snapshots:
+                faults.operation(f"save {path.name}")
+                files.save(snapshot.rebuild(), str(path))
+            return flush_and_measure(folder, self.ranks.rank, self.ranks.world_size)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            raise _refusal(folder, error) from error
+
+    def _publish(self, pending: _Pending, gathered: list[dict[str, Measured]]) -> Pruned:
+        """Part 3: publish, and prune. Rank 0 only."""
+        tag = tag_of(pending.step)
+        try:
+            check_shared(self.folder / f"{UNFINISHED}{tag}", gathered)
+            publish(self.folder, tag, pending.fields, gathered)
+        except OSError as error:
+            raise _refusal(self.folder / tag, error) from error
         self.damaged.discard(tag)
         pruned = prune(self.folder, self.config, self.damaged)
         self.damaged.update(pruned.damaged)
-        return pruned, None
-
-
-def _done(result: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
-
-
-def writer(name: str) -> int:
-    """The rank that wrote a file, by DeepSpeed's naming (engine.py, _get_zero_ckpt_name and the NVMe copies); all
-    others are rank 0's.
-    """
-    match = re.search(r"(?:^|/)(?:\w*_)?zero_pp_rank_(\d+)_", name) or re.match(r"offloaded_tensors/rank(\d+)/", name)
-    return int(match.group(1)) if match else 0
-
-
-def _write_and_hash(
-    folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]], ranks: ControlGroup
-) -> tuple[Measured, CheckpointError | None]:
-    """Part 2: this rank's files with their sizes and hashes, and the error if there was one.
-
-    Args:
-        files: the engine's checkpoint engine, which knows how to write a state dict.
-    """
-    own: Measured = {}
-    try:
-        for path, snapshot in snapshots:
-            faults.operation(f"save {path.name}")
-            files.save(snapshot.rebuild(), str(path))
-        for name in manifest.listed(folder):
-            if writer(name) % ranks.world_size == ranks.rank:
-                faults.operation(f"flush and hash {name}")
-                own[name] = _flushed_and_measured(folder / name)
-    except (OSError, RuntimeError) as caught:  # torch.save reports a full disk as a RuntimeError
-        return {}, _refusal(folder, caught)
-    return own, None
-
-
-def _flushed_and_measured(path: Path) -> dict[str, Any]:
-    """Hashes the file out of the page cache while the disk still writes it."""
-    with ThreadPoolExecutor(1) as thread:
-        flushed = thread.submit(sync, path)
-        measured = manifest.measure(path)
-        flushed.result()
-    return measured
-
-
-def _not_the_same_folder(folder: Path, gathered: list[Measured]) -> CheckpointError | None:
-    """The error if rank 0 does not see exactly the files that all ranks together have hashed."""
-    until = time.monotonic() + VISIBLE_WITHIN_S
-    hashed = {name for part in gathered for name in part}
-    while hashed - (seen := set(manifest.listed(folder))) and time.monotonic() < until:
-        time.sleep(0.5)
-    for rank, part in enumerate(gathered):
-        if unseen := sorted(part.keys() - seen):
-            return CheckpointError(
-                f"{folder}: rank {rank} wrote {unseen[0]}, and rank 0 does not see it: the ranks do not share this "
-                f"file system; "
-                "give an --out_dir on a file system that all machines share"
-            )
-    if unhashed := sorted(seen - hashed):
-        return CheckpointError(f"{folder}: nobody has written {unhashed[0]}: another program writes into this folder")
-    return None
-
-
-@contextlib.contextmanager
-def _files_of(
-    engine: Any, snapshots: list[tuple[Path, Snapshot]] | None, memory: Snapshots
-) -> Iterator[list[OSError | RuntimeError]]:
-    """Let this rank's file operations note their failure instead of raising it, and put what is to be written into
-    `snapshots`, if given.
-
-    See guards.file_operations for why. torch.save reports a full disk as a RuntimeError.
-    """
-    failures: list[OSError | RuntimeError] = []
-
-    def noted(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def attempt(*args: Any, **kwargs: Any) -> Any:
-            try:
-                paths = [Path(value).name for value in (*args, *kwargs.values()) if isinstance(value, (str, Path))]
-                faults.operation(" ".join([operation.__name__.strip("_"), *paths]))
-                return operation(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        return attempt
-
-    def copied(state_dict: Any, path: str) -> None:
-        try:
-            assert snapshots is not None
-            snapshots.append((Path(path), memory.take(state_dict)))
-        except (RuntimeError, ValueError) as error:  # no memory for the copy
-            failures.append(RuntimeError(f"no copy for saving in the background (chatgot.checkpoint.async): {error}"))
-
-    def ours(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:
-        return copied if name == "save" and snapshots is not None else noted(theirs)
-
-    with guards.file_operations(engine, ours):
-        yield failures
+        return pruned
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

@@ -1,16 +1,21 @@
-"""A copy of a state dict in memory that training no longer changes, so that it can be written while training goes
-on.
+"""What DeepSpeed would write in a save: written at once, or copied to memory that training no longer changes, to be
+written while training goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from chatgot.checkpoint import faults
+from chatgot.engine import guards
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,40 @@ class Snapshots:
         fresh = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and size > 0)
         self._buffers[index : index + 1] = [fresh]
         return fresh
+
+
+@contextlib.contextmanager
+def file_operations(
+    engine: Any, snapshots: list[tuple[Path, Snapshot]] | None, memory: Snapshots
+) -> Iterator[list[OSError | RuntimeError]]:
+    """Let this rank's file operations note their failure instead of raising it (see guards.file_operations), and put
+    what is to be written into `snapshots`, if given. torch.save reports a full disk as a RuntimeError.
+    """
+    failures: list[OSError | RuntimeError] = []
+
+    def noted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            try:
+                paths = [Path(value).name for value in (*args, *kwargs.values()) if isinstance(value, (str, Path))]
+                faults.operation(" ".join([operation.__name__.strip("_"), *paths]))
+                return operation(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        return attempt
+
+    def copied(state_dict: Any, path: str) -> None:
+        try:
+            assert snapshots is not None
+            snapshots.append((Path(path), memory.take(state_dict)))
+        except (RuntimeError, ValueError) as error:  # no memory for the copy
+            failures.append(RuntimeError(f"no copy for saving in the background (chatgot.checkpoint.async): {error}"))
+
+    def ours(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        return copied if name == "save" and snapshots is not None else noted(theirs)
+
+    with guards.file_operations(engine, ours):
+        yield failures
 
 
 def _like(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:

@@ -92,29 +92,6 @@ def _parse_brackets(text: str) -> Any:
             raise ValueError(" ".join(str(error).split())) from None
 
 
-def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The JSON's tree with overrides put in, under the spelling that the file uses. A section set to null is taken
-    out.
-    """
-    for dotted, value in overrides.items():
-        section: schema.Section | None = schema.ROOT
-        here = tree
-        *parents, last = dotted.split(".")
-        for parent in parents:
-            name, node = _spelling(parent, here, section)
-            below = here.get(name)
-            if not isinstance(below, dict):
-                below = here[name] = {}
-            here = below
-            section = node if isinstance(node, schema.Section) else None
-        name, node = _spelling(last, here, section)
-        if value is None and isinstance(node, schema.Section):
-            here.pop(name, None)
-        else:
-            here[name] = value
-    return tree
-
-
 def known_ds_keys() -> Iterator[str]:
     """Every dotted name that may follow 'ds.', both spellings of each last part."""
     for dotted, node in schema.NODES.items():
@@ -125,19 +102,6 @@ def known_ds_keys() -> Iterator[str]:
                 for key in node.keys:
                     yield f"{dotted.rpartition('.')[0]}.{node.alias}.{key}".lstrip(".")
     yield from (f"chatgot.{name}" for name in _fields(ChatGoTSection))
-
-
-def _spelling(
-    name: str, here: dict[str, Any], section: schema.Section | None
-) -> tuple[str, schema.Key | schema.Section | None]:
-    """How the file spells a key, and its node."""
-    if section is None:
-        return name, None
-    documented = schema.spellings(section).get(name, name)
-    node = section.keys.get(documented)
-    if node is not None and name not in here:
-        name = next((other for other in (documented, node.alias) if other and other in here), name)
-    return name, node
 
 
 def _fields(cls: type, prefix: str = "") -> Iterator[str]:

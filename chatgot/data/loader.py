@@ -102,12 +102,6 @@ class TrainBatches:
         self.block_size = order.block_size
         self.tokens_per_step = global_batch_size * order.block_size
         """Tokens of one optimizer step, over all ranks."""
-        self.batch_hash = 0
-        """Of what `micro_batches` has handed out since it was last called: its samples' 64-bit hashes, added modulo
-        2**64.
-
-        Added over the ranks it is the global batch's, whatever the number of ranks, micro batch and accumulation.
-        """
         self._micro_batch_size = micro_batch_size
         self.order = order
         self._windows = _windows(tokens, order.block_size + 1)
@@ -124,14 +118,18 @@ class TrainBatches:
 
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
         """The micro-batches of the step of samples first_sample .. first_sample + global_batch_size - 1."""
-        indices = self.indices(first_sample)
-        starts = self.order.starts(indices).reshape(self.accumulation, self._micro_batch_size)
-        self.batch_hash = 0
-        for rows, numbers in zip(starts, indices.reshape(starts.shape)):
-            windows = self._windows[rows]
-            self.batch_hash = (self.batch_hash + _hash_samples(numbers, windows)) % 2**64
-            samples = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
+        starts = self.order.starts(self.indices(first_sample)).reshape(self.accumulation, self._micro_batch_size)
+        for rows in starts:
+            samples = torch.from_numpy(self._windows[rows].astype(np.int64))  # (B, T + 1)
             yield samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+
+    def batch_hash(self, first_sample: int) -> int:
+        """The 64-bit hashes of this rank's samples of a step, added modulo 2**64.
+
+        Added over the ranks it is the global batch's, whatever the number of ranks, micro batch and accumulation.
+        """
+        indices = self.indices(first_sample)
+        return _hash_samples(indices, self._windows[self.order.starts(indices)])
 
 
 class EvalBatches:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.findings import (
     ABSENT,
     ConfigRefusal,
@@ -110,3 +111,39 @@ def _syntax_finding(text: str, name: str, fault: JsonSyntaxError) -> Finding:
     indent = "".join("\t" if c == "\t" else " " for c in line[: column - 1])
     excerpt = f"    {line}\n    {indent}^"
     return Finding("error", name, row, column, "", ABSENT, f"not valid JSON: {reason}", excerpt=excerpt)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The JSON's tree with overrides put in, under the spelling that the file uses. A section set to null is taken
+    out.
+    """
+    for dotted, value in overrides.items():
+        section: schema.Section | None = schema.ROOT
+        here = tree
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            name, node = _spelling(parent, here, section)
+            below = here.get(name)
+            if not isinstance(below, dict):
+                below = here[name] = {}
+            here = below
+            section = node if isinstance(node, schema.Section) else None
+        name, node = _spelling(last, here, section)
+        if value is None and isinstance(node, schema.Section):
+            here.pop(name, None)
+        else:
+            here[name] = value
+    return tree
+
+
+def _spelling(
+    name: str, here: dict[str, Any], section: schema.Section | None
+) -> tuple[str, schema.Key | schema.Section | None]:
+    """How the file spells a key, and its node."""
+    if section is None:
+        return name, None
+    documented = schema.spellings(section).get(name, name)
+    node = section.keys.get(documented)
+    if node is not None and name not in here:
+        name = next((other for other in (documented, node.alias) if other and other in here), name)
+    return name, node

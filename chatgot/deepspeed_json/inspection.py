@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from chatgot.config.overrides import apply_overrides
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.batch import Batch, resolve_batch
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.checks import DEEPSPEED_ONLY_RECOMPUTATION, check_all
 from chatgot.deepspeed_json.derived import Derivations
 from chatgot.deepspeed_json.fields import read_fields
-from chatgot.deepspeed_json.file import check_document, plain_copy
+from chatgot.deepspeed_json.file import apply_overrides, check_document, plain_copy
 from chatgot.deepspeed_json.findings import Findings
 from chatgot.deepspeed_json.relaxed_json import Document
 from chatgot.deepspeed_json.remarks import Subject, remark

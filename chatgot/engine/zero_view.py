@@ -232,6 +232,18 @@ def named_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor.detach()
 
 
+def first_non_finite(engine: Any) -> str | None:
+    """Name a part of this rank's `named_state` that has a value that is not finite; None: all are finite."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for _, tensor in named_state(engine):
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    # The largest magnitude of many tensors is NaN or inf exactly if an element is.
+    largest = [torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")) for tensors in by_kind.values()]
+    if all(bool(torch.isfinite(each)) for each in largest):
+        return None
+    return next(name for name, tensor in named_state(engine) if not bool(torch.isfinite(tensor).all()))
+
+
 def live_model_states(engine: Any) -> dict[str, int]:
     """Bytes of parameters, gradients, master_weights, optimizer_states and buffers that an engine holds on this rank.
 

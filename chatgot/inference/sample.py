@@ -13,7 +13,7 @@ import torch
 
 from chatgot import run_folder
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.weights import fp32_weights
+from chatgot.checkpoint.reading import fp32_weights
 from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
 from chatgot.deepspeed_json.fields import read_section
@@ -103,32 +103,35 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedM
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no CUDA device; use --device cpu")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    os.environ.setdefault(
-        "DS_ACCELERATOR", chosen
-    )  # reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself
-    found = find(run / run_folder.CHECKPOINTS, tag)
-    if found is None:
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    # Reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself. It is told of this machine's,
+    # and not of the one to sample on, because a training that follows in this process keeps it.
+    os.environ.setdefault("DS_ACCELERATOR", here)
+    checkpoint = find(run / run_folder.CHECKPOINTS, tag)
+    if checkpoint is None:
         raise CheckpointError(
-            f"{run}: no complete checkpoint in {run / 'checkpoints'}; is it a run folder of train.py?"
+            f"{run}: no complete checkpoint in {run / run_folder.CHECKPOINTS}; is it a run folder of train.py?"
         )
-    for note in found.notes:
+    for note in checkpoint.notes:
         print(f"WARNING: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(run / run_folder.TOKENIZER)
-    if tokenizer.fingerprint != found.manifest["tokenizer"]:
+    if tokenizer.fingerprint != checkpoint.manifest["tokenizer"]:
         raise CheckpointError(
-            f"{run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with (fingerprints differ)"
+            f"{run / run_folder.TOKENIZER} is not the tokenizer that {checkpoint.path} was trained with (fingerprints "
+            f"differ)"
         )
-    fields = dict(found.manifest["model"])
+    fields = dict(checkpoint.manifest["model"])
     model = GPT(
-        read_section(ModelConfig, {k: v for k, v in fields.items() if k != "vocab_size"}, str(found.path)),
+        read_section(ModelConfig, {k: v for k, v in fields.items() if k != "vocab_size"}, str(checkpoint.path)),
         fields["vocab_size"],
     )
     try:
-        model.load_state_dict(fp32_weights(found), strict=True)
+        model.load_state_dict(fp32_weights(checkpoint), strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{found.path}: the weights do not fit the model in its manifest: {error}") from error
-    return LoadedModel(model.to(chosen).eval(), tokenizer)
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights do not fit the model in its manifest: {error}"
+        ) from error
+    return LoadedModel(model.to(here if device == "auto" else device).eval(), tokenizer)
 
 
 def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:

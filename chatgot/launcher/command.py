@@ -160,16 +160,8 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
         defaults |= {"MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_MMAP_THRESHOLD_": "10000000000"}
         if "OMP_WAIT_POLICY" not in environ:
             defaults["GOMP_SPINCOUNT"] = "10000"
-    return {
-        **defaults,
-        **environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
+    return {**defaults, **environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}}
 
 
 def rendezvous_port(wanted: int | None) -> int:

@@ -1,56 +1,36 @@
-"""The training loop: step, log, evaluate, sample, save, stop. One generator, so that a benchmark can drive it step by
-step.
-"""
+"""The training loop: step, log, evaluate, sample, save, stop. One generator, which a benchmark can drive step by step."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chatgot import run_folder
-from chatgot.checkpoint import manifest, rng
-from chatgot.checkpoint.portable_write import parameter_groups
-from chatgot.checkpoint.save import Saved, Saver
+from chatgot.checkpoint import rng
+from chatgot.checkpoint.manifest import ClientState, RunFields, StateFields
+from chatgot.checkpoint.portable import parameter_groups
+from chatgot.checkpoint.resume import resume
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine, mean_over_ranks
-from chatgot.errors import CheckpointError, NumericsError
-from chatgot.observe.journal import Events, Journal, TolerantWriter
+from chatgot.errors import NumericsError
 from chatgot.observe.memory import peak_memory_gib
 from chatgot.observe.meters import Mfu, Throughput
-from chatgot.observe.progress import Progress
-from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof.compare import KnownLoss, Proof, TrainedStep
-from chatgot.training import rollback, samples, schedule, skipped
+from chatgot.training import samples, schedule
+from chatgot.training.divergence import Guard, describe_skip, stopped
 from chatgot.training.evaluate import Evaluation, evaluate
-from chatgot.training.guard import Guard
 from chatgot.training.memory import MemoryCheck
+from chatgot.training.records import Records
+from chatgot.training.saving import Saving
 from chatgot.training.stop import StopSignals
-
-
-@dataclass
-class Records:
-    """Rank 0's outputs; None of them on the other ranks but the silent progress."""
-
-    progress: Progress
-    journal: Journal | None = None
-    events: Events | None = None
-    wandb: WandbRun | None = None
-    samples: TolerantWriter = field(default_factory=lambda: TolerantWriter("samples"))
-    """Writes the files of samples/."""
-
-    def event(self, kind: str, **fields: Any) -> None:
-        """To events.jsonl, on rank 0."""
-        if self.events is not None:
-            self.events.event(kind, **fields)
 
 
 @dataclass
@@ -64,11 +44,17 @@ class Position:
     best_val_loss: float | None = None
     last_val: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, state: ClientState) -> Position:
+        """The position that a checkpoint was saved at."""
+        return cls(state["next_sample"], state["skipped_samples"], state["best_val_loss"], state["last_val"])
+
 
 @dataclass
 class Loop:
-    """One run in one process. The engine owns steps, optimizer and precision; this object only holds what it works
-    with.
+    """One run in one process: holds what it works with, and owns the position in the data.
+
+    The engine owns steps, optimizer, precision and micro-batch. Nobody else writes into a loop.
     """
 
     engine: TrainingEngine
@@ -80,22 +66,23 @@ class Loop:
     records: Records
     out_dir: Path
     device: torch.device
-    fields: dict[str, Any]
-    """Of the manifest: what identifies the run."""
+    fields: RunFields
+    """What identifies the run, for the manifest."""
     mfu: Mfu
     prompts: list[str]
     stop: StopSignals
-    saver: Saver
+    saving: Saving
     proof: Proof
     memory: MemoryCheck
     guard: Guard
     json_micro_batch: int
-    """What the JSON says; smaller ones are used after memory has run out."""
-    position: Position = field(default_factory=Position)
-    stopped_by: str | None = None
+    """What the JSON says; a smaller one is used after memory has run out."""
+    position: Position
     meter: Throughput = field(default_factory=Throughput)
-    _last_save: float = field(default_factory=time.monotonic)
-    _failed_saves: int = 0
+    stopped_by: str | None = None
+    """The signal that ended the loop."""
+    doing: str = "the first step"
+    """What is running: 'step 7', for messages."""
 
     @property
     def step(self) -> int:
@@ -107,25 +94,13 @@ class Loop:
         train = self.config.train
         while self.step < train.max_steps and self.stopped_by is None:
             loss = self._train_step()
-            # The one collective a step, before any line of this step: those of metrics.jsonl never go back within a
-            # run.
-            (signalled, minutes_over, writing), known = self.share(
-                loss, self.stop.received is not None, self._minutes_over(), self.saver.busy
-            )
+            # The one collective of a step, before any line of it: the lines of metrics.jsonl never go back within a run.
+            flags = (self.stop.received is not None, self.saving.minutes_over(), self.saving.saver.busy)
+            (signalled, minutes_over, writing), known = self._share(loss, flags)
             step, last = self.step, self.step == train.max_steps
-            self.meter.step(self.train_batches.tokens_per_step)
-            if not self.engine.engine.was_step_applied():
-                skipped.report(self, step, loss, self.position.next_sample - self.train_batches.global_batch_size)
-            if last or step % train.log_every == 0 or step == 1:
-                self._log(step, loss)
-            else:
-                self.records.progress.step(step)
-            if (compared := self.memory.compare(self.ranks)) is not None:
-                fields, line = compared
-                self.records.event("memory", step=step, **fields)
-                self.records.progress.say(line)
-            if why := self._diverged(step, known):
-                rollback.diverged(self, why)
+            self._report(step, loss, last)
+            if why := self._diverged(known):
+                self.roll_back(why)
                 yield self.step
                 continue
             improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
@@ -136,35 +111,48 @@ class Loop:
                 self._sample(step)
             if evaluated or sampled:  # a signal may have come meanwhile
                 signalled = self.ranks.any(signalled or self.stop.received is not None)[0]
-            if self.saver.pending and not writing:
-                self._go_on_saving()
+            if self.saving.saver.pending and not writing:
+                with self._doing(f"saving at step {step}", "save"):
+                    self.saving.go_on()
             if signalled and not last:
                 self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
-            if last or signalled or self._save_due(step, minutes_over, improved):
-                self._save(last or signalled)
+            if last or signalled or self.saving.due(step, minutes_over, improved):
+                self.save(must=last or signalled)
             yield step
 
     def advance(self) -> None:
         """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
-        self.share(self._train_step())
+        self._share(self._train_step(), ())
 
-    def share(self, loss: torch.Tensor, *flags: bool) -> tuple[tuple[bool, ...], KnownLoss | None]:
-        """After `_train_step`: the step's digest to the journal, and whether any rank raised each flag. Collective."""
-        engine = self.engine
-        trained = TrainedStep(
-            self.step,
-            loss,
-            engine.raw_grad_norm,
-            engine.learning_rate,
-            self.train_batches.batch_hash,
-            self.position.skipped_samples,
-        )
-        return self.proof.end_step(trained, flags)
+    def save(self, must: bool = False) -> None:
+        """Save the state as it is, or roll back if it has diverged; see `Saving.save` for `must`. Collective."""
+        if why := self._diverged(self.proof.flush()):  # on a GPU the last loss has become known only now
+            self.roll_back(why, must)
+            return
+        try:
+            with self._doing(f"saving at step {self.step}", "save"):
+                self.saving.save(self.engine.engine, self.client_state(), self._manifest(), must)
+        except NumericsError as error:
+            self.records.event("save_refused", step=self.step, error=str(error))
+            self.roll_back(str(error), must)
 
-    def _diverged(self, step: int, known: KnownLoss | None) -> str | None:
-        return self.guard.divergence(step, self.engine.skips_in_a_row, [known] if known is not None else [])
+    def client_state(self) -> ClientState:
+        """What DeepSpeed does not save. Collective: ZeRO 0-2 store only rank 0's, so it holds every rank's RNG."""
+        return {
+            "format": 1,
+            "next_sample": self.position.next_sample,
+            "skipped_samples": self.position.skipped_samples,
+            "guard": self.guard.state(self.engine.skips_in_a_row),
+            "best_val_loss": self.position.best_val_loss,
+            "last_val": self.position.last_val,
+            "micro_batch": {"json": self.json_micro_batch, "used": self.engine.config.micro_batch_size},
+            "rng": self.ranks.gather(rng.capture()),
+            "parameter_groups": parameter_groups(self.engine.engine),
+        }
 
     def _train_step(self) -> torch.Tensor:
+        """One optimizer step; this rank's loss."""
+        self.doing = f"step {self.step + 1}"
         self.proof.begin_step()
         scheduled = self.engine.config.chatgot.schedule
         if scheduled is not None:
@@ -172,22 +160,47 @@ class Loop:
         try:
             loss = self.engine.train_step(self.train_batches.micro_batches(self.position.next_sample))
         except NumericsError as error:
-            raise rollback.stopped(self, str(error), hint="") from error
+            raise self._stopped(str(error)) from error
         self.position.next_sample += self.train_batches.global_batch_size
         return loss
 
+    def _share(self, loss: torch.Tensor, flags: tuple[bool, ...]) -> tuple[tuple[bool, ...], KnownLoss | None]:
+        """Write the digest of the step that was just made, and share flags with all ranks. Collective."""
+        engine, offset = self.engine, self.position.skipped_samples
+        batch = self.train_batches.batch_hash(self._first_sample)
+        return self.proof.end_step(
+            TrainedStep(self.step, loss, engine.raw_grad_norm, engine.learning_rate, batch, offset), flags
+        )
+
+    @property
+    def _first_sample(self) -> int:
+        """Of the step that was just made."""
+        return self.position.next_sample - self.train_batches.global_batch_size
+
+    def _report(self, step: int, loss: torch.Tensor, last: bool) -> None:
+        """Journal the step: why it was skipped, its metrics at the cadence, memory once. Collective."""
+        self.meter.step(self.train_batches.tokens_per_step)
+        if not self.engine.engine.was_step_applied():
+            with self._doing(f"the diagnosis of step {step}", "diagnose"):
+                args = (self.engine, self.train_batches, self.data.tokenizer, self.ranks, step, loss)
+                self.records.event("skipped_step", **describe_skip(*args, self._first_sample))
+        if last or step % self.config.train.log_every == 0 or step == 1:
+            self._log(step, loss)
+        else:
+            self.records.progress.step(step)
+        if (compared := self.memory.compare(self.ranks)) is not None:
+            fields, line = compared
+            self.records.event("memory", step=step, **fields)
+            self.records.progress.say(line)
+
     def _log(self, step: int, loss: torch.Tensor) -> None:
-        mean_loss = mean_over_ranks(
-            loss
-        )  # waits for the device, so that the interval below counts what has really been computed
+        mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval counts what has been computed
         interval = self.meter.interval()
         if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
-            raise rollback.stopped(
-                self,
+            raise self._stopped(
                 f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The "
-                f"JSON has switched its "
-                "check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false)",
-                hint="",
+                "JSON has switched its check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = "
+                "false)"
             )
         peak = max(self.ranks.gather(peak_memory_gib(self.device.type)))
         if self.records.journal is None or interval is None:
@@ -204,164 +217,91 @@ class Loop:
             "mem/peak_gib": peak,
             "data/tokens": self.position.next_sample * self.train_batches.block_size,
         }
-        self._record(step, metrics)
+        self.records.metrics(step, metrics)
         self.records.progress.line(step, metrics, self.meter.eta_seconds(self.config.train.max_steps - step))
-
-    def _record(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.records.journal is not None:
-            self.records.journal.append({"step": step, **metrics})
-        if self.records.wandb is not None:
-            self.records.wandb.log({name: value for name, value in metrics.items() if value is not None}, step)
 
     def evaluation(self) -> Evaluation:
         """Loss over the whole validation split. Collective."""
-        with self.meter.paused("eval"):
+        with self._doing(f"the evaluation after step {self.step}", "eval"):
             return evaluate(self.engine.engine, self.eval_batches, self.device)
 
     def _evaluate(self, step: int) -> bool:
-        result = self.evaluation()
-        metrics = {
-            "val/loss": result.loss,
-            "val/bits_per_char": result.bits_per_char(self.data.meta.val.characters / self.data.meta.val.tokens),
-        }
+        """Journal the validation loss; whether it is the best so far."""
+        result, meta = self.evaluation(), self.data.meta.val
+        bits_per_char = result.bits_per_char(meta.characters / meta.tokens)
+        metrics = {"val/loss": result.loss, "val/bits_per_char": bits_per_char}
         improved = self.position.best_val_loss is None or result.loss < self.position.best_val_loss
         if improved:
             self.position.best_val_loss = result.loss
         self.position.last_val = {"step": step, **metrics}
-        self._record(step, metrics)
+        self.records.metrics(step, metrics)
         self.records.progress.line(step, metrics)
         return improved
 
     def _sample(self, step: int) -> None:
-        with self.meter.paused("sample"):
-            drawn = samples.draw(
-                self.engine.engine,
-                self.prompts,
-                self.data.tokenizer,
-                self.config.train,
-                self.config.model.max_seq_length,
-                self.ranks,
-            )
-            if self.ranks.rank == 0:
-                path, text = samples.path(self.out_dir / run_folder.SAMPLES, step), samples.as_text(drawn)
-                if self.records.samples.attempt(lambda: samples.write(path, text)):
-                    self.records.event("sampled", step=step, path=str(path.relative_to(self.out_dir)))
-                self.records.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")
-                if self.records.wandb is not None:
-                    self.records.wandb.log_text("samples", text, step)
+        with self._doing(f"sampling after step {step}", "sample"):
+            train, context = self.config.train, self.config.model.max_seq_length
+            drawn = samples.draw(self.engine.engine, self.prompts, self.data.tokenizer, train, context, self.ranks)
+            self.records.sampled(step, drawn, self.out_dir)
 
-    def _minutes_over(self) -> bool:
-        minutes = self.engine.config.chatgot.checkpoint.every_minutes
-        return minutes is not None and self.ranks.rank == 0 and time.monotonic() - self._last_save >= 60 * minutes
+    @contextmanager
+    def _doing(self, what: str, pause: str) -> Iterator[None]:
+        """Leave what happens within out of the throughput, and name it in messages."""
+        self.doing = what
+        with self.meter.paused(pause):
+            yield
 
-    def _save_due(self, step: int, minutes_over: bool, improved: bool) -> bool:
-        config = self.engine.config.chatgot.checkpoint
-        by_step = config.every_steps is not None and step % config.every_steps == 0
-        return by_step or minutes_over or (improved and config.keep_best > 0)
+    def _diverged(self, known: KnownLoss | None) -> str | None:
+        return self.guard.divergence(self.step, self.engine.skips_in_a_row, known)
 
-    def save_now(self, must: bool = False) -> None:
-        """Save the state as it is, whatever is due; see `finish_saving` for `must`. Collective."""
-        self._save(must)
+    def _stopped(self, why: str) -> NumericsError:
+        self.saving.finish()
+        return stopped(why, self.saving.saver, self.ranks)
 
-    def _save(self, must: bool) -> None:
-        """Save, in the background if chatgot.checkpoint.async says so; a failure leaves training going, until it is the
-        last chance.
-        """
-        if why := self._diverged(self.step, self.proof.flush()):  # on a GPU the last loss has become known only now
-            rollback.diverged(self, why, must)
-            return
-        with self.meter.paused("save"):
-            self.finish_saving()
-            try:
-                self.saver.begin(self.engine.engine, self.client_state(), self._manifest())
-            except CheckpointError as error:
-                self._failed(error, must)
-                return
-            except NumericsError as error:
-                self.records.event("save_refused", step=self.step, error=str(error))
-                rollback.diverged(self, str(error), must)
-                return
-            self._last_save = time.monotonic()
-            if must or not self.engine.config.chatgot.checkpoint.async_:
-                self.finish_saving(must)
+    def roll_back(self, why: str, must: bool = False) -> None:
+        """Go back to the newest whole checkpoint, or stop, as chatgot.guard says. Collective.
 
-    def _go_on_saving(self) -> None:
-        with self.meter.paused("save"):
-            try:
-                self._published(self.saver.advance())
-            except CheckpointError as error:
-                self._failed(error, must=False)
-
-    def finish_saving(self, must: bool = False) -> None:
-        """Wait until the pending save is published, if there is one. Collective.
+        Weights, optimizer, random state and step number are the checkpoint's, but the data goes on where it was: all
+        samples from the checkpoint's position to the last one that was fed are left out; each later one is used as
+        before, some steps earlier than it would have been. The checkpoint is saved again with the new position, so that
+        a resume leaves out the same.
 
         Args:
-            must: a failure ends the run, because it is the last chance.
+            must: that save is the run's last chance.
 
         Raises:
-            CheckpointError: it failed, and it must not, or two before it have failed too.
+            NumericsError: on all ranks; it shall stop, has no rollback left, or there is no checkpoint to go back to.
         """
-        if self.saver.pending:
-            try:
-                self._published(self.saver.finish())
-            except CheckpointError as error:
-                self._failed(error, must)
-
-    def _failed(self, error: CheckpointError, must: bool) -> None:
-        """Training goes on after a save that failed, until it is the third in a row."""
-        self._failed_saves += 1
-        self.records.event("save_failed", step=self.saver.failed_step, error=str(error), in_a_row=self._failed_saves)
-        if must or self._failed_saves >= 3:
-            raise error
-        self.records.progress.say(f"WARNING: {error}; training goes on, the next save will try again")
-
-    def _published(self, saved: Saved | None) -> None:
-        if saved is None:
-            return
-        self._failed_saves = 0
-        for note in saved.notes:
-            self.records.progress.say(f"WARNING: {note}")
-        seconds, stalled = round(saved.seconds, 3), round(saved.stalled_seconds, 3)
-        self.records.event(
-            "saved", step=saved.step, tag=saved.tag, seconds=seconds, stalled_seconds=stalled, pruned=list(saved.pruned)
+        self.saving.finish()
+        good = self.guard.checkpoint_to_go_back_to(why, self.saving.saver, self.ranks)
+        self.proof.flush()
+        self.proof.end("the run was rolled back first")
+        from_step, end, earlier = self.step, self.position.next_sample, self.guard.rollbacks
+        with self._doing(f"the rollback at step {from_step}", "rollback"):
+            client_state, _ = resume(self.engine.engine, good, self.fields, self.ranks)
+        rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
+        self.position = Position.of(client_state)
+        self.guard.restore(client_state["guard"])
+        self.engine.skips_in_a_row = 0
+        first, number = self.position.next_sample, len(earlier) + 1
+        self.position.next_sample = end
+        self.position.skipped_samples += end - first
+        done = {"from_step": from_step, "to_step": self.step, "first_sample": first, "samples": end - first}
+        self.guard.rollbacks = [*earlier, {**done, "number": number, "why": why}]
+        if self.records.wandb is not None:
+            self.records.wandb.rolled_back(from_step)
+        self.records.event("rolled_back", checkpoint=good.tag, **self.guard.rollbacks[-1])
+        limit = self.guard.config.max_rollbacks
+        self.records.progress.say(
+            f"WARNING: {why}. Rolled back to {good.tag} ({number} of {limit} times); samples {first}..{end - 1} are "
+            f"left out, training goes on at sample {end}"
         )
+        self.save(must)
 
-    def client_state(self) -> dict[str, Any]:
-        """What DeepSpeed does not save. Collective: for ZeRO 0-2 only rank 0's client state is stored, so it holds
-        every rank's RNG.
-        """
-        return {
-            "format": 1,
-            "next_sample": self.position.next_sample,
-            "skipped_samples": self.position.skipped_samples,
-            "guard": self.guard.state(self.engine.skips_in_a_row),
-            "best_val_loss": self.position.best_val_loss,
-            "last_val": self.position.last_val,
-            "micro_batch": {"json": self.json_micro_batch, "used": self.engine.config.micro_batch_size},
-            "rng": self.ranks.gather(rng.capture()),
-            "parameter_groups": parameter_groups(self.engine.engine),
-        }
-
-    def restore(self, client_state: dict[str, Any]) -> list[str]:
-        """Counterpart of `client_state`; returns notes."""
-        self.position = Position(
-            next_sample=client_state["next_sample"],
-            skipped_samples=client_state.get("skipped_samples", 0),
-            best_val_loss=client_state["best_val_loss"],
-            last_val=client_state["last_val"],
-        )
-        self.engine.skips_in_a_row = self.guard.restore(client_state.get("guard"))
-        return rng.resume(
-            client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step
-        )
-
-    def _manifest(self) -> dict[str, Any]:
+    def _manifest(self) -> StateFields:
         val = self.position.last_val
         return {
             "tokens": self.position.next_sample * self.train_batches.block_size,
             "val_loss": val.get("val/loss") if val.get("step") == self.step else None,
             **self.fields,
         }
-
-
-__all__ = ["Loop", "Position", "Records", "manifest"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from chatgot import run_folder
-from chatgot.config.overrides import apply_overrides
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
+from chatgot.deepspeed_json.file import apply_overrides
 from chatgot.devices import GIB, device_facts, device_of_machine
 from chatgot.distributed import ControlGroup, Place
 from chatgot.errors import MachineError

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatgot.config.overrides import apply_overrides, parse_overrides
+from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.cache import prepare_cached
 from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.engine_config import build_engine_config
-from chatgot.deepspeed_json.file import plain_copy, read_document
+from chatgot.deepspeed_json.file import apply_overrides, plain_copy, read_document
 from chatgot.devices import GIB, DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically

@@ -84,7 +84,7 @@ def replay(run: Path, steps: int, tag: str | None = None) -> bool:
 def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Found, int]:
     """Choose the checkpoint to start from; returns it and the number of journaled steps that follow without a gap."""
     folder = run / run_folder.CHECKPOINTS
-    manifests: dict[str, dict[str, Any]] = {}
+    manifests: dict[str, manifest.Manifest] = {}
     for name in tags_in(folder):
         with contextlib.suppress(CheckpointError):  # chatgot verify has named it
             manifests[name] = manifest.read(folder / name)
@@ -112,7 +112,7 @@ def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Fou
     )
 
 
-def _left_behind(one: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> bool:
+def _left_behind(one: manifest.Manifest, manifests: dict[str, manifest.Manifest]) -> bool:
     return any(other["sequence"] > one["sequence"] and other["step"] < one["step"] for other in manifests.values())
 
 

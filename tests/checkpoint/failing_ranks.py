@@ -24,19 +24,19 @@ UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 def main() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     place = find_place()
-    save = Loop._save
+    save = Loop.save
     fail_at: set[int] = set()
 
-    def save_with_a_full_disk(self, must):
+    def save_with_a_full_disk(self: Loop, must: bool = False) -> None:
         full = place.rank == 1 and self.step in fail_at
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, UNLIMITED[1]) if full else UNLIMITED)
         try:
             save(self, must)
-            self.finish_saving()
+            self.saving.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
 
-    Loop._save = save_with_a_full_disk
+    Loop.save = save_with_a_full_disk
     results = {}
     for item in json.loads(Path(sys.argv[1]).read_text()):
         fail_at = set(item["fail_at"])

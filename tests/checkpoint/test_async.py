@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatgot.checkpoint import manifest, pickles
+from chatgot.checkpoint import manifest, reading
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.snapshot import Snapshot, Snapshots
 from chatgot.errors import CheckpointError, NumericsError
@@ -66,7 +66,7 @@ def test_checkpoint_is_of_the_moment_when_it_began_and_the_same_as_without(stage
     gate, out = held_back(loop), tmp_path / "background" / "out"
     for step in loop.steps():
         if step == 3:
-            assert loop.saver.pending
+            assert loop.saving.saver.pending
             assert tags(out) == [], "nothing is published before it is written"
             gate.set()
     assert tags(out) == [2, 4, 6, 8]
@@ -75,7 +75,7 @@ def test_checkpoint_is_of_the_moment_when_it_began_and_the_same_as_without(stage
         names = manifest.listed(here)
         assert names == manifest.listed(there)
         assert all(
-            same(pickles.read(here / name), pickles.read(there / name)) for name in names if name.endswith(".pt")
+            same(reading.read(here / name), reading.read(there / name)) for name in names if name.endswith(".pt")
         )
         if stage < 3:
             assert contents(here).keys() == contents(there).keys()
@@ -113,7 +113,9 @@ def test_next_save_waits_for_the_one_before(tmp_path, text_file):
     list(steps)
     assert [event["step"] for event in events(out, "saved")] == [2, 4, 6, 8]
     assert (out / "checkpoints" / "latest").read_text() == "step-00000008"
-    assert len(loop.saver._snapshots._buffers) == loop.saver._snapshots._used, "one copy, whatever the number of saves"
+    assert len(loop.saving.saver._snapshots._buffers) == loop.saving.saver._snapshots._used, (
+        "one copy, whatever the number of saves"
+    )
 
 
 def test_run_that_diverges_still_publishes_what_it_was_saving(tmp_path, text_file, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.weights import fp32_weights
+from chatgot.checkpoint.reading import fp32_weights
 from chatgot.errors import CheckpointError
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
@@ -195,8 +195,8 @@ def test_files_are_hashed_side_by_side(tmp_path, monkeypatch):
     fields = filled(tmp_path / "tag", {"a": 10, "b": 10})
     meeting, measure = threading.Barrier(2), manifest.measure
 
-    def met(path: Path) -> dict[str, object]:
-        meeting.wait(20)  # BrokenBarrierError where nobody else comes
+    def met(path: Path) -> manifest.Measured:
+        meeting.wait(120)  # BrokenBarrierError where nobody else comes
         return measure(path)
 
     monkeypatch.setattr(manifest, "measure", met)

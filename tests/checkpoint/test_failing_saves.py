@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from chatgot.checkpoint.load import find
+from chatgot.checkpoint.reading import fp32_weights
 from chatgot.checkpoint.retention import PRUNED
-from chatgot.checkpoint.weights import fp32_weights
 from chatgot.errors import CheckpointError
 from chatgot.training import run
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
@@ -166,13 +166,13 @@ def test_checkpoint_that_a_resume_found_damaged_counts_for_nothing_until_it_is_w
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")  # which only the hash shows
     loop = in_process.prepare([*words, "ds.chatgot.checkpoint.every_steps=3"])
     assert loop.step == 3
-    assert loop.saver.damaged == {"step-00000004"}
+    assert loop.saving.saver.damaged == {"step-00000004"}
     steps = loop.steps()
-    loop._save(must=False)  # of step 3: at once, before step 4 is written anew
+    loop.save()  # of step 3: at once, before step 4 is written anew
     assert in_process.tags(out) == [3, 4]
     assert next(steps) == 4
-    loop._save(must=False)
-    assert loop.saver.damaged == set()
+    loop.save()
+    assert loop.saving.saver.damaged == set()
     for _ in steps:
         pass
     assert in_process.tags(out) == [6, 8], "step 4 was whole again, and went as any other"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint import save as save_module
+from chatgot.checkpoint import publish as publish_module
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.publish import tag_of, take_back
+from chatgot.checkpoint.publish import tag_of, take_back, writer
 from chatgot.checkpoint.retention import examine, prune
-from chatgot.checkpoint.save import writer
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
-from chatgot.training import loop as loop_module
 from chatgot.training import run
+from chatgot.training import saving as saving_module
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, events, series, tags
@@ -41,8 +39,8 @@ def test_every_n_steps_and_at_the_end(tmp_path, text_file):
 def test_every_m_minutes_since_the_last_save(tmp_path, text_file, monkeypatch):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=8)
     loop = in_process.prepare(argv(saving(tmp_path, every_minutes=2.0), tmp_path / "out", config, text_file))
-    monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(monotonic=lambda: 50.0 * loop.step))
-    loop._last_save = 0.0
+    monkeypatch.setattr(saving_module, "time", types.SimpleNamespace(monotonic=lambda: 50.0 * loop.step))
+    loop.saving = saving_module.Saving(loop.saving.saver, loop.records)
     run.finish(loop)
     assert tags(tmp_path / "out") == [3, 6, 8]  # 150 s, 150 s, the end
 
@@ -137,7 +135,7 @@ def test_stock_deepspeed_reads_the_checkpoint_through_latest(stage, tmp_path, te
         path, _ = loop.engine.engine.load_checkpoint(str(tmp_path / "out" / "checkpoints"))
     assert Path(path).parent == tmp_path / "out" / "checkpoints" / tag_of(3)
     assert loop.step == 3
-    loop._save(must=True)
+    loop.save(must=True)
     trained, read = (in_process.weights(tmp_path / name) for name in ("out", "other"))
     assert trained.keys() == read.keys()
     assert all(torch.equal(trained[name], read[name]) for name in trained)
@@ -263,11 +261,13 @@ def test_every_file_has_one_rank_that_answers_for_it(name, rank):
 
 
 def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(save_module, "VISIBLE_WITHIN_S", 0.0)
+    monkeypatch.setattr(publish_module, "VISIBLE_WITHIN_S", 0.0)
     (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"weights")
-    hashed = [{"mp_rank_00_model_states.pt": {}}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": {}}]
-    unseen = save_module._not_the_same_folder(tmp_path, hashed)
-    assert re.search(r"rank 1 wrote zero_pp_rank_1_.*do not share this file system", str(unseen))
+    one: publish_module.Measured = {"bytes": 7, "sha256": ""}
+    hashed = [{"mp_rank_00_model_states.pt": one}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": one}]
+    with pytest.raises(CheckpointError, match=r"rank 1 wrote zero_pp_rank_1_.*do not share this file system"):
+        publish_module.check_shared(tmp_path, hashed)
     (tmp_path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"1")
-    assert save_module._not_the_same_folder(tmp_path, hashed) is None
-    assert "nobody has written" in str(save_module._not_the_same_folder(tmp_path, hashed[:1]))
+    publish_module.check_shared(tmp_path, hashed)
+    with pytest.raises(CheckpointError, match="nobody has written"):
+        publish_module.check_shared(tmp_path, hashed[:1])

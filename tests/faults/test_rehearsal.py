@@ -95,8 +95,8 @@ def test_failing_operation_leaves_training_and_the_previous_checkpoint_alone(
         loop = in_process.prepare(argv(engine, out, config, text_file))
         first: dict[str, bytes] = {}
         for step in loop.steps():
-            if loop.saver.pending:
-                loop.finish_saving()
+            if loop.saving.saver.pending:
+                loop.saving.finish()
             if step == 2:
                 first = contents(out / "checkpoints" / "step-00000002")
             if step == 4:

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-marks, actions = Path(sys.argv[1]), sys.argv[2:]
+folder, *actions = sys.argv[1:]
+marks = Path(folder)
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 verbs = dict(action.split(":") for action in actions if ":" in action)
 verb, _, value = verbs.get(str(rank), verbs.get("*", "exit=0")).partition("=")

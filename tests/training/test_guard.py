@@ -14,8 +14,7 @@ from chatgot.deepspeed_json.chatgot_section import GuardConfig
 from chatgot.errors import EXIT_NUMERICS, NumericsError
 from chatgot.proof import digest
 from chatgot.training import run
-from chatgot.training.guard import SPIKE_WINDOW, Guard
-from chatgot.training.rollback import diverged
+from chatgot.training.divergence import SPIKE_WINDOW, Guard
 from chatgot.verify.replay import replay
 from chatgot.verify.verify import verify
 from tests.support import engine_json, write_json, write_run_yaml
@@ -207,13 +206,13 @@ def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, at, expected, 
 def test_a_spike_is_told_from_the_steps_before_it_also_after_a_resume():
     guard = Guard(GuardConfig(spike_zscore=4.0))
     losses = [(step, 2.0 + 0.1 * (step % 2)) for step in range(1, SPIKE_WINDOW + 1)]
-    assert guard.divergence(SPIKE_WINDOW, 0, losses) is None
+    assert [guard.divergence(step, 0, (step, loss)) for step, loss in losses] == [None] * SPIKE_WINDOW
     resumed = Guard(GuardConfig(spike_zscore=4.0))
     assert resumed.restore(json.loads(json.dumps(guard.state(1)))) == 1
     for each in (guard, resumed):
-        assert each.divergence(51, 0, [(51, 2.24)]) is None, "3.8 deviations"
-        assert each.divergence(52, 0, [(52, math.nan)]) is None
-        assert "step 53: train/loss 2.3" in str(each.divergence(53, 0, [(53, 2.3)]))
+        assert each.divergence(51, 0, (51, 2.24)) is None, "3.8 deviations"
+        assert each.divergence(52, 0, (52, math.nan)) is None
+        assert "step 53: train/loss 2.3" in str(each.divergence(53, 0, (53, 2.3)))
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -233,11 +232,11 @@ def test_a_state_that_is_not_finite_is_never_published(stage, where, tmp_path, t
     with pytest.raises(
         NumericsError, match=f"step 4: {name} has values that are not finite.*last good checkpoint is .*step-00000003"
     ):
-        loop.save_now()
+        loop.save()
     assert tags(tmp_path / "out") == [3]
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir() if path.is_dir()] == ["step-00000003"]
     assert events(tmp_path / "out", "save_refused")
     loop.guard.config = GuardConfig(on_diverge="rollback")
-    diverged(loop, "the test says so")  # and a rollback repairs it
-    loop.save_now()
+    loop.roll_back("the test says so")  # and a rollback repairs it
+    loop.save()
     steps.close()  # type: ignore[attr-defined]

@@ -20,10 +20,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint import resume as resuming
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.portable import read_portable
-from chatgot.checkpoint.portable_write import parameter_groups
+from chatgot.checkpoint.portable import StoredTensor, parameter_groups, stored
+from chatgot.checkpoint.reading import read_portable
 from chatgot.checkpoint.save import Saver
-from chatgot.checkpoint.stored_tensor import StoredTensor, stored
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
@@ -74,8 +73,8 @@ def train(engine: TrainingEngine, batches: TrainBatches, steps: int) -> list[flo
     return losses
 
 
-def store(engine: TrainingEngine, folder: Path, fields: dict[str, Any], ranks: ControlGroup) -> None:
-    state = {"parameter_groups": parameter_groups(engine.engine)}
+def store(engine: TrainingEngine, folder: Path, fields: Any, ranks: ControlGroup) -> None:
+    state: Any = {"parameter_groups": parameter_groups(engine.engine)}
     saver = Saver(folder, CheckpointConfig(), ranks)
     saver.begin(engine.engine, state, fields)
     saver.finish()

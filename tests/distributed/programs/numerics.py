@@ -30,7 +30,7 @@ from chatgot.engine import step as engine_step
 from chatgot.engine.build import build, join
 from chatgot.engine.step import TrainingEngine, diagnose, mean_over_ranks
 from chatgot.model.gpt import GPT
-from chatgot.training.guard import Guard
+from chatgot.training.divergence import Guard
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, present
@@ -142,7 +142,7 @@ def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device)
         if not engine.engine.was_step_applied():
             diagnosis = dataclasses.asdict(diagnose(engine, batches.micro_batches(sample)))
         poison.armed = False
-        if why := guard.divergence(engine.engine.global_steps, engine.skips_in_a_row, ()):
+        if why := guard.divergence(engine.engine.global_steps, engine.skips_in_a_row, None):
             found["errors"].append({"step": engine.engine.global_steps, "text": why})
         if letter == "g":
             sample += batches.global_batch_size

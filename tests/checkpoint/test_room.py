@@ -11,10 +11,20 @@ import pytest
 from tests.support import engine_json, run_ranks, takes_fp16, write_run_yaml
 
 MUON = {"type": "Muon", "params": {"lr": 0.02, "muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1}}
-SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": MUON,
+    "sgd": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+    "rmsprop": {"type": "RMSprop", "params": {"lr": 1e-3, "momentum": 0.9, "centered": True}},
+    "asgd": {"type": "ASGD", "params": {"lr": 1e-3}},
+    "adafactor": {"type": "Adafactor", "params": {"lr": 1e-3}},
+}
 PER_PARAMETER = {"0": 12, "1": 16, "1-bf16": 14, "2": 16, "2-bf16": 14, "2-fp16": 14, "3": 12, "3-bf16": 12}
 MUONS = ["0-muon", "1-muon", "1-bf16-muon", "2-muon", "3-muon"]
-CASES = {1: [*PER_PARAMETER, *MUONS, "2-offload", "1-aligned", "0-sgd", "3-amsgrad"], 2: [*PER_PARAMETER, *MUONS]}
+OTHERS = ["0-amsgrad", "0-rmsprop", "0-asgd", "0-adafactor", "1-asgd", "2-rmsprop", "2-adafactor"]
+CASES = {
+    1: [*PER_PARAMETER, *MUONS, "2-offload", "1-aligned", "0-sgd", "3-amsgrad", *OTHERS],
+    2: [*PER_PARAMETER, *MUONS],
+}
 """By number of ranks."""
 CONSTANT = 64_000
 """Bytes by which the estimate of the small files may be off."""
@@ -26,9 +36,11 @@ def case(name: str) -> dict[str, Any]:
     for word in words:
         if word in ("bf16", "fp16"):
             keys["precision"] = word
-    if "muon" in words or "sgd" in words:
-        keys["optimizer"] = MUON if "muon" in words else SGD
+        if word in OPTIMIZERS:
+            keys["optimizer"] = OPTIMIZERS[word]
     tree = engine_json(**keys)
+    if stage != "0" and {"rmsprop", "asgd", "adafactor"} & set(words):
+        tree["zero_allow_untested_optimizer"] = True
     if "amsgrad" in words:
         tree["optimizer"]["params"]["amsgrad"] = True
     if "muon" in words and stage == "3":

@@ -1,0 +1,159 @@
+"""When a run has diverged, and where it can go back to. Decides from what all ranks share; knows no loop.
+
+Every rank decides the same: counters and losses are shared already, as sums over ranks in fp64 of fp32 numbers, which
+are exact whatever the order of the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from chatgot.checkpoint.load import Found, find
+from chatgot.checkpoint.save import Saver
+from chatgot.data.loader import TrainBatches
+from chatgot.data.tokenizer import Tokenizer
+from chatgot.deepspeed_json.chatgot_section import GuardConfig
+from chatgot.distributed import ControlGroup
+from chatgot.engine.step import TrainingEngine, diagnose
+from chatgot.errors import NumericsError
+from chatgot.proof.compare import KnownLoss
+
+SPIKE_WINDOW = 50
+"""Steps that a loss is compared with; before there are as many, none is a spike."""
+TEXTS = 4
+"""Samples of a skipped step whose text is journaled, those with the worst losses first."""
+CHARACTERS = 200
+"""Length of each of these texts."""
+
+
+@dataclass
+class Guard:
+    """chatgot.guard at work: says why a run has diverged, and counts its rollbacks."""
+
+    config: GuardConfig
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    """Of the whole run, in order: from_step, to_step, first_sample and samples that were left out, why."""
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+
+    def divergence(self, step: int, skips_in_a_row: int, known: KnownLoss | None) -> str | None:
+        """Why the run has diverged, or None.
+
+        Args:
+            step: optimizer steps done.
+            known: the step and loss that have become known since the last call; on a GPU they come a step late.
+        """
+        spike = self._spike(*known) if known is not None else None
+        if skips_in_a_row >= self.config.max_consecutive_skips:
+            return (
+                f"step {step}: loss or gradients were not finite for {skips_in_a_row} steps in a row "
+                f"(chatgot.guard.max_consecutive_skips = {self.config.max_consecutive_skips})"
+            )
+        return spike
+
+    def _spike(self, step: int, loss: float) -> str | None:
+        if not math.isfinite(loss):
+            return None  # skipped, and counted as such
+        limit = self.config.spike_zscore
+        if limit is not None and len(self._losses) == SPIKE_WINDOW:
+            mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
+            if loss > mean + limit * deviation:
+                return (
+                    f"step {step}: train/loss {loss:.4f} lies more than {limit:g} standard deviations "
+                    f"({deviation:.4f}) above the mean of the {SPIKE_WINDOW} steps before it, {mean:.4f} "
+                    f"(chatgot.guard.spike_zscore = {limit:g})"
+                )
+        self._losses.append(loss)
+        return None
+
+    def checkpoint_to_go_back_to(self, why: str, saver: Saver, ranks: ControlGroup) -> Found:
+        """The newest whole checkpoint, where a rollback is allowed. Nothing may be pending in `saver`. Collective.
+
+        Raises:
+            NumericsError: on all ranks; the run shall stop, has no rollback left, or there is no checkpoint.
+        """
+        if self.config.on_diverge == "stop":
+            why += "; chatgot.guard.on_diverge = stop"
+        elif len(self.rollbacks) >= self.config.max_rollbacks:
+            limit = f"chatgot.guard.max_rollbacks = {self.config.max_rollbacks}"
+            why += f", after {len(self.rollbacks)} rollback(s); {limit}"
+        elif (good := last_good(saver, ranks)) is not None:
+            return good
+        raise stopped(why, saver, ranks, hint=". Try a lower lr or tighter clipping")
+
+    def state(self, skips_in_a_row: int) -> dict[str, Any]:
+        """For the client state of a checkpoint."""
+        rollbacks = [dict(one) for one in self.rollbacks]
+        return {"skips_in_a_row": skips_in_a_row, "losses": list(self._losses), "rollbacks": rollbacks}
+
+    def restore(self, state: dict[str, Any]) -> int:
+        """Counterpart of `state`; returns the skips in a row."""
+        self.rollbacks = [dict(one) for one in state["rollbacks"]]
+        self._losses = deque(state["losses"], maxlen=SPIKE_WINDOW)
+        return int(state["skips_in_a_row"])
+
+
+def last_good(saver: Saver, ranks: ControlGroup) -> Found | None:
+    """The newest whole checkpoint of this run; None where there is none. Collective."""
+    return ranks.on_rank_0(lambda: find(saver.folder))
+
+
+def stopped(why: str, saver: Saver, ranks: ControlGroup, hint: str = "") -> NumericsError:
+    """The error that ends the run, with the checkpoint that can be resumed. Collective."""
+    good = last_good(saver, ranks)
+    named = f"the last good checkpoint is {good.path}" if good is not None else "there is no checkpoint yet"
+    return NumericsError(f"{why}{hint}; {named}")
+
+
+def describe_skip(
+    engine: TrainingEngine,
+    batches: TrainBatches,
+    tokenizer: Tokenizer,
+    ranks: ControlGroup,
+    step: int,
+    loss: Tensor,
+    first_sample: int,
+) -> dict[str, Any]:
+    """The fields of the event `skipped_step`: which ranks, samples, texts and layers a step was skipped for.
+
+    Collective: the batch is computed again, but for the steps of fp16's search for a loss scale. Fields: ranks whose
+    loss (in the step itself) or own gradients (computed again) were not finite; repeated, whether the second time found
+    anything; losses by sample index; layer_grad_norms of the averaged gradients that were thrown away; texts by sample
+    index.
+
+    Args:
+        loss: this rank's, of the step.
+        first_sample: of the step's global batch.
+    """
+    common: dict[str, Any] = {
+        "step": step,
+        "loss_scale": engine.loss_scale,
+        "skipped_steps": engine.engine.skipped_steps,
+        "in_a_row": engine.skips_in_a_row,
+    }
+    if engine.skips_in_a_row == 0:
+        return {"searches_loss_scale": True, **common}
+    device = engine.engine.device
+    diagnosis = diagnose(engine, ((x.to(device), y.to(device)) for x, y in batches.micro_batches(first_sample)))
+    indices = batches.indices(first_sample).tolist()
+    mine = (math.isfinite(float(loss)), diagnosis.gradients_finite, dict(zip(indices, diagnosis.losses, strict=True)))
+    shares = ranks.gather(mine)
+    losses: dict[int, float] = {index: value for share in shares for index, value in share[2].items()}
+    worst = sorted(losses, key=lambda index: (math.isfinite(losses[index]), -losses[index], index))[:TEXTS]
+    finite = [gradients_fine and all(map(math.isfinite, values.values())) for _, gradients_fine, values in shares]
+    return {
+        **common,
+        "ranks": [
+            rank for rank, (loss_fine, gradients_fine, _) in enumerate(shares) if not (loss_fine and gradients_fine)
+        ],
+        "repeated": not all(finite),
+        "first_sample": first_sample,
+        "losses": dict(sorted(losses.items())),
+        "layer_grad_norms": engine.layer_grad_norms,
+        "texts": {index: tokenizer.decode(batches.tokens(index).tolist())[:CHARACTERS] for index in worst},
+    }

@@ -1,0 +1,91 @@
+"""When a run saves, and what a save that fails means for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from chatgot.checkpoint.manifest import ClientState, StateFields
+from chatgot.checkpoint.save import Saved, Saver
+from chatgot.errors import CheckpointError
+from chatgot.training.records import Records
+
+logger = logging.getLogger(__name__)
+
+FAILURES = 3
+"""Saves in a row that must fail before the run ends."""
+
+
+class Saving:
+    """The saves of one run: in the background if chatgot.checkpoint.async says so. Every rank has one."""
+
+    def __init__(self, saver: Saver, records: Records) -> None:
+        self.saver = saver
+        self._records = records
+        self._last = time.monotonic()
+        self._failures = 0
+
+    def minutes_over(self) -> bool:
+        """Whether chatgot.checkpoint.every_minutes have passed since the last save, by rank 0's clock."""
+        minutes = self.saver.config.every_minutes
+        return minutes is not None and self.saver.ranks.rank == 0 and time.monotonic() - self._last >= 60 * minutes
+
+    def due(self, step: int, minutes_over: bool, improved: bool) -> bool:
+        """Whether the state after this step is to be saved. The same on all ranks if the arguments are."""
+        config = self.saver.config
+        by_step = config.every_steps is not None and step % config.every_steps == 0
+        return by_step or minutes_over or (improved and config.keep_best > 0)
+
+    def save(self, engine: Any, client_state: ClientState, fields: StateFields, must: bool) -> None:
+        """Save the state as it is, after the save that is still under way. Collective.
+
+        Args:
+            must: wait for it, and let a failure end the run: it is the last chance.
+
+        Raises:
+            CheckpointError: it failed, and it must not, or two before it have failed too.
+            NumericsError: a value is not finite; nothing was written.
+        """
+        self.finish()
+        try:
+            self.saver.begin(engine, client_state, fields)
+        except CheckpointError as error:
+            self._failed(error, must)
+            return
+        self._last = time.monotonic()
+        if must or not self.saver.config.async_:
+            self.finish(must)
+
+    def go_on(self) -> None:
+        """Take the next part of the save that is under way, when no rank is busy with the last one. Collective."""
+        try:
+            self._published(self.saver.advance())
+        except CheckpointError as error:
+            self._failed(error, must=False)
+
+    def finish(self, must: bool = False) -> None:
+        """Wait until the save that is under way is published, if there is one; see `save`. Collective."""
+        if self.saver.pending:
+            try:
+                self._published(self.saver.finish())
+            except CheckpointError as error:
+                self._failed(error, must)
+
+    def _failed(self, error: CheckpointError, must: bool) -> None:
+        self._failures += 1
+        self._records.event("save_failed", step=self.saver.failed_step, error=str(error), in_a_row=self._failures)
+        if must or self._failures >= FAILURES:
+            raise error
+        logger.warning(f"{error}; training goes on, the next save will try again")
+
+    def _published(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        self._failures = 0
+        for note in saved.notes:
+            logger.warning(note)
+        seconds, stalled = round(saved.seconds, 3), round(saved.stalled_seconds, 3)
+        self._records.event(
+            "saved", step=saved.step, tag=saved.tag, seconds=seconds, stalled_seconds=stalled, pruned=list(saved.pruned)
+        )
