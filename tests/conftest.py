@@ -15,6 +15,24 @@ if os.environ.get("CHATGOT_TEST_FP16"):
     runpy.run_path(str(ROOT / "tests" / "forced" / "sitecustomize.py"))
 
 
+LAUNCHING = ("tests/distributed", "tests/faults", "tests/launch", "tests/gpu", "tests/test_packaging.py")
+"""Where tests start several processes; elsewhere those do whose module uses one of STARTS."""
+STARTS = ("run_ranks", "subprocess", "Probes", "in_process.train(")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `launches` what starts processes or trains: `make test-fast` leaves it out."""
+    sources: dict[Path, bool] = {}
+    for item in items:
+        path = item.path
+        if path not in sources:
+            text = path.read_text(encoding="utf-8")
+            folder = path.relative_to(ROOT).as_posix().startswith(LAUNCHING)
+            sources[path] = folder or any(word in text for word in STARTS)
+        if sources[path]:
+            item.add_marker(pytest.mark.launches)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs fp16 where the CPU has none, before any fixture is set up."""
     if item.get_closest_marker("fp16") and not takes_fp16():

@@ -14,9 +14,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from chatgot.observe.journal import Branch, read_journal
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +75,7 @@ def engine_json(
     stage: int = 0,
     precision: str = "fp32",
     batch: int = 8,
-    micro: int = 4,
+    micro: int | str = 4,
     offload: bool = False,
     offload_param: bool = False,
     activation_checkpointing: dict[str, Any] | None = None,
@@ -143,6 +145,12 @@ def takes_fp16() -> bool:
     import torch
 
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def present(value: T | None) -> T:
+    """The value, which is there."""
+    assert value is not None
+    return value
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -218,7 +226,12 @@ def run_afresh(ranks: list[dict[str, Any]], timeout: float) -> tuple[list[int], 
 
 
 def run_ranks(
-    program: list[str], world_size: int, timeout: float = 600.0, check: bool = True, afresh: bool = False, **env: str
+    program: list[str],
+    world_size: int,
+    timeout: float = 600.0,
+    check: bool = True,
+    afresh: bool = False,
+    env: dict[str, str] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python program` as `world_size` real processes joined by gloo; returns them in rank order.
 
@@ -231,7 +244,7 @@ def run_ranks(
         ranks: list[dict[str, Any]] = []
         for rank in range(world_size):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            variables = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env)
+            variables = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **(env or {}))
             logs = {name: str(Path(folder, f"{rank}.{name}")) for name in ("stdout", "stderr")}
             ranks.append({"program": program, "environment": variables, **logs})
         codes, late = (run_afresh if afresh else rank_server().run)(ranks, timeout)

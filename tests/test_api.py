@@ -21,7 +21,7 @@ from tests.training.in_process import cpu_environment
 
 def python(program: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *more]
-    return subprocess.run(command, env=environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_importing_loads_no_torch_and_touches_no_environment() -> None:
@@ -128,6 +128,6 @@ def test_two_ranks_train_from_python(arguments: dict[str, Any], tmp_path: Path) 
     words = [str(arguments[name]) for name in ("deepspeed_config", "config", "data")]
     command = [sys.executable, str(ROOT / "launch" / "run"), "--nproc", "2", "--script", str(program), "--"]
     command += [words[0], str(tmp_path / "run"), *words[1:]]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("True\n") == 2

@@ -100,5 +100,5 @@ def plain_steps(loop: Loop, precision: str) -> Iterator[None]:
         first_sample += loop.train_batches.global_batch_size
         step += 1
         if step % 10 == 0:
-            loss.item()
+            loss.item()  # pyright: ignore[reportPossiblyUnboundVariable] - a step has one
         yield

@@ -13,7 +13,7 @@ from typing import Any
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.manifest import Difference, Manifest
 from chatgot.errors import CheckpointError, ConfigError
-from chatgot.run_folder import CHECKPOINTS
+from chatgot.run_folder import CHECKPOINTS, LATEST
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAG_OF_STEP = re.compile(r"step-(\d+)")
@@ -57,7 +57,8 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
             fields = _manifest(folder / name)
             candidates.append((int(fields["sequence"]), int(fields["step"]), name))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
-            damaged.append((name, _step_in(name), str(error)))
+            match = _TAG_OF_STEP.fullmatch(name)
+            damaged.append((name, int(match[1]) if match else None, str(error)))
     for _, step, name in sorted(candidates, reverse=True):
         try:
             whole = _open(folder, name)
@@ -108,7 +109,7 @@ def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | Non
     for _, lost, reason in damaged:
         behind = f", {lost - step} steps are lost" if lost is not None and lost > step else ""
         notes.append(f"{reason}; going back to {tag}{behind}")
-    pointer = folder / "latest"
+    pointer = folder / LATEST
     if pointer.is_symlink():
         notes.append(f"{pointer} is a symbolic link and was not followed; using {tag}, the newest whole checkpoint")
         return notes
@@ -119,11 +120,6 @@ def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | Non
     if named and named != tag.encode() and not any(named == name.encode() for name, _, _ in damaged):
         notes.append(f"{pointer} says {named.decode('utf-8', 'replace')!r}; using {tag}, the newest whole checkpoint")
     return notes
-
-
-def _step_in(name: str) -> int | None:
-    match = _TAG_OF_STEP.fullmatch(name)
-    return int(match.group(1)) if match else None
 
 
 def choose(resume_from: str, out_dir: Path) -> Found | None:

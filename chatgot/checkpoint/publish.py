@@ -18,6 +18,7 @@ from chatgot.checkpoint import faults, manifest
 from chatgot.checkpoint.manifest import Measured
 from chatgot.errors import CheckpointError
 from chatgot.files import sync, write_atomically
+from chatgot.run_folder import LATEST
 
 UNFINISHED = ".unfinished-"
 """Prefix of folders that are being written or deleted; never loaded, and swept at the next save."""
@@ -85,7 +86,7 @@ def sweep(folder: Path) -> None:
     take_back(folder)
     for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{REPLACED}*")):
         shutil.rmtree(leftover)
-    for leftover in folder.glob(".latest.tmp-*"):
+    for leftover in folder.glob(f".{LATEST}.tmp-*"):
         leftover.unlink()
 
 
@@ -125,7 +126,7 @@ def publish(folder: Path, tag: str, fields: Mapping[str, Any], gathered: list[di
     sequence = next_sequence(folder)
     manifest.write(unfinished, {**fields, "sequence": sequence, "files": files}, faults.operation)
     _rename(unfinished, folder / tag)
-    write_atomically(folder / "latest", tag, faults.operation)
+    write_atomically(folder / LATEST, tag, faults.operation)
 
 
 def _rename(unfinished: Path, final: Path) -> None:

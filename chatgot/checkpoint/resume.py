@@ -21,14 +21,8 @@ from chatgot.errors import CheckpointError
 
 CHANGED = "changed since the checkpoint: "
 
-_LAYOUT = (
-    "offload_optimizer",
-    "offload_param",
-    "sub_group_size",
-    "round_robin_gradients",
-    "parameter_alignment",
-    "elastic_checkpoint",
-)
+_OFFLOADS = ("offload_optimizer", "offload_param")
+_LAYOUT = (*_OFFLOADS, "sub_group_size", "round_robin_gradients", "parameter_alignment", "elastic_checkpoint")
 _NOT_COMPARED = frozenset(
     ["params", "step", "name", "fused", "foreach", "capturable", "differentiable", "_ds_source_param_group_id"]
 )
@@ -44,7 +38,7 @@ def layout(deepspeed: dict[str, Any]) -> dict[str, Any]:
     zero = deepspeed.get("zero_optimization")
     stated = {key: zero[key] for key in _LAYOUT if zero.get(key) is not None} if isinstance(zero, dict) else {}
     ratio = stated.get("offload_optimizer", {}).get("ratio", 1.0)
-    for key in ("offload_optimizer", "offload_param"):
+    for key in _OFFLOADS:
         if key in stated:
             stated[key] = stated[key].get("device", "none")
     if stated.get("offload_optimizer") == "cpu" and ratio < 1:
@@ -65,9 +59,9 @@ def refuse_layouts(found: Found, now: Mapping[str, Any]) -> None:
         return
     for whose, fields in (("the checkpoint's run", found.manifest), ("this run", now)):
         kept = fields.get("layout") or {}
-        offloads = ("offload_optimizer", "offload_param")
-        stated = [f"zero_optimization.{key}.device = nvme" for key in offloads if kept.get(key) == "nvme"]
-        stated += [f"zero_optimization.{key} = {kept[key]}" for key in ("offload_optimizer.ratio",) if key in kept]
+        stated = [f"zero_optimization.{key}.device = nvme" for key in _OFFLOADS if kept.get(key) == "nvme"]
+        if (ratio := kept.get("offload_optimizer.ratio")) is not None:
+            stated.append(f"zero_optimization.offload_optimizer.ratio = {ratio}")
         if stated:
             raise CheckpointError(
                 f"{found.path}: {whose} has {stated[0]}, and such a run can be resumed with the same settings only, "

@@ -11,28 +11,21 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """State of Python's, numpy's, torch's CPU and (where there is one) this rank's CUDA generator, as plain containers
-    and tensors.
+    """Take the state of Python's, numpy's, torch's CPU and (if there is one) this rank's CUDA generator, as plain
+    containers and tensors.
     """
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    held = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     return {
         "python": random.getstate(),
-        "numpy": (
-            str(name),
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
+        "numpy": (str(name), held, int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def fingerprint(rank: int) -> int:
-    """64-bit hash of this rank's random state and of the rank, so that exchanged states are noticed. Waits for no
-    device.
-    """
+    """Hash this rank's random state and its number, so that exchanged states are noticed; 64 bits. Waits for no device."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     digest = hashlib.blake2b(repr((rank, version, gauss, name, rest)).encode(), digest_size=8)
@@ -45,9 +38,7 @@ def fingerprint(rank: int) -> int:
 
 
 def restore(state: dict[str, Any]) -> list[str]:
-    """Put a captured state back; returns notes on what could not be restored exactly (a CUDA state on a machine without
-    CUDA).
-    """
+    """Put a captured state back; returns notes on what could not be restored exactly (CUDA's without CUDA)."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -55,10 +46,8 @@ def restore(state: dict[str, Any]) -> list[str]:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
         if state["cuda"] is None:
-            return [
-                "the checkpoint has no CUDA random state (it was saved on a CPU): dropout continues from this "
-                "process' seed"
-            ]
+            why = "the checkpoint has no CUDA random state (it was saved on a CPU)"
+            return [f"{why}: dropout continues from this process' seed"]
         torch.cuda.set_rng_state(state["cuda"])
     elif state["cuda"] is not None:
         return ["the checkpoint's CUDA random state is not used on a CPU: dropout draws from the CPU generator"]
@@ -74,8 +63,7 @@ def resume(states: list[dict[str, Any]], base: int, rank: int, world_size: int, 
     seed(base, rank, step)
     return [
         f"random state: {len(states)} rank(s) saved it, there are {world_size} now; seeded anew from seed {base}, "
-        f"rank and step {step}, "
-        "so that dropout is not the uninterrupted run's"
+        f"rank and step {step}, so that dropout is not the uninterrupted run's"
     ]
 
 

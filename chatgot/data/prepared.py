@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
 from chatgot.errors import DataError
+from chatgot.files import sha256
 
 FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 1
@@ -219,22 +220,13 @@ def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, ag
         expected = split.tokens * dtype.itemsize
         if size != expected:
             raise DataError(f"{file}: {size} bytes, meta.json says {expected}: truncated or damaged; {again}")
-        if verify and (digest := file_sha256(file)) != split.sha256:
+        if verify and (digest := sha256(file)) != split.sha256:
             raise DataError(f"{file}: sha256 is {digest}, meta.json says {split.sha256}: damaged; {again}")
         return np.memmap(file, dtype=dtype, mode="r", shape=(split.tokens,))
     except FileNotFoundError:
         raise DataError(f"{file}: missing; {again}") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def publish(building: Path, out_dir: Path) -> None:

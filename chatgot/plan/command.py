@@ -72,8 +72,8 @@ def _sweep(arguments: PlanArguments) -> str:
         )
     rows: list[tuple[str, Estimate | str]] = []
     trees: list[dict[str, Any]] = []
-    for path in paths:
-        request = _request(arguments, path)
+    requests = [_request(arguments, path) for path in paths]
+    for path, request in zip(paths, requests):
         try:
             estimate = request.plan()
         except ConfigError as error:
@@ -84,9 +84,9 @@ def _sweep(arguments: PlanArguments) -> str:
             trees.append(_tree(request, estimate, []))
     if arguments.format == "json":
         return json.dumps(trees, indent=2)
-    device = request.device
+    device = requests[-1].device
     head = f"{arguments.config}, {arguments.world_size} x {device.name}, of {device.memory / GIB:.1f} GiB"
-    return "\n".join([head, *_table(rows), *(f"note: {note}" for note in request.notes)])
+    return "\n".join([head, *_table(rows), *(f"note: {note}" for note in requests[-1].notes)])
 
 
 def _text(request: Request, plan: Estimate, remedies: list[Remedy]) -> Iterator[str]:

@@ -78,7 +78,7 @@ def _latest(folder: Path, whole: list[Found], newest: Found | None) -> list[str]
         if not tags_in(folder):
             print("no checkpoint yet")
         return []
-    path = folder / "latest"
+    path = folder / run_folder.LATEST
     try:
         named = path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:

@@ -118,7 +118,7 @@ def test_next_save_waits_for_the_one_before(tmp_path, text_file):
     )
 
 
-def test_run_that_diverges_still_publishes_what_it_was_saving(tmp_path, text_file):
+def test_run_that_diverges_still_publishes_what_it_was_saving(tmp_path, text_file, monkeypatch):
     loop = in_process.prepare(command(tmp_path, text_file))
     gate, out = held_back(loop), tmp_path / "out"
     train = loop.engine.train_step
@@ -129,7 +129,7 @@ def test_run_that_diverges_still_publishes_what_it_was_saving(tmp_path, text_fil
             raise NumericsError("diverged")
         return train(batches)
 
-    loop.engine.train_step = diverge
+    monkeypatch.setattr(loop.engine, "train_step", diverge)
     with pytest.raises(NumericsError):
         run.finish(loop)
     assert tags(out) == [2]

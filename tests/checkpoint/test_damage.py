@@ -195,8 +195,8 @@ def test_files_are_hashed_side_by_side(tmp_path, monkeypatch):
     fields = filled(tmp_path / "tag", {"a": 10, "b": 10})
     meeting, measure = threading.Barrier(2), manifest.measure
 
-    def met(path: Path) -> dict[str, object]:
-        meeting.wait(20)  # BrokenBarrierError where nobody else comes
+    def met(path: Path) -> manifest.Measured:
+        meeting.wait(120)  # BrokenBarrierError where nobody else comes
         return measure(path)
 
     monkeypatch.setattr(manifest, "measure", met)

@@ -34,6 +34,7 @@ def test_save_on_a_full_disk_is_refused_with_the_numbers_and_the_next_one_succee
     out = tmp_path / "out"
     with small_disk(out / "checkpoints", 4 * MB) as checkpoints:
         filler = checkpoints / "filler"
+        first: dict[str, bytes] = {}
         for step in in_process.prepare(in_process.argv(engine, out, config, text_file)).steps():
             if step == 2:
                 first = in_process.contents(checkpoints / "step-00000002")
@@ -80,6 +81,7 @@ def test_disk_that_fills_up_in_the_middle_of_a_save_leaves_nothing_of_it(
             return made
 
         monkeypatch.setattr(save_module, "make_room", overtaken)
+        first: dict[str, bytes] = {}
         for step in loop.steps():
             if step == 2:
                 first = in_process.contents(checkpoints / "step-00000002")

@@ -36,9 +36,7 @@ def test_engine_reads_its_own_checkpoint(name, tmp_path, text_file):
     assert in_process.prepare([*words, "--resume_from", "must"]).step == 2
 
 
-@pytest.mark.parametrize(
-    "scaler", [LossScaler(2.0), DynamicLossScaler(2.0**10, 2.0, 1000, 1.0, 1, dtype=torch.float16)]
-)
+@pytest.mark.parametrize("scaler", [LossScaler(2), DynamicLossScaler(2**10, 2.0, 1000, 1.0, 1, dtype=torch.float16)])
 def test_loss_scalers_are_read_back(scaler, tmp_path):
     torch.save({"loss_scaler": scaler}, tmp_path / "file.pt")
     assert vars(reading.read(tmp_path / "file.pt")["loss_scaler"]) == vars(scaler)

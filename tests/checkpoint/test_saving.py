@@ -14,7 +14,6 @@ from chatgot.checkpoint import manifest
 from chatgot.checkpoint import publish as publish_module
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.publish import tag_of, take_back, writer
-from chatgot.checkpoint.reading import fp32_weights
 from chatgot.checkpoint.retention import examine, prune
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
@@ -137,7 +136,7 @@ def test_stock_deepspeed_reads_the_checkpoint_through_latest(stage, tmp_path, te
     assert Path(path).parent == tmp_path / "out" / "checkpoints" / tag_of(3)
     assert loop.step == 3
     loop.save(must=True)
-    trained, read = (fp32_weights(find(tmp_path / name / "checkpoints")) for name in ("out", "other"))
+    trained, read = (in_process.weights(tmp_path / name) for name in ("out", "other"))
     assert trained.keys() == read.keys()
     assert all(torch.equal(trained[name], read[name]) for name in trained)
 

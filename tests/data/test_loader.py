@@ -30,8 +30,8 @@ def test_epoch_visits_every_block_once_and_stays_inside(size, seed, epoch):
 @given(sizes, st.integers(0, 2**32), st.lists(st.integers(0, 10**12), max_size=20))
 @settings(max_examples=50, deadline=None)
 def test_order_is_a_pure_function_of_seed_and_index(size, seed, indices):
-    together = DataOrder(*size, seed).starts(np.array(indices, np.int64))
-    alone = [int(DataOrder(*size, seed).starts(np.array([i]))[0]) for i in indices]
+    together = DataOrder(size[0], size[1], seed).starts(np.array(indices, np.int64))
+    alone = [int(DataOrder(size[0], size[1], seed).starts(np.array([i]))[0]) for i in indices]
     assert together.tolist() == alone
 
 

@@ -267,7 +267,7 @@ def test_names_of_types_modes_and_levels_are_deepspeeds() -> None:
         (schema.BF16_NAMES, torch.bfloat16),
         (schema.FP32_NAMES, torch.float32),
     ):
-        assert set(names) == set(ds_config.DtypeEnum(dtype)._all_values[1:])
+        assert set(names) == set(ds_config.DtypeEnum(dtype)._all_values[1:])  # type: ignore[attr-defined]
     validation = schema.NODES["checkpoint.tag_validation"]
     assert isinstance(validation, Key)
     assert {choice.upper() for choice in validation.choices} == set(CHECKPOINT_TAG_VALIDATION_MODES)

@@ -53,10 +53,10 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
     found["stage 0 synchronize and profile"] = settings(
         world_size, 0, {"synchronize_checkpoint_boundary": True, "profile": True}
     )
-    gpt2 = {"model": {"architecture": "gpt2"}}
-    found["gpt2 off"] = settings(world_size, 1, None, **gpt2)
+    gpt2 = {"architecture": "gpt2"}
+    found["gpt2 off"] = settings(world_size, 1, None, model=gpt2)
     for backend in BACKENDS:
-        found[f"gpt2 {backend}"] = settings(world_size, 1, {}, backend, **gpt2)
+        found[f"gpt2 {backend}"] = settings(world_size, 1, {}, backend, model=gpt2)
     found["control"] = settings(world_size, 0, {}, forget_rng=True)
     return found
 

@@ -56,7 +56,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "CXX": "/nonexistent",
     }
-    run_ranks(["-m", "tests.distributed.programs.muon", str(plan), str(out)], request.param, afresh=True, **env)
+    run_ranks(["-m", "tests.distributed.programs.muon", str(plan), str(out)], request.param, afresh=True, env=env)
     built = [str(path) for name in ("extensions", "inductor") for path in folder.glob(f"{name}/**/*") if path.is_file()]
     return {**json.loads(out.read_text()), "built": built}
 

@@ -78,7 +78,7 @@ def test_fp32_has_nothing_to_compare(ranks):
 def test_values_that_fp16_cannot_hold_are_refused(ranks):
     gpt = model()
     with torch.no_grad():
-        gpt.norm.weight.mul_(1e6)
+        gpt.norm.get_parameter("weight").mul_(1e6)
     with pytest.raises(
         NumericsError, match=r"fp16 and fp32: loss nan and .* \(differ by inf, bound 0.005\).*train in fp32, or in bf16"
     ):

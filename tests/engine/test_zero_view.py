@@ -53,7 +53,8 @@ def engine(request: pytest.FixtureRequest, process_group: None) -> Iterator[Trai
     model = GPT(ModelConfig(**TINY_MODEL), 64)
     model.init_weights(1)
     engine = build(model, config, torch.device("cpu"))
-    engine.train_step([(torch.ones(2, 16, dtype=torch.long),) * 2])
+    ids = torch.ones(2, 16, dtype=torch.long)
+    engine.train_step([(ids, ids)])
     yield engine
     engine.engine.destroy()
 

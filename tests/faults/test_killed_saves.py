@@ -46,7 +46,7 @@ class Sweep:
         self.words = [str(ROOT / "launch" / "train.py"), *in_process.argv(engine, self.out, config, text)]
 
     def launch(self, *more: str, **env: str):
-        return run_ranks([*self.words, *more], 2, check=False, **env)
+        return run_ranks([*self.words, *more], 2, check=False, env=env)
 
     def newest(self) -> int:
         """Step of the newest whole checkpoint; 0: none."""

@@ -93,6 +93,7 @@ def test_failing_operation_leaves_training_and_the_previous_checkpoint_alone(
     out = tmp_path / "out"
     with in_process.cpu_environment(CHATGOT_FAULT=f"save:{OPERATIONS + number}:{kind}"):
         loop = in_process.prepare(argv(engine, out, config, text_file))
+        first: dict[str, bytes] = {}
         for step in loop.steps():
             if loop.saving.saver.pending:
                 loop.saving.finish()

@@ -33,17 +33,19 @@ def trained(tmp_path_factory) -> tuple[dict[tuple[int, str], Path], PreparedData
     folder = tmp_path_factory.mktemp("sampling")
     text = write_text(folder / "text.txt")
     config = write_run_yaml(folder / "run.yaml", max_steps=12)
-    runs = {}
+    runs, data = {}, None
     for stage, precision in KINDS:
         engine = write_json(folder / "engine.json", engine_json(stage, precision))
         out = folder / "trained" / f"{precision}-{stage}"
         loop = in_process.prepare(argv(engine, out, config, text))
         run.finish(loop)
+        data = loop.data
         runs[stage, precision] = folder / "moved" / out.name
     shutil.move(folder / "trained", folder / "moved")
     text.unlink()
     config.unlink()
-    return runs, loop.data
+    assert data is not None
+    return runs, data
 
 
 @pytest.fixture

@@ -267,7 +267,7 @@ def test_a_module_without_a_gpt_is_refused():
 def test_diverged_weights_are_named_instead_of_sampled():
     model = random_gpt(MODERN)
     with torch.no_grad():
-        model.norm.weight.fill_(float("nan"))
+        model.norm.get_parameter("weight").fill_(float("nan"))
     with pytest.raises(NumericsError, match="not finite"):
         generate(model, random_ids(1, 4), 3)
 

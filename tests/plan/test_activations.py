@@ -30,7 +30,7 @@ def _torchs_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ZeRO-3 engine replaces F.linear for the rest of its process, by one that saves fp32 under autocast; other tests
     had one.
     """
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # type: ignore[attr-defined]
 
 
 def saved_bytes(model: GPT, precision: str) -> int:

@@ -16,7 +16,8 @@ from chatgot.checkpoint import rng
 from chatgot.observe import journal
 from chatgot.observe.journal import read_journal
 from chatgot.proof import digest
-from chatgot.training.loop import Loop
+from chatgot.proof.compare import Proof
+from chatgot.training import run
 from tests.support import engine_json, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv, contents, events
@@ -99,23 +100,25 @@ def forget_rng(monkeypatch):
 
 
 def forget_position(monkeypatch):
-    original = Loop.restore
+    original = run.resume
 
-    def restore(self, client_state):
-        return original(self, {**client_state, "next_sample": 0})
+    def resume(*arguments):
+        client_state, notes = original(*arguments)
+        return {**client_state, "next_sample": 0}, notes
 
-    monkeypatch.setattr(Loop, "restore", restore)
+    monkeypatch.setattr(run, "resume", resume)
 
 
 def perturb_a_weight(monkeypatch):
-    original = Loop.restore
+    original = run.resume
 
-    def restore(self, client_state):
+    def resume(engine, *arguments):
+        resumed = original(engine, *arguments)
         with torch.no_grad():
-            next(self.engine.engine.module.parameters()).view(-1)[0] += 1e-3
-        return original(self, client_state)
+            next(engine.module.parameters()).view(-1)[0] += 1e-3
+        return resumed
 
-    monkeypatch.setattr(Loop, "restore", restore)
+    monkeypatch.setattr(run, "resume", resume)
 
 
 @pytest.mark.parametrize(
@@ -203,14 +206,15 @@ def test_other_micro_batches_without_dropout_are_compared_within_a_tolerance(tmp
 
 def test_control_a_weight_is_noticed_through_the_tolerance_too(tmp_path, text_file, monkeypatch):
     line = left(tmp_path, text_file, dropout=0.0)
-    original = Loop.restore
+    original = run.resume
 
-    def restore(self, client_state):
+    def resume(engine, *arguments):
+        resumed = original(engine, *arguments)
         with torch.no_grad():
-            next(self.engine.engine.module.parameters()).mul_(1.1)
-        return original(self, client_state)
+            next(engine.module.parameters()).mul_(1.1)
+        return resumed
 
-    monkeypatch.setattr(Loop, "restore", restore)
+    monkeypatch.setattr(run, "resume", resume)
     change = ["ds.train_micro_batch_size_per_gpu=2", "ds.gradient_accumulation_steps=4"]
     assert in_process.train([*line, *change]) == 0
     [event] = events(tmp_path / "out", "resume_differs")
@@ -241,13 +245,13 @@ def test_full_disk_costs_lines_and_not_the_run(tmp_path, text_file, capsys, monk
 
     monkeypatch.setattr(journal.os, "write", write)
     monkeypatch.setattr("chatgot.training.samples.write", write_sample)
-    share = Loop.share
+    end_step = Proof.end_step
 
-    def shared(self, loss, *flags):
-        current[0] = self.step
-        return share(self, loss, *flags)
+    def ended(self, trained, flags):
+        current[0] = trained.step
+        return end_step(self, trained, flags)
 
-    monkeypatch.setattr(Loop, "share", shared)
+    monkeypatch.setattr(Proof, "end_step", ended)
     line = words(tmp_path, text_file)
     assert (
         in_process.train([*line, "train.log_every=1", "ds.chatgot.checkpoint.every_steps=100", "train.sample_every=7"])

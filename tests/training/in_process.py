@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chatgot import cli
 from chatgot.checkpoint import manifest
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.reading import fp32_weights
 from chatgot.distributed import find_place
 from chatgot.observe.journal import read_journal
 from chatgot.training import run
@@ -116,3 +120,10 @@ def rehash(checkpoint: Path) -> None:
         checkpoint,
         {**fields, "files": {name: manifest.measure(checkpoint / name) for name in manifest.listed(checkpoint)}},
     )
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a run's newest checkpoint."""
+    found = find(out / "checkpoints")
+    assert found is not None
+    return fp32_weights(found)

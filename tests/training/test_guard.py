@@ -239,4 +239,4 @@ def test_a_state_that_is_not_finite_is_never_published(stage, where, tmp_path, t
     loop.guard.config = GuardConfig(on_diverge="rollback")
     loop.roll_back("the test says so")  # and a rollback repairs it
     loop.save()
-    steps.close()
+    steps.close()  # type: ignore[attr-defined]

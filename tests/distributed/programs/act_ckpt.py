@@ -36,7 +36,7 @@ from chatgot.model.gpt import GPT, Block
 from chatgot.training.evaluate import evaluate
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
-from tests.support import TINY_MODEL, engine_json
+from tests.support import TINY_MODEL, engine_json, present
 
 LAYERS, STEPS = 6, 2
 MODEL = {**TINY_MODEL, "n_layers": LAYERS, "dropout": 0.1}
@@ -82,7 +82,7 @@ class Forwards:
                 raise self.raised[-1]
             return original(block, *args, **kwargs)
 
-        Block.forward = forward
+        setattr(Block, "forward", forward)  # noqa: B010 - of the class
 
     def take(self) -> int:
         count, self.count = self.count, 0
@@ -116,7 +116,8 @@ def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 def gradients(engine: TrainingEngine) -> dict[str, torch.Tensor]:
     """Full gradients by parameter, after backward and before the step. Collective."""
     zero = engine.engine.zero_optimization()
-    return {name: safe_get_full_grad(p) if zero else p.grad for name, p in engine.engine.module.named_parameters()}
+    named = engine.engine.module.named_parameters()
+    return {name: present(safe_get_full_grad(p) if zero else p.grad) for name, p in named}
 
 
 def start(case: dict[str, Any], place: Place, device: torch.device) -> tuple[TrainingEngine, GPT, TrainBatches]:
@@ -153,22 +154,24 @@ def run(
     }
     forwards.take()
     checkpoints.take()
+    elements = 0
     for step in range(STEPS):
         engine.set_learning_rate(1.0)
         for input_ids, targets in batches.micro_batches(step * batches.global_batch_size):
             with saved_bytes(model, sizes):
                 loss = engine.engine(input_ids, targets)
             engine.engine.backward(loss)
+            elements = input_ids.numel() * MODEL["d_model"]
             found["losses"].append(float.hex(float(loss.detach())))
             found["gradients"].append(digest(gradients(engine)))
             engine.engine.step()
         found["blocks"].append(forwards.take())
     # deepspeed.checkpointing keeps a block's input on the autograd context, where no saved-tensor hook sees it.
-    kept = case.get("inputs_beside_the_graph", 0) * input_ids.numel() * MODEL["d_model"] * 4
+    kept = case.get("inputs_beside_the_graph", 0) * elements * 4
     found["saved_bytes"] = sizes[-1] + kept
     zero = engine.engine.zero_optimization()
-    masters = {name: safe_get_full_fp32_param(p) if zero else p for name, p in model.named_parameters()}
-    found["weights"] = digest(masters)
+    named = model.named_parameters()
+    found["weights"] = digest({name: present(safe_get_full_fp32_param(p) if zero else p) for name, p in named})
 
     found["checkpoint_calls"] = checkpoints.take() / STEPS
     evaluation = EvalBatches(tokens()[:200], MODEL["max_seq_length"], 2, place.rank, place.world_size)

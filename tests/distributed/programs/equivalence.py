@@ -38,6 +38,7 @@ def losses_of(case: dict, folder: Path, steps: int, place, device: torch.device)
         tokens(), order, config.train_batch_size, config.micro_batch_size, place.rank, place.world_size
     )
     losses = []
+    assert config.chatgot.schedule is not None
     for step in range(steps):
         engine.set_learning_rate(factor(step, steps, config.chatgot.schedule))
         losses.append(mean_over_ranks(engine.train_step(batches.micro_batches(step * config.train_batch_size))))

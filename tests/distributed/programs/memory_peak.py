@@ -47,9 +47,10 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> int:
     now = peak = sum(size for pointer, (size, _) in live_storages().items() if pointer not in before)
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         step()
-    kineto = profile.kineto_results
-    assert kineto is not None
-    changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
+    assert profile is not None
+    assert profile.kineto_results is not None
+    events: list[Any] = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
     for _, change in changes:
         now += change
         peak = max(peak, now)

@@ -80,7 +80,8 @@ def resume(case: dict[str, Any], steps: int, folder: Path, place: Place, device:
     for index in range(steps):
         step(engine, batches, index)
     saver = Saver(folder, CheckpointConfig(), ranks)
-    saver.begin(engine.engine, {}, {})
+    nothing: Any = {}
+    saver.begin(engine.engine, nothing, nothing)
     saver.finish()
     saved = own_state(engine)
     whole = [float.hex(step(engine, batches, steps + index)) for index in range(steps)]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from chatgot.model.gpt import GPT
 from chatgot.training.divergence import Guard
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
-from tests.support import TINY_MODEL, engine_json
+from tests.support import TINY_MODEL, engine_json, present
 
 POISONED_BY = engine_step.poisoned_by
 
@@ -46,9 +47,9 @@ class Poison:
         self.armed = False
         self.here = place.rank == place.world_size - 1
         if kind == "loss":
-            model.register_forward_hook(lambda _module, _arguments, loss: loss * math.nan if self._now() else loss)
+            model.register_forward_hook(self._to_the_loss(lambda loss: loss * math.nan))
         elif kind == "loss alone":
-            model.register_forward_hook(lambda _module, _arguments, loss: loss + math.nan if self._now() else loss)
+            model.register_forward_hook(self._to_the_loss(lambda loss: loss + math.nan))
         elif kind == "activation":
             model.layers[1].register_forward_hook(self._activation)
         else:
@@ -61,6 +62,9 @@ class Poison:
         """The loss stays finite, and so does lm_head's gradient; everything before it gets inf."""
         if self._now():
             output.register_hook(lambda gradient: gradient * math.inf)
+
+    def _to_the_loss(self, change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Tensor]:
+        return lambda _module, _arguments, loss: change(loss) if self._now() else loss
 
     def _now(self) -> bool:
         return self.armed and self.here
@@ -91,7 +95,7 @@ def weights(engine: TrainingEngine) -> str:
     digest = hashlib.sha256()
     zero = engine.engine.zero_optimization()
     for parameter in engine.engine.module.parameters():
-        full = safe_get_full_fp32_param(parameter) if zero else parameter.detach()
+        full = present(safe_get_full_fp32_param(parameter)) if zero else parameter.detach()
         digest.update(full.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

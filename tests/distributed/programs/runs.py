@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,6 @@ from chatgot.cli import train_parser
 from chatgot.data.loader import TrainBatches
 from chatgot.distributed import find_place
 from chatgot.training import run, schedule
-from chatgot.training.loop import Loop
 from tests.support import live_metrics
 
 TRACE: list[list[int]] = []
@@ -43,14 +43,14 @@ def sabotage(control: str | None) -> None:
     if control == "rng":
         rng.restore = lambda state: []
     elif control == "position":
-        original = Loop.restore
+        original = run.resume
 
-        def restore(self, client_state):
-            notes = original(self, client_state)
-            self.position.next_sample = 0
-            return notes
+        def resume(*arguments: Any):
+            client_state, notes = original(*arguments)
+            client_state["next_sample"] = 0
+            return client_state, notes
 
-        Loop.restore = restore
+        run.resume = resume
     elif control == "schedule":
         factor = schedule.factor
         schedule.factor = lambda step, max_steps, config: factor(
