@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,13 @@ TRACE: list[list[int]] = []
 
 
 def record_samples() -> None:
-    original = TrainBatches.indices
+    original = TrainBatches.micro_batches
 
-    def indices(self, first_sample):
-        found = original(self, first_sample)
-        TRACE.append([int(i) for i in self.order.starts(found)])
-        return found
+    def micro_batches(self: TrainBatches, first_sample: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        TRACE.append([int(i) for i in self.order.starts(self.indices(first_sample))])
+        return original(self, first_sample)
 
-    TrainBatches.indices = indices
+    TrainBatches.micro_batches = micro_batches
 
 
 def sabotage(control: str | None) -> None:
