@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.errors import EXIT_INTERRUPTED, RunAgainError
 
 if TYPE_CHECKING:

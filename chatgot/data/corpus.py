@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.data.prepared import looks_prepared
 from chatgot.data.reading import describe_mode
 from chatgot.errors import DataError

@@ -11,7 +11,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.reading import fp32_weights
 from chatgot.config.run import ModelConfig

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,

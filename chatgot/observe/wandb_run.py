@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.distributed import python_path
 from chatgot.files import write_atomically
 from chatgot.observe.journal import newest_step

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.observe.journal import Branch, read_lines
 
 TOLERANCE = 1e-5

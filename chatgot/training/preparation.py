@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.checkpoint import load, manifest
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import Difference, RunFields

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import Found
 from chatgot.config.run import RunConfig
 from chatgot.data.prepared import PreparedData

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.checkpoint import faults, rng, room
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.resume import CHANGED, resume

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.file import apply_overrides
 from chatgot.devices import GIB, device_facts, device_of_machine

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.devices import visible_gpus

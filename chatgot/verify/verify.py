@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chatgot import run_folder
+import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.errors import CheckpointError
 from chatgot.observe.journal import Branch, read_journal, read_lines
