@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chatgot.checkpoint import rng
+from chatgot.config.effects import effect
 from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json.engine_config import EngineConfig
 from chatgot.distributed import ControlGroup
@@ -23,54 +24,10 @@ from chatgot.run_folder import flattened
 
 logger = logging.getLogger(__name__)
 
-_NO_NUMBER = (
-    "train.log_every",
-    "train.eval_every",
-    "train.sample_",
-    "ds.chatgot.checkpoint",
-    "ds.chatgot.guard",
-    "ds.wandb",
-    "ds.tensorboard",
-    "ds.csv_monitor",
-    "ds.comet",
-    "ds.steps_per_print",
-    "ds.wall_clock_breakdown",
-    "ds.memory_breakdown",
-    "ds.dump_state",
-    "ds.timers",
-    "ds.flops_profiler",
-    "ds.comms_logger",
-    "ds.checkpoint",
-    "ds.aio",
-)
-"""Settings, by the beginning of their names, that change no number of a run."""
-
-_ROUNDING = (
-    "ds.train_micro_batch_size_per_gpu",
-    "ds.gradient_accumulation_steps",
-    "ds.zero_",
-    "ds.bf16",
-    "ds.fp16",
-    "ds.torch_autocast",
-    "ds.data_types",
-    "ds.communication_data_type",
-    "ds.prescale_gradients",
-    "ds.gradient_predivide_factor",
-    "ds.activation_checkpointing",
-    "ds.chatgot.activation_checkpointing",
-    "ds.chatgot.compile",
-    "ds.optimizer.params.torch_adam",
-    "ds.optimizer.params.fused",
-)
-"""Settings that change roundings only."""
-
 
 def changes_numbers(name: str) -> bool:
-    """Tell whether a setting, named as overrides name it, is meant to change a run's numbers.
-
-    A line of run_folder.changed_settings will do, too: it begins with the name.
-    """
-    return not name.startswith((*_NO_NUMBER, *_ROUNDING))
+    """Tell whether a setting, or a line of run_folder.changed_settings, is meant to change a run's numbers."""
+    return effect(name) in ("batches", "numbers")
 
 
 def setup(
@@ -106,7 +63,7 @@ def setup(
         "threads": torch.get_num_threads() if device.startswith("cpu") else None,
         "torch": versions["torch"],
         "deepspeed": versions["deepspeed"],
-        "layout": _hash({name: value for name, value in settings.items() if name.startswith(_ROUNDING)}),
+        "layout": _hash({name: value for name, value in settings.items() if effect(name) == "rounding"}),
     }
     return Setup(
         id=_hash({"numbers": numbers, "topology": topology, "deterministic": deterministic}),
