@@ -57,4 +57,7 @@ def effect(name: str) -> Effect:
 
     A line of run_folder.changed_settings will do, too: it begins with the name.
     """
-    return next((kind for kind, beginnings in _BEGINNINGS.items() if name.startswith(beginnings)), "numbers")
+    for kind, beginnings in _BEGINNINGS.items():
+        if name.startswith(beginnings):
+            return kind
+    return "numbers"
