@@ -17,7 +17,7 @@ from tests.training.poison import Poison
 def main() -> None:
     faulthandler.dump_traceback_later(540, exit=True)
     plan = json.loads(Path(sys.argv[1]).read_text())
-    found, ranks = {}, ControlGroup()
+    found = {}
     for name, line in plan["runs"].items():
         print(name, flush=True)
         loop = run.prepare_run(in_process.arguments(line), find_place())
@@ -28,6 +28,7 @@ def main() -> None:
         except NumericsError as error:
             outcome = {"exit_code": error.exit_code, "text": str(error)}
         found[name] = [outcome, None if poison is None else poison.fed]
+    ranks = ControlGroup()
     gathered = ranks.gather(found)
     if ranks.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(gathered))
