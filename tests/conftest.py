@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 from pathlib import Path
@@ -37,6 +38,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs fp16 where the CPU has none, before any fixture is set up."""
     if item.get_closest_marker("fp16") and not takes_fp16():
         pytest.skip("this CPU does not compute in fp16")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_imports() -> None:
+    """What collection has imported is never garbage: DeepSpeed collects garbage whenever it builds a ZeRO-3 engine."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
