@@ -21,8 +21,28 @@ LAUNCHING = ("tests/distributed", "tests/faults", "tests/launch", "tests/gpu", "
 STARTS = ("run_ranks", "subprocess", "Probes", "in_process.train(")
 
 
+LONG = (
+    "tests/distributed/test_any_to_any.py",
+    "tests/training/test_guard.py",
+    "tests/faults",
+    "tests/tuning",
+    "tests/plan/test_peak.py",
+    "tests/checkpoint/test_room.py",
+    "tests/distributed",
+    "tests/checkpoint",
+    "tests/training",
+)
+"""What takes longest goes first, so that two workers end at the same time."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `launches` what starts processes or trains: `make test-fast` leaves it out."""
+    """Put the long ones first, and mark `launches` what starts processes or trains: `make test-fast` leaves it out."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT).as_posix()
+        return next((number for number, long in enumerate(LONG) if path.startswith(long)), len(LONG))
+
+    items.sort(key=place)
     sources: dict[Path, bool] = {}
     for item in items:
         path = item.path
