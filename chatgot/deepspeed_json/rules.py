@@ -1,5 +1,5 @@
-"""The table of rules about a DeepSpeed JSON: what DeepSpeed refuses late, does wrongly or drops in silence (errors), what
-is legal and yet wrong or unwise (warnings), and what is good to know (notes).
+"""The table of rules about a DeepSpeed JSON: what DeepSpeed refuses late, does wrongly or drops in silence (errors),
+what is legal and yet wrong or unwise (warnings), and what is good to know (notes).
 
 train.py, `chatgot check` and `check --explain` all take them from here. A row: keys, condition, message, source.
 """
@@ -125,9 +125,9 @@ RULES: tuple[Rule, ...] = (
     accepts("managed_gradient_accumulation",
             "not supported by ChatGoT, whose loop leaves accumulation to DeepSpeed", True),
     accepts("disable_allgather", "DeepSpeed reads this key and does nothing; delete it", False, None),
-    accepts("checkpoint.load_universal", 
-            "not supported by ChatGoT yet: left in a file it makes every later restart load the old universal checkpoint "
-            "again", False, None),
+    accepts("checkpoint.load_universal",
+            "not supported by ChatGoT yet: left in a file it makes every later restart load the old universal "
+            "checkpoint again", False, None),
     accepts("checkpoint.writer",
             "not supported by ChatGoT: DeepSpeed cannot read back what these writers wrote under torch >= 2.6"),
     accepts("checkpoint.use_node_local_storage",
@@ -150,7 +150,8 @@ RULES: tuple[Rule, ...] = (
     error("fp16.enabled", lambda s, on: on and not s.facts.fp16 and {"device": s.device, "supported": _supported(s)},
           "fp16 is not supported on this device ({device}); use {supported}", device=True),
     error("bf16.enabled fp16.enabled", lambda s, on: on and s.stage == 0,
-          "16-bit training at ZeRO stage 0 starts wrongly (DeepSpeed takes one optimizer step before training); set zero_optimization.stage = 1, also on one GPU",
+          "16-bit training at ZeRO stage 0 starts wrongly (DeepSpeed takes one optimizer step before training); "
+          "set zero_optimization.stage = 1, also on one GPU",
           "fp16/unfused_optimizer.py: a step with zero gradients when the wrapper of stage 0 starts"),
     *(error("torch_autocast.enabled", lambda s, on, name=name: on and s.v[f"{name}.enabled"],
             f"{name}.enabled is true too; autocast keeps fp32 parameters, {name} casts them: enable one of them")
@@ -186,7 +187,8 @@ RULES: tuple[Rule, ...] = (
           and s.v.fp16.loss_scale == 0 and value <= 0, "must be > 0 with dynamic loss scaling (fp16.loss_scale = 0)",
           "runtime/precision_config.py, _validate_dynamic_loss_scale_params"),
     warning("data_types.grad_accum_dtype", lambda s, dtype: s.v.bf16.enabled is True and dtype is None
-            and s.batch is not None and s.batch.accumulation > _ACCUMULATION_THAT_ROUNDS and {"accumulation": s.batch.accumulation},
+            and s.batch is not None and s.batch.accumulation > _ACCUMULATION_THAT_ROUNDS
+            and {"accumulation": s.batch.accumulation},
             '{accumulation} micro batches are summed in bf16, which rounds; set data_types.grad_accum_dtype = "fp32"',
             absent=True, late=True),
     note("bf16.bf16_master_weights_and_grads", lambda s, on: on,
