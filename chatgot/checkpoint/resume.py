@@ -1,6 +1,4 @@
-"""Resuming a checkpoint with the same settings, through DeepSpeed's own files, or with others, parameter by
-parameter.
-"""
+"""Resuming a checkpoint: with the same settings through DeepSpeed's own load, with others parameter by parameter."""
 
 from __future__ import annotations
 
@@ -10,11 +8,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.load import Found, explained, weights_only
 from chatgot.checkpoint.manifest import MAY_CHANGE, ClientState
-from chatgot.checkpoint.portable import PortableState, write_portable
-from chatgot.checkpoint.reading import explained, read_portable, weights_only
+from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, PortableState, read_portable
 from chatgot.distributed import ControlGroup
 from chatgot.engine import zero_view
 from chatgot.errors import CheckpointError
@@ -88,13 +87,7 @@ def resume(engine: Any, found: Found, now: Mapping[str, Any], ranks: ControlGrou
     if not changed:
         client_state, more = load(engine, found, ranks)
         return client_state, notes + more
-    error, state = None, None
-    try:
-        state = read_portable(found)
-    except CheckpointError as caught:
-        error = caught
-    ranks.agree(error)
-    assert state is not None
+    state = ranks.on_every_rank(lambda: read_portable(found))
     write_portable(engine, state, ranks)
     _catch_up(engine)
     notes += _hyper_parameter_changes(engine, state)
@@ -117,21 +110,23 @@ def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[ClientState, l
     Raises:
         CheckpointError: on all ranks, if any could not load.
     """
-    wished = [{key: value for key, value in one.items() if key != "params"} for one in engine.optimizer.param_groups]
-    error, loaded = None, None
-    try:
-        # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
-        with contextlib.redirect_stdout(io.StringIO()), weights_only():
-            path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
+
+    def deepspeed_loads() -> ClientState:
+        try:
+            # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
+            with contextlib.redirect_stdout(io.StringIO()), weights_only():
+                path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
+        except Exception as error:  # files that nobody has checked: whatever torch and DeepSpeed raise
+            raise CheckpointError(f"{found.path}: cannot be loaded: {explained(error)}") from error
         if path is None or "chatgot" not in (loaded or {}):
-            error = CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
-    except Exception as caught:  # noqa: BLE001  # files that nobody has checked: whatever torch and DeepSpeed raise
-        error = CheckpointError(f"{found.path}: cannot be loaded: {explained(caught)}")
-    ranks.agree(error)
+            raise CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
+        return loaded["chatgot"]
+
+    wished = [{key: value for key, value in one.items() if key != "params"} for one in engine.optimizer.param_groups]
+    client_state = ranks.on_every_rank(deepspeed_loads)
     notes = _reapply(engine, wished)
     _catch_up(engine)
-    assert loaded is not None
-    return loaded["chatgot"], notes
+    return client_state, notes
 
 
 def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
@@ -148,9 +143,7 @@ def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
 
 
 def _hyper_parameter_changes(engine: Any, state: PortableState) -> list[str]:
-    """One line per hyper-parameter of a parameter's group that is not the checkpoint's. Groups are matched by their
-    parameters.
-    """
+    """List hyper-parameters that are not the checkpoint's, a line for each. Groups are matched by their parameters."""
     lines: dict[str, None] = {}
     names = zero_view.parameter_names(engine)
     for group, members in zero_view.grouped_parameters(engine):
@@ -187,3 +180,83 @@ def _catch_up(engine: Any) -> None:
         warnings.simplefilter("ignore", UserWarning)  # torch expects a step of the optimizer before
         for _ in range(engine.global_steps - engine.skipped_steps):
             engine.lr_scheduler.step()
+
+
+def parameter_groups(engine: Any) -> list[list[str]]:
+    """Name the parameters in every group of an optimizer without ZeRO, whose state dict numbers them; [] with ZeRO."""
+    if engine.zero_optimization():
+        return []
+    names = zero_view.parameter_names(engine)
+    return [[names[id(p)] for p in members] for _, members in zero_view.grouped_parameters(engine)]
+
+
+def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
+    """Give a new engine the state's weights, optimizer state and counters. Collective.
+
+    The optimizer's hyper-parameters stay those of the engine.
+
+    Raises:
+        CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state
+            is not in memory.
+    """
+    owned = list(zero_view.owned_pieces(engine))
+    ranks.on_every_rank(lambda: _write_optimizer_states(engine, owned, state))
+    with torch.no_grad():
+        for piece in owned:
+            flat = piece.tensor.data.view(-1)
+            for f in piece.fragments:
+                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.read(f.start, f.numel)
+        for name, buffer in engine.module.named_buffers():
+            if name in state.buffers:
+                buffer.copy_(state.buffers[name])
+    zero_view.refresh_16_bit_copies(engine)
+    engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
+    engine.global_samples = state.global_samples
+    scaler = zero_view.loss_scaler(engine)
+    if scaler is not None and scaler.dynamic and state.loss_scaler is not None:
+        for key in LOSS_SCALER_FIELDS:
+            setattr(scaler, key, state.loss_scaler[key])
+
+
+def _write_optimizer_states(engine: Any, owned: list[zero_view.Owned], state: PortableState) -> None:
+    shapes = zero_view.parameter_shapes(engine)
+    saved = {name: tuple(parameter.weight.shape) for name, parameter in state.parameters.items()}
+    for name in sorted(shapes.keys() | saved.keys()):
+        if shapes.get(name) != saved.get(name):
+            theirs = f"shape {saved.get(name)} in the checkpoint"
+            raise CheckpointError(f"parameter {name}: {theirs}, {shapes.get(name)} in this run's model")
+    if setting := zero_view.out_of_reach(engine):
+        refusal = "a checkpoint of other settings cannot be resumed into it; offload to the CPU with ratio 1 first"
+        raise CheckpointError(f"{setting}: {refusal}")
+    if any(parameter.moments or parameter.scalars for parameter in state.parameters.values()):
+        zero_view.create_optimizer_state(engine, owned)
+        for piece in owned:
+            _write_optimizer_state(engine, piece, state)
+
+
+def _write_optimizer_state(engine: Any, piece: zero_view.Owned, state: PortableState) -> None:
+    target = engine.basic_optimizer.state[piece.tensor]
+    if not piece.fragments:
+        return  # a part that is all padding
+    if piece.group.get("use_muon") and target.get(MOMENTUM) is None:
+        target[MOMENTUM] = torch.zeros(piece.momentum_numel, dtype=torch.float32, device=piece.tensor.device)
+    kept = {key for key, value in target.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
+    for name in dict.fromkeys(f.name for f in piece.fragments):
+        saved = state.parameters[name].moments.keys()
+        if kept != saved:
+            raise CheckpointError(
+                f"parameter {name}: the checkpoint's optimizer keeps {', '.join(sorted(saved)) or 'nothing'}, "
+                f"this run's {', '.join(sorted(kept)) or 'nothing'}; give the same optimizer"
+            )
+    for key in kept:
+        flat = target[key].view(-1)
+        for f in piece.momentum if key == MOMENTUM else piece.fragments:
+            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].read(f.start, f.numel)
+    scalars = state.parameters[piece.fragments[0].name].scalars
+    for key, value in scalars.items():
+        if isinstance(target.get(key), torch.Tensor):
+            target[key].fill_(value)
+        elif key in target:
+            target[key] = type(target[key])(value)
+    if "step" in scalars and "step" in piece.group:
+        piece.group["step"] = type(piece.group["step"])(scalars["step"])

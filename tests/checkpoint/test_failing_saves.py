@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.checkpoint.retention import PRUNED
 from chatgot.errors import CheckpointError
 from chatgot.training import run

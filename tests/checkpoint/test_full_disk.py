@@ -11,7 +11,7 @@ import pytest
 
 from chatgot.checkpoint import save as save_module
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.checkpoint.retention import examine
 from chatgot.checkpoint.room import make_room
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
