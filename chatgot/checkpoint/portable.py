@@ -232,7 +232,7 @@ def _without_zero(found: Found, model: dict[str, Any]) -> tuple[dict[str, Portab
 def _tied(
     module: dict[str, torch.Tensor], parameters: dict[str, PortableParameter], buffers: dict[str, torch.Tensor]
 ) -> dict[str, str]:
-    """Find tied weights without ZeRO, where DeepSpeed does not list them: names left over, with a parameter's values."""
+    """Find tied weights without ZeRO, where nothing lists them: the names left over, with a parameter's values."""
     tied = {}
     for name in module.keys() - parameters.keys() - buffers.keys():
         copy, alike = module[name], [p for p in parameters if module[p].shape == module[name].shape]
@@ -251,9 +251,7 @@ def _parameters(
     masters: list[torch.Tensor],
     states: list[dict[str, Any]],
 ) -> Iterator[tuple[str, PortableParameter]]:
-    """The parameters, by name, in a flat tensor that is cut up among the ranks: cuts, masters and the optimizer's states
-    of every rank, in rank order.
-    """
+    """Find the parameters in a flat tensor that is cut up: cuts, masters and optimizer states by rank."""
     index, hyper_parameters = group
     weights = join(shapes, cuts, cuts, masters)
     moments = {}

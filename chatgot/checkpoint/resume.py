@@ -29,11 +29,7 @@ _NOT_COMPARED = frozenset(
 
 
 def layout(deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """Name what else, besides stage, ranks and precision, decides the layout of DeepSpeed's files; for the manifest.
-
-    Args:
-        deepspeed: the resolved JSON.
-    """
+    """Name what, besides stage, ranks and precision, the resolved JSON says of the layout of DeepSpeed's files."""
     zero = deepspeed.get("zero_optimization")
     stated = {key: zero[key] for key in _LAYOUT if zero.get(key) is not None} if isinstance(zero, dict) else {}
     ratio = stated.get("offload_optimizer", {}).get("ratio", 1.0)
@@ -50,18 +46,15 @@ def refuse_layouts(found: Found, now: Mapping[str, Any]) -> None:
     """Refuse what cannot be read or filled parameter by parameter, before an engine is built.
 
     Raises:
-        CheckpointError: something of MAY_CHANGE differs, and the checkpoint or this run offloads to NVMe or a part of
-            the optimizer only.
+        CheckpointError: MAY_CHANGE differs, and either side offloads to NVMe or only a part of the optimizer.
     """
     changed = manifest.differences(found.manifest, now, MAY_CHANGE)
-    if not changed:
-        return
     for whose, fields in (("the checkpoint's run", found.manifest), ("this run", now)):
         kept = fields.get("layout") or {}
         stated = [f"zero_optimization.{key}.device = nvme" for key in _OFFLOADS if kept.get(key) == "nvme"]
         if (ratio := kept.get("offload_optimizer.ratio")) is not None:
             stated.append(f"zero_optimization.offload_optimizer.ratio = {ratio}")
-        if stated:
+        if changed and stated:
             raise CheckpointError(
                 f"{found.path}: {whose} has {stated[0]}, and such a run can be resumed with the same settings only, "
                 f"but different are {', '.join(map(str, changed))}. Resume with the checkpoint's settings; to be free "
@@ -70,10 +63,7 @@ def refuse_layouts(found: Found, now: Mapping[str, Any]) -> None:
 
 
 def resume(engine: Any, found: Found, now: Mapping[str, Any], ranks: ControlGroup) -> tuple[ClientState, list[str]]:
-    """Load a checkpoint into a new engine, whatever its MAY_CHANGE fields are. Collective.
-
-    Args:
-        now: the manifest's fields of this run.
+    """Load a checkpoint into a new engine, whatever its MAY_CHANGE fields are; `now` has those of this run. Collective.
 
     Returns:
         The client state that `Saver.begin` was given, and one line per change.
@@ -103,12 +93,7 @@ def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[ClientState, l
     DeepSpeed returns (None, None) with a warning where there is nothing to load, and its resumed optimizer has the
     checkpoint's learning rate, betas, weight decay and (ZeRO 1-2) clipping, whatever the JSON says.
 
-    Returns:
-        The client state that `Saver.begin` was given, and one line per hyper-parameter that differs from the
-        checkpoint's.
-
-    Raises:
-        CheckpointError: on all ranks, if any could not load.
+    Returns and raises what `resume` does.
     """
 
     def deepspeed_loads() -> ClientState:
@@ -168,11 +153,11 @@ def _scheduled(engine: Any) -> set[str]:
 
 
 def _catch_up(engine: Any) -> None:
-    """Bring a new engine's scheduler, if it has one, to the step that the engine has been brought to.
+    """Bring a new engine's scheduler, if it has one, to the engine's step: it is stepped as often as the optimizer was.
 
-    It is stepped as often as the optimizer has been. Its saved state is not used: torch's schedulers keep the JSON's
-    numbers in it, so that it would undo a change of them, and go on from the optimizer's rate, which is the JSON's
-    after a resume; DeepSpeed's own set the rate only after the next step.
+    Its saved state is not used: torch's schedulers keep the JSON's numbers in it, so that it would undo a change of
+    them, and go on from the optimizer's rate, which is the JSON's after a resume; DeepSpeed's own set the rate only
+    after the next step.
     """
     if engine.lr_scheduler is None:
         return
@@ -191,13 +176,10 @@ def parameter_groups(engine: Any) -> list[list[str]]:
 
 
 def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
-    """Give a new engine the state's weights, optimizer state and counters. Collective.
-
-    The optimizer's hyper-parameters stay those of the engine.
+    """Give a new engine the state's weights, optimizer state and counters, but no hyper-parameters. Collective.
 
     Raises:
-        CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state
-            is not in memory.
+        CheckpointError: on all ranks; parameters or optimizer are not the checkpoint's, or its state is not in memory.
     """
     owned = list(zero_view.owned_pieces(engine))
     ranks.on_every_rank(lambda: _write_optimizer_states(engine, owned, state))

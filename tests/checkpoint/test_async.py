@@ -11,7 +11,7 @@ import torch
 
 from chatgot.checkpoint import load, manifest
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.snapshot import Snapshot, Snapshots
+from chatgot.checkpoint.writing import Snapshot, Snapshots
 from chatgot.errors import CheckpointError, NumericsError
 from chatgot.training import run
 from tests.support import engine_json, write_json, write_run_yaml
