@@ -21,7 +21,7 @@ import torch
 
 from chatgot.checkpoint import faults, manifest
 from chatgot.checkpoint.manifest import Measured
-from chatgot.deepspeed_json.optimizer_states import optimizer_states
+from chatgot.deepspeed_json.optimizers import optimizer_states
 from chatgot.distributed import ControlGroup
 from chatgot.engine import guards
 from chatgot.engine.zero_view import owned_pieces
