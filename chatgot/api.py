@@ -22,9 +22,7 @@ class Run:
 
     def __init__(self, path: str | PathLike[str], tag: str | None = None, device: str = "auto") -> None:
         """See `load`."""
-        self.path = Path(path)
-        self.tag = tag
-        self.device = device
+        self.path, self.tag, self.device = Path(path), tag, device
         run_folder.check(self.path)
 
     def __repr__(self) -> str:
@@ -44,8 +42,9 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl as it stands now, in the order of writing: metrics of logged steps, and a
-        digest per step. After a resume from an older checkpoint, a step may stand there twice.
+        """The whole lines of metrics.jsonl in the order of writing: metrics of logged steps, and a digest per step.
+
+        After a resume from an older checkpoint, a step may stand there twice.
         """
         from chatgot.observe.journal import read_journal
 

@@ -64,10 +64,9 @@ def train_parser() -> argparse.ArgumentParser:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """launch/train.py: train, and end the process with the exit code of the run."""
-    arguments, left = train_parser().parse_args(argv), False
+    arguments = train_parser().parse_args(argv)
 
-    def program() -> int:
-        nonlocal left
+    def program() -> NoReturn:
         from chatgot.deepspeed_json.shipped import find_json
         from chatgot.training.run import TrainArguments, leave
         from chatgot.training.run import train as run
@@ -75,14 +74,12 @@ def train(argv: Sequence[str] | None = None) -> None:
         json = str(find_json(arguments.deepspeed_config))
         code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json))
         leave()
-        left = True
-        return code
+        sys.exit(code)
 
-    code = guarded(program, arguments.debug)
-    if not left and os.environ.get("WORLD_SIZE", "1") != "1":
-        # The process group is still joined. Torn down by the interpreter while other ranks go away, gloo's threads
-        # abort it (SIGABRT) in place of the exit code, and NCCL waits for the others; destroying the group needs all
-        # ranks, which an error does not have.
+    code = guarded(program, arguments.debug)  # returns after a refusal only
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # The process group is still joined, and destroying it needs all ranks. Torn down by the interpreter while
+        # others go away, gloo's threads abort it (SIGABRT) in place of the exit code, and NCCL waits for them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -101,15 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="chatgot",
-        description="Train a GPT on your own text with DeepSpeed, and use it.",
-        epilog="chatgot help COMMAND says more about one of them.",
-    )
+    what, more = "Train a GPT on your own text with DeepSpeed, and use it.", "chatgot help COMMAND says more about one."
+    parser = argparse.ArgumentParser(prog="chatgot", description=what, epilog=more)
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, program: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    def command(name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         added.set_defaults(program=program)
         added.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
@@ -158,8 +152,8 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
     add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
-    add("--vocab_size", type=int, help="of the model in --config (default: the bpe tokenizer's, else 256)")
-    add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    add("--vocab_size", type=_count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
+    add("--world_size", type=_count, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, as for train.py")
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
@@ -223,7 +217,7 @@ def _show_log() -> None:
     show_log(Progress(0))
 
 
-def _prepare(arguments: argparse.Namespace) -> int:
+def _prepare(arguments: argparse.Namespace) -> None:
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import load_run_config
     from chatgot.data.prepare import prepare
@@ -234,14 +228,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
     config = load_run_config(arguments.config, overrides)
     prepared = prepare(texts, arguments.out, config.data, block_size=config.model.max_seq_length)
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
-    return EXIT_DONE
 
 
-def _sample(arguments: argparse.Namespace) -> int:
+def _sample(arguments: argparse.Namespace) -> None:
     from chatgot.inference.sample import SampleArguments, sample
 
     sample(_given(SampleArguments, arguments))
-    return EXIT_DONE
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -258,8 +250,6 @@ def _check(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     if arguments.json is None:
         raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")
-    if arguments.world_size < 1 or (arguments.vocab_size is not None and arguments.vocab_size < 1):
-        raise ConfigError("chatgot check: --world_size and --vocab_size are whole numbers >= 1")
     run_overrides, ds_overrides, refused, n_params = {}, {}, (), None
     try:
         run_overrides, ds_overrides = parse_overrides(arguments.set)
@@ -279,13 +269,12 @@ def _check(arguments: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def _tune(arguments: argparse.Namespace) -> int:
+def _tune(arguments: argparse.Namespace) -> None:
     from chatgot.deepspeed_json.shipped import find_json
     from chatgot.tuning.tune import TuneArguments, tune
 
     _show_log()
     tune(replace(_given(TuneArguments, arguments), deepspeed_config=find_json(arguments.deepspeed_config)))
-    return EXIT_DONE
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -299,14 +288,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     return EXIT_DONE if whole else EXIT_CHECKPOINT
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace) -> None:
     from chatgot.plan.command import PlanArguments, plan
 
     print(plan(_given(PlanArguments, arguments)))
-    return EXIT_DONE
 
 
-def _presets(arguments: argparse.Namespace) -> int:
+def _presets(arguments: argparse.Namespace) -> None:
     from chatgot.config.run import load_run_config, preset_names
     from chatgot.model.shapes import count_parameters
 
@@ -319,14 +307,12 @@ def _presets(arguments: argparse.Namespace) -> int:
         rows.append((name, model.architecture, f"{count:,}", shape, f"{model.max_seq_length}", data.tokenizer))
     _print_table(rows)
     print("parameters: with the tokenizer's vocabulary for bpe, with 95 characters for char")
-    return EXIT_DONE
 
 
-def _configs(arguments: argparse.Namespace) -> int:
+def _configs(arguments: argparse.Namespace) -> None:
     from chatgot.deepspeed_json.shipped import shipped_table
 
     _print_table([("CONFIG", "PRECISION", "ZERO", "USE IT WHEN"), *shipped_table()])
-    return EXIT_DONE
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -336,10 +322,10 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
-def guarded(program: Callable[[], int], debug: bool) -> int:
-    """Run `program`; a refusal becomes one message on rank 0 and its exit code."""
+def guarded(program: Callable[[], int | None], debug: bool) -> int:
+    """Run `program`, which returns its exit code or nothing; a refusal becomes one message on rank 0 and its code."""
     try:
-        return program()
+        return program() or EXIT_DONE
     except ChatGoTError as error:
         if debug:
             traceback.print_exc()

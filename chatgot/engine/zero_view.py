@@ -1,5 +1,6 @@
-"""Every reading of DeepSpeed 0.19.8's private layouts: where weights, masters, moments and gradients lie in an engine
-(runtime/zero/stage_1_and_2.py, zero/stage3.py, bf16_optimizer.py).
+"""Every reading of DeepSpeed 0.19.8's private layouts: where an engine keeps weights, masters, moments and gradients.
+
+Sources: runtime/zero/stage_1_and_2.py, zero/stage3.py, bf16_optimizer.py.
 """
 
 from __future__ import annotations
@@ -47,11 +48,8 @@ def cut_group(
 
 
 def cut_each(numels: Iterable[tuple[str, int]], ranks: int, rank: int) -> list[Fragment]:
-    """ZeRO 3: every parameter of a sub-group is cut into `ranks` equal parts, the last one padded; a rank has its parts
-    in a row.
-    """
-    offset = 0
-    fragments = []
+    """ZeRO 3: each parameter of a sub-group is cut into equal parts, the last padded; a rank has its parts in a row."""
+    offset, fragments = 0, []
     for name, numel in numels:
         part = -(-numel // ranks)
         inside = min(part, numel - rank * part)
@@ -66,8 +64,7 @@ def whole(numels: dict[str, int], fragments: Iterable[Fragment]) -> list[Fragmen
 
     A matrix on the border of two ranks is kept by both.
     """
-    offset = 0
-    matrices = []
+    offset, matrices = 0, []
     for fragment in fragments:
         matrices.append(Fragment(fragment.name, 0, numels[fragment.name], offset))
         offset += numels[fragment.name]
@@ -110,8 +107,7 @@ def owned_pieces(engine: Any) -> Iterator[Owned]:
         for index, (group, members) in enumerate(zip(zero.param_groups, zero.round_robin_bit16_groups)):
             flat, numels = zero.single_partition_of_fp32_groups[index], {names[id(p)]: p.numel() for p in members}
             fragments = cut_group(list(numels.items()), flat.numel(), rank, zero.round_robin_bit16_padding[index])
-            # Muon's update on the CPU keeps its momentum like the weights (stage_1_and_2.py,
-            # _apply_muon_updates_cpu_offload).
+            # On the CPU Muon's momentum lies like the weights (stage_1_and_2.py, _apply_muon_updates_cpu_offload).
             like_weights = zero.cpu_offload or not group.get("use_muon")
             momentum = fragments if like_weights else whole(numels, fragments)
             size = flat.numel() if like_weights else sum(f.numel for f in momentum)
@@ -159,9 +155,7 @@ def out_of_reach(engine: Any) -> str | None:
 
 
 def create_optimizer_state(engine: Any, owned: Sequence[Owned]) -> None:
-    """Let the optimizer make its state itself, in a step with gradients of 0 and a learning rate of 0. Weights stay;
-    the state's values are to be replaced.
-    """
+    """Let the optimizer make its state itself, to be replaced: in a step with gradients and learning rate 0."""
     optimizer = engine.basic_optimizer
     groups = optimizer.param_groups
     gradients = [piece.tensor.grad for piece in owned]
@@ -308,8 +302,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def layer_grad_norms(engine: Any) -> dict[str, float]:
-    """Norms of the averaged gradients by layer, {'embed_tokens': ..., 'layers.0': ...}, unclipped and without a loss
-    scale. Collective: ZeRO assembles one parameter's gradient after the other.
+    """Norms of the averaged gradients by layer, {'embed_tokens': ..., 'layers.0': ...}, unclipped and unscaled.
+    Collective: ZeRO assembles one parameter's gradient after the other.
     """
     from deepspeed.utils import safe_get_full_grad
 

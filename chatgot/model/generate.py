@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.errors import NumericsError
-from chatgot.model.gpt import GPT
-from chatgot.model.kv_cache import KVCache
+from chatgot.model.gpt import GPT, KVCache
 
 
 @torch.no_grad()
@@ -71,9 +70,9 @@ def generate(
         raise ValueError(f"{type(model).__name__} contains no GPT")
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
+        shape = tuple(input_ids.shape)
         raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least one of each (an empty "
-            f"prompt?)"
+            f"input_ids has shape {shape}: expected (rows, tokens), one of each at least (an empty prompt?)"
         )
     window = gpt.config.max_seq_length if max_seq_length is None else max_seq_length
     if not 1 <= window <= gpt.config.max_seq_length:
@@ -90,18 +89,16 @@ def generate(
     with _evaluating(model):
         for length in range(prompt_length, prompt_length + max_new_tokens):
             start = context_start(length, window)
-            if cache is not None and start == cached_start:
-                logits = model(text[:, length - 1 : length], cache=cache, last_only=True)  # (B, 1, V)
-            else:
-                if cache is not None:
-                    cache.reset()
-                    cached_start = start
-                logits = model(text[:, start:length], cache=cache, last_only=True)  # (B, 1, V)
+            first = start
+            if cache is not None:
+                if start == cached_start:
+                    first = length - 1
+                else:
+                    cache.length, cached_start = 0, start
+            logits = model(text[:, first:length], cache=cache, last_only=True)  # (B, 1, V)
             last = logits[:, -1].float().cpu()  # (B, V)
             if not torch.isfinite(last).all():
-                raise NumericsError(
-                    f"sampling: the logits after {length} tokens are not finite; the weights have diverged"
-                )
+                raise NumericsError(f"sampling: logits after {length} tokens are not finite; the weights have diverged")
             for row in range(rows):
                 if not running[row]:
                     continue
@@ -143,9 +140,7 @@ def sample(
     """Draw one token from logits (V,) fp32 on the CPU; the settings are those of `generate`."""
     if temperature < torch.finfo(logits.dtype).tiny:  # 0, or too small to divide by
         return int(logits.argmax())
-    scaled = (
-        logits - logits.max()
-    ) / temperature  # <= 0, so that a small temperature underflows instead of overflowing
+    scaled = (logits - logits.max()) / temperature  # <= 0, so a small temperature underflows instead of overflowing
     if top_k is None and top_p is None:
         return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
     scaled, tokens = scaled.sort(descending=True, stable=True)  # ties: the lower token id first

@@ -28,9 +28,9 @@ from chatgot.distributed import Place, find_place
 from chatgot.engine import guards
 from chatgot.engine import step as engine_step
 from chatgot.engine.build import build, join
-from chatgot.engine.step import TrainingEngine, diagnose, mean_over_ranks
+from chatgot.engine.step import TrainingEngine, mean_over_ranks
 from chatgot.model.gpt import GPT
-from chatgot.training.divergence import Guard
+from chatgot.training.divergence import Guard, diagnose
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, present
