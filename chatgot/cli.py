@@ -67,7 +67,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     arguments = train_parser().parse_args(argv)
 
     def program() -> NoReturn:
-        from chatgot.deepspeed_json.shipped import find_json
+        from chatgot.deepspeed_json.read import find_json
         from chatgot.training.run import TrainArguments, leave
         from chatgot.training.run import train as run
 
@@ -270,7 +270,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from chatgot.deepspeed_json.shipped import find_json
+    from chatgot.deepspeed_json.read import find_json
     from chatgot.tuning.tune import TuneArguments, tune
 
     _show_log()
@@ -310,7 +310,7 @@ def _presets(arguments: argparse.Namespace) -> None:
 
 
 def _configs(arguments: argparse.Namespace) -> None:
-    from chatgot.deepspeed_json.shipped import shipped_table
+    from chatgot.deepspeed_json.read import shipped_table
 
     _print_table([("CONFIG", "PRECISION", "ZERO", "USE IT WHEN"), *shipped_table()])
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.bench import measuring
-from chatgot.deepspeed_json.schema import CUDA_ONLY
+from chatgot.deepspeed_json.rules import CUDA_ONLY
 from chatgot.devices import device_facts
 from chatgot.engine import zero_view
 from chatgot.engine.build import wire_activation_checkpointing

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import Place
 from chatgot.engine import guards
 from chatgot.engine.optimizer import build_client_optimizer, is_muon, parameter_groups, weight_decay

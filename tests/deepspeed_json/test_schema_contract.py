@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json import optimizers, schema
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.deepspeed_json.schema import Key, Section
 from chatgot.errors import ConfigError
 from tests.deepspeed_json.conftest import (
@@ -268,10 +268,10 @@ def test_names_of_types_modes_and_levels_are_deepspeeds() -> None:
         (schema.FP32_NAMES, torch.float32),
     ):
         assert set(names) == set(ds_config.DtypeEnum(dtype)._all_values[1:])  # type: ignore[attr-defined]
-    validation = schema.NODES["checkpoint.tag_validation"]
-    assert isinstance(validation, Key)
+    level, validation = schema.NODES["log_level"], schema.NODES["checkpoint.tag_validation"]
+    assert isinstance(level, Key) and isinstance(validation, Key)  # noqa: PT018
     assert {choice.upper() for choice in validation.choices} == set(CHECKPOINT_TAG_VALIDATION_MODES)
-    assert set(schema.LOG_LEVELS) == set(log_levels)
+    assert set(level.choices) == set(log_levels)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -285,17 +285,17 @@ def arguments(function: Any, but: tuple[str, ...]) -> set[str]:
 
 
 def test_optimizer_names_are_deepspeeds() -> None:
-    assert set(schema.DEEPSPEED_OPTIMIZERS) == set(ds_config.DEEPSPEED_OPTIMIZERS)
+    assert set(optimizers.DEEPSPEED_OPTIMIZERS) == set(ds_config.DEEPSPEED_OPTIMIZERS)
     torch_names = {
         name
         for name, cls in vars(torch.optim).items()
         if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
     }
-    ours = set(schema.TORCH_OPTIMIZERS) | set(schema.REFUSED_OPTIMIZERS)
-    assert {name for name in torch_names - ours if name.lower() not in schema.DEEPSPEED_OPTIMIZERS} == set(), (
+    ours = set(optimizers.TORCH_OPTIMIZERS) | set(optimizers.REFUSED_OPTIMIZERS)
+    assert {name for name in torch_names - ours if name.lower() not in optimizers.DEEPSPEED_OPTIMIZERS} == set(), (
         "new in torch.optim"
     )
-    assert set(schema.TORCH_OPTIMIZERS) - torch_names == set(), "gone from torch.optim"
+    assert set(optimizers.TORCH_OPTIMIZERS) - torch_names == set(), "gone from torch.optim"
 
 
 def test_optimizers_tested_with_zero_are_deepspeeds() -> None:
@@ -355,7 +355,7 @@ def test_no_scheduler_is_forgotten() -> None:
         for name, cls in vars(torch.optim.lr_scheduler).items()
         if isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler) and not name.startswith("_")
     }
-    assert theirs - set(schema.SCHEDULER_PARAMS) - set(schema.REFUSED_SCHEDULERS) - {"LRScheduler"} == set()
+    assert theirs - set(schema.SCHEDULER_PARAMS) - set(optimizers.REFUSED_SCHEDULERS) - {"LRScheduler"} == set()
 
 
 # ------------------------------------------------------------------------------------------------------------- what we

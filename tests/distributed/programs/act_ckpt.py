@@ -26,7 +26,7 @@ import chatgot.engine.build as building
 from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
 from chatgot.engine.build import build, join

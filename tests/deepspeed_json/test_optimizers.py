@@ -14,8 +14,8 @@ from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.optimizer_states import optimizer_states
+from chatgot.deepspeed_json import optimizers
+from chatgot.deepspeed_json.optimizers import optimizer_states
 
 SHAPES = ((6, 4), (3, 2, 5), (7,))
 SWITCHES: dict[str, list[dict[str, Any]]] = {
@@ -26,7 +26,7 @@ SWITCHES: dict[str, list[dict[str, Any]]] = {
 }
 TORCH = [
     (name, arguments)
-    for name in ("Adam", "AdamW", "Adagrad", *schema.TORCH_OPTIMIZERS)
+    for name in ("Adam", "AdamW", "Adagrad", *optimizers.TORCH_OPTIMIZERS)
     for arguments in ({}, *SWITCHES.get(name, []))
 ]
 DEEPSPEED = {
@@ -102,8 +102,8 @@ def test_muons_two_halves():
 
 
 def test_every_optimizer_that_a_json_may_name_is_in_the_table():
-    for name in (*schema.DEEPSPEED_OPTIMIZERS, *schema.TORCH_OPTIMIZERS):
-        if name not in schema.REFUSED_OPTIMIZERS:
+    for name in (*optimizers.DEEPSPEED_OPTIMIZERS, *optimizers.TORCH_OPTIMIZERS):
+        if name not in optimizers.REFUSED_OPTIMIZERS:
             assert optimizer_states(name, {}).scalars >= 0
     with pytest.raises(KeyError):
         optimizer_states("LBFGS", {})
