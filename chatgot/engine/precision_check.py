@@ -47,12 +47,11 @@ class PrecisionCheck:
 
     def describe(self) -> str:
         """One line."""
-        loss, norm = self.differences
+        loss, norm = (f"(differ by {by:.1e}, bound {most:g})" for by, most in zip(self.differences, self.bounds))
         return (
             f"precision check, {self.samples} sample(s) per rank in {self.precision} and fp32: "
-            f"loss {self.loss:.5f} and {self.loss_fp32:.5f} (differ by {loss:.1e}, bound {self.bounds[0]:g}), "
-            f"gradient norm {self.grad_norm:.5g} and {self.grad_norm_fp32:.5g} (differ by {norm:.1e}, "
-            f"bound {self.bounds[1]:g})"
+            f"loss {self.loss:.5f} and {self.loss_fp32:.5f} {loss}, "
+            f"gradient norm {self.grad_norm:.5g} and {self.grad_norm_fp32:.5g} {norm}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -75,9 +75,7 @@ class GPT(nn.Module):
         """Recompute every n-th block in the backward pass, beginning with the first; None turns it off.
 
         Args:
-            checkpoint: called as checkpoint(block, x) with x (B, T, C) the only tensor argument, during training
-                forwards with gradients. torch: functools.partial(torch.utils.checkpoint.checkpoint,
-                use_reentrant=False).
+            checkpoint: called as checkpoint(block, x), x (B, T, C) its only tensor, in forwards that need gradients.
         """
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers = {every_n_layers}: must be at least 1")
@@ -92,19 +90,14 @@ class GPT(nn.Module):
         reduction: Literal["mean", "sum", "none"] = "mean",
         last_only: bool = False,
     ) -> Tensor:
-        """Logits, or with targets the loss.
+        """Logits (B, T, V) in the model's dtype, or with targets the loss in nats, an fp32 scalar.
 
         Args:
             input_ids: (B, T) int64.
             targets: (B, T) int64, the token that follows each input; -100 counts in no loss.
-            cache: keys and values of the tokens before input_ids; filled and advanced. Only one token at a time may
-                follow a filled cache.
-            reduction: of the loss; mean and sum run over the targets that count. The mean over none of them is NaN.
-            last_only: logits of the last position only.
-
-        Returns:
-            logits (B, T, V), or (B, 1, V) with last_only, in the model's dtype; or the loss in nats, fp32: a scalar, or
-            (B, T) with reduction 'none' (0 where ignored).
+            cache: keys and values of the tokens before input_ids, to be filled; one token at a time may follow them.
+            reduction: over the targets that count; the mean over none is NaN. none: a loss (B, T), 0 where ignored.
+            last_only: logits of the last position only, (B, 1, V).
 
         Raises:
             ValueError: more tokens than max_seq_length, or arguments that exclude each other.

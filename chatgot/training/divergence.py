@@ -113,22 +113,15 @@ def stopped(why: str, saver: Saver, ranks: ControlGroup) -> NumericsError:
     return NumericsError(f"{why}; {named}")
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """One rank's share of a skipped batch, computed again without dropout."""
-
-    losses: list[float]
-    """Of this rank's samples in order, nats per token."""
-    gradients_finite: bool
-    """Whether this rank's own gradients, not averaged with the others', are."""
-
-
-def diagnose(engine: TrainingEngine, micro_batches: Iterable[Batch]) -> Diagnosis:
-    """Compute a skipped step's batch again, sample by sample and rank by rank. Collective.
+def diagnose(engine: TrainingEngine, micro_batches: Iterable[Batch]) -> tuple[list[float], bool]:
+    """Compute this rank's share of a skipped batch again, without dropout. Collective.
 
     Averaged gradients do not tell whose they were. Weights, counters, random state and parameters' .grad stay: the
     engine's own backward would count and reduce, so gradients are asked of torch directly. Each is looked at as it
     comes and given up at once: at ZeRO 2-3 there is no room for all.
+
+    Returns:
+        The loss of each sample, in nats per token, and whether this rank's own gradients are finite.
     """
     module, device = engine.engine.module, engine.device
     losses: list[float] = []
@@ -152,7 +145,7 @@ def diagnose(engine: TrainingEngine, micro_batches: Iterable[Batch]) -> Diagnosi
         module.train(was_training)
         for hook in hooks:
             hook.remove()
-    return Diagnosis(losses, all(map(bool, finite)))
+    return losses, all(map(bool, finite))
 
 
 def describe_skip(
@@ -182,10 +175,9 @@ def describe_skip(
     }
     if engine.skips_in_a_row == 0:
         return {"searches_loss_scale": True, **common}
-    diagnosis = diagnose(engine, batches.micro_batches(first_sample))
-    indices = batches.indices(first_sample).tolist()
-    mine = (math.isfinite(float(loss)), diagnosis.gradients_finite, dict(zip(indices, diagnosis.losses, strict=True)))
-    shares = ranks.gather(mine)
+    own_losses, gradients_finite = diagnose(engine, batches.micro_batches(first_sample))
+    by_index = dict(zip(batches.indices(first_sample).tolist(), own_losses, strict=True))
+    shares = ranks.gather((math.isfinite(float(loss)), gradients_finite, by_index))
     losses: dict[int, float] = {index: value for share in shares for index, value in share[2].items()}
     worst = sorted(losses, key=lambda index: (math.isfinite(losses[index]), -losses[index], index))[:TEXTS]
     finite = [gradients_fine and all(map(math.isfinite, values.values())) for _, gradients_fine, values in shares]

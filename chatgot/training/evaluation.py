@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,19 @@ import torch
 import torch.distributed as dist
 
 from chatgot.config.run import TrainConfig
-from chatgot.data.loader import IGNORE_INDEX
+from chatgot.data.loader import IGNORE_INDEX, Batch
 from chatgot.data.prepared import PreparedData
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.distributed import ControlGroup
 from chatgot.errors import ConfigError
 from chatgot.model.generate import generate
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean over every target token of the split, all ranks."""
-
-    loss: float
-    """Nats per token."""
-    tokens: int
-
-    def bits_per_char(self, characters_per_token: float) -> float:
-        """The same, per character of text."""
-        return self.loss / math.log(2) / characters_per_token
+Sample = tuple[str, str]
+"""A prompt and its continuation."""
 
 
-def evaluate(engine: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> Evaluation:
-    """Token-weighted loss over `batches`, summed over ranks.
+def evaluate(engine: Any, batches: Iterable[Batch], device: torch.device) -> float:
+    """Mean loss over every target token of `batches`, on all ranks, in nats.
 
     Collective: every rank must have as many batches, because ZeRO-3 gathers in forward. Leaves training mode and the
     random state as they were: nothing is drawn in evaluation mode.
@@ -52,15 +40,7 @@ def evaluate(engine: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], 
         dist.all_reduce(shared)
         total = shared.cpu()
     engine.train(was_training)
-    return Evaluation(float(total[0] / total[1]), int(total[1]))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with its continuation."""
-
-    prompt: str
-    text: str
+    return float(total[0] / total[1])
 
 
 def usable_prompts(prompts: tuple[str, ...], data: PreparedData) -> tuple[list[str], list[str]]:
@@ -110,13 +90,7 @@ def draw(
         if prompt is not None:
             mine.append((index, prompt, tokenizer.decode(new)))
     engine.module.train(was_training)
-    drawn = sorted(one for share in ranks.gather(mine) for one in share)
-    return [Sample(prompt, text) for _, prompt, text in drawn]
-
-
-def as_text(samples: list[Sample]) -> str:
-    """What a file of samples holds."""
-    return "\n\n".join(f"=== {s.prompt!r}\n{s.prompt}{s.text}" for s in samples) + "\n"
+    return [(prompt, text) for _, prompt, text in sorted(one for share in ranks.gather(mine) for one in share)]
 
 
 def write_samples(path: Path, text: str) -> None:

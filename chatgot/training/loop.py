@@ -227,15 +227,12 @@ class Loop:
     def _evaluate(self, step: int) -> bool:
         """Journal the loss over the whole validation split; whether it is the best so far. Collective."""
         with self._doing(f"the evaluation after step {step}", "eval"):
-            result = evaluation.evaluate(self.engine.engine, self.eval_batches, self.engine.device)
-        meta = self.data.meta.val
-        metrics = {
-            "val/loss": result.loss,
-            "val/bits_per_char": result.bits_per_char(meta.characters / meta.tokens),
-        }
-        improved = self.position.best_val_loss is None or result.loss < self.position.best_val_loss
+            loss = evaluation.evaluate(self.engine.engine, self.eval_batches, self.engine.device)
+        meta, best = self.data.meta.val, self.position.best_val_loss
+        metrics = {"val/loss": loss, "val/bits_per_char": loss / math.log(2) / (meta.characters / meta.tokens)}
+        improved = best is None or loss < best
         if improved:
-            self.position.best_val_loss = result.loss
+            self.position.best_val_loss = loss
         self.position.last_val = {"step": step, **metrics}
         self.records.metrics(step, metrics)
         self.records.progress.line(step, metrics)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from chatgot.checkpoint.manifest import ClientState
+from chatgot.deepspeed_json.batch import MICRO
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.devices import GIB
 from chatgot.distributed import ControlGroup
+from chatgot.engine.step import TrainingEngine
 from chatgot.engine.zero_view import live_model_states
 from chatgot.errors import ChatGoTError
 from chatgot.observe.memory import peak_memory_gib
@@ -21,6 +24,8 @@ from chatgot.training.records import Records
 from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
+
+_OVERRULED = f"another {MICRO} in the JSON overrules this"
 
 AT_STEP = 2
 """Of this process: at the first step the optimizer has no moments yet."""
@@ -69,6 +74,34 @@ class MemoryCheck:
             "measured": measured,
             "peak_is": "torch.cuda.max_memory_allocated" if on_cuda else "resident set of the process",
         }
+
+
+def with_stored_micro_batch(config: EngineConfig, out_dir: Path, ranks: ControlGroup) -> tuple[EngineConfig, list[str]]:
+    """Take the smaller micro-batch that an earlier start stored, when memory ran out; notes say so. Collective."""
+    per_rank = config.train_batch_size // ranks.world_size
+    stored = ranks.on_rank_0(lambda: micro_batch.stored(out_dir, config.micro_batch_size, per_rank))
+    if stored is None or stored[0] >= config.micro_batch_size:
+        return config, []
+    smaller, reason = stored
+    note = f"micro-batch {smaller}, accumulation {per_rank // smaller}: {reason}; {_OVERRULED}"
+    return micro_batch.with_micro_batch(config, smaller, ranks.world_size), [note]
+
+
+def use_micro_batch_of(state: ClientState, engine: TrainingEngine, json_micro_batch: int, world_size: int) -> list[str]:
+    """Use the micro-batch that memory was enough for, unless the JSON's own is another one now. A note, or none."""
+    config, carried = engine.config, state.get("micro_batch")  # older checkpoints have none
+    if carried is None or carried["json"] == carried["used"]:
+        return []
+    if carried["json"] != json_micro_batch:
+        theirs = f"{carried['json']}, of which memory allowed {carried['used']}"
+        what = f"the JSON's is another one than the checkpoint's run had ({theirs})"
+        return [f"micro-batch {config.micro_batch_size}: {what}"]
+    micro = micro_batch.largest_divisor(config.train_batch_size // world_size, carried["used"])
+    if micro >= config.micro_batch_size:
+        return []
+    engine.set_micro_batch(micro)
+    why = f"memory ran out with the JSON's {json_micro_batch} before the checkpoint"
+    return [f"micro-batch {micro}, accumulation {engine.config.accumulation}: {why}; {_OVERRULED}"]
 
 
 def ran_out(

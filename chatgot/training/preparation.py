@@ -1,4 +1,4 @@
-"""What a run settles before its first step: data, identity, checkpoint, disk, micro-batch. Only the lock is written."""
+"""What a run settles before its first step: which run it is, its data, and the checkpoint. Only the lock is written."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from typing import Any
 import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint import load, manifest, rng, room
+from chatgot.checkpoint import load, manifest, rng
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import ClientState, Difference, RunFields
 from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
-from chatgot.checkpoint.save import Saver
 from chatgot.config.run import RunConfig
 from chatgot.data.cache import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
-from chatgot.deepspeed_json.batch import MICRO
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
@@ -29,7 +27,6 @@ from chatgot.engine.optimizer import state_kind
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ChatGoTError, DataError
 from chatgot.model.gpt import GPT
-from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +66,7 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
     patient: Any = None
     if place.world_size > 1:
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    data, error = None, None
+    data = error = None
     for turn in (True, False):
         if (place.local_rank == 0) == turn and error is None:
             try:
@@ -81,12 +78,9 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
             dist.barrier(group=patient)
     ranks.agree(error)
     assert data is not None
-    fingerprints = set(ranks.gather(data.fingerprint))
-    if len(fingerprints) > 1:
-        raise DataError(
-            f"--data {spec}: the ranks see different data (fingerprints {sorted(fingerprints)}); give every machine "
-            "the same files"
-        )
+    if len(fingerprints := sorted(set(ranks.gather(data.fingerprint)))) > 1:
+        what = f"the ranks see different data (fingerprints {fingerprints})"
+        raise DataError(f"--data {spec}: {what}; give every machine the same files")
     return data
 
 
@@ -145,14 +139,9 @@ def choose_checkpoint(
 
 
 def load_checkpoint(
-    engine: TrainingEngine,
-    checkpoint: Found,
-    different: list[Difference],
-    fields: RunFields,
-    json_micro_batch: int,
-    ranks: ControlGroup,
+    engine: TrainingEngine, checkpoint: Found, different: list[Difference], fields: RunFields, ranks: ControlGroup
 ) -> tuple[Resumed, list[str]]:
-    """Fill the engine with what `choose_checkpoint` chose; put back random state and micro-batch. Returns notes too.
+    """Fill the engine with what `choose_checkpoint` chose, and put back the random state. Returns notes too.
 
     Raises:
         CheckpointError: on all ranks, if any could not load.
@@ -160,70 +149,6 @@ def load_checkpoint(
     client_state, load_notes = resume(engine.engine, checkpoint, fields, ranks)
     notes = [*(f"{CHANGED}{one}" for one in different), *load_notes]
     changes = [note.removeprefix(CHANGED) for note in notes]
-    notes += _use_micro_batch_of(client_state, engine, json_micro_batch, ranks.world_size)
     seed, step = fields["train"]["seed"], engine.engine.global_steps
     notes += rng.resume(client_state["rng"], seed, ranks.rank, ranks.world_size, step)
     return Resumed(checkpoint, client_state, changes), notes
-
-
-def _use_micro_batch_of(
-    state: ClientState, engine: TrainingEngine, json_micro_batch: int, world_size: int
-) -> list[str]:
-    """Use the micro-batch that memory was enough for, unless the JSON's own is another one now. A note, or none."""
-    config, carried = engine.config, state.get("micro_batch")  # older checkpoints have none
-    if carried is None or carried["json"] == carried["used"]:
-        return []
-    if carried["json"] != json_micro_batch:
-        return [
-            f"micro-batch {config.micro_batch_size}: the JSON's is another one than the checkpoint's run had "
-            f"({carried['json']}, of which memory allowed {carried['used']})"
-        ]
-    micro = micro_batch.largest_divisor(config.train_batch_size // world_size, carried["used"])
-    if micro >= config.micro_batch_size:
-        return []
-    engine.set_micro_batch(micro)
-    return [
-        f"micro-batch {micro}, accumulation {engine.config.accumulation}: memory ran out with the JSON's "
-        f"{json_micro_batch} before the checkpoint; another {MICRO} in the JSON overrules this"
-    ]
-
-
-def open_saver(
-    out_dir: Path,
-    engine: TrainingEngine,
-    fields: RunFields,
-    resumed: Resumed | None,
-    max_steps: int,
-    ranks: ControlGroup,
-) -> tuple[Saver, list[str]]:
-    """The saver of the run's checkpoints, and lines for the log: whether those that it will make fit on the disk.
-
-    Raises:
-        ConfigError: on all ranks; chatgot.checkpoint.disk_budget_gb is too small.
-        CheckpointError: on all ranks; not even one checkpoint fits.
-    """
-    folder, damaged, config = out_dir / run_folder.CHECKPOINTS, set(), engine.config
-    if resumed is not None and folder.is_dir() and resumed.checkpoint.folder.samefile(folder):
-        damaged = set(resumed.checkpoint.damaged)
-    estimated_bytes = room.estimate(engine.engine, ranks)
-    saver = Saver(folder, config.chatgot.checkpoint, ranks, estimated_bytes=estimated_bytes, damaged=damaged)
-
-    def look() -> list[str]:
-        expected = room.expected_bytes(folder, fields, estimated_bytes, damaged)
-        return room.preflight(folder, saver.config, expected, max_steps, config.path, damaged)
-
-    return saver, ranks.on_rank_0(look) if engine.engine.global_steps < max_steps else []
-
-
-def with_stored_micro_batch(
-    config: EngineConfig, out_dir: Path, ranks: ControlGroup
-) -> tuple[EngineConfig, str | None]:
-    """The smaller micro-batch that an earlier start of this run stored, when memory was not enough. Collective."""
-    per_rank = config.train_batch_size // ranks.world_size
-    stored = ranks.on_rank_0(lambda: micro_batch.stored(out_dir, config.micro_batch_size, per_rank))
-    if stored is None or stored[0] >= config.micro_batch_size:
-        return config, None
-    smaller, reason = stored
-    size = f"micro-batch {smaller}, accumulation {per_rank // smaller}"
-    note = f"{size}: {reason}; another {MICRO} in the JSON overrules this"
-    return micro_batch.with_micro_batch(config, smaller, ranks.world_size), note

@@ -20,7 +20,7 @@ from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof import digest
 from chatgot.proof.compare import Overlap, Proof, setup
 from chatgot.training import evaluation
-from chatgot.training.evaluation import Sample, as_text
+from chatgot.training.evaluation import Sample
 from chatgot.training.preparation import Resumed, TrainArguments
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,11 @@ class Records:
         """Write samples/step-000500.txt, and show the beginning of the first sample."""
         if self.journal is None:
             return
-        path, text = out_dir / run_folder.SAMPLES / f"step-{step:06d}.txt", as_text(samples)
+        path = out_dir / run_folder.SAMPLES / f"step-{step:06d}.txt"
+        text = "\n\n".join(f"=== {prompt!r}\n{prompt}{continued}" for prompt, continued in samples) + "\n"
         if self._samples.attempt(lambda: evaluation.write_samples(path, text)):
             self.event("sampled", step=step, path=str(path.relative_to(out_dir)))
-        self.progress.say(f"sample at step {step}: {samples[0].prompt}{samples[0].text[:200]}")
+        self.progress.say(f"sample at step {step}: {samples[0][0]}{samples[0][1][:200]}")
         if self.wandb is not None:
             self.wandb.log_text("samples", text, step)
 

@@ -33,7 +33,7 @@ from chatgot.training.loop import Loop, Position
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.preparation import Resumed, TrainArguments
 from chatgot.training.records import open_records
-from chatgot.training.saving import Saving, StopSignals
+from chatgot.training.saving import Saving, StopSignals, open_saver
 from chatgot.tuning import finder
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     found = None if answer is None else (answer.micro_batch, answer.reason)
     engine_config = resolved.complete(n_params, found).engine_config()
     json_micro_batch = engine_config.micro_batch_size
-    engine_config, micro_note = preparation.with_stored_micro_batch(engine_config, arguments.out_dir, ranks)
+    engine_config, micro_notes = memory.with_stored_micro_batch(engine_config, arguments.out_dir, ranks)
 
     model = GPT(config.model, vocab_size)
     fields = preparation.identity(model, config, engine_config, data, world_size)
@@ -162,18 +162,16 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     notes += prompt_notes
     guard, position, resumed = Guard(engine_config.chatgot.guard), Position(), None
     if checkpoint is not None:
-        resumed, load_notes = preparation.load_checkpoint(
-            engine, checkpoint, different, fields, json_micro_batch, ranks
-        )
+        resumed, load_notes = preparation.load_checkpoint(engine, checkpoint, different, fields, ranks)
         notes += load_notes
+        notes += memory.use_micro_batch_of(resumed.client_state, engine, json_micro_batch, world_size)
         position = Position.of(resumed.client_state)
         if any(one.field == "data" for one in different):  # the numbers are of another validation split
             position = dataclasses.replace(position, best_val_loss=None, last_val={})
         engine.skips_in_a_row = guard.restore(resumed.client_state.get("guard"))
-    if micro_note is not None:
-        notes.append(micro_note)
+    notes += micro_notes
     max_steps = config.train.max_steps
-    saver, disk_notes = preparation.open_saver(arguments.out_dir, engine, fields, resumed, max_steps, ranks)
+    saver, disk_notes = open_saver(arguments.out_dir, engine, fields, checkpoint, max_steps, ranks)
     records, proof = open_records(arguments, place, progress, config, engine, data, resumed, ranks)
     if answer is not None and place.rank == 0:
         answer.store(arguments.out_dir)
@@ -210,20 +208,19 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
 
 def _announce(loop: Loop, resumed: Resumed | None, n_params: int, disk_notes: list[str]) -> None:
-    engine_config, config = loop.engine.config, loop.config
-    lines = run_folder.describe(config.to_dict(), engine_config.to_dict())
-    lines += [
-        f"model: {config.model.architecture}, {human_count(n_params)} parameters ({n_params:,}), "
-        f"vocabulary {loop.data.tokenizer.vocab_size}",
-        f"data: {loop.data.meta.source}, {human_count(len(loop.data.train))} tokens to train on, "
-        f"{human_count(len(loop.data.val))} to validate",
-        f"engine: {engine_config.precision}, ZeRO stage {engine_config.zero_stage}, {loop.ranks.world_size} rank(s) "
-        f"on {loop.engine.device.type}; "
-        f"batch {engine_config.train_batch_size} x {config.model.max_seq_length} tokens",
+    engine, config, data, max_steps = loop.engine.config, loop.config, loop.data, loop.config.train.max_steps
+    model, where = config.model, f"{loop.ranks.world_size} rank(s) on {loop.engine.device.type}"
+    train, val = (human_count(len(tokens)) for tokens in (data.train, data.val))
+    lines = [
+        *run_folder.describe(config.to_dict(), engine.to_dict()),
+        f"model: {model.architecture}, {human_count(n_params)} parameters ({n_params:,}), vocabulary "
+        f"{data.tokenizer.vocab_size}",
+        f"data: {data.meta.source}, {train} tokens to train on, {val} to validate",
+        f"engine: {engine.precision}, ZeRO stage {engine.zero_stage}, {where}; batch {engine.train_batch_size} x "
+        f"{model.max_seq_length} tokens",
     ]
-    max_steps, schedule = config.train.max_steps, engine_config.chatgot.schedule
-    if schedule is not None:
-        lines.append(describe_schedule(max_steps, schedule, loop.engine.base_lrs[0]))
+    if engine.chatgot.schedule is not None:
+        lines.append(describe_schedule(max_steps, engine.chatgot.schedule, loop.engine.base_lrs[0]))
     lines += disk_notes
     if resumed is None:
         lines.append(f"starting a new run in {loop.out_dir}")

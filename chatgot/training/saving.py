@@ -6,11 +6,17 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from chatgot.checkpoint.manifest import ClientState, StateFields
+import chatgot.run_folder as run_folder
+from chatgot.checkpoint import room
+from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.manifest import ClientState, RunFields, StateFields
 from chatgot.checkpoint.save import Saved, Saver
+from chatgot.distributed import ControlGroup
+from chatgot.engine.step import TrainingEngine
 from chatgot.errors import EXIT_SECOND_INTERRUPT, CheckpointError
 from chatgot.training.records import Records
 
@@ -89,6 +95,28 @@ class Saving:
             logger.warning(note)
         times = {"seconds": round(saved.seconds, 3), "stalled_seconds": round(saved.stalled_seconds, 3)}
         self._records.event("saved", step=saved.step, tag=saved.tag, **times, pruned=list(saved.pruned))
+
+
+def open_saver(
+    out_dir: Path, engine: TrainingEngine, fields: RunFields, resumed: Found | None, max_steps: int, ranks: ControlGroup
+) -> tuple[Saver, list[str]]:
+    """The saver of the run's checkpoints, and lines for the log: whether those that it will make fit on the disk.
+
+    Raises:
+        ConfigError: on all ranks; chatgot.checkpoint.disk_budget_gb is too small.
+        CheckpointError: on all ranks; not even one checkpoint fits.
+    """
+    folder, damaged, config = out_dir / run_folder.CHECKPOINTS, set(), engine.config
+    if resumed is not None and folder.is_dir() and resumed.folder.samefile(folder):
+        damaged = set(resumed.damaged)
+    estimated_bytes = room.estimate(engine.engine, ranks)
+    saver = Saver(folder, config.chatgot.checkpoint, ranks, estimated_bytes=estimated_bytes, damaged=damaged)
+
+    def look() -> list[str]:
+        expected = room.expected_bytes(folder, fields, estimated_bytes, damaged)
+        return room.preflight(folder, saver.config, expected, max_steps, config.path, damaged)
+
+    return saver, ranks.on_rank_0(look) if engine.engine.global_steps < max_steps else []
 
 
 class StopSignals:
