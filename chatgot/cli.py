@@ -16,6 +16,8 @@ from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, ChatGoTError
 from chatgot.version import __version__
 
 T = TypeVar("T")
+Add = Callable[..., argparse.Action]
+"""`add_argument` of a parser."""
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
@@ -45,7 +47,7 @@ def train_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     how = "how it is run: a DeepSpeed JSON, or the name of a shipped one (chatgot configs)"
     add("--deepspeed_config", required=True, metavar="NAME|JSON", help=how)
-    _config(parser, "what is trained: a preset (chatgot presets) or a run YAML")
+    _config(add, "what is trained: a preset (chatgot presets) or a run YAML")
     text = "a text file, a folder of them, a prepared folder, or a built-in corpus (default: wars_of_the_roses)"
     add("--data", default="wars_of_the_roses", metavar="SPEC", help=text)
     add("--out_dir", required=True, type=Path, help="the run folder")
@@ -98,43 +100,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    what, more = "Train a GPT on your own text with DeepSpeed, and use it.", "chatgot help COMMAND says more about one."
+    what = "Train a GPT on your own text with DeepSpeed, and use it."
+    more = "chatgot help COMMAND says more about one of them."
     parser = argparse.ArgumentParser(prog="chatgot", description=what, epilog=more)
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+    def command(name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         added.set_defaults(program=program)
         added.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-        return added
+        return added.add_argument
 
     commands.add_parser("train", help="train, in one process; the same as python launch/train.py", add_help=False)
-    _prepare_options(command("prepare", _prepare, "turn text into tokens on disk"))
-    _sample_options(command("sample", _sample, "draw text from a run folder"))
-    _verify_options(command("verify", _verify, "check a run folder: files of every checkpoint, and the journal"))
-    _check_options(command("check", _check, "say everything about a DeepSpeed JSON before anything runs"))
-    _plan_options(command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts"))
-    _tune_options(command("tune", _tune, "find the micro-batch, ZeRO stage and other settings that train fastest"))
-    command("presets", _presets, "list the models that ship, for --config")
-    command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
-    return parser
-
-
-def _config(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
-
-
-def _prepare_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("prepare", _prepare, "turn text into tokens on disk")
     add("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
     add("--out", required=True, type=Path, help="the prepared folder, for --data")
-    _config(parser, "its data section says how")
+    _config(add, "its data section says how")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
-
-def _sample_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("sample", _sample, "draw text from a run folder")
     add("run", type=Path, metavar="RUN", help="the run folder")
     add("--prompt", default="\n", help="text to continue (default: a line break)")
     add("--max_new_tokens", type=int, default=256, help="tokens to draw (default: 256)")
@@ -147,9 +132,12 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     add("--tag", help="checkpoint to use (default: the newest)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
 
+    add = command("verify", _verify, "check a run folder: files of every checkpoint, and the journal")
+    add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
+    add("--replay", type=_count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
+    add("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
 
-def _check_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("check", _check, "say everything about a DeepSpeed JSON before anything runs")
     add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
     add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
     add("--vocab_size", type=_count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
@@ -160,19 +148,10 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
     add("--effective", action="store_true", help="print every value in use and where it comes from")
     add("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
 
-
-def _verify_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
-    add("--replay", type=_count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
-    add("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
-
-
-def _plan_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts")
     how = "how it is run: a DeepSpeed JSON, or the name of a shipped one; with --sweep a folder"
     add("deepspeed_config", nargs="?", type=Path, metavar="JSON", help=how)
-    _config(parser, "what is trained: a preset or a run YAML")
+    _config(add, "what is trained: a preset or a run YAML")
     add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="h200", metavar="NAME|BYTES", help="h200, rtx4090, ..., cpu, or 24GiB (default: h200)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as for train.py")
@@ -180,12 +159,10 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     add("--sweep", action="store_true", help="a table of all JSONs that ship, or of those in the folder given")
     add("--format", default="text", choices=("text", "json"), help="json: for programs, in bytes")
 
-
-def _tune_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("tune", _tune, "find the micro-batch, ZeRO stage and other settings that train fastest")
     how = "a DeepSpeed JSON, or the name of a shipped one; its global batch stays"
     add("deepspeed_config", type=Path, metavar="JSON", help=how)
-    _config(parser, "the model: a preset or a run YAML")
+    _config(add, "the model: a preset or a run YAML")
     add("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
     add("--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
     add("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
@@ -196,6 +173,14 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
     add("--steps", type=_count, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+
+    command("presets", _presets, "list the models that ship, for --config")
+    command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
+    return parser
+
+
+def _config(add: Add, what: str) -> None:
+    add("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
 
 
 def _count(text: str) -> int:

@@ -72,17 +72,15 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
 
     if config.optimizer is None:
         raise ConfigError(f"{config.path}: optimizer: missing; without it there is nothing to train with")
-    groups = parameter_groups(model, weight_decay(config))
+    groups, given = parameter_groups(model, weight_decay(config)), dict(config.deepspeed)
     optimizer, chosen = build_client_optimizer(config, groups)
     notes = [wire_activation_checkpointing(model, config), chosen]
-    given = dict(config.deepspeed)
     if optimizer is not None:
         del given["optimizer"]
         if config.offload_optimizer != "none" and given.get("zero_force_ds_cpu_optimizer", True):
             given["zero_force_ds_cpu_optimizer"] = False
-            notes.append(
-                "zero_force_ds_cpu_optimizer = false: torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would"
-            )
+            why = "torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would"
+            notes.append(f"zero_force_ds_cpu_optimizer = false: {why}")
     if is_muon(config):
         notes += _spare_muon_the_compilers(given, device)
     guards.quiet_memory_report(config.deepspeed)
@@ -134,8 +132,7 @@ def wire_activation_checkpointing(model: GPT, config: EngineConfig) -> str:
 
 def _spare_muon_the_compilers(given: dict[str, Any], device: torch.device) -> list[str]:
     """Take torch's Adam for Muon's Adam half, and on a CPU eager PyTorch for Newton-Schulz; returns notes."""
-    notes = []
-    params = given["optimizer"].get("params") or {}
+    notes, params = [], given["optimizer"].get("params") or {}
     if "torch_adam" not in params:
         given["optimizer"] = {**given["optimizer"], "params": {**params, "torch_adam": True}}
         why = "Muon's Adam half is torch's; DeepSpeed's is the same update, but needs a compiler"

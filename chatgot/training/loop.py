@@ -78,9 +78,8 @@ class Loop:
     memory: MemoryCheck
     guard: Guard
     json_micro_batch: int
-    """What the JSON says; a smaller one is used after memory has run out."""
+    """What the JSON says, or where it leaves that to memory what was found; less is used once memory has run out."""
     micro_batch_is_auto: bool
-    """The JSON leaves it to memory; `json_micro_batch` is what was found."""
     position: Position
     meter: Throughput = field(default_factory=Throughput)
     stopped_by: str | None = None
@@ -201,11 +200,9 @@ class Loop:
         mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval counts what has been computed
         interval = self.meter.interval()
         if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
-            raise self._stopped(
-                f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The "
-                "JSON has switched its check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = "
-                "false)"
-            )
+            why = "the weights are lost. The JSON has switched its check off"
+            keys = "(zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false)"
+            raise self._stopped(f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: {why} {keys}")
         peak = max(self.ranks.gather(peak_memory_gib(self.engine.device.type)))
         if self.records.journal is None or interval is None:
             return
@@ -262,9 +259,8 @@ class Loop:
         """Go back to the newest whole checkpoint, or stop, as chatgot.guard says. Collective.
 
         Weights, optimizer, random state and step number are the checkpoint's, but the data goes on where it was: all
-        samples from the checkpoint's position to the last one that was fed are left out; each later one is used as
-        before, some steps earlier than it would have been. The checkpoint is saved again with the new position, so that
-        a resume leaves out the same.
+        samples from the checkpoint's position to the last one that was fed are left out, and each later one is used
+        some steps earlier. The checkpoint is saved again with the new position: a resume leaves out the same.
 
         Args:
             must: that save is the run's last chance.
@@ -291,9 +287,7 @@ class Loop:
         if self.records.wandb is not None:
             self.records.wandb.rolled_back(from_step)
         self.records.event("rolled_back", checkpoint=good.tag, **self.guard.rollbacks[-1])
-        limit = self.guard.config.max_rollbacks
-        logger.warning(
-            f"{why}. Rolled back to {good.tag} ({number} of {limit} times); samples {first}..{end - 1} are left out, "
-            f"training goes on at sample {end}"
-        )
+        times = f"{number} of {self.guard.config.max_rollbacks} times"
+        left_out = f"samples {first}..{end - 1} are left out, training goes on at sample {end}"
+        logger.warning(f"{why}. Rolled back to {good.tag} ({times}); {left_out}")
         self.save(must)
