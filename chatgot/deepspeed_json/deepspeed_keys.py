@@ -1097,6 +1097,7 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
 """Arguments of the optimizer that DeepSpeed builds for a type (engine.py, _configure_basic_optimizer): "adam/..." serves adamw too,
 "torch.X" is torch.optim.X."""
 
+
 SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
     "LRRangeTest": {
         "lr_range_test_min_lr": key("numbers", None, "First rate of the test.", low=0.0),

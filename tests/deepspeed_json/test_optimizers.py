@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 from chatgot.deepspeed_json import optimizers
 from chatgot.deepspeed_json.optimizers import optimizer_states
+from chatgot.engine.guards import run_muon_uncompiled
 
 SHAPES = ((6, 4), (3, 2, 5), (7,))
 SWITCHES: dict[str, list[dict[str, Any]]] = {
@@ -87,6 +88,7 @@ def test_deepspeeds_optimizers(kind, no_kernels):
 
 
 def test_muons_two_halves():
+    run_muon_uncompiled()
     matrix, cube, vector = parameters()
     groups = [
         {"params": [matrix], "use_muon": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
