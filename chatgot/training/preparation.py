@@ -15,8 +15,8 @@ import chatgot.run_folder as run_folder
 from chatgot.checkpoint import load, manifest, rng
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import ClientState, Difference, RunFields
-from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
+from chatgot.checkpoint.writing import take_back
 from chatgot.config.run import RunConfig
 from chatgot.data.cache import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size

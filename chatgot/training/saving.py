@@ -11,10 +11,11 @@ from types import FrameType
 from typing import Any
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint import room
-from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.load import Found, expected_bytes
 from chatgot.checkpoint.manifest import ClientState, RunFields, StateFields
+from chatgot.checkpoint.retention import preflight
 from chatgot.checkpoint.save import Saved, Saver
+from chatgot.checkpoint.writing import estimate
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import EXIT_SECOND_INTERRUPT, CheckpointError
@@ -109,12 +110,12 @@ def open_saver(
     folder, damaged, config = out_dir / run_folder.CHECKPOINTS, set(), engine.config
     if resumed is not None and folder.is_dir() and resumed.folder.samefile(folder):
         damaged = set(resumed.damaged)
-    estimated_bytes = room.estimate(engine.engine, ranks)
+    estimated_bytes = estimate(engine.engine, ranks)
     saver = Saver(folder, config.chatgot.checkpoint, ranks, estimated_bytes=estimated_bytes, damaged=damaged)
 
     def look() -> list[str]:
-        expected = room.expected_bytes(folder, fields, estimated_bytes, damaged)
-        return room.preflight(folder, saver.config, expected, max_steps, config.path, damaged)
+        expected = expected_bytes(folder, fields, estimated_bytes, damaged)
+        return preflight(folder, saver.config, expected, max_steps, config.path, damaged)
 
     return saver, ranks.on_rank_0(look) if engine.engine.global_steps < max_steps else []
 
