@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -22,9 +23,7 @@ class Run:
 
     def __init__(self, path: str | PathLike[str], tag: str | None = None, device: str = "auto") -> None:
         """See `load`."""
-        self.path = Path(path)
-        self.tag = tag
-        self.device = device
+        self.path, self.tag, self.device = Path(path), tag, device
         run_folder.check(self.path)
 
     def __repr__(self) -> str:
@@ -44,8 +43,9 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl as it stands now, in the order of writing: metrics of logged steps, and a
-        digest per step. After a resume from an older checkpoint, a step may stand there twice.
+        """The whole lines of metrics.jsonl in the order of writing: metrics of logged steps, and a digest per step.
+
+        After a resume from an older checkpoint, a step may stand there twice.
         """
         from chatgot.observe.journal import read_journal
 
@@ -71,13 +71,7 @@ class Run:
         top_p: float | None = None,
         seed: int = 0,
     ) -> str:
-        """The prompt and its continuation, the text that `chatgot sample` prints with the same settings.
-
-        Args:
-            temperature: 0 always takes the likeliest token.
-            top_k: draw from the k likeliest tokens only.
-            top_p: draw from the likeliest tokens that make up this probability.
-            seed: the same seed gives the same text.
+        """The prompt and its continuation, the text that `chatgot sample` prints with the same settings (see its help).
 
         Raises:
             ChatGoTError: a prompt with unseen characters, a setting out of range, or see `model`.
@@ -127,19 +121,8 @@ def train(
     from chatgot.training.run import train as run
 
     texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else ()
-    code = run(
-        TrainArguments(
-            deepspeed_config=str(find_json(deepspeed_config)),
-            out_dir=Path(out_dir),
-            config=str(config),
-            data=str(data),
-            resume_from=resume_from,
-            allow_data_change=allow_data_change,
-            allow_batch_change=allow_batch_change,
-            overrides=tuple(texts or overrides),
-            run_name=run_name,
-        )
-    )
-    if code == EXIT_INTERRUPTED:
+    arguments = TrainArguments(str(find_json(deepspeed_config)), Path(out_dir), str(config), str(data), resume_from)
+    arguments = replace(arguments, allow_data_change=allow_data_change, allow_batch_change=allow_batch_change)
+    if run(replace(arguments, overrides=tuple(texts or overrides), run_name=run_name)) == EXIT_INTERRUPTED:
         raise RunAgainError(f"{out_dir}: interrupted and saved; the same call goes on")
     return Run(out_dir)

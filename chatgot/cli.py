@@ -16,6 +16,8 @@ from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, ChatGoTError
 from chatgot.version import __version__
 
 T = TypeVar("T")
+Add = Callable[..., argparse.Action]
+"""`add_argument` of a parser."""
 
 TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
@@ -45,7 +47,7 @@ def train_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     how = "how it is run: a DeepSpeed JSON, or the name of a shipped one (chatgot configs)"
     add("--deepspeed_config", required=True, metavar="NAME|JSON", help=how)
-    _config(parser, "what is trained: a preset (chatgot presets) or a run YAML")
+    _config(add, "what is trained: a preset (chatgot presets) or a run YAML")
     text = "a text file, a folder of them, a prepared folder, or a built-in corpus (default: wars_of_the_roses)"
     add("--data", default="wars_of_the_roses", metavar="SPEC", help=text)
     add("--out_dir", required=True, type=Path, help="the run folder")
@@ -64,10 +66,9 @@ def train_parser() -> argparse.ArgumentParser:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """launch/train.py: train, and end the process with the exit code of the run."""
-    arguments, left = train_parser().parse_args(argv), False
+    arguments = train_parser().parse_args(argv)
 
-    def program() -> int:
-        nonlocal left
+    def program() -> NoReturn:
         from chatgot.deepspeed_json.read import find_json
         from chatgot.training.run import TrainArguments, leave
         from chatgot.training.run import train as run
@@ -75,14 +76,12 @@ def train(argv: Sequence[str] | None = None) -> None:
         json = str(find_json(arguments.deepspeed_config))
         code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json))
         leave()
-        left = True
-        return code
+        sys.exit(code)
 
-    code = guarded(program, arguments.debug)
-    if not left and os.environ.get("WORLD_SIZE", "1") != "1":
-        # The process group is still joined. Torn down by the interpreter while other ranks go away, gloo's threads
-        # abort it (SIGABRT) in place of the exit code, and NCCL waits for the others; destroying the group needs all
-        # ranks, which an error does not have.
+    code = guarded(program, arguments.debug)  # returns after a refusal only
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # The process group is still joined, and destroying it needs all ranks. Torn down by the interpreter while
+        # others go away, gloo's threads abort it (SIGABRT) in place of the exit code, and NCCL waits for them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -101,46 +100,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="chatgot",
-        description="Train a GPT on your own text with DeepSpeed, and use it.",
-        epilog="chatgot help COMMAND says more about one of them.",
-    )
+    what = "Train a GPT on your own text with DeepSpeed, and use it."
+    more = "chatgot help COMMAND says more about one of them."
+    parser = argparse.ArgumentParser(prog="chatgot", description=what, epilog=more)
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, program: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    def command(name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         added.set_defaults(program=program)
         added.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
-        return added
+        return added.add_argument
 
     commands.add_parser("train", help="train, in one process; the same as python launch/train.py", add_help=False)
-    _prepare_options(command("prepare", _prepare, "turn text into tokens on disk"))
-    _sample_options(command("sample", _sample, "draw text from a run folder"))
-    _verify_options(command("verify", _verify, "check a run folder: files of every checkpoint, and the journal"))
-    _check_options(command("check", _check, "say everything about a DeepSpeed JSON before anything runs"))
-    _plan_options(command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts"))
-    _tune_options(command("tune", _tune, "find the micro-batch, ZeRO stage and other settings that train fastest"))
-    command("presets", _presets, "list the models that ship, for --config")
-    command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
-    return parser
-
-
-def _config(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
-
-
-def _prepare_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("prepare", _prepare, "turn text into tokens on disk")
     add("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
     add("--out", required=True, type=Path, help="the prepared folder, for --data")
-    _config(parser, "its data section says how")
+    _config(add, "its data section says how")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
-
-def _sample_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("sample", _sample, "draw text from a run folder")
     add("run", type=Path, metavar="RUN", help="the run folder")
     add("--prompt", default="\n", help="text to continue (default: a line break)")
     add("--max_new_tokens", type=int, default=256, help="tokens to draw (default: 256)")
@@ -153,32 +132,26 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     add("--tag", help="checkpoint to use (default: the newest)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
 
+    add = command("verify", _verify, "check a run folder: files of every checkpoint, and the journal")
+    add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
+    add("--replay", type=_count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
+    add("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
 
-def _check_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("check", _check, "say everything about a DeepSpeed JSON before anything runs")
     add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
     add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
-    add("--vocab_size", type=int, help="of the model in --config (default: the bpe tokenizer's, else 256)")
-    add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
+    add("--vocab_size", type=_count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
+    add("--world_size", type=_count, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, as for train.py")
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
     add("--effective", action="store_true", help="print every value in use and where it comes from")
     add("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
 
-
-def _verify_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
-    add("--replay", type=_count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
-    add("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
-
-
-def _plan_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts")
     how = "how it is run: a DeepSpeed JSON, or the name of a shipped one; with --sweep a folder"
     add("deepspeed_config", nargs="?", type=Path, metavar="JSON", help=how)
-    _config(parser, "what is trained: a preset or a run YAML")
+    _config(add, "what is trained: a preset or a run YAML")
     add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="h200", metavar="NAME|BYTES", help="h200, rtx4090, ..., cpu, or 24GiB (default: h200)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as for train.py")
@@ -186,12 +159,10 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     add("--sweep", action="store_true", help="a table of all JSONs that ship, or of those in the folder given")
     add("--format", default="text", choices=("text", "json"), help="json: for programs, in bytes")
 
-
-def _tune_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = command("tune", _tune, "find the micro-batch, ZeRO stage and other settings that train fastest")
     how = "a DeepSpeed JSON, or the name of a shipped one; its global batch stays"
     add("deepspeed_config", type=Path, metavar="JSON", help=how)
-    _config(parser, "the model: a preset or a run YAML")
+    _config(add, "the model: a preset or a run YAML")
     add("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
     add("--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
     add("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
@@ -202,6 +173,14 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
     add("--steps", type=_count, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+
+    command("presets", _presets, "list the models that ship, for --config")
+    command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
+    return parser
+
+
+def _config(add: Add, what: str) -> None:
+    add("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
 
 
 def _count(text: str) -> int:
@@ -223,7 +202,7 @@ def _show_log() -> None:
     show_log(Progress(0))
 
 
-def _prepare(arguments: argparse.Namespace) -> int:
+def _prepare(arguments: argparse.Namespace) -> None:
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import load_run_config
     from chatgot.data.prepare import prepare
@@ -234,14 +213,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
     config = load_run_config(arguments.config, overrides)
     prepared = prepare(texts, arguments.out, config.data, block_size=config.model.max_seq_length)
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
-    return EXIT_DONE
 
 
-def _sample(arguments: argparse.Namespace) -> int:
+def _sample(arguments: argparse.Namespace) -> None:
     from chatgot.inference.sample import SampleArguments, sample
 
     sample(_given(SampleArguments, arguments))
-    return EXIT_DONE
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -258,8 +235,6 @@ def _check(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     if arguments.json is None:
         raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")
-    if arguments.world_size < 1 or (arguments.vocab_size is not None and arguments.vocab_size < 1):
-        raise ConfigError("chatgot check: --world_size and --vocab_size are whole numbers >= 1")
     run_overrides, ds_overrides, refused, n_params = {}, {}, (), None
     try:
         run_overrides, ds_overrides = parse_overrides(arguments.set)
@@ -279,13 +254,12 @@ def _check(arguments: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def _tune(arguments: argparse.Namespace) -> int:
+def _tune(arguments: argparse.Namespace) -> None:
     from chatgot.deepspeed_json.read import find_json
     from chatgot.tuning.tune import TuneArguments, tune
 
     _show_log()
     tune(replace(_given(TuneArguments, arguments), deepspeed_config=find_json(arguments.deepspeed_config)))
-    return EXIT_DONE
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -299,14 +273,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     return EXIT_DONE if whole else EXIT_CHECKPOINT
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace) -> None:
     from chatgot.plan.command import PlanArguments, plan
 
     print(plan(_given(PlanArguments, arguments)))
-    return EXIT_DONE
 
 
-def _presets(arguments: argparse.Namespace) -> int:
+def _presets(arguments: argparse.Namespace) -> None:
     from chatgot.config.run import load_run_config, preset_names
     from chatgot.model.shapes import count_parameters
 
@@ -319,14 +292,12 @@ def _presets(arguments: argparse.Namespace) -> int:
         rows.append((name, model.architecture, f"{count:,}", shape, f"{model.max_seq_length}", data.tokenizer))
     _print_table(rows)
     print("parameters: with the tokenizer's vocabulary for bpe, with 95 characters for char")
-    return EXIT_DONE
 
 
-def _configs(arguments: argparse.Namespace) -> int:
+def _configs(arguments: argparse.Namespace) -> None:
     from chatgot.deepspeed_json.read import shipped_table
 
     _print_table([("CONFIG", "PRECISION", "ZERO", "USE IT WHEN"), *shipped_table()])
-    return EXIT_DONE
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -336,10 +307,10 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
-def guarded(program: Callable[[], int], debug: bool) -> int:
-    """Run `program`; a refusal becomes one message on rank 0 and its exit code."""
+def guarded(program: Callable[[], int | None], debug: bool) -> int:
+    """Run `program`, which returns its exit code or nothing; a refusal becomes one message on rank 0 and its code."""
     try:
-        return program()
+        return program() or EXIT_DONE
     except ChatGoTError as error:
         if debug:
             traceback.print_exc()

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from chatgot.bench import measuring
 from chatgot.deepspeed_json.rules import CUDA_ONLY
 from chatgot.devices import device_facts
-from chatgot.engine import activation_checkpointing, zero_view
+from chatgot.engine import zero_view
+from chatgot.engine.build import wire_activation_checkpointing
 from chatgot.training.loop import Loop
 from chatgot.training.run import leave
 
@@ -70,7 +71,7 @@ class Side:
     def turn(self, count: int) -> float:
         """Seconds per step over `count` steps."""
         # DeepSpeed's settings belong to the process and not to the engine: set this side's.
-        activation_checkpointing.wire(self.loop.engine.engine.module, self.loop.engine.config)
+        wire_activation_checkpointing(self.loop.engine.engine.module, self.loop.engine.config)
         return measuring.seconds_per_step(self.steps, count)
 
 
@@ -157,7 +158,7 @@ def kept_bytes(side: Side) -> int:
         storage = tensor.untyped_storage()
         # Asked at every tensor: under ZeRO-3 a parameter has its storage only while its module runs.
         parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        if tensor.device == side.loop.device and storage.data_ptr() not in parameters:
+        if tensor.device == side.loop.engine.device and storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
         return tensor
 
@@ -176,7 +177,7 @@ def kept_bytes(side: Side) -> int:
 
 def peak_bytes(side: Side) -> int:
     """Most bytes that one step has allocated at one time."""
-    if side.loop.device.type == "cuda":
+    if side.loop.engine.device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

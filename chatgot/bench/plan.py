@@ -111,13 +111,14 @@ def measure(case: Case) -> dict[str, Any]:
     import torch
 
     from chatgot.deepspeed_json.resolve import read_engine_config
-    from chatgot.devices import device_facts
+    from chatgot.devices import device_facts, device_of_machine
     from chatgot.distributed import find_place
     from chatgot.engine.build import build, join
     from chatgot.model.gpt import GPT
     from chatgot.model.shapes import count_parameters
+    from chatgot.plan.estimate import estimate
     from chatgot.plan.states import STATES
-    from chatgot.training.memory import check_memory
+    from chatgot.training.memory import MemoryCheck
     from chatgot.training.run import leave
 
     path = shipped_jsons()[case.deepspeed]
@@ -133,12 +134,13 @@ def measure(case: Case) -> dict[str, Any]:
     model = GPT(shape, case.vocab_size)
     model.init_weights(0)
     engine = build(model, config, device)
-    check = check_memory(shape, case.vocab_size, engine, 1, facts, device)
+    plan = estimate(shape, case.vocab_size, config, 1, device_of_machine(facts, device))
+    check = MemoryCheck(plan, engine.engine)
     for _ in range(STEPS):
         ids = torch.randint(
             case.vocab_size, (config.accumulation, config.micro_batch_size, shape.max_seq_length), device=device
         )
-        engine.train_step((row, row) for row in ids)
+        engine.train_step(((row, row) for row in ids), before_update=check.look)
     if facts.kind == "cuda":
         what, predicted, measured = "peak in use", check.plan.peak, torch.cuda.max_memory_allocated()
     else:

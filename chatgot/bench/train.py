@@ -79,7 +79,7 @@ def plain_steps(loop: Loop, precision: str) -> Iterator[None]:
     """
     model = GPT(loop.config.model, loop.data.tokenizer.vocab_size)
     model.init_weights(loop.config.train.seed)
-    model.to(loop.device)
+    model.to(loop.engine.device)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -91,8 +91,8 @@ def plain_steps(loop: Loop, precision: str) -> Iterator[None]:
         for group in optimizer.param_groups:
             group["lr"] = rate
         for input_ids, targets in loop.train_batches.micro_batches(first_sample):
-            with torch.autocast(loop.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                loss = model(input_ids.to(loop.device), targets.to(loop.device))
+            with torch.autocast(loop.engine.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss = model(input_ids.to(loop.engine.device), targets.to(loop.engine.device))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import Place
-from chatgot.engine import activation_checkpointing, guards
+from chatgot.engine import guards
 from chatgot.engine.optimizer import build_client_optimizer, is_muon, parameter_groups, weight_decay
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ConfigError, MachineError
@@ -21,8 +23,7 @@ from chatgot.version import __version__
 
 
 def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device:
-    """Initialise torch.distributed through DeepSpeed, if it is not yet (several runs in one process); returns this
-    rank's device.
+    """Initialise torch.distributed through DeepSpeed, unless an earlier run of this process has; returns the device.
 
     Raises:
         MachineError: more ranks on this machine than CUDA devices, or the rendezvous failed.
@@ -53,8 +54,9 @@ def _own_cuda_device(place: Place) -> torch.device:
         index = 0  # the scheduler shows every task its own device (srun --gpus-per-task 1); DeepSpeed reads LOCAL_RANK
         os.environ["LOCAL_RANK"] = "0"
     if index >= devices:
-        what = f"this machine has {devices} CUDA devices; start fewer ranks per machine"
-        raise MachineError(f"local rank {index}: {what}")
+        raise MachineError(
+            f"local rank {index}: this machine has {devices} CUDA devices; start fewer ranks per machine"
+        )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
@@ -64,23 +66,21 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     """Wrap `model` in a DeepSpeedEngine. The process group must exist.
 
     Raises:
-        ConfigError: the JSON's optimizer section is missing, or its parameters do not fit the optimizer.
+        ConfigError: the JSON's optimizer section is missing or does not fit the optimizer, or DeepSpeed refuses it.
     """
     import deepspeed
 
     if config.optimizer is None:
         raise ConfigError(f"{config.path}: optimizer: missing; without it there is nothing to train with")
-    groups = parameter_groups(model, weight_decay(config))
+    groups, given = parameter_groups(model, weight_decay(config)), dict(config.deepspeed)
     optimizer, chosen = build_client_optimizer(config, groups)
-    notes = [activation_checkpointing.wire(model, config), chosen]
-    given = dict(config.deepspeed)
+    notes = [wire_activation_checkpointing(model, config), chosen]
     if optimizer is not None:
         del given["optimizer"]
         if config.offload_optimizer != "none" and given.get("zero_force_ds_cpu_optimizer", True):
             given["zero_force_ds_cpu_optimizer"] = False
-            notes.append(
-                "zero_force_ds_cpu_optimizer = false: torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would"
-            )
+            why = "torch's fused AdamW steps on the CPU as DeepSpeed's CPUAdam would"
+            notes.append(f"zero_force_ds_cpu_optimizer = false: {why}")
     if is_muon(config):
         notes += _spare_muon_the_compilers(given, device)
     if device.type == "cpu":
@@ -100,16 +100,45 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     return TrainingEngine(engine, config, device, notes)
 
 
+def wire_activation_checkpointing(model: GPT, config: EngineConfig) -> str:
+    """Make `model` recompute the blocks that the JSON asks for; returns the line that says so. Needs the process group.
+
+    The presence of the JSON's section turns recomputation on. DeepSpeed by itself only reads it
+    (deepspeed.checkpointing.configure); each of its keys is obeyed by deepspeed.checkpointing.checkpoint.
+
+    Raises:
+        ConfigError: contiguous_memory_optimization has room for fewer blocks than are recomputed.
+    """
+    if config.activation_backend is None:
+        model.set_activation_checkpointing(None)
+        return "activation checkpointing: off (no activation_checkpointing section in the JSON)"
+    every = config.chatgot.activation_checkpointing.every_n_layers
+    which = "every block is" if every == 1 else f"one block in {every} is"
+    if config.activation_backend == "torch":
+        model.set_activation_checkpointing(functools.partial(torch_checkpoint, use_reentrant=False), every)
+        return f"activation checkpointing: {which} recomputed, by torch.utils.checkpoint (non-reentrant)"
+    import deepspeed
+
+    section, recomputed = config.activation_checkpointing or {}, len(range(0, len(model.layers), every))
+    room = section.get("number_checkpoints") or 0
+    # DeepSpeed allocates this room and fails at the block after it (checkpointing.py, partition_activations).
+    if section.get("contiguous_memory_optimization") and room < recomputed:
+        raise ConfigError(
+            f"{config.path}: activation_checkpointing.number_checkpoints = {room}: contiguous_memory_optimization must "
+            f"have room for the {recomputed} blocks that this model recomputes; write {recomputed}"
+        )
+    deepspeed.checkpointing.configure(None, deepspeed_config=dict(config.deepspeed))
+    model.set_activation_checkpointing(deepspeed.checkpointing.checkpoint, every)
+    return f"activation checkpointing: {which} recomputed, by deepspeed.checkpointing"
+
+
 def _spare_muon_the_compilers(given: dict[str, Any], device: torch.device) -> list[str]:
-    """Muon's Adam half becomes torch's, and on a CPU its Newton-Schulz iteration runs in eager PyTorch; returns notes."""
-    notes = []
-    params = given["optimizer"].get("params") or {}
+    """Take torch's Adam for Muon's Adam half, and on a CPU eager PyTorch for Newton-Schulz; returns notes."""
+    notes, params = [], given["optimizer"].get("params") or {}
     if "torch_adam" not in params:
         given["optimizer"] = {**given["optimizer"], "params": {**params, "torch_adam": True}}
-        notes.append(
-            "optimizer.params.torch_adam = true: Muon's Adam half is torch's; DeepSpeed's is the same update, but "
-            "needs a compiler"
-        )
+        why = "Muon's Adam half is torch's; DeepSpeed's is the same update, but needs a compiler"
+        notes.append(f"optimizer.params.torch_adam = true: {why}")
     if device.type == "cpu":
         notes.append("Muon: not compiled on a CPU, where compiling takes longer than it saves")
     return notes

@@ -1,4 +1,4 @@
-"""Every patch of DeepSpeed 0.19.8 and torch, each around a defect that tests/engine/test_deepspeed_contracts.py shows."""
+"""Every patch of DeepSpeed 0.19.8 and torch; tests/engine/test_deepspeed_contracts.py shows the defect behind each."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ class Stage0Gradients:
             engine.enable_backward_allreduce = False
 
     def before_step(self) -> None:
-        """Call once per optimizer step, after the last backward and before engine.step(). The gradients are averaged
-        over ranks by then.
-        """
+        """Call once per step, between the last backward, when gradients are averaged over ranks, and engine.step()."""
         if self.max_norm > 0:
             return  # DeepSpeed unscales the gradients (torch_autocast with fp16) and then calls clip_fp32_gradients
         scaler = self.engine.torch_autocast_z0_gradscaler
@@ -65,10 +63,9 @@ class Stage0Gradients:
         self.clip()
 
     def clip(self) -> None:
-        """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether the step must be skipped."""
-        norm = total = _norm(self.clipped)
-        if self.clipped is not self.trained:
-            total = _norm(self.trained)
+        """In place of DeepSpeed's clip_fp32_gradients: clip, keep the norm, and say whether to skip the step."""
+        norm = _norm(self.clipped)
+        total = norm if self.clipped is self.trained else _norm(self.trained)
         finite = bool(torch.isfinite(total))
         if finite and self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.clipped, self.max_norm, norm)
@@ -79,9 +76,7 @@ class Stage0Gradients:
         self.engine.optimizer.overflow = not finite
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer's step, unless the gradients were not finite. Without gradients Muon would still apply its
-        momentum.
-        """
+        """The optimizer's step, unless gradients were not finite: without any, Muon would still apply its momentum."""
         return None if self.engine.optimizer.overflow else self._step(*args, **kwargs)
 
     def zero_grad(self) -> None:
@@ -129,9 +124,7 @@ class ClipAdamGroupsOnly:
         return bool(self.zero.optimizer.param_groups[group]["use_muon"])
 
     def clip(self, group: Any, total_norm: torch.Tensor) -> None:
-        """In place of DeepSpeed's unscale_and_clip_grads: Muon groups are only divided by the loss scale, AdamW groups
-        are clipped by their own norm.
-        """
+        """In place of unscale_and_clip_grads: only unscale Muon groups, and clip AdamW groups by their own norm."""
         masters = () if self.stage3 else self.zero.single_partition_of_fp32_groups
         index = group if self.stage3 else next(i for i, flat in enumerate(masters) if flat.grad is group[0])
         norm = self.adam_norm()
@@ -177,8 +170,9 @@ def tell_overflow(optimizer: Any, call: Callable[[], None]) -> None:
 
 
 def skip_shared_memory_op() -> None:
-    """Call before the process group exists: DeepSpeed compiles an op at the first start on a CPU (20 s of g++) that only
-    inference_all_reduce uses (deepspeed/comm/torch.py). An empty table of compatible ops skips it.
+    """Call before the process group exists: on a CPU DeepSpeed would compile an op at its first start (20 s of g++).
+
+    Only inference_all_reduce uses it (deepspeed/comm/torch.py). An empty table of compatible ops skips it.
     """
     import deepspeed.ops
 
@@ -191,9 +185,7 @@ def quiet_renamed_collectives() -> None:
 
 
 def quiet_memory_report(given: dict[str, Any]) -> None:
-    """The BF16_Optimizer reports memory 16 times at its start, asked or not; print that only where the JSON says
-    memory_breakdown.
-    """
+    """The BF16_Optimizer reports memory 16 times at its start: print that only if the JSON says memory_breakdown."""
     from deepspeed.runtime import bf16_optimizer, utils
 
     def see_memory_usage(message: str, force: bool = False) -> None:
@@ -203,12 +195,10 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
 
 
 def run_muon_uncompiled() -> None:
-    """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU, where torch.compile needs a C++ compiler and
-    about a minute. Call before every initialize.
+    """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU torch.compile needs g++ and about a minute.
 
-    DeepSpeed decorates its functions while the module is imported (zero/muon/original_muon.py), and every ZeRO engine
-    imports it, whatever its optimizer. Decorating alone loads torch's compiler, 3 s of a start, so that nothing is
-    decorated here if this is the first import.
+    DeepSpeed decorates its functions as the module is imported (zero/muon/original_muon.py), by every ZeRO engine.
+    Decorating alone loads torch's compiler, 3 s of a start, so that a first import from here decorates nothing.
     """
     from deepspeed.runtime import compiler
 
@@ -226,8 +216,9 @@ def run_muon_uncompiled() -> None:
 
 
 def forget_autocast() -> None:
-    """Call before every initialize: an engine with torch_autocast leaves its mark on the process
-    (runtime/torch_autocast.py). A later ZeRO engine would scale its loss and communicate in the former one's dtype.
+    """Call before every initialize: an engine with torch_autocast leaves its mark on the process (torch_autocast.py).
+
+    A later ZeRO engine would scale its loss and communicate in the former one's dtype.
     """
     from deepspeed.runtime import torch_autocast
 

@@ -1,12 +1,14 @@
-"""Parameter groups, and the optimizer that the JSON's `optimizer` section names."""
+"""Parameter groups, the optimizer that the JSON's `optimizer` section names, and the learning rate of every step."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
+from chatgot.deepspeed_json.chatgot_section import ScheduleConfig
 from chatgot.deepspeed_json.resolve import EngineConfig, OptimizerConfig
 from chatgot.errors import ConfigError
 
@@ -15,9 +17,7 @@ ONLY_DEEPSPEED = ("bias_correction", "fp32_optimizer_states")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and embeddings decay; biases and norm gains, all of one dimension, do not (GPT-2,
-    nanoGPT).
-    """
+    """Split in two groups (GPT-2): matrices and embeddings decay; biases and norm gains, of one dimension, do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decay, no_decay = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
@@ -39,9 +39,7 @@ def state_kind(config: EngineConfig) -> str:
 
 
 def weight_decay(config: EngineConfig) -> float:
-    """The optimizer section's; not stated, the default of the optimizer that DeepSpeed would build (0.01 for torch's
-    AdamW, else 0).
-    """
+    """The optimizer section's, else the default of what DeepSpeed would build: 0.01 for torch's AdamW, 0 for others."""
     assert config.optimizer is not None
     params = config.optimizer.params
     torchs = _is_adam(config.optimizer) and bool(params.get("torch_adam")) and _decoupled(config.optimizer)
@@ -79,9 +77,8 @@ def build_client_optimizer(
         optimizer = kind(groups, **params)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{config.path}: optimizer.params = {config.optimizer.params}: {error}") from error
-    how = "fused" if params.get("fused") else "not fused"
-    what = f"optimizer: torch.optim.{kind.__name__} ({how})"
-    return optimizer, f"{what}, the same update as DeepSpeed's, which needs a compiler at start"
+    what = f"torch.optim.{kind.__name__} ({'fused' if params.get('fused') else 'not fused'})"
+    return optimizer, f"optimizer: {what}, the same update as DeepSpeed's, which needs a compiler at start"
 
 
 def _is_adam(optimizer: OptimizerConfig) -> bool:
@@ -91,3 +88,31 @@ def _is_adam(optimizer: OptimizerConfig) -> bool:
 def _decoupled(optimizer: OptimizerConfig) -> bool:
     """DeepSpeed: "Adam" means AdamW unless adam_w_mode is false (engine.py, _configure_basic_optimizer)."""
     return optimizer.type.lower() == "adamw" or bool(optimizer.params.get("adam_w_mode", True))
+
+
+def schedule_factor(step: int, max_steps: int, config: ScheduleConfig) -> float:
+    """What the JSON's lr is multiplied with in optimizer step `step` (0 is the first one): a pure function of the step.
+
+    Warm-up rises linearly and never has a step at rate 0: step 0 already has 1 / warmup_steps (DeepSpeed's own
+    schedulers spend two steps at 0). The last step of all has min_lr_ratio; steps beyond max_steps keep it.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.type == "constant":
+        return 1.0
+    start = config.warmup_steps
+    if config.type == "wsd":  # warm-up, stable, decay (MiniCPM, arXiv:2404.06395)
+        start = max(start, round(max_steps * (1 - config.decay_fraction)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, max_steps - 1 - start)))
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.type == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+def describe_schedule(max_steps: int, config: ScheduleConfig, lr: float) -> str:
+    """One line for the log: the rate at the start, its peak and its end."""
+    warm, end = min(config.warmup_steps, max_steps - 1), max_steps - 1
+    first, warmed, last = (lr * schedule_factor(step, max_steps, config) for step in (0, warm, end))
+    rates = (
+        f"{first:.3g} -> {max(first, warmed):.3g} over {config.warmup_steps} steps -> {last:.3g} at step {max_steps}"
+    )
+    return f"learning rate: {config.type}, {rates}"

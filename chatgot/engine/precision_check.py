@@ -1,6 +1,4 @@
-"""Before the engine exists: one slice of a batch in fp32 and in the run's precision, so that a precision that does not
-work says so.
-"""
+"""Before the engine exists: a slice of a batch in fp32 and in the run's precision, to refuse one that does not work."""
 
 from __future__ import annotations
 
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup
-from chatgot.engine.step import autocast
 from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 
@@ -28,9 +25,7 @@ BOUNDS = {"bf16": (2e-2, 0.2), "fp16": (5e-3, 0.05)}
 
 @dataclass(frozen=True)
 class PrecisionCheck:
-    """Both precisions on the rank where they differ most. Losses in nats per token, norms of all gradients together,
-    unclipped and unscaled.
-    """
+    """Both precisions on the rank where they differ most: nats per token, and unscaled norms of all gradients."""
 
     precision: str
     samples: int
@@ -52,20 +47,19 @@ class PrecisionCheck:
 
     def describe(self) -> str:
         """One line."""
-        loss, norm = self.differences
+        loss, norm = (f"(differ by {by:.1e}, bound {most:g})" for by, most in zip(self.differences, self.bounds))
         return (
             f"precision check, {self.samples} sample(s) per rank in {self.precision} and fp32: "
-            f"loss {self.loss:.5f} and {self.loss_fp32:.5f} (differ by {loss:.1e}, bound {self.bounds[0]:g}), "
-            f"gradient norm {self.grad_norm:.5g} and {self.grad_norm_fp32:.5g} (differ by {norm:.1e}, "
-            f"bound {self.bounds[1]:g})"
+            f"loss {self.loss:.5f} and {self.loss_fp32:.5f} {loss}, "
+            f"gradient norm {self.grad_norm:.5g} and {self.grad_norm_fp32:.5g} {norm}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Fields of the event."""
         values = {key: value for key, value in vars(self).items() if key != "bounds"}
-        loss, norm = self.differences
-        values |= {"loss_difference": loss, "loss_bound": self.bounds[0]}
-        return values | {"grad_norm_difference": norm, "grad_norm_bound": self.bounds[1]}
+        for name, difference, bound in zip(("loss", "grad_norm"), self.differences, self.bounds):
+            values |= {f"{name}_difference": difference, f"{name}_bound": bound}
+        return values
 
 
 def _difference(value: float, exact: float) -> float:
@@ -76,8 +70,9 @@ def _difference(value: float, exact: float) -> float:
 def check_precision(
     model: GPT, config: EngineConfig, input_ids: Tensor, targets: Tensor, device: torch.device, ranks: ControlGroup
 ) -> tuple[PrecisionCheck | None, str]:
-    """Compare the run's precision with fp32, forward and backward, on copies of the plain model without dropout: the
-    same at every ZeRO stage, and no counter moves. Collective.
+    """Compare the run's precision with fp32, forward and backward, on copies of the plain model. Collective.
+
+    Without dropout and engine: it is the same at every ZeRO stage, and no counter moves.
 
     Args:
         model: with its initial weights; they stay as they are.
@@ -92,11 +87,11 @@ def check_precision(
     if config.precision == "fp32":
         return None, "precision check: not needed in fp32"
     n_bytes = 4 * sum(p.numel() for p in model.parameters())
-    # two copies, their gradients, some activations
+    # Four times: two copies, their gradients, some activations.
     roomy = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 4 * n_bytes
     if not all(ranks.gather(roomy)):
-        size = f"{n_bytes / 2**30:.1f} GiB"
-        return None, f"precision check: skipped, no room for an fp32 copy of {size} with its gradients beside another"
+        what = f"an fp32 copy of {n_bytes / 2**30:.1f} GiB with its gradients beside another"
+        return None, f"precision check: skipped, no room for {what}"
     batch = input_ids[:SAMPLES].to(device), targets[:SAMPLES].to(device)
     loss_fp32, norm_fp32 = _measure(model, "fp32", *batch, (1.0,))
     loss, norm = _measure(model, config.precision, *batch, _scales(config))
@@ -138,3 +133,9 @@ def _measure(
         if math.isfinite(norm) or not math.isfinite(loss):
             break
     return loss, norm
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What DeepSpeed's engine opens around a forward under torch_autocast; without effect in other precisions."""
+    dtype = {"autocast_bf16": torch.bfloat16, "autocast_fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,12 +1,9 @@
-"""One optimizer step on a DeepSpeedEngine: forward and backward of every micro-batch, the update, and steps that are
-skipped because they are not finite.
-"""
+"""One optimizer step on a DeepSpeedEngine: forward and backward of every micro-batch, and the update or its skip."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from chatgot.errors import NumericsError
 
 
 class TrainingEngine:
-    """A DeepSpeedEngine with what has to happen around its step. It owns steps, optimizer, precision and micro-batch."""
+    """A DeepSpeedEngine and what happens around its step. It owns steps, optimizer, precision and micro-batch."""
 
     def __init__(self, engine: Any, config: EngineConfig, device: torch.device, notes: Sequence[str] = ()) -> None:
         self.engine = engine
@@ -35,16 +32,17 @@ class TrainingEngine:
         self.layer_grad_norms: dict[str, float] | None = None
         """Of the last step, if it was skipped: {'embed_tokens': ..., 'layers.0': ..., ...}, averaged over ranks,
         unclipped and without a loss scale."""
-        self.before_step: Callable[[], None] | None = None
-        """Called when the gradients of all micro-batches are reduced and the optimizer has not stepped yet."""
-        self._device = device
+        self.device = device
         self._stage0 = guards.install(engine, is_muon(config), on_overflow=self._keep_layer_norms)
 
-    def train_step(self, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    def train_step(
+        self, micro_batches: Iterable[tuple[Tensor, Tensor]], before_update: Callable[[], None] | None = None
+    ) -> Tensor:
         """Forward and backward of every micro-batch, and the optimizer step after the last one.
 
         Args:
             micro_batches: as many (input_ids, targets), each (B, T), as there are accumulation steps.
+            before_update: called when all gradients are reduced and the optimizer has not stepped yet.
 
         Returns:
             This rank's mean loss in nats per token, undivided by accumulation; a detached scalar on the device.
@@ -59,8 +57,8 @@ class TrainingEngine:
             if self.engine.is_gradient_accumulation_boundary():
                 if self._stage0 is not None:
                     self._stage0.before_step()
-                if self.before_step is not None:
-                    self.before_step()
+                if before_update is not None:
+                    before_update()
             self._step()
         if self.engine.was_step_applied():
             self.skips_in_a_row = 0
@@ -70,8 +68,8 @@ class TrainingEngine:
 
     def _forward_backward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of one micro-batch (B, T) to the step's; its loss, detached."""
-        input_ids = input_ids.to(self._device, non_blocking=True)
-        loss = self.engine(input_ids, targets.to(self._device, non_blocking=True))
+        input_ids = input_ids.to(self.device, non_blocking=True)
+        loss = self.engine(input_ids, targets.to(self.device, non_blocking=True))
         self.engine.backward(poisoned_by(loss))
         return loss.detach()
 
@@ -106,8 +104,9 @@ class TrainingEngine:
             engine.optimizer.gradient_accumulation_steps = accumulation
         engine.micro_steps = 0
         given = {**self.config.deepspeed, MICRO: micro_batch, ACCUMULATION: accumulation}
-        numbers = {"micro_batch_size": micro_batch, "accumulation": accumulation}
-        self.config = dataclasses.replace(self.config, deepspeed=given, **numbers)
+        self.config = dataclasses.replace(
+            self.config, deepspeed=given, micro_batch_size=micro_batch, accumulation=accumulation
+        )
 
     def set_learning_rate(self, factor: float) -> None:
         """Learning rate of the coming step: the JSON's, of each group, times `factor`."""
@@ -152,12 +151,6 @@ def poisoned_by(loss: Tensor) -> Tensor:
     return loss * (1.0 + 0.0 * loss.detach())
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """What DeepSpeed's engine opens around a forward under torch_autocast; without effect in other precisions."""
-    dtype = {"autocast_bf16": torch.bfloat16, "autocast_fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
 def mean_over_ranks(value: Tensor) -> float:
     """Mean of a scalar over all ranks, in fp32. Collective."""
     value = value.detach().clone().to(torch.float32)
@@ -165,45 +158,3 @@ def mean_over_ranks(value: Tensor) -> float:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return float(value)
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """One rank's share of a skipped batch, computed again without dropout."""
-
-    losses: list[float]
-    """Of this rank's samples in order, nats per token."""
-    gradients_finite: bool
-    """Whether this rank's own gradients, not averaged with the others', are."""
-
-
-def diagnose(training_engine: TrainingEngine, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> Diagnosis:
-    """Compute a skipped step's batch again, sample by sample and rank by rank: averaged gradients do not tell whose
-    they were. Weights, counters and random state stay. Collective.
-
-    The engine's own backward would count and reduce, so gradients are asked of torch directly; parameters' .grad stay
-    as they are. Each gradient is looked at as it comes and given up at once: at ZeRO 2-3 there is no room for all.
-    """
-    module = training_engine.engine.module
-    losses: list[float] = []
-    finite: list[Tensor] = []
-
-    def look(gradient: Tensor) -> Tensor:
-        finite.append(torch.isfinite(gradient).all())
-        return gradient.new_zeros(()).expand_as(gradient)  # takes no memory
-
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    hooks = [parameter.register_hook(look) for parameter in parameters]
-    was_training = module.training
-    module.eval()
-    try:
-        for input_ids, targets in micro_batches:
-            with autocast(training_engine.config.precision, input_ids.device):
-                by_token = module(input_ids, targets, reduction="none")  # (B, T)
-            losses += by_token.detach().mean(dim=1).tolist()
-            torch.autograd.grad(by_token.mean(), parameters, allow_unused=True)
-    finally:
-        module.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return Diagnosis(losses, all(map(bool, finite)))

@@ -1,5 +1,6 @@
-"""Every reading of DeepSpeed 0.19.8's private layouts: where weights, masters, moments and gradients lie in an engine
-(runtime/zero/stage_1_and_2.py, zero/stage3.py, bf16_optimizer.py).
+"""Every reading of DeepSpeed 0.19.8's private layouts: where an engine keeps weights, masters, moments and gradients.
+
+Sources: runtime/zero/stage_1_and_2.py, zero/stage3.py, bf16_optimizer.py.
 """
 
 from __future__ import annotations
@@ -47,11 +48,8 @@ def cut_group(
 
 
 def cut_each(numels: Iterable[tuple[str, int]], ranks: int, rank: int) -> list[Fragment]:
-    """ZeRO 3: every parameter of a sub-group is cut into `ranks` equal parts, the last one padded; a rank has its parts
-    in a row.
-    """
-    offset = 0
-    fragments = []
+    """ZeRO 3: each parameter of a sub-group is cut into equal parts, the last padded; a rank has its parts in a row."""
+    offset, fragments = 0, []
     for name, numel in numels:
         part = -(-numel // ranks)
         inside = min(part, numel - rank * part)
@@ -62,12 +60,8 @@ def cut_each(numels: Iterable[tuple[str, int]], ranks: int, rank: int) -> list[F
 
 
 def whole(numels: dict[str, int], fragments: Iterable[Fragment]) -> list[Fragment]:
-    """ZeRO 1-2 with Muon: the momentum of every matrix of which the rank has a piece, whole, one after the other.
-
-    A matrix on the border of two ranks is kept by both.
-    """
-    offset = 0
-    matrices = []
+    """ZeRO 1-2 with Muon: a rank keeps the whole momenta, in a row, of all matrices of which it has a piece."""
+    offset, matrices = 0, []
     for fragment in fragments:
         matrices.append(Fragment(fragment.name, 0, numels[fragment.name], offset))
         offset += numels[fragment.name]
@@ -110,8 +104,7 @@ def owned_pieces(engine: Any) -> Iterator[Owned]:
         for index, (group, members) in enumerate(zip(zero.param_groups, zero.round_robin_bit16_groups)):
             flat, numels = zero.single_partition_of_fp32_groups[index], {names[id(p)]: p.numel() for p in members}
             fragments = cut_group(list(numels.items()), flat.numel(), rank, zero.round_robin_bit16_padding[index])
-            # Muon's update on the CPU keeps its momentum like the weights (stage_1_and_2.py,
-            # _apply_muon_updates_cpu_offload).
+            # On the CPU Muon's momentum lies like the weights (stage_1_and_2.py, _apply_muon_updates_cpu_offload).
             like_weights = zero.cpu_offload or not group.get("use_muon")
             momentum = fragments if like_weights else whole(numels, fragments)
             size = flat.numel() if like_weights else sum(f.numel for f in momentum)
@@ -125,8 +118,7 @@ def parameter_names(engine: Any) -> dict[int, str]:
 
 def grouped_parameters(engine: Any) -> list[tuple[dict[str, Any], list[torch.nn.Parameter]]]:
     """The optimizer's parameter groups, each with the model's parameters in it."""
-    optimizer = engine.optimizer
-    groups = optimizer.param_groups
+    optimizer, groups = engine.optimizer, engine.optimizer.param_groups
     if not engine.zero_optimization():
         return [(group, group["params"]) for group in groups]
     if hasattr(optimizer, "bf16_groups"):
@@ -159,11 +151,8 @@ def out_of_reach(engine: Any) -> str | None:
 
 
 def create_optimizer_state(engine: Any, owned: Sequence[Owned]) -> None:
-    """Let the optimizer make its state itself, in a step with gradients of 0 and a learning rate of 0. Weights stay;
-    the state's values are to be replaced.
-    """
-    optimizer = engine.basic_optimizer
-    groups = optimizer.param_groups
+    """Let the optimizer make its state itself, to be replaced: in a step with gradients and learning rate 0."""
+    optimizer, groups = engine.basic_optimizer, engine.basic_optimizer.param_groups
     gradients = [piece.tensor.grad for piece in owned]
     before = [(group["lr"], group["params"]) for group in groups]
     for group in groups:
@@ -209,22 +198,15 @@ def loss_scale(engine: Any) -> float:
 
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """fp32 weights that ZeRO 1-2, ZeRO 3 and the BF16_Optimizer step."""
-_GRADIENTS = (
-    "averaged_gradients",
-    "all_grad_tensors",
-    "grads_in_partition",
-    "accumulated_grads_in_cpu",
-    "fp32_groups_gradients_flat",
-    "grad_partitions_flat_buffer",
-)
+_GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "accumulated_grads_in_cpu")
+_GRADIENTS += ("fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
 _BUFFERS = ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload", "_muon_allgather_buffers")
 
 
 def named_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """This rank's weights, fp32 masters and optimizer state as far as they are in memory: floating point, not empty."""
-    optimizer = engine.optimizer
     named = [(f"parameter {name}", getattr(p, "ds_tensor", p)) for name, p in engine.module.named_parameters()]
-    named += [("an fp32 master weight", tensor) for tensor in _attributes(optimizer, _MASTERS)]
+    named += [("an fp32 master weight", tensor) for tensor in _attributes(engine.optimizer, _MASTERS)]
     for state in engine.basic_optimizer.state.values():
         named += [(f"the optimizer's {key}", value) for key, value in state.items() if isinstance(value, Tensor)]
     for name, tensor in named:
@@ -250,28 +232,20 @@ def live_model_states(engine: Any) -> dict[str, int]:
     Device and host together, every storage once: a view costs nothing, and padding counts. The gradients are whole
     between the last backward and the step.
     """
-    zero = engine.optimizer
-    parameters = list(engine.module.parameters())
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
     masters = list(_attributes(zero, _MASTERS))
+    copies = _attributes(zero, ("lp_param_buffer", "param_buffer_of_bit16_for_cpu_offload_groups"))
+    muon = [staged for staged, _ in getattr(zero, "_muon_pending_momentum", {}).values()]
+    buckets = [getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()]
+    gradients = [tensor.grad for tensor in (*parameters, *masters)]
     parts = {
-        "parameters": [
-            *parameters,
-            *(getattr(p, "ds_tensor", None) for p in parameters),
-            *_attributes(zero, ("lp_param_buffer", "param_buffer_of_bit16_for_cpu_offload_groups")),
-        ],
+        "parameters": [*parameters, *(getattr(p, "ds_tensor", None) for p in parameters), *copies],
         "master_weights": masters,
-        "optimizer_states": [
-            engine.basic_optimizer.state,
-            [staged for staged, _ in getattr(zero, "_muon_pending_momentum", {}).values()],
-        ],
-        "buffers": [
-            *(getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()),
-            *_attributes(zero, _BUFFERS),
-        ],
+        "optimizer_states": [engine.basic_optimizer.state, muon],
+        "buffers": [*buckets, *_attributes(zero, _BUFFERS)],
         "gradients": [
-            *(p.grad for p in parameters),
+            *gradients,
             *(getattr(p, "grad_accum", None) for p in parameters),
-            *(master.grad for master in masters),
             *_attributes(zero, _GRADIENTS),
         ],
     }
@@ -308,8 +282,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def layer_grad_norms(engine: Any) -> dict[str, float]:
-    """Norms of the averaged gradients by layer, {'embed_tokens': ..., 'layers.0': ...}, unclipped and without a loss
-    scale. Collective: ZeRO assembles one parameter's gradient after the other.
+    """Norms of the averaged gradients by layer, {'embed_tokens': ..., 'layers.0': ...}, unclipped and unscaled.
+    Collective: ZeRO assembles one parameter's gradient after the other.
     """
     from deepspeed.utils import safe_get_full_grad
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.errors import NumericsError
-from chatgot.model.gpt import GPT
-from chatgot.model.kv_cache import KVCache
+from chatgot.model.gpt import GPT, KVCache
 
 
 @torch.no_grad()
@@ -36,12 +35,10 @@ def generate(
     not on the global random state, which stays untouched like the training mode of every module. Texts longer than the
     context slide: see `context_start`.
 
-    Ranks in step. Under ZeRO-3 every forward is a collective, so all ranks must call the model equally often, however
-    long their prompts are and however early their rows stop. Each turn of the loop is exactly one forward (the whole
-    context, or one token after a cache) followed by one call of `agree(done here)`, and the loop ends when agree
-    returns True. With an `agree` that reduces by AND over the ranks, all of them leave after the same number of
-    forwards; a rank that is done goes on with forwards of a single dummy token until then. The number of rows may
-    differ between ranks too.
+    Under ZeRO-3 every forward is a collective, so all ranks must call the model equally often, however long their
+    prompts are and however early their rows stop; their numbers of rows may differ too. Each turn of the loop is one
+    forward (the whole context, or one token after a cache) and one call of `agree(done here)`, and the loop ends when
+    agree, reducing by AND over the ranks, returns True. A rank that is done forwards a dummy token until then.
 
     Args:
         model: a GPT, or a module that wraps one and is called like it (DeepSpeedEngine, a compiled module).
@@ -49,18 +46,16 @@ def generate(
         max_new_tokens: tokens per row, where `stop` doesn't end it before.
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample from the k likeliest tokens only (more than the vocabulary: all of it).
-        top_p: sample from the smallest set of likeliest tokens with at least this probability, after temperature and
-            top_k.
+        top_p: sample from the smallest set of likeliest tokens with this probability, after temperature and top_k.
         seed: row i draws from its own generator, seeded seed + i.
         stop: given a row's new tokens after each of them, whether the row ends there (the last token stays).
         use_cache: keep keys and values; without it the whole context is computed for each token.
         on_token: called with (row, token) as soon as a token is drawn.
-        agree: called once per turn with whether all rows here are done; returns whether all ranks are. None: this rank
-            decides alone.
+        agree: given whether all rows here are done, returns whether all ranks are. None: this rank decides alone.
         max_seq_length: a context shorter than the model's.
 
     Returns:
-        the new tokens of each row.
+        The new tokens of each row.
 
     Raises:
         ValueError: a value outside its range, or an empty prompt.
@@ -71,9 +66,9 @@ def generate(
         raise ValueError(f"{type(model).__name__} contains no GPT")
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
+        shape = tuple(input_ids.shape)
         raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}: expected (rows, tokens), at least one of each (an empty "
-            f"prompt?)"
+            f"input_ids has shape {shape}: expected (rows, tokens), one of each at least (an empty prompt?)"
         )
     window = gpt.config.max_seq_length if max_seq_length is None else max_seq_length
     if not 1 <= window <= gpt.config.max_seq_length:
@@ -90,18 +85,16 @@ def generate(
     with _evaluating(model):
         for length in range(prompt_length, prompt_length + max_new_tokens):
             start = context_start(length, window)
-            if cache is not None and start == cached_start:
-                logits = model(text[:, length - 1 : length], cache=cache, last_only=True)  # (B, 1, V)
-            else:
-                if cache is not None:
-                    cache.reset()
-                    cached_start = start
-                logits = model(text[:, start:length], cache=cache, last_only=True)  # (B, 1, V)
+            first = start
+            if cache is not None:
+                if start == cached_start:
+                    first = length - 1
+                else:
+                    cache.length, cached_start = 0, start
+            logits = model(text[:, first:length], cache=cache, last_only=True)  # (B, 1, V)
             last = logits[:, -1].float().cpu()  # (B, V)
             if not torch.isfinite(last).all():
-                raise NumericsError(
-                    f"sampling: the logits after {length} tokens are not finite; the weights have diverged"
-                )
+                raise NumericsError(f"sampling: logits after {length} tokens are not finite; the weights have diverged")
             for row in range(rows):
                 if not running[row]:
                     continue
@@ -127,9 +120,9 @@ def generate(
 def context_start(length: int, max_seq_length: int) -> int:
     """First token of the context that predicts the token after `length` others.
 
-    A pure function of the length, so that a cache changes nothing: 0 while the text fits, then the start hops forward
-    by a quarter of the context whenever it is full. Positions count from the start, so a hop costs one pass over the
-    whole context, and every token sees at least about three quarters of it.
+    A pure function of the length, so that a cache changes nothing: 0 while the text fits, then it hops forward by a
+    quarter of the context whenever that is full. A hop costs one pass over the context, as positions count from the
+    start, and every token sees about three quarters of it at least.
     """
     if length <= max_seq_length:
         return 0
@@ -143,9 +136,7 @@ def sample(
     """Draw one token from logits (V,) fp32 on the CPU; the settings are those of `generate`."""
     if temperature < torch.finfo(logits.dtype).tiny:  # 0, or too small to divide by
         return int(logits.argmax())
-    scaled = (
-        logits - logits.max()
-    ) / temperature  # <= 0, so that a small temperature underflows instead of overflowing
+    scaled = (logits - logits.max()) / temperature  # <= 0, so a small temperature underflows instead of overflowing
     if top_k is None and top_p is None:
         return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
     scaled, tokens = scaled.sort(descending=True, stable=True)  # ties: the lower token id first

@@ -1,5 +1,4 @@
-"""The GPT: both architectures in plain PyTorch, single device. What wraps it (DeepSpeed, checkpointing, compile) lives
-elsewhere.
+"""The GPT: both architectures in plain PyTorch, single device. DeepSpeed, checkpointing and compile live elsewhere.
 
 gpt2:   LayerNorm, learned positions, GELU (tanh), biases; what transformers' GPT2LMHeadModel computes.
 modern: RMSNorm, rotary positions, QK-norm, SwiGLU, no biases, grouped key/value heads; what transformers'
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chatgot.config.run import ModelConfig
-from chatgot.model.kv_cache import KVCache
 from chatgot.model.rms_norm import rms_norm
 
 BlockCall = Callable[[Tensor], Tensor]
@@ -42,9 +40,8 @@ class GPT(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.embed_tokens = _Embedding(vocab_size, config.d_model)
-        self.embed_positions = (
-            _Embedding(config.max_seq_length, config.d_model) if config.architecture == "gpt2" else None
-        )
+        learned = config.architecture == "gpt2"
+        self.embed_positions = _Embedding(config.max_seq_length, config.d_model) if learned else None
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = _norm(config)
         self.lm_head = _Linear(config.d_model, vocab_size, bias=False)
@@ -78,9 +75,7 @@ class GPT(nn.Module):
         """Recompute every n-th block in the backward pass, beginning with the first; None turns it off.
 
         Args:
-            checkpoint: called as checkpoint(block, x) with x (B, T, C) the only tensor argument, during training
-                forwards with gradients. torch: functools.partial(torch.utils.checkpoint.checkpoint,
-                use_reentrant=False).
+            checkpoint: called as checkpoint(block, x), x (B, T, C) its only tensor, in forwards that need gradients.
         """
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers = {every_n_layers}: must be at least 1")
@@ -95,19 +90,14 @@ class GPT(nn.Module):
         reduction: Literal["mean", "sum", "none"] = "mean",
         last_only: bool = False,
     ) -> Tensor:
-        """Logits, or with targets the loss.
+        """Logits (B, T, V) in the model's dtype, or with targets the loss in nats, an fp32 scalar.
 
         Args:
             input_ids: (B, T) int64.
             targets: (B, T) int64, the token that follows each input; -100 counts in no loss.
-            cache: keys and values of the tokens before input_ids; filled and advanced. Only one token at a time may
-                follow a filled cache.
-            reduction: of the loss; mean and sum run over the targets that count. The mean over none of them is NaN.
-            last_only: logits of the last position only.
-
-        Returns:
-            logits (B, T, V), or (B, 1, V) with last_only, in the model's dtype; or the loss in nats, fp32: a scalar, or
-            (B, T) with reduction 'none' (0 where ignored).
+            cache: keys and values of the tokens before input_ids, to be filled; one token at a time may follow them.
+            reduction: over the targets that count; the mean over none is NaN. none: a loss (B, T), 0 where ignored.
+            last_only: logits of the last position only, (B, 1, V).
 
         Raises:
             ValueError: more tokens than max_seq_length, or arguments that exclude each other.
@@ -119,9 +109,7 @@ class GPT(nn.Module):
         if targets is not None and (cache is not None or last_only):
             raise ValueError("a loss needs all positions: targets exclude cache and last_only")
         if start and T != 1:
-            raise ValueError(
-                f"{T} tokens after a filled cache: only one at a time may follow (reset the cache to start anew)"
-            )
+            raise ValueError(f"{T} tokens after a filled cache: only one at a time may follow (reset it to start anew)")
 
         x = self.embed_tokens(input_ids)  # (B, T, C)
         positions = torch.arange(start, start + T, device=input_ids.device)
@@ -135,13 +123,12 @@ class GPT(nn.Module):
         checkpoint = self._checkpoint if self.training and torch.is_grad_enabled() else None
         for index, block in enumerate(self.layers):
             if checkpoint is not None and index % self._checkpoint_every == 0:
-                # The tables are closed over: DeepSpeed's partition_activations and cpu_checkpointing empty every float
-                # argument.
+                # rope is closed over: DeepSpeed's partition_activations and cpu_checkpointing empty float arguments.
                 x = checkpoint(lambda h, block=block: block(h, rope=rope), x)
             else:
                 x = block(x, rope=rope, cache=cache)
         if cache is not None:
-            cache.advance(T)
+            cache.length += T
 
         if last_only:
             x = x[:, -1:]
@@ -180,13 +167,11 @@ class Attention(nn.Module):
         self.head_dim = config.d_model // config.n_head
         self.dropout = config.dropout
         bias = config.architecture == "gpt2"
-        self.qkv = _Linear(
-            config.d_model, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=bias
-        )  # rows: all q, all k, all v
+        rows = (self.n_head + 2 * self.n_kv_head) * self.head_dim  # all of q, all of k, all of v
+        self.qkv = _Linear(config.d_model, rows, bias=bias)
         self.proj = _Linear(config.d_model, config.d_model, bias=bias)
         if config.architecture == "modern":
-            # Parameters of this module and not of children, because ZeRO-3 gathers a parameter when its own module
-            # runs.
+            # Parameters of this module and not of children: ZeRO-3 gathers a parameter when its own module runs.
             self.q_norm = nn.Parameter(torch.ones(self.head_dim))
             self.k_norm = nn.Parameter(torch.ones(self.head_dim))
         else:
@@ -254,15 +239,12 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """Rotary tables (Su et al., 2021) for positions (T,), in the half-split layout of transformers: cos and sin, (T, 1,
-    hd) each.
+    """Rotary tables (Su et al., 2021) for positions (T,): cos and sin, (T, 1, hd) each, their halves split.
 
-    Computed in fp32 and then cast, as transformers does. The first half of sin is negated, so that rotating is one
-    roll.
+    Computed in fp32 and then cast, as transformers does. Half of sin is negated, so that rotating is one roll.
     """
-    inverse_wavelength = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    )  # (hd / 2,)
+    even = torch.arange(0, head_dim, 2, device=positions.device).float()
+    inverse_wavelength = 1.0 / theta ** (even / head_dim)  # (hd / 2,)
     angles = torch.outer(positions.float(), inverse_wavelength)[:, None, :]  # (T, 1, hd / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
@@ -272,6 +254,33 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate x (B, T, heads, hd) by its positions' angles."""
     cos, sin = (table.to(x.dtype) for table in rope)  # under autocast x is narrower than the residual stream
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, so that sampling one more token costs one token's work.
+
+    Attention reads slices of it, never a mask over the full length. One forward of T tokens stores them at positions
+    [length, length + T) in every layer, and GPT.forward then counts them.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+        head_dim = config.d_model // config.n_head
+        self._shape = (config.n_layers, 2, batch_size, config.kv_heads, config.max_seq_length, head_dim)
+        self._buffer: Tensor | None = None  # made with device and dtype of the first keys
+        self.length = 0
+        """Tokens stored so far: the position of the next one. 0 forgets them and keeps the memory."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, nkv, T, hd) of the next T tokens; return this layer's so far (B, nkv, length + T, hd)."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self._shape, device=k.device, dtype=k.dtype)
+        end = self.length + k.shape[2]
+        keys, values = self._buffer[layer]  # (B, nkv, max_seq_length, hd) each
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 def _norm(config: ModelConfig) -> nn.Module:

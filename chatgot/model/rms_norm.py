@@ -36,9 +36,7 @@ class _EagerRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         unit, scale, weight = ctx.saved_tensors
         grad_unit = grad * unit  # fp32, like unit
         grad_weight = grad_unit.flatten(0, -2).sum(0)

@@ -1,4 +1,4 @@
-"""Names and shapes of the GPT's parameters, and FLOPs of a token, from arithmetic alone: no torch, so that a plan answers at once."""
+"""Names and shapes of the GPT's parameters, and FLOPs of a token, by arithmetic: no torch, so a plan is quick."""
 
 from __future__ import annotations
 
@@ -71,8 +71,7 @@ def flops_per_token(n_params_non_embedding: int, n_layers: int, d_model: int, se
 
     N counts the parameters that are multiplied with: all but the lookups, the output head included also where it is
     tied to the token embedding. The second term is attention's scores and weighted sum, causality not discounted.
-    Recomputation (activation checkpointing) is not model work and does not count.
-    Source: PaLM (arXiv:2204.02311), appendix B, with heads x head size = d_model; the same formula as nanoGPT's
-        estimate_mfu.
+    Recomputation (activation checkpointing) is not model work and does not count. Source: PaLM (arXiv:2204.02311),
+    appendix B, with heads x head size = d_model; the same formula as nanoGPT's estimate_mfu.
     """
     return 6.0 * n_params_non_embedding + 12.0 * n_layers * d_model * seq

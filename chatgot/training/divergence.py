@@ -1,4 +1,4 @@
-"""When a run has diverged, and where it can go back to. Decides from what all ranks share; knows no loop.
+"""When a run has diverged, where it can go back to, and what was wrong with a skipped step. Knows no loop.
 
 Every rank decides the same: counters and losses are shared already, as sums over ranks in fp64 of fp32 numbers, which
 are exact whatever the order of the ranks.
@@ -9,18 +9,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.save import Saver
-from chatgot.data.loader import TrainBatches
+from chatgot.data.loader import Batch, TrainBatches
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.deepspeed_json.chatgot_section import GuardConfig
 from chatgot.distributed import ControlGroup
-from chatgot.engine.step import TrainingEngine, diagnose
+from chatgot.engine.precision_check import autocast
+from chatgot.engine.step import TrainingEngine
 from chatgot.errors import NumericsError
 from chatgot.proof.compare import KnownLoss
 
@@ -77,24 +80,23 @@ class Guard:
         Raises:
             NumericsError: on all ranks; the run shall stop, has no rollback left, or there is no checkpoint.
         """
+        done, limit = len(self.rollbacks), self.config.max_rollbacks
         if self.config.on_diverge == "stop":
             why += "; chatgot.guard.on_diverge = stop"
-        elif len(self.rollbacks) >= self.config.max_rollbacks:
-            limit = f"chatgot.guard.max_rollbacks = {self.config.max_rollbacks}"
-            why += f", after {len(self.rollbacks)} rollback(s); {limit}"
+        elif done >= limit:
+            why += f", after {done} rollback(s); chatgot.guard.max_rollbacks = {limit}"
         elif (good := last_good(saver, ranks)) is not None:
             return good
-        raise stopped(why, saver, ranks, hint=". Try a lower lr or tighter clipping")
+        raise stopped(f"{why}. Try a lower lr or tighter clipping", saver, ranks)
 
     def state(self, skips_in_a_row: int) -> dict[str, Any]:
         """For the client state of a checkpoint."""
-        rollbacks = [dict(one) for one in self.rollbacks]
-        return {"skips_in_a_row": skips_in_a_row, "losses": list(self._losses), "rollbacks": rollbacks}
+        return {"skips_in_a_row": skips_in_a_row, "losses": list(self._losses), "rollbacks": list(self.rollbacks)}
 
     def restore(self, state: dict[str, Any] | None) -> int:
         """Counterpart of `state` (None: a checkpoint from before there was one); returns the skips in a row."""
         state = state or {"skips_in_a_row": 0, "losses": [], "rollbacks": []}
-        self.rollbacks = [dict(one) for one in state["rollbacks"]]
+        self.rollbacks = list(state["rollbacks"])
         self._losses = deque(state["losses"], maxlen=SPIKE_WINDOW)
         return int(state["skips_in_a_row"])
 
@@ -104,11 +106,46 @@ def last_good(saver: Saver, ranks: ControlGroup) -> Found | None:
     return ranks.on_rank_0(lambda: find(saver.folder))
 
 
-def stopped(why: str, saver: Saver, ranks: ControlGroup, hint: str = "") -> NumericsError:
+def stopped(why: str, saver: Saver, ranks: ControlGroup) -> NumericsError:
     """The error that ends the run, with the checkpoint that can be resumed. Collective."""
     good = last_good(saver, ranks)
     named = f"the last good checkpoint is {good.path}" if good is not None else "there is no checkpoint yet"
-    return NumericsError(f"{why}{hint}; {named}")
+    return NumericsError(f"{why}; {named}")
+
+
+def diagnose(engine: TrainingEngine, micro_batches: Iterable[Batch]) -> tuple[list[float], bool]:
+    """Compute this rank's share of a skipped batch again, without dropout. Collective.
+
+    Averaged gradients do not tell whose they were. Weights, counters, random state and parameters' .grad stay: the
+    engine's own backward would count and reduce, so gradients are asked of torch directly. Each is looked at as it
+    comes and given up at once: at ZeRO 2-3 there is no room for all.
+
+    Returns:
+        The loss of each sample, in nats per token, and whether this rank's own gradients are finite.
+    """
+    module, device = engine.engine.module, engine.device
+    losses: list[float] = []
+    finite: list[Tensor] = []
+
+    def look(gradient: Tensor) -> Tensor:
+        finite.append(torch.isfinite(gradient).all())
+        return gradient.new_zeros(()).expand_as(gradient)  # takes no memory
+
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    hooks = [parameter.register_hook(look) for parameter in parameters]
+    was_training = module.training
+    module.eval()
+    try:
+        for input_ids, targets in micro_batches:
+            with autocast(engine.config.precision, device):
+                by_token = module(input_ids.to(device), targets.to(device), reduction="none")  # (B, T)
+            losses += by_token.detach().mean(dim=1).tolist()
+            torch.autograd.grad(by_token.mean(), parameters, allow_unused=True)
+    finally:
+        module.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return losses, all(map(bool, finite))
 
 
 def describe_skip(
@@ -124,8 +161,7 @@ def describe_skip(
 
     Collective: the batch is computed again, but for the steps of fp16's search for a loss scale. Fields: ranks whose
     loss (in the step itself) or own gradients (computed again) were not finite; repeated, whether the second time found
-    anything; losses by sample index; layer_grad_norms of the averaged gradients that were thrown away; texts by sample
-    index.
+    anything; losses and texts by sample index; layer_grad_norms of the averaged gradients that were thrown away.
 
     Args:
         loss: this rank's, of the step.
@@ -139,19 +175,15 @@ def describe_skip(
     }
     if engine.skips_in_a_row == 0:
         return {"searches_loss_scale": True, **common}
-    device = engine.engine.device
-    diagnosis = diagnose(engine, ((x.to(device), y.to(device)) for x, y in batches.micro_batches(first_sample)))
-    indices = batches.indices(first_sample).tolist()
-    mine = (math.isfinite(float(loss)), diagnosis.gradients_finite, dict(zip(indices, diagnosis.losses, strict=True)))
-    shares = ranks.gather(mine)
+    own_losses, gradients_finite = diagnose(engine, batches.micro_batches(first_sample))
+    by_index = dict(zip(batches.indices(first_sample).tolist(), own_losses, strict=True))
+    shares = ranks.gather((math.isfinite(float(loss)), gradients_finite, by_index))
     losses: dict[int, float] = {index: value for share in shares for index, value in share[2].items()}
     worst = sorted(losses, key=lambda index: (math.isfinite(losses[index]), -losses[index], index))[:TEXTS]
     finite = [gradients_fine and all(map(math.isfinite, values.values())) for _, gradients_fine, values in shares]
     return {
         **common,
-        "ranks": [
-            rank for rank, (loss_fine, gradients_fine, _) in enumerate(shares) if not (loss_fine and gradients_fine)
-        ],
+        "ranks": [rank for rank, (*both_fine, _) in enumerate(shares) if not all(both_fine)],
         "repeated": not all(finite),
         "first_sample": first_sample,
         "losses": dict(sorted(losses.items())),

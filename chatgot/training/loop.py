@@ -1,4 +1,4 @@
-"""The training loop: step, log, evaluate, sample, save, stop. One generator, which a benchmark can drive step by step."""
+"""The training loop: step, log, evaluate, sample, save, stop. One generator, so that others can drive it by steps."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.distributed import ControlGroup
+from chatgot.engine.optimizer import schedule_factor
 from chatgot.engine.step import TrainingEngine, mean_over_ranks
 from chatgot.errors import NumericsError
 from chatgot.observe.memory import peak_memory_gib
 from chatgot.observe.meters import Mfu, Throughput
 from chatgot.proof.compare import KnownLoss, Proof, TrainedStep
-from chatgot.training import samples, schedule
+from chatgot.training import evaluation
 from chatgot.training.divergence import Guard, describe_skip, stopped
-from chatgot.training.evaluate import Evaluation, evaluate
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.records import Records
-from chatgot.training.saving import Saving
-from chatgot.training.stop import StopSignals
+from chatgot.training.saving import Saving, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,6 @@ class Loop:
     ranks: ControlGroup
     records: Records
     out_dir: Path
-    device: torch.device
     fields: RunFields
     """What identifies the run, for the manifest."""
     mfu: Mfu
@@ -79,9 +77,8 @@ class Loop:
     memory: MemoryCheck
     guard: Guard
     json_micro_batch: int
-    """What the JSON says; a smaller one is used after memory has run out."""
+    """What the JSON says, or where it leaves that to memory what was found; less is used once memory has run out."""
     micro_batch_is_auto: bool
-    """The JSON leaves it to memory; `json_micro_batch` is what was found."""
     position: Position
     meter: Throughput = field(default_factory=Throughput)
     stopped_by: str | None = None
@@ -99,7 +96,7 @@ class Loop:
         train = self.config.train
         while self.step < train.max_steps and self.stopped_by is None:
             loss = self._train_step()
-            # The one collective of a step, before any line of it: the lines of metrics.jsonl never go back within a run.
+            # The one collective of a step, before any line of it: lines of metrics.jsonl never go back within a run.
             flags = (self.stop.received is not None, self.saving.minutes_over(), self.saving.saver.busy)
             (signalled, minutes_over, writing), known = self._share(loss, flags)
             step, last = self.step, self.step == train.max_steps
@@ -136,7 +133,10 @@ class Loop:
             return
         try:
             with self._doing(f"saving at step {self.step}", "save"):
-                self.saving.save(self.engine.engine, self.client_state(), self._manifest(), must)
+                val, tokens = self.position.last_val, self.position.next_sample * self.train_batches.block_size
+                val_loss = val.get("val/loss") if val.get("step") == self.step else None
+                fields: StateFields = {"tokens": tokens, "val_loss": val_loss, **self.fields}
+                self.saving.save(self.engine.engine, self.client_state(), fields, must)
         except NumericsError as error:
             self.records.event("save_refused", step=self.step, error=str(error))
             self.roll_back(str(error), must)
@@ -159,11 +159,11 @@ class Loop:
         """One optimizer step; this rank's loss."""
         self.doing = f"step {self.step + 1}"
         self.proof.begin_step()
-        scheduled = self.engine.config.chatgot.schedule
-        if scheduled is not None:
-            self.engine.set_learning_rate(schedule.factor(self.step, self.config.train.max_steps, scheduled))
+        if (schedule := self.engine.config.chatgot.schedule) is not None:
+            self.engine.set_learning_rate(schedule_factor(self.step, self.config.train.max_steps, schedule))
+        micro_batches = self.train_batches.micro_batches(self.position.next_sample)
         try:
-            loss = self.engine.train_step(self.train_batches.micro_batches(self.position.next_sample))
+            loss = self.engine.train_step(micro_batches, before_update=self.memory.look)
         except NumericsError as error:
             raise self._stopped(str(error)) from error
         self.position.next_sample += self.train_batches.global_batch_size
@@ -173,9 +173,8 @@ class Loop:
         """Write the digest of the step that was just made, and share flags with all ranks. Collective."""
         engine, offset = self.engine, self.position.skipped_samples
         batch = self.train_batches.batch_hash(self._first_sample)
-        return self.proof.end_step(
-            TrainedStep(self.step, loss, engine.raw_grad_norm, engine.learning_rate, batch, offset), flags
-        )
+        trained = TrainedStep(self.step, loss, engine.raw_grad_norm, engine.learning_rate, batch, offset)
+        return self.proof.end_step(trained, flags)
 
     @property
     def _first_sample(self) -> int:
@@ -194,20 +193,16 @@ class Loop:
         else:
             self.records.progress.step(step)
         if (compared := self.memory.compare(self.ranks)) is not None:
-            fields, line = compared
-            self.records.event("memory", step=step, **fields)
-            logger.info(line)
+            self.records.event("memory", step=step, **compared)
 
     def _log(self, step: int, loss: torch.Tensor) -> None:
         mean_loss = mean_over_ranks(loss)  # waits for the device, so that the interval counts what has been computed
         interval = self.meter.interval()
         if not math.isfinite(mean_loss) and self.engine.engine.was_step_applied():
-            raise self._stopped(
-                f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: the weights are lost. The "
-                "JSON has switched its check off (zero_optimization.compute_grad_norm or bf16.check_grad_overflow = "
-                "false)"
-            )
-        peak = max(self.ranks.gather(peak_memory_gib(self.device.type)))
+            why = "the weights are lost. The JSON has switched its check off"
+            keys = "(zero_optimization.compute_grad_norm or bf16.check_grad_overflow = false)"
+            raise self._stopped(f"step {step}: train/loss is {mean_loss}, and DeepSpeed applied the step: {why} {keys}")
+        peak = max(self.ranks.gather(peak_memory_gib(self.engine.device.type)))
         if self.records.journal is None or interval is None:
             return
         metrics: dict[str, Any] = {
@@ -225,19 +220,15 @@ class Loop:
         self.records.metrics(step, metrics)
         self.records.progress.line(step, metrics, self.meter.eta_seconds(self.config.train.max_steps - step))
 
-    def evaluation(self) -> Evaluation:
-        """Loss over the whole validation split. Collective."""
-        with self._doing(f"the evaluation after step {self.step}", "eval"):
-            return evaluate(self.engine.engine, self.eval_batches, self.device)
-
     def _evaluate(self, step: int) -> bool:
-        """Journal the validation loss; whether it is the best so far."""
-        result, meta = self.evaluation(), self.data.meta.val
-        bits_per_char = result.bits_per_char(meta.characters / meta.tokens)
-        metrics = {"val/loss": result.loss, "val/bits_per_char": bits_per_char}
-        improved = self.position.best_val_loss is None or result.loss < self.position.best_val_loss
+        """Journal the loss over the whole validation split; whether it is the best so far. Collective."""
+        with self._doing(f"the evaluation after step {step}", "eval"):
+            loss = evaluation.evaluate(self.engine.engine, self.eval_batches, self.engine.device)
+        meta, best = self.data.meta.val, self.position.best_val_loss
+        metrics = {"val/loss": loss, "val/bits_per_char": loss / math.log(2) / (meta.characters / meta.tokens)}
+        improved = best is None or loss < best
         if improved:
-            self.position.best_val_loss = result.loss
+            self.position.best_val_loss = loss
         self.position.last_val = {"step": step, **metrics}
         self.records.metrics(step, metrics)
         self.records.progress.line(step, metrics)
@@ -246,7 +237,7 @@ class Loop:
     def _sample(self, step: int) -> None:
         with self._doing(f"sampling after step {step}", "sample"):
             train, context = self.config.train, self.config.model.max_seq_length
-            drawn = samples.draw(self.engine.engine, self.prompts, self.data.tokenizer, train, context, self.ranks)
+            drawn = evaluation.draw(self.engine.engine, self.prompts, self.data.tokenizer, train, context, self.ranks)
             self.records.sampled(step, drawn, self.out_dir)
 
     @contextmanager
@@ -267,9 +258,8 @@ class Loop:
         """Go back to the newest whole checkpoint, or stop, as chatgot.guard says. Collective.
 
         Weights, optimizer, random state and step number are the checkpoint's, but the data goes on where it was: all
-        samples from the checkpoint's position to the last one that was fed are left out; each later one is used as
-        before, some steps earlier than it would have been. The checkpoint is saved again with the new position, so that
-        a resume leaves out the same.
+        samples from the checkpoint's position to the last one that was fed are left out, and each later one is used
+        some steps earlier. The checkpoint is saved again with the new position: a resume leaves out the same.
 
         Args:
             must: that save is the run's last chance.
@@ -296,17 +286,7 @@ class Loop:
         if self.records.wandb is not None:
             self.records.wandb.rolled_back(from_step)
         self.records.event("rolled_back", checkpoint=good.tag, **self.guard.rollbacks[-1])
-        limit = self.guard.config.max_rollbacks
-        logger.warning(
-            f"{why}. Rolled back to {good.tag} ({number} of {limit} times); samples {first}..{end - 1} are left out, "
-            f"training goes on at sample {end}"
-        )
+        times = f"{number} of {self.guard.config.max_rollbacks} times"
+        left_out = f"samples {first}..{end - 1} are left out, training goes on at sample {end}"
+        logger.warning(f"{why}. Rolled back to {good.tag} ({times}); {left_out}")
         self.save(must)
-
-    def _manifest(self) -> StateFields:
-        val = self.position.last_val
-        return {
-            "tokens": self.position.next_sample * self.train_batches.block_size,
-            "val_loss": val.get("val/loss") if val.get("step") == self.step else None,
-            **self.fields,
-        }

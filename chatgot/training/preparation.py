@@ -1,28 +1,25 @@
-"""What a run settles before its engine is built: data, micro-batch, checkpoint, disk. Nothing is written but the lock."""
+"""What a run settles before its first step: which run it is, its data, and the checkpoint. Only the lock is written."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import logging
-from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint import load, manifest
-from chatgot.checkpoint.load import Found, expected_bytes
-from chatgot.checkpoint.manifest import Difference, RunFields
-from chatgot.checkpoint.resume import layout, refuse_layouts
-from chatgot.checkpoint.retention import preflight
-from chatgot.checkpoint.save import Saver
+from chatgot.checkpoint import load, manifest, rng
+from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.manifest import ClientState, Difference, RunFields
+from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
 from chatgot.checkpoint.writing import take_back
 from chatgot.config.run import RunConfig
 from chatgot.data.cache import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
-from chatgot.deepspeed_json.batch import MICRO
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
@@ -30,9 +27,34 @@ from chatgot.engine.optimizer import state_kind
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ChatGoTError, DataError
 from chatgot.model.gpt import GPT
-from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """The command line of train.py: *which run* is this."""
+
+    deepspeed_config: str
+    out_dir: Path
+    config: str = "tiny"
+    data: str = "wars_of_the_roses"
+    resume_from: str = "auto"
+    allow_data_change: bool = False
+    allow_batch_change: bool = False
+    overrides: tuple[str, ...] = ()
+    run_name: str | None = None
+    local_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from."""
+
+    checkpoint: Found
+    client_state: ClientState
+    changes: list[str]
+    """How it differs from this run, a line each."""
 
 
 def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup) -> PreparedData:
@@ -44,7 +66,7 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
     patient: Any = None
     if place.world_size > 1:
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    data, error = None, None
+    data = error = None
     for turn in (True, False):
         if (place.local_rank == 0) == turn and error is None:
             try:
@@ -56,12 +78,9 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
             dist.barrier(group=patient)
     ranks.agree(error)
     assert data is not None
-    fingerprints = set(ranks.gather(data.fingerprint))
-    if len(fingerprints) > 1:
-        raise DataError(
-            f"--data {spec}: the ranks see different data (fingerprints {sorted(fingerprints)}); give every machine "
-            "the same files"
-        )
+    if len(fingerprints := sorted(set(ranks.gather(data.fingerprint)))) > 1:
+        what = f"the ranks see different data (fingerprints {fingerprints})"
+        raise DataError(f"--data {spec}: {what}; give every machine the same files")
     return data
 
 
@@ -89,27 +108,25 @@ def identity(
 
 
 def choose_checkpoint(
-    out_dir: Path, resume_from: str, allowed: Collection[str], fields: RunFields, ranks: ControlGroup
+    arguments: TrainArguments, fields: RunFields, ranks: ControlGroup
 ) -> tuple[Found | None, list[Difference]]:
     """Rank 0 takes the run folder's lock and chooses the checkpoint to go on from, all ranks follow. Collective.
 
-    Args:
-        allowed: switches of the command line that let a resume differ.
-        fields: of the manifest of this run.
-
     Returns:
-        The checkpoint, None for a new run, and how it differs from this run as far as the switches allow.
+        The checkpoint, None for a new run, and how it differs from this run as far as the command line allows.
 
     Raises:
         ConfigError, CheckpointError: on all ranks; the folder is in use, or no checkpoint fits the request.
     """
+    switches = ("allow_data_change", "allow_batch_change")
+    allowed = [f"--{switch}" for switch in switches if getattr(arguments, switch)]
 
     def choose() -> tuple[Found | None, list[Difference]]:
-        run_folder.check_writable(out_dir)
-        if note := run_folder.acquire_lock(out_dir):
+        run_folder.check_writable(arguments.out_dir)
+        if note := run_folder.acquire_lock(arguments.out_dir):
             logger.info(note)
-        take_back(out_dir / run_folder.CHECKPOINTS)
-        chosen = load.choose(resume_from, out_dir)
+        take_back(arguments.out_dir / run_folder.CHECKPOINTS)
+        chosen = load.choose(arguments.resume_from, arguments.out_dir)
         if chosen is None:
             return None, []
         for note in chosen.notes:
@@ -121,61 +138,17 @@ def choose_checkpoint(
     return ranks.on_rank_0(choose)
 
 
-def check_disk(saver: Saver, fields: RunFields, config: EngineConfig, max_steps: int) -> list[str]:
-    """Whether the run's checkpoints fit, in lines for the log. Collective.
+def load_checkpoint(
+    engine: TrainingEngine, checkpoint: Found, different: list[Difference], fields: RunFields, ranks: ControlGroup
+) -> tuple[Resumed, list[str]]:
+    """Fill the engine with what `choose_checkpoint` chose, and put back the random state. Returns notes too.
 
     Raises:
-        ConfigError: on all ranks; chatgot.checkpoint.disk_budget_gb is too small.
-        CheckpointError: on all ranks; not even one checkpoint fits.
+        CheckpointError: on all ranks, if any could not load.
     """
-
-    def look() -> list[str]:
-        expected = expected_bytes(saver.folder, fields, saver.estimated_bytes, saver.damaged)
-        return preflight(saver.folder, saver.config, expected, max_steps, config.path, saver.damaged)
-
-    return saver.ranks.on_rank_0(look)
-
-
-def with_stored_micro_batch(
-    config: EngineConfig, out_dir: Path, ranks: ControlGroup
-) -> tuple[EngineConfig, str | None]:
-    """The smaller micro-batch that an earlier start of this run stored, when memory was not enough. Collective."""
-    per_rank = config.train_batch_size // ranks.world_size
-    stored = ranks.on_rank_0(lambda: micro_batch.stored(out_dir, config.micro_batch_size, per_rank))
-    if stored is None or stored[0] >= config.micro_batch_size:
-        return config, None
-    smaller, reason = stored
-    note = (
-        f"micro-batch {smaller}, accumulation {per_rank // smaller}: {reason}; another {MICRO} in the JSON overrules "
-        f"this"
-    )
-    return micro_batch.with_micro_batch(config, smaller, ranks.world_size), note
-
-
-def carry_on(
-    engine: TrainingEngine, carried: dict[str, int] | None, json_micro_batch: int, world_size: int
-) -> list[str]:
-    """After a resume: use the micro-batch that memory was enough for, unless the JSON's own is another one now.
-
-    Args:
-        carried: the checkpoint's: `json`, what the JSON said, and `used`; None: it is from before there was one.
-
-    Returns:
-        A note, or none.
-    """
-    config = engine.config
-    if carried is None or carried["json"] == carried["used"]:
-        return []
-    if carried["json"] != json_micro_batch:
-        return [
-            f"micro-batch {config.micro_batch_size}: the JSON's is another one than the checkpoint's run had "
-            f"({carried['json']}, of which memory allowed {carried['used']})"
-        ]
-    micro = micro_batch.largest_divisor(config.train_batch_size // world_size, carried["used"])
-    if micro >= config.micro_batch_size:
-        return []
-    engine.set_micro_batch(micro)
-    return [
-        f"micro-batch {micro}, accumulation {engine.config.accumulation}: memory ran out with the JSON's "
-        f"{json_micro_batch} before the checkpoint; another {MICRO} in the JSON overrules this"
-    ]
+    client_state, load_notes = resume(engine.engine, checkpoint, fields, ranks)
+    notes = [*(f"{CHANGED}{one}" for one in different), *load_notes]
+    changes = [note.removeprefix(CHANGED) for note in notes]
+    seed, step = fields["train"]["seed"], engine.engine.global_steps
+    notes += rng.resume(client_state["rng"], seed, ranks.rank, ranks.world_size, step)
+    return Resumed(checkpoint, client_state, changes), notes

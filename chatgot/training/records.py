@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint.load import Found
 from chatgot.config.run import RunConfig
 from chatgot.data.prepared import PreparedData
 from chatgot.devices import deterministic, device_name
@@ -23,7 +19,9 @@ from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof import digest
 from chatgot.proof.compare import Overlap, Proof, setup
-from chatgot.training import samples
+from chatgot.training import evaluation
+from chatgot.training.evaluation import Sample
+from chatgot.training.preparation import Resumed, TrainArguments
 
 logger = logging.getLogger(__name__)
 
@@ -50,60 +48,52 @@ class Records:
         if self.wandb is not None:
             self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step)
 
-    def sampled(self, step: int, drawn: list[samples.Sample], out_dir: Path) -> None:
+    def sampled(self, step: int, samples: list[Sample], out_dir: Path) -> None:
         """Write samples/step-000500.txt, and show the beginning of the first sample."""
         if self.journal is None:
             return
-        path, text = samples.path(out_dir / run_folder.SAMPLES, step), samples.as_text(drawn)
-        if self._samples.attempt(lambda: samples.write(path, text)):
+        path = out_dir / run_folder.SAMPLES / f"step-{step:06d}.txt"
+        text = "\n\n".join(f"=== {prompt!r}\n{prompt}{continued}" for prompt, continued in samples) + "\n"
+        if self._samples.attempt(lambda: evaluation.write_samples(path, text)):
             self.event("sampled", step=step, path=str(path.relative_to(out_dir)))
-        self.progress.say(f"sample at step {step}: {drawn[0].prompt}{drawn[0].text[:200]}")
+        self.progress.say(f"sample at step {step}: {samples[0][0]}{samples[0][1][:200]}")
         if self.wandb is not None:
             self.wandb.log_text("samples", text, step)
 
     def close(self) -> None:
         """Close the bar and the files. The dashboard is closed by its own `finish`, which waits for an upload."""
         self.progress.close()
-        files: Iterable[Events | Journal | None] = (self.events, self.journal)
-        for file in files:
-            if file is not None:
-                file.close()
+        if self.events is not None and self.journal is not None:
+            self.events.close()
+            self.journal.close()
 
 
 def open_records(
-    data_spec: str,
-    out_dir: Path,
-    run_name: str | None,
+    arguments: TrainArguments,
+    place: Place,
     progress: Progress,
     config: RunConfig,
     engine: TrainingEngine,
     data: PreparedData,
-    resumed: Found | None,
-    since_checkpoint: list[str],
-    offset: int,
+    resumed: Resumed | None,
     ranks: ControlGroup,
-    device: torch.device,
-    place: Place,
 ) -> tuple[Records, Proof]:
-    """Rank 0 opens journal, events and wandb, and writes the resolved settings; the others get silent ones.
-
-    Args:
-        since_checkpoint: what differs from the checkpoint, a line each; what differs from the settings in its run
-            folder is found here.
-        offset: samples that rollbacks have left out so far.
-    """
+    """Rank 0 opens journal, events and wandb, and writes the resolved settings; the others get silent ones."""
+    device, out_dir = engine.device, arguments.out_dir
     if place.rank != 0:
         return Records(progress), Proof(ranks, device)
-    step = engine.engine.global_steps
-    run, engine_json = config.to_dict(), engine.config.to_dict()
-    changes = run_folder.changed_settings(resumed.folder.parent, run, engine_json) if resumed else []
-    data_changes = [line for line in since_checkpoint if line.startswith("data:")]
+    step, run, engine_json = engine.engine.global_steps, config.to_dict(), engine.config.to_dict()
+    differences, changes, offset, known = list[str](), list[str](), 0, None
+    if resumed is not None:  # all of it before this start writes its own
+        earlier, offset = resumed.checkpoint.folder.parent, resumed.client_state.get("skipped_samples", 0)
+        differences, changes = resumed.changes, run_folder.changed_settings(earlier, run, engine_json)
+        known = digest.history(earlier, after=step)
+    data_changes = [line for line in differences if line.startswith("data:")]
     chip = (device_name(device), deterministic(device))
     now = setup(config, engine.config, data.fingerprint, place.world_size, *chip, versions(), [*data_changes, *changes])
-    known = digest.history(resumed.folder.parent, after=step) if resumed else None
     extra = {
         **versions(),
-        "data": {"spec": data_spec, "fingerprint": data.fingerprint},
+        "data": {"spec": arguments.data, "fingerprint": data.fingerprint},
         "launcher": place.launcher,
         "world_size": place.world_size,
     }
@@ -114,18 +104,18 @@ def open_records(
     records.wandb = WandbRun.start(
         engine.config.wandb,
         run_dir=out_dir,
-        run_name=run_name or out_dir.resolve().name,
+        run_name=arguments.run_name or out_dir.resolve().name,
         run_config={"run": run, "deepspeed": engine_json},
         resumed_from_step=step if resumed else None,
     )
-    for note in resumed.notes if resumed else ():
+    for note in resumed.checkpoint.notes if resumed else ():
         records.event("resume_warning", message=note)
-    origin: dict[str, Any] = {"from": str(resumed.path)} if resumed else {}
+    origin = {"from": str(resumed.checkpoint.path)} if resumed else {}
     records.event(
         "resumed" if resumed else "started",
         step=step,
         **origin,
-        changes=list(dict.fromkeys([*since_checkpoint, *changes])),
+        changes=list(dict.fromkeys([*differences, *changes])),
         world_size=place.world_size,
         zero_stage=engine.config.zero_stage,
         precision=engine.config.precision,

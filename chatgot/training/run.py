@@ -4,58 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import faults, rng
-from chatgot.checkpoint.load import Found
-from chatgot.checkpoint.resume import CHANGED, resume
-from chatgot.checkpoint.save import Saver
-from chatgot.checkpoint.writing import estimate
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
-from chatgot.data.prepared import PreparedData
 from chatgot.deepspeed_json.read import read_document
 from chatgot.deepspeed_json.resolve import EngineConfig, resolve
-from chatgot.devices import device_facts, is_out_of_memory, matmul_precision
+from chatgot.devices import device_facts, device_of_machine, is_out_of_memory, matmul_precision
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build, join
+from chatgot.engine.optimizer import describe_schedule
 from chatgot.engine.precision_check import check_precision
 from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
 from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count, show_log
-from chatgot.training import out_of_memory, preparation, samples, schedule
+from chatgot.plan.estimate import estimate
+from chatgot.training import memory, preparation
 from chatgot.training.divergence import Guard
+from chatgot.training.evaluation import usable_prompts
 from chatgot.training.loop import Loop, Position
-from chatgot.training.memory import check_memory
+from chatgot.training.memory import MemoryCheck
+from chatgot.training.preparation import Resumed, TrainArguments
 from chatgot.training.records import open_records
-from chatgot.training.saving import Saving
-from chatgot.training.stop import StopSignals
+from chatgot.training.saving import Saving, StopSignals, open_saver
 from chatgot.tuning import finder
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainArguments:
-    """The command line of train.py: *which run* is this."""
-
-    deepspeed_config: str
-    out_dir: Path
-    config: str = "tiny"
-    data: str = "wars_of_the_roses"
-    resume_from: str = "auto"
-    allow_data_change: bool = False
-    allow_batch_change: bool = False
-    overrides: tuple[str, ...] = ()
-    run_name: str | None = None
-    local_rank: int | None = None
 
 
 def train(arguments: TrainArguments) -> int:
@@ -74,25 +55,30 @@ def finish(loop: Loop) -> int:
     """Run a prepared loop to its end, closing the records whatever happens; returns the exit code."""
     records, exit_code = loop.records, 1
     try:
-        _train(loop)
+        for _ in loop.steps():
+            pass
         loop.proof.end()
         exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
         if loop.stopped_by:
             records.event("preempted", step=loop.step, signal=loop.stopped_by)
-            logger.info(
-                f"stopped by {loop.stopped_by} at step {loop.step}; saved. Run the same command again to go on (exit "
-                f"75)"
-            )
+            what = f"stopped by {loop.stopped_by} at step {loop.step}"
+            logger.info(f"{what}; saved. Run the same command again to go on (exit {exit_code})")
         else:
             records.event("finished", **{**loop.position.last_val, "step": loop.step})
     except ChatGoTError as error:  # of all ranks together
         exit_code = error.exit_code
-        try:
-            loop.saving.finish()  # leave the checkpoint that was being saved in the background
-        except CheckpointError as failed:
-            logger.warning(str(failed))
+        _finish_save(loop)
         records.event("failed", step=loop.step, error=str(error), exit_code=exit_code)
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = "auto" if loop.micro_batch_is_auto else loop.json_micro_batch
+        config, world_size = loop.engine.config, loop.ranks.world_size
+        refusal = memory.ran_out(error, loop.doing, loop.out_dir, config, world_size, asked, records)
+        exit_code = refusal.exit_code
+        _finish_save(loop)
+        raise refusal from error
     finally:
         loop.proof.end()
         if records.wandb is not None:
@@ -106,17 +92,12 @@ def finish(loop: Loop) -> int:
     return exit_code
 
 
-def _train(loop: Loop) -> None:
-    """Train until the loop ends; see `out_of_memory.end_rank` for a rank whose memory is not enough."""
+def _finish_save(loop: Loop) -> None:
+    """Leave the checkpoint that is being saved in the background."""
     try:
-        for _ in loop.steps():
-            pass
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        asked = "auto" if loop.micro_batch_is_auto else loop.json_micro_batch
-        config, world_size = loop.engine.config, loop.ranks.world_size
-        out_of_memory.end_rank(error, loop.doing, loop.out_dir, config, world_size, asked, loop.records)
+        loop.saving.finish()
+    except CheckpointError as failed:
+        logger.warning(str(failed))
 
 
 def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | None = None) -> Loop:
@@ -157,13 +138,11 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     found = None if answer is None else (answer.micro_batch, answer.reason)
     engine_config = resolved.complete(n_params, found).engine_config()
     json_micro_batch = engine_config.micro_batch_size
-    engine_config, micro_note = preparation.with_stored_micro_batch(engine_config, arguments.out_dir, ranks)
+    engine_config, micro_notes = memory.with_stored_micro_batch(engine_config, arguments.out_dir, ranks)
 
     model = GPT(config.model, vocab_size)
     fields = preparation.identity(model, config, engine_config, data, world_size)
-    switches = ("allow_data_change", "allow_batch_change")
-    allowed = [f"--{switch}" for switch in switches if getattr(arguments, switch)]
-    resumed, different = preparation.choose_checkpoint(arguments.out_dir, arguments.resume_from, allowed, fields, ranks)
+    checkpoint, different = preparation.choose_checkpoint(arguments, fields, ranks)
     rng.seed(config.train.seed, place.rank)
     model.init_weights(config.train.seed)
     order = DataOrder(len(data.train), block, config.train.seed)
@@ -174,57 +153,33 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
     checked = None
     precision_note = "precision check: skipped on a resume, whose weights are loaded after the engine is built"
-    if resumed is None:
+    if checkpoint is None:
         first = next(batches(engine_config).micro_batches(0))
         checked, precision_note = check_precision(model, engine_config, *first, device, ranks)
     engine = build(model, engine_config, device)
     notes = [*engine_config.notes, precision_note, *engine.notes]
-    guard, position = Guard(engine_config.chatgot.guard), Position()
-    prompts, prompt_notes = samples.usable_prompts(config.train.sample_prompts, data.tokenizer, _fallback_prompt(data))
+    prompts, prompt_notes = usable_prompts(config.train.sample_prompts, data)
     notes += prompt_notes
-    changed: list[str] = []
-    if resumed is not None:
-        client_state, load_notes = resume(engine.engine, resumed, fields, ranks)
-        notes += [f"{CHANGED}{one}" for one in different] + load_notes
-        changed = [str(one) for one in different] + [note.removeprefix(CHANGED) for note in load_notes]
-        position = Position.of(client_state)
+    guard, position, resumed = Guard(engine_config.chatgot.guard), Position(), None
+    if checkpoint is not None:
+        resumed, load_notes = preparation.load_checkpoint(engine, checkpoint, different, fields, ranks)
+        notes += load_notes
+        notes += memory.use_micro_batch_of(resumed.client_state, engine, json_micro_batch, world_size)
+        position = Position.of(resumed.client_state)
         if any(one.field == "data" for one in different):  # the numbers are of another validation split
             position = dataclasses.replace(position, best_val_loss=None, last_val={})
-        engine.skips_in_a_row = guard.restore(client_state.get("guard"))
-        notes += preparation.carry_on(engine, client_state.get("micro_batch"), json_micro_batch, world_size)
-        step = engine.engine.global_steps
-        notes += rng.resume(client_state["rng"], config.train.seed, place.rank, world_size, step)
-    if micro_note is not None:
-        notes.append(micro_note)
-
-    own = arguments.out_dir / run_folder.CHECKPOINTS
-    within = resumed is not None and own.is_dir() and resumed.folder.samefile(own)
-    damaged = set(resumed.damaged) if resumed is not None and within else set()
-    saver_config = engine.config.chatgot.checkpoint
-    saver = Saver(own, saver_config, ranks, estimated_bytes=estimate(engine.engine, ranks), damaged=damaged)
-    step, max_steps = engine.engine.global_steps, config.train.max_steps
-    disk_notes = preparation.check_disk(saver, fields, engine.config, max_steps) if step < max_steps else []
-    records, proof = open_records(
-        arguments.data,
-        arguments.out_dir,
-        arguments.run_name,
-        progress,
-        config,
-        engine,
-        data,
-        resumed,
-        changed,
-        position.skipped_samples,
-        ranks,
-        device,
-        place,
-    )
+        engine.skips_in_a_row = guard.restore(resumed.client_state.get("guard"))
+    notes += micro_notes
+    max_steps = config.train.max_steps
+    saver, disk_notes = open_saver(arguments.out_dir, engine, fields, checkpoint, max_steps, ranks)
+    records, proof = open_records(arguments, place, progress, config, engine, data, resumed, ranks)
     if answer is not None and place.rank == 0:
         answer.store(arguments.out_dir)
     if checked is not None:
         records.event("precision_check", **checked.to_json())
     matmul_params = count_matmul_parameters(config.model, vocab_size)
     flops = flops_per_token(matmul_params, config.model.n_layers, config.model.d_model, block)
+    plan = estimate(config.model, vocab_size, engine.config, world_size, device_of_machine(facts, device))
     loop = Loop(
         engine=engine,
         config=config,
@@ -234,14 +189,13 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         ranks=ranks,
         records=records,
         out_dir=arguments.out_dir,
-        device=device,
         fields=fields,
         mfu=Mfu(flops, facts.name, matmul_precision(engine.config.precision), world_size),
         prompts=prompts,
         stop=StopSignals(),
         saving=Saving(saver, records),
         proof=proof,
-        memory=check_memory(config.model, vocab_size, engine, world_size, facts, device),
+        memory=MemoryCheck(plan, engine.engine),
         guard=guard,
         json_micro_batch=json_micro_batch,
         micro_batch_is_auto=answer is not None,
@@ -249,40 +203,31 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     )
     for note in notes:
         logger.info(note)
-    _announce(loop, arguments, resumed, n_params, disk_notes)
+    _announce(loop, resumed, n_params, disk_notes)
     return loop
 
 
-def _fallback_prompt(data: PreparedData) -> str:
-    start = data.tokenizer.decode(data.val[:64].tolist()).strip()
-    return (start.split("\n")[0] or data.tokenizer.decode(data.val[:1].tolist()))[:24]
-
-
-def _announce(
-    loop: Loop, arguments: TrainArguments, resumed: Found | None, n_params: int, disk_notes: list[str]
-) -> None:
-    engine_config, config = loop.engine.config, loop.config
-    lines = run_folder.describe(config.to_dict(), engine_config.to_dict())
-    lines += [
-        f"model: {config.model.architecture}, {human_count(n_params)} parameters ({n_params:,}), "
-        f"vocabulary {loop.data.tokenizer.vocab_size}",
-        f"data: {loop.data.meta.source}, {human_count(len(loop.data.train))} tokens to train on, "
-        f"{human_count(len(loop.data.val))} to validate",
-        f"engine: {engine_config.precision}, ZeRO stage {engine_config.zero_stage}, {loop.ranks.world_size} rank(s) "
-        f"on {loop.device.type}; "
-        f"batch {engine_config.train_batch_size} x {config.model.max_seq_length} tokens",
+def _announce(loop: Loop, resumed: Resumed | None, n_params: int, disk_notes: list[str]) -> None:
+    engine, config, data, max_steps = loop.engine.config, loop.config, loop.data, loop.config.train.max_steps
+    model, where = config.model, f"{loop.ranks.world_size} rank(s) on {loop.engine.device.type}"
+    train, val = (human_count(len(tokens)) for tokens in (data.train, data.val))
+    lines = [
+        *run_folder.describe(config.to_dict(), engine.to_dict()),
+        f"model: {model.architecture}, {human_count(n_params)} parameters ({n_params:,}), vocabulary "
+        f"{data.tokenizer.vocab_size}",
+        f"data: {data.meta.source}, {train} tokens to train on, {val} to validate",
+        f"engine: {engine.precision}, ZeRO stage {engine.zero_stage}, {where}; batch {engine.train_batch_size} x "
+        f"{model.max_seq_length} tokens",
     ]
-    if engine_config.chatgot.schedule is not None:
-        lines.append(schedule.describe(config.train.max_steps, engine_config.chatgot.schedule, loop.engine.base_lrs[0]))
+    if engine.chatgot.schedule is not None:
+        lines.append(describe_schedule(max_steps, engine.chatgot.schedule, loop.engine.base_lrs[0]))
     lines += disk_notes
     if resumed is None:
-        lines.append(f"starting a new run in {arguments.out_dir}")
+        lines.append(f"starting a new run in {loop.out_dir}")
     else:
-        lines.append(f"resuming {resumed.path} at step {loop.step}, sample {loop.position.next_sample}")
-        if loop.step >= config.train.max_steps:
-            lines.append(
-                f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {config.train.max_steps})"
-            )
+        lines.append(f"resuming {resumed.checkpoint.path} at step {loop.step}, sample {loop.position.next_sample}")
+        if loop.step >= max_steps:
+            lines.append(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {max_steps})")
     for line in lines:
         logger.info(line)
 

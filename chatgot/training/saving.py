@@ -1,14 +1,24 @@
-"""When a run saves, and what a save that fails means for it."""
+"""When a run saves, what a save that fails means for it, and how it is asked to stop: once politely, twice at once."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from chatgot.checkpoint.manifest import ClientState, StateFields
+import chatgot.run_folder as run_folder
+from chatgot.checkpoint.load import Found, expected_bytes
+from chatgot.checkpoint.manifest import ClientState, RunFields, StateFields
+from chatgot.checkpoint.retention import preflight
 from chatgot.checkpoint.save import Saved, Saver
-from chatgot.errors import CheckpointError
+from chatgot.checkpoint.writing import estimate
+from chatgot.distributed import ControlGroup
+from chatgot.engine.step import TrainingEngine
+from chatgot.errors import EXIT_SECOND_INTERRUPT, CheckpointError
 from chatgot.training.records import Records
 
 logger = logging.getLogger(__name__)
@@ -66,11 +76,10 @@ class Saving:
 
     def finish(self, must: bool = False) -> None:
         """Wait until the save that is under way is published, if there is one; see `save`. Collective."""
-        if self.saver.pending:
-            try:
-                self._published(self.saver.finish())
-            except CheckpointError as error:
-                self._failed(error, must)
+        try:
+            self._published(self.saver.finish() if self.saver.pending else None)
+        except CheckpointError as error:
+            self._failed(error, must)
 
     def _failed(self, error: CheckpointError, must: bool) -> None:
         self._failures += 1
@@ -85,7 +94,51 @@ class Saving:
         self._failures = 0
         for note in saved.notes:
             logger.warning(note)
-        seconds, stalled = round(saved.seconds, 3), round(saved.stalled_seconds, 3)
-        self._records.event(
-            "saved", step=saved.step, tag=saved.tag, seconds=seconds, stalled_seconds=stalled, pruned=list(saved.pruned)
-        )
+        times = {"seconds": round(saved.seconds, 3), "stalled_seconds": round(saved.stalled_seconds, 3)}
+        self._records.event("saved", step=saved.step, tag=saved.tag, **times, pruned=list(saved.pruned))
+
+
+def open_saver(
+    out_dir: Path, engine: TrainingEngine, fields: RunFields, resumed: Found | None, max_steps: int, ranks: ControlGroup
+) -> tuple[Saver, list[str]]:
+    """The saver of the run's checkpoints, and lines for the log: whether those that it will make fit on the disk.
+
+    Raises:
+        ConfigError: on all ranks; chatgot.checkpoint.disk_budget_gb is too small.
+        CheckpointError: on all ranks; not even one checkpoint fits.
+    """
+    folder, damaged, config = out_dir / run_folder.CHECKPOINTS, set(), engine.config
+    if resumed is not None and folder.is_dir() and resumed.folder.samefile(folder):
+        damaged = set(resumed.damaged)
+    estimated_bytes = estimate(engine.engine, ranks)
+    saver = Saver(folder, config.chatgot.checkpoint, ranks, estimated_bytes=estimated_bytes, damaged=damaged)
+
+    def look() -> list[str]:
+        expected = expected_bytes(folder, fields, estimated_bytes, damaged)
+        return preflight(folder, saver.config, expected, max_steps, config.path, damaged)
+
+    return saver, ranks.on_rank_0(look) if engine.engine.global_steps < max_steps else []
+
+
+class StopSignals:
+    """Within `with`, SIGTERM, SIGINT and SIGUSR1 raise a flag for the loop; a second SIGINT exits 130 at once."""
+
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in self.handled:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            os._exit(EXIT_SECOND_INTERRUPT)
+        self.received = signal.Signals(number).name

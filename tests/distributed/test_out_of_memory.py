@@ -128,6 +128,7 @@ def test_one_rank_ends_with_75_and_goes_on_with_half(tmp_path, text_file, monkey
         run_out(monkeypatch, line)
     [event] = events(tmp_path / "out", "out_of_memory")
     assert (event["doing"], event["micro_batch"], event["exit_code"]) == ("step 3", 8, 75)
+    assert not events(tmp_path / "out", "failed"), "its end is told once"
     assert in_process.train(line) == 0
     assert "micro-batch 4, accumulation 4: memory ran out with 8 (step 3)" in capsys.readouterr().out
     found, whole = series(tmp_path / "out", "train/loss"), uninterrupted(tmp_path, text_file, 0)

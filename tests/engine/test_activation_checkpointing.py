@@ -17,7 +17,7 @@ from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.deepspeed_keys import ActivationCheckpointing
 from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
-from chatgot.engine import activation_checkpointing
+from chatgot.engine.build import wire_activation_checkpointing
 from chatgot.errors import ConfigError
 from chatgot.model import gpt
 from tests.support import TINY_MODEL, engine_json
@@ -74,7 +74,7 @@ def model(section: dict[str, Any] | None) -> gpt.GPT:
     """Wired as the engine does it; None: nothing is recomputed."""
     net = gpt.GPT(model_config(), 64)
     net.init_weights(1)
-    activation_checkpointing.wire(net, engine_config(section, {"backend": "deepspeed"}))
+    wire_activation_checkpointing(net, engine_config(section, {"backend": "deepspeed"}))
     return net
 
 
@@ -145,4 +145,4 @@ def test_contiguous_memory_for_fewer_blocks_than_are_recomputed_is_refused():
         model({**CONTIGUOUS, "number_checkpoints": LAYERS - 1})
     every_2nd = {"backend": "deepspeed", "every_n_layers": 2}
     config = engine_config({**CONTIGUOUS, "number_checkpoints": LAYERS // 2}, every_2nd)
-    activation_checkpointing.wire(gpt.GPT(model_config(), 64), config)
+    wire_activation_checkpointing(gpt.GPT(model_config(), 64), config)

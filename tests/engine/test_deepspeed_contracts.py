@@ -228,7 +228,7 @@ def test_activation_checkpointing_section_does_nothing_by_itself():
     engine.module.inner.register_forward_hook(lambda *_: forwards.append(1))
     train(engine)
     engine.destroy()
-    assert len(forwards) == 1, mended("the section recomputes", "activation_checkpointing.wire")
+    assert len(forwards) == 1, mended("the section recomputes", "build.wire_activation_checkpointing")
 
 
 def test_partition_activations_empties_float_arguments(checkpointing):

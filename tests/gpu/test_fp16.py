@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
+from chatgot.engine.optimizer import schedule_factor
 from chatgot.errors import NumericsError
-from chatgot.training.schedule import factor
 from tests.gpu.tiny import LR, fp32_parameters, tiny_engine, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("needs_fp16")]
@@ -57,7 +57,7 @@ def test_an_overflow_lowers_the_scale_skips_the_step_and_training_goes_on(stage,
         norm = norms[index]
         assert norm is not None
         assert math.isfinite(norm) == was_applied
-    assert first.lrs + rest.lrs == pytest.approx([LR * factor(step, steps, schedule) for step in range(steps)])
+    assert first.lrs + rest.lrs == pytest.approx([LR * schedule_factor(step, steps, schedule) for step in range(steps)])
     assert losses[-1] < 0.92 * losses[search]
 
 

@@ -17,10 +17,10 @@ from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.resolve import read_engine_config
 from chatgot.devices import device_facts
 from chatgot.engine.build import build
+from chatgot.engine.optimizer import schedule_factor
 from chatgot.engine.step import TrainingEngine
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_parameters
-from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.gpu.machine import KIND
 from tests.support import TINY_MODEL, engine_json, write_json
@@ -102,7 +102,7 @@ def train(
     assert config.chatgot.schedule is not None
     for _ in range(steps):
         step = engine.engine.global_steps
-        engine.set_learning_rate(factor(step, total or steps, config.chatgot.schedule))
+        engine.set_learning_rate(schedule_factor(step, total or steps, config.chatgot.schedule))
         loss = engine.train_step(
             micro_batches(
                 step, device, block or TINY_MODEL["max_seq_length"], config.train_batch_size, config.micro_batch_size

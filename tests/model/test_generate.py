@@ -11,7 +11,7 @@ import torch
 from chatgot.config.run import ModelConfig
 from chatgot.errors import NumericsError
 from chatgot.model.generate import context_start, generate, sample
-from chatgot.model.kv_cache import KVCache
+from chatgot.model.gpt import KVCache
 from tests.model.shapes import GPT2, GROUPED, MODERN, SHAPES, VOCAB, random_gpt, random_ids
 
 
@@ -60,7 +60,7 @@ def test_a_full_cache_and_a_second_prefill_are_refused():
         model(ids[:, :4], cache=cache)
         with pytest.raises(ValueError, match="one at a time"):
             model(ids[:, :2], cache=cache)
-        cache.reset()
+        cache.length = 0
         model(ids, cache=cache)
         with pytest.raises(ValueError, match="max_seq_length = 16"):
             model(ids[:, :1], cache=cache)

@@ -10,7 +10,7 @@ import torch
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import DeviceFacts
-from chatgot.engine import activation_checkpointing
+from chatgot.engine.build import wire_activation_checkpointing
 from chatgot.model.gpt import GPT
 from chatgot.plan.activations import Activations, activations
 from chatgot.plan.settings import read_settings
@@ -65,7 +65,7 @@ def both(
     net.init_weights(1)
     if precision == "bf16":
         net.to(torch.bfloat16)
-    activation_checkpointing.wire(net, engine)
+    wire_activation_checkpointing(net, engine)
     return activations(read_settings(config, VOCABULARY, engine, 1, on_cuda=False)), saved_bytes(net, precision)
 
 

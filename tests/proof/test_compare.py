@@ -17,7 +17,7 @@ from chatgot.observe import journal
 from chatgot.observe.journal import read_journal
 from chatgot.proof import digest
 from chatgot.proof.compare import Proof
-from chatgot.training import run
+from chatgot.training import preparation
 from tests.support import engine_json, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv, contents, events
@@ -100,17 +100,17 @@ def forget_rng(monkeypatch):
 
 
 def forget_position(monkeypatch):
-    original = run.resume
+    original = preparation.resume
 
     def resume(*arguments):
         client_state, notes = original(*arguments)
         return {**client_state, "next_sample": 0}, notes
 
-    monkeypatch.setattr(run, "resume", resume)
+    monkeypatch.setattr(preparation, "resume", resume)
 
 
 def perturb_a_weight(monkeypatch):
-    original = run.resume
+    original = preparation.resume
 
     def resume(engine, *arguments):
         resumed = original(engine, *arguments)
@@ -118,7 +118,7 @@ def perturb_a_weight(monkeypatch):
             next(engine.module.parameters()).view(-1)[0] += 1e-3
         return resumed
 
-    monkeypatch.setattr(run, "resume", resume)
+    monkeypatch.setattr(preparation, "resume", resume)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_other_micro_batches_without_dropout_are_compared_within_a_tolerance(tmp
 
 def test_control_a_weight_is_noticed_through_the_tolerance_too(tmp_path, text_file, monkeypatch):
     line = left(tmp_path, text_file, dropout=0.0)
-    original = run.resume
+    original = preparation.resume
 
     def resume(engine, *arguments):
         resumed = original(engine, *arguments)
@@ -214,7 +214,7 @@ def test_control_a_weight_is_noticed_through_the_tolerance_too(tmp_path, text_fi
             next(engine.module.parameters()).mul_(1.1)
         return resumed
 
-    monkeypatch.setattr(run, "resume", resume)
+    monkeypatch.setattr(preparation, "resume", resume)
     change = ["ds.train_micro_batch_size_per_gpu=2", "ds.gradient_accumulation_steps=4"]
     assert in_process.train([*line, *change]) == 0
     [event] = events(tmp_path / "out", "resume_differs")
@@ -244,7 +244,7 @@ def test_full_disk_costs_lines_and_not_the_run(tmp_path, text_file, capsys, monk
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(journal.os, "write", write)
-    monkeypatch.setattr("chatgot.training.samples.write", write_sample)
+    monkeypatch.setattr("chatgot.training.evaluation.write_samples", write_sample)
     end_step = Proof.end_step
 
     def ended(self, trained, flags):

@@ -14,8 +14,7 @@ from chatgot.data.loader import DataOrder
 from chatgot.inference.sample import load_run
 from chatgot.model.gpt import GPT
 from chatgot.observe.meters import Throughput
-from chatgot.training import loop as loop_module
-from chatgot.training import run
+from chatgot.training import evaluation, run
 from chatgot.training.loop import Loop
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
@@ -118,8 +117,8 @@ def test_invariant_15_speed_and_memory_per_interval_without_evaluation_sampling_
 
     loop.meter = Throughput(clock=lambda: now[0])
     monkeypatch.setattr(Loop, "_train_step", takes(2.0, Loop._train_step))
-    monkeypatch.setattr(loop_module, "evaluate", takes(100.0, loop_module.evaluate))
-    monkeypatch.setattr(loop_module.samples, "draw", takes(1000.0, loop_module.samples.draw))
+    monkeypatch.setattr(evaluation, "evaluate", takes(100.0, evaluation.evaluate))
+    monkeypatch.setattr(evaluation, "draw", takes(1000.0, evaluation.draw))
     monkeypatch.setattr(Saver, "begin", takes(10_000.0, Saver.begin))
     run.finish(loop)
     out = tmp_path / "out"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from chatgot.observe.journal import newest_step
-from chatgot.training import loop as loop_module
+from chatgot.training import evaluation
 from chatgot.training.loop import Loop
 from tests.distributed.programs.runs import weights_digest
 from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
@@ -127,15 +127,15 @@ def test_each_signal_stops_after_the_step_in_which_it_came(number, endless, tmp_
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize(("look", "where"), [("evaluate", loop_module), ("draw", loop_module.samples)])
-def test_signal_while_evaluating_or_sampling_stops_after_that_step(look, where, endless, tmp_path, monkeypatch):
-    original = getattr(where, look)
+@pytest.mark.parametrize("look", ["evaluate", "draw"])
+def test_signal_while_evaluating_or_sampling_stops_after_that_step(look, endless, tmp_path, monkeypatch):
+    original = getattr(evaluation, look)
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(where, look, interrupted)
+    monkeypatch.setattr(evaluation, look, interrupted)
     assert in_process.train([*endless, "train.eval_every=2", "train.sample_every=2"]) == 75
     assert tags(tmp_path / "out") == [2]
 
@@ -156,7 +156,7 @@ def test_signal_in_the_last_step_changes_nothing(endless, tmp_path, monkeypatch)
 def test_second_interrupt_ends_at_once_with_130():
     program = """
 import os, signal
-from chatgot.training.stop import StopSignals
+from chatgot.training.saving import StopSignals
 with StopSignals() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)

@@ -22,18 +22,18 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+import chatgot.engine.build as building
 from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
-from chatgot.engine import activation_checkpointing
 from chatgot.engine.build import build, join
 from chatgot.engine.step import TrainingEngine
 from chatgot.model.generate import generate
 from chatgot.model.gpt import GPT, Block
-from chatgot.training.evaluate import evaluate
+from chatgot.training.evaluation import evaluate
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, present
@@ -51,7 +51,7 @@ class Checkpoints:
 
     def __init__(self) -> None:
         self.count = 0
-        activation_checkpointing.torch_checkpoint = self._counted(activation_checkpointing.torch_checkpoint)
+        building.torch_checkpoint = self._counted(building.torch_checkpoint)
         deepspeed.checkpointing.checkpoint = self._counted(deepspeed.checkpointing.checkpoint)
 
     def _counted(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,10 +30,10 @@ from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build, join
+from chatgot.engine.optimizer import schedule_factor
 from chatgot.engine.step import TrainingEngine, mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave
-from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, present
 
@@ -68,7 +68,7 @@ def train(engine: TrainingEngine, batches: TrainBatches, steps: int) -> list[flo
     for _ in range(steps):
         step = engine.engine.global_steps
         assert engine.config.chatgot.schedule is not None
-        engine.set_learning_rate(factor(step, STEPS + MORE, engine.config.chatgot.schedule))
+        engine.set_learning_rate(schedule_factor(step, STEPS + MORE, engine.config.chatgot.schedule))
         losses.append(mean_over_ranks(engine.train_step(batches.micro_batches(step * batches.global_batch_size))))
     return losses
 

@@ -18,10 +18,10 @@ from chatgot.deepspeed_json.resolve import read_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import find_place
 from chatgot.engine.build import build, join
+from chatgot.engine.optimizer import schedule_factor
 from chatgot.engine.step import mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave
-from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, write_json
 
@@ -40,7 +40,7 @@ def losses_of(case: dict, folder: Path, steps: int, place, device: torch.device)
     losses = []
     assert config.chatgot.schedule is not None
     for step in range(steps):
-        engine.set_learning_rate(factor(step, steps, config.chatgot.schedule))
+        engine.set_learning_rate(schedule_factor(step, steps, config.chatgot.schedule))
         losses.append(mean_over_ranks(engine.train_step(batches.micro_batches(step * config.train_batch_size))))
     engine.engine.destroy()
     return losses

@@ -22,7 +22,8 @@ from chatgot.checkpoint.portable import fp32_weights
 from chatgot.cli import train_parser
 from chatgot.data.loader import TrainBatches
 from chatgot.distributed import find_place
-from chatgot.training import run, schedule
+from chatgot.training import loop as loop_module
+from chatgot.training import preparation, run
 from tests.support import live_metrics
 
 TRACE: list[list[int]] = []
@@ -43,17 +44,17 @@ def sabotage(control: str | None) -> None:
     if control == "rng":
         rng.restore = lambda state: []
     elif control == "position":
-        original = run.resume
+        original = preparation.resume
 
         def resume(*arguments: Any):
             client_state, notes = original(*arguments)
             client_state["next_sample"] = 0
             return client_state, notes
 
-        run.resume = resume
+        preparation.resume = resume
     elif control == "schedule":
-        factor = schedule.factor
-        schedule.factor = lambda step, max_steps, config: factor(
+        factor = loop_module.schedule_factor
+        loop_module.schedule_factor = lambda step, max_steps, config: factor(
             step % (max_steps // 2), max_steps, config
         )  # starts again at half-way
 

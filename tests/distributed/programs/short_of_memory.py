@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from chatgot import cli
+from chatgot.training import evaluation, run, saving
 from chatgot.training import loop as loop_module
-from chatgot.training import run, saving
 
 
 def once(function: Callable[..., Any], due: Callable[[], bool]) -> Callable[..., Any]:
@@ -47,9 +47,9 @@ def plant(place: str, step: int) -> None:
         elif place == "optimizer":
             engine.step = once(engine.step, makes)
         elif place == "evaluation":
-            loop_module.evaluate = once(loop_module.evaluate, made)
+            evaluation.evaluate = once(evaluation.evaluate, made)
         elif place == "sampling":
-            loop_module.samples.draw = once(loop_module.samples.draw, made)
+            evaluation.draw = once(evaluation.draw, made)
         else:
             saving.Saver.begin = once(saving.Saver.begin, made)
         return loop

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatgot.deepspeed_json.chatgot_section import ScheduleConfig
-from chatgot.training.schedule import describe, factor
+from chatgot.engine.optimizer import describe_schedule, schedule_factor
 
 
 def rates(kind: str, max_steps: int = 20, **keys) -> list[float]:
     config = ScheduleConfig(type=kind, **{"warmup_steps": 4, "min_lr_ratio": 0.1, **keys})  # type: ignore[arg-type]
-    return [factor(step, max_steps, config) for step in range(max_steps)]
+    return [schedule_factor(step, max_steps, config) for step in range(max_steps)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
@@ -27,7 +27,7 @@ def test_warmup_rises_linearly_and_the_first_step_already_learns(kind):
 def test_last_step_has_the_minimum_and_later_ones_keep_it(kind):
     assert rates(kind)[-1] == pytest.approx(0.1)
     config = ScheduleConfig(type=kind, warmup_steps=4, min_lr_ratio=0.1)
-    assert factor(19 + 1000, 20, config) == pytest.approx(0.1)
+    assert schedule_factor(19 + 1000, 20, config) == pytest.approx(0.1)
 
 
 def test_cosine_is_half_way_down_in_the_middle_and_flat_at_its_ends():
@@ -62,7 +62,7 @@ def test_constant_stays():
 )
 def test_every_rate_is_between_the_minimum_and_the_peak_and_never_zero_in_warmup(kind, max_steps, warmup, low, decay):
     config = ScheduleConfig(type=kind, warmup_steps=warmup, min_lr_ratio=low, decay_fraction=decay)
-    found = [factor(step, max_steps, config) for step in range(max_steps)]
+    found = [schedule_factor(step, max_steps, config) for step in range(max_steps)]
     assert all(0 < rate <= 1 for rate in found[:warmup])
     assert all(low - 1e-12 <= rate <= 1 + 1e-12 for rate in found[warmup:])
     after = found[warmup:]
@@ -70,5 +70,5 @@ def test_every_rate_is_between_the_minimum_and_the_peak_and_never_zero_in_warmup
 
 
 def test_description_names_first_peak_and_last_rate():
-    text = describe(20, ScheduleConfig(type="cosine", warmup_steps=4, min_lr_ratio=0.1), 4e-3)
+    text = describe_schedule(20, ScheduleConfig(type="cosine", warmup_steps=4, min_lr_ratio=0.1), 4e-3)
     assert text == "learning rate: cosine, 0.001 -> 0.004 over 4 steps -> 0.0004 at step 20"

@@ -1,0 +1,99 @@
+"""What a run shows of itself while it trains: the loss over the whole held-out split, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from chatgot.config.run import TrainConfig
+from chatgot.data.loader import IGNORE_INDEX, Batch
+from chatgot.data.prepared import PreparedData
+from chatgot.data.tokenizer import Tokenizer
+from chatgot.distributed import ControlGroup
+from chatgot.errors import ConfigError
+from chatgot.model.generate import generate
+
+Sample = tuple[str, str]
+"""A prompt and its continuation."""
+
+
+def evaluate(engine: Any, batches: Iterable[Batch], device: torch.device) -> float:
+    """Mean loss over every target token of `batches`, on all ranks, in nats.
+
+    Collective: every rank must have as many batches, because ZeRO-3 gathers in forward. Leaves training mode and the
+    random state as they were: nothing is drawn in evaluation mode.
+    """
+    was_training = engine.training
+    engine.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for input_ids, targets in batches:
+            loss = engine(input_ids.to(device), targets.to(device), reduction="sum")
+            total += torch.tensor([float(loss), int((targets != IGNORE_INDEX).sum())], dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        shared = total.to(device)
+        dist.all_reduce(shared)
+        total = shared.cpu()
+    engine.train(was_training)
+    return float(total[0] / total[1])
+
+
+def usable_prompts(prompts: tuple[str, ...], data: PreparedData) -> tuple[list[str], list[str]]:
+    """Prompts that the tokenizer can encode, and notes. One with unseen characters is replaced by one from the text."""
+    start = data.tokenizer.decode(data.val[:64].tolist()).strip()
+    fallback = (start.split("\n")[0] or data.tokenizer.decode(data.val[:1].tolist()))[:24]
+    usable, notes = [], []
+    for prompt in prompts:
+        try:
+            if len(data.tokenizer.encode_prompt(prompt)) == 0:
+                raise ConfigError("it is empty")
+            usable.append(prompt)
+        except ConfigError as error:
+            notes.append(f"train.sample_prompts: {prompt!r} is replaced by {fallback!r} from the text: {error}")
+            usable.append(fallback)
+    return list(dict.fromkeys(usable)), notes
+
+
+def draw(
+    engine: Any, prompts: list[str], tokenizer: Tokenizer, config: TrainConfig, max_seq_length: int, ranks: ControlGroup
+) -> list[Sample]:
+    """Continue every prompt. Collective; all samples on every rank.
+
+    Under ZeRO-3 every forward gathers weights from all ranks, so all ranks run the same number of rounds and, within a
+    round, the same number of forwards: `agree` ends a round when the last rank is done, and a rank without a prompt
+    goes along with a dummy.
+    """
+    was_training, stop = engine.module.training, config.sample_stop
+    engine.module.eval()
+    mine: list[tuple[int, str, str]] = []
+    for first in range(0, len(prompts), ranks.world_size):
+        index = first + ranks.rank
+        prompt = prompts[index] if index < len(prompts) else None
+        ids = np.zeros(1, dtype=np.int64) if prompt is None else tokenizer.encode_prompt(prompt).astype(np.int64)
+        with torch.compiler.set_stance("force_eager"):  # else it would be compiled anew for every length of the cache
+            [new] = generate(
+                engine.module,
+                torch.from_numpy(ids)[None].to(engine.device),
+                config.sample_max_new_tokens if prompt is not None else 1,
+                temperature=config.sample_temperature,
+                top_k=config.sample_top_k,
+                seed=config.sample_seed + index,
+                stop=(lambda new: stop in tokenizer.decode(new[-4 * len(stop) - 8 :])) if stop is not None else None,
+                agree=lambda done: not ranks.any(not done)[0],
+                max_seq_length=max_seq_length,
+            )
+        if prompt is not None:
+            mine.append((index, prompt, tokenizer.decode(new)))
+    engine.module.train(was_training)
+    return [(prompt, text) for _, prompt, text in sorted(one for share in ranks.gather(mine) for one in share)]
+
+
+def write_samples(path: Path, text: str) -> None:
+    """Write the file, and its folder if need be. Raises OSError."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
