@@ -37,7 +37,7 @@ from chatgot.training.memory import check_memory
 from chatgot.training.records import open_records
 from chatgot.training.saving import Saving
 from chatgot.training.stop import StopSignals
-from chatgot.tuning import finder
+from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,9 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     n_params = count_parameters(config.model, vocab_size)
     answer = None
     tree = read_document(Path(arguments.deepspeed_config)).tree
-    if finder.wants_probe(apply_overrides(plain_copy(tree), ds_overrides)):
+    if micro_batch.wants_probe(apply_overrides(plain_copy(tree), ds_overrides)):
         model_keys, name = dataclasses.asdict(config.model), facts.name or facts.kind
-        answer = finder.find(tree, ds_overrides, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
+        answer = micro_batch.find(tree, ds_overrides, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
     engine_config = read(n_params, (answer.micro_batch, answer.reason) if answer is not None else TO_BE_FOUND)
     json_micro_batch = engine_config.micro_batch_size
     engine_config, micro_note = preparation.with_stored_micro_batch(engine_config, arguments.out_dir, ranks)
