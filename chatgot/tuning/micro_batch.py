@@ -19,8 +19,7 @@ from typing import Any, Literal
 
 import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
-from chatgot.deepspeed_json.engine_config import EngineConfig
-from chatgot.deepspeed_json.file import apply_overrides, plain_copy
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.devices import GIB, device_facts, device_of_machine
 from chatgot.distributed import ControlGroup, Place
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError
@@ -145,12 +144,6 @@ def remedies(config: EngineConfig) -> list[str]:
     return [*advice, *(" ".join(words(one)) for one in possible[-1:]), "a smaller model.max_seq_length or model"]
 
 
-def wants_probe(tree: dict[str, Any]) -> bool:
-    """Whether the JSON leaves the micro-batch to memory: "auto", and not determined by the other two batch numbers."""
-    total, accumulation = tree.get(TOTAL), tree.get(ACCUMULATION)
-    return tree.get(MICRO) == "auto" and isinstance(total, int) and not isinstance(accumulation, int)
-
-
 def candidates(total: int, world_size: int) -> list[int]:
     """Micro-batches that make the global batch with whole accumulation steps, ascending."""
     per_rank, rest = divmod(total, world_size)
@@ -178,7 +171,6 @@ def probe_tree(tree: dict[str, Any], micro: int, world_size: int) -> dict[str, A
 
 def find(
     tree: dict[str, Any],
-    overrides: dict[str, Any],
     model: dict[str, Any],
     vocab_size: int,
     device: str,
@@ -189,13 +181,12 @@ def find(
     """Find the micro-batch for "auto". Collective: every rank probes on its own device, and the smallest answer counts.
 
     Args:
-        tree: the JSON as read.
+        tree: the JSON, overrides included.
         device: its name.
 
     Raises:
         MachineError: on all ranks; not even one sample fits, or a probe failed for another reason.
     """
-    tree = apply_overrides(plain_copy(tree), overrides)
     kept = {name: value for name, value in tree.items() if name not in OUTSIDE}
     depends_on = [kept, model, vocab_size, place.world_size, device]
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()

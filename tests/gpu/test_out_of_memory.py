@@ -46,7 +46,9 @@ def test_the_finder_is_brute_force_on_a_limited_device(device, record):
     program = ("-m", "tests.tuning.programs.limited_probe", "fraction", str(700 * 2**20))
     probes = Probes(device_of_machine(device_facts(), device), (0,), 1, 0.0, program=program)
     sizes = micro_batch.candidates(27, 1)
-    fitting = [size for size in sizes if probes.run(Task(micro_batch.probe_tree(tree, size, 1), model, VOCABULARY)).fits]
+    fitting = [
+        size for size in sizes if probes.run(Task(micro_batch.probe_tree(tree, size, 1), model, VOCABULARY)).fits
+    ]
     answer = micro_batch.search(tree, model, VOCABULARY, probes)
     record(found=answer.micro_batch)
     assert answer.micro_batch == max(fitting) < 27

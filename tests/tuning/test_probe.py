@@ -61,7 +61,8 @@ def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit, monkeypatch
     tree = {**engine_json(batch=TOTAL), "train_micro_batch_size_per_gpu": "auto"}
     probes = Probes(cpu(), (0,), 1, 0.0, program=("-m", "tests.tuning.programs.limited_probe", kind, str(limit)))
     every = {
-        size: probes.run(Task(micro_batch.probe_tree(tree, size, 1), MODEL, VOCABULARY)) for size in candidates(TOTAL, 1)
+        size: probes.run(Task(micro_batch.probe_tree(tree, size, 1), MODEL, VOCABULARY))
+        for size in candidates(TOTAL, 1)
     }
     fitting = [size for size, outcome in every.items() if outcome.fits]
     assert fitting in ([1], [1, 3], [1, 3, 9]), every  # the limit is one, and not for everything
