@@ -24,10 +24,8 @@ ENDLESS = 10**6
 
 def suite_parser(suite: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of one suite."""
-    kind = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        prog=f"launch/bench.py --suite {suite}", description=description, formatter_class=kind
-    )
+    prog, kind = f"launch/bench.py --suite {suite}", argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=kind)
 
 
 def start_run(deepspeed_config: str, config: str, data: str, folder: Path, overrides: Sequence[str] = ()) -> Loop:

@@ -1,5 +1,4 @@
-"""What `chatgot plan` predicts of a run's memory, against what the run takes: one process per configuration, three
-optimizer steps.
+"""What `chatgot plan` predicts of a run's memory, against what three optimizer steps take in a process of their own.
 
 On a GPU the figure is the peak of PyTorch's allocator. On a CPU, which has no such counter, the shapes are made tiny,
 and only the model states are compared, by their live tensors.
@@ -127,18 +126,15 @@ def measure(case: Case) -> dict[str, Any]:
     if facts.kind == "cpu":
         shape = dataclasses.replace(shape, d_model=48, n_head=4, n_layers=2, d_hid=96, max_seq_length=32)
     device = join(find_place(), facts.kind)
-    config = read_engine_config(
-        path, request.overrides, world_size=1, facts=facts, n_params=count_parameters(shape, case.vocab_size)
-    )
+    n_params = count_parameters(shape, case.vocab_size)
+    config = read_engine_config(path, request.overrides, world_size=1, facts=facts, n_params=n_params)
     model = GPT(shape, case.vocab_size)
     model.init_weights(0)
     engine = build(model, config, device)
     check = check_memory(shape, case.vocab_size, engine, 1, facts, device)
+    size = (config.accumulation, config.micro_batch_size, shape.max_seq_length)
     for _ in range(STEPS):
-        ids = torch.randint(
-            case.vocab_size, (config.accumulation, config.micro_batch_size, shape.max_seq_length), device=device
-        )
-        engine.train_step((row, row) for row in ids)
+        engine.train_step((ids, ids) for ids in torch.randint(case.vocab_size, size, device=device))
     if facts.kind == "cuda":
         what, predicted, measured = "peak in use", check.plan.peak, torch.cuda.max_memory_allocated()
     else:
@@ -147,12 +143,5 @@ def measure(case: Case) -> dict[str, Any]:
         predicted = sum(check.plan.states.total(part) for part in STATES)
         measured = sum(check.live[part] for part in STATES)
     leave()
-    return {
-        "case": case.name,
-        "what": what,
-        "predicted": predicted,
-        "measured": measured,
-        "error": predicted / measured - 1,
-        "peak_at": check.plan.peak_at,
-        "parts": check.plan.parts,
-    }
+    sizes = {"what": what, "predicted": predicted, "measured": measured, "error": predicted / measured - 1}
+    return {"case": case.name, **sizes, "peak_at": check.plan.peak_at, "parts": check.plan.parts}

@@ -1,6 +1,4 @@
-"""How fast text becomes tokens: `prepare` against the usual recipe `[stoi[c] for c in text]`, each in its own
-process.
-"""
+"""How fast text becomes tokens: `prepare` against the recipe `[stoi[c] for c in text]`, each in its own process."""
 
 from __future__ import annotations
 
