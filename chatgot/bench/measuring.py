@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,18 @@ def suite_parser(suite: str, description: str | None) -> argparse.ArgumentParser
     """The command line of one suite."""
     prog, kind = f"launch/bench.py --suite {suite}", argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(prog=prog, description=description, formatter_class=kind)
+
+
+def in_own_process(suite: str, *words: str, timeout: float | None = None) -> dict[str, Any]:
+    """The JSON that a suite prints in a fresh process, so that no memory of this one is counted.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its output is on the streams.
+    """
+    program = Path(__file__).resolve().parents[2] / "launch" / "bench.py"
+    command = [sys.executable, str(program), "--suite", suite, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def start_run(deepspeed_config: str, config: str, data: str, folder: Path, overrides: Sequence[str] = ()) -> Loop:

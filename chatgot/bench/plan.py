@@ -9,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from chatgot.bench import measuring
@@ -85,24 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     measuring.print_head("configuration", "predicted", "measured", "error")
     errors, what = [], ""
     for index in arguments.cases:
-        measured = in_own_process(index)
+        measured = measuring.in_own_process("plan", "--one", str(index), timeout=270)
         errors.append(abs(measured["error"]))
         what, sizes = measured["what"], (f"{measured[side] / GIB:.3f} GiB" for side in ("predicted", "measured"))
         measuring.print_row(GRID[index].name, *sizes, f"{100 * measured['error']:+.1f} %")
     print(f"{what}: median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %")
     return 0
-
-
-def in_own_process(index: int, timeout: float = 270.0) -> dict[str, Any]:
-    """`measure` of one case of the grid in a fresh process, so that no earlier engine's memory is counted.
-
-    Raises:
-        subprocess.CalledProcessError: it failed; its output is on the streams.
-    """
-    root = Path(__file__).resolve().parent.parent.parent
-    program = [sys.executable, str(root / "launch" / "bench.py"), "--suite", "plan", "--one", str(index)]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(case: Case) -> dict[str, Any]:
