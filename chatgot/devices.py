@@ -263,7 +263,7 @@ def device_facts() -> DeviceFacts:
 
 
 def device_name(device: torch.device) -> str:
-    """What decides how a sum is rounded, beside the threads: the GPU's name, or the CPU's vector unit ('cpu AVX512')."""
+    """What decides how a sum is rounded, beside threads: the GPU's name, or the CPU's vector unit ('cpu AVX512')."""
     import torch
 
     if device.type == "cuda":

@@ -130,7 +130,7 @@ class ControlGroup:
         return self.exchange(flags, ())[0]
 
     def exchange(self, flags: Sequence[bool], sums: Sequence[float]) -> tuple[tuple[bool, ...], tuple[float, ...]]:
-        """For each flag, whether any rank raised it; each number summed over the ranks in fp64. One collective for both.
+        """For each flag, whether any rank raised it; each number summed over ranks in fp64. One collective for both.
 
         Whole numbers below 2**32 are summed exactly for up to 2**20 ranks.
         """

@@ -57,7 +57,7 @@ def start_run(deepspeed_config: str, config: str, data: str, folder: Path, overr
 def start_shape(
     model: dict[str, Any], batch: int, stage: int, precision: str, data: str, folder: Path, **more: Any
 ) -> Loop:
-    """`start_run` of a model given by its `model:` section; `batch` sequences a rank and step, `more` keys of the JSON."""
+    """`start_run` of a `model:` section; `batch` sequences a rank and step, and `more` keys of the JSON."""
     import yaml
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -99,7 +99,7 @@ def seconds_per_step(steps: Iterator[Any], count: int) -> float:
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
-    """What each side measured, one entry per turn. The order rotates from turn to turn, so that drift hits all alike."""
+    """What each side measured, one entry per turn. The order rotates, so that drift hits all alike."""
     measured: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
     for _ in range(turns):

@@ -112,15 +112,11 @@ def read_settings(
     parameter_bytes = HALF if bf16 or fp16 else FP32
     wanted = (engine.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
     accumulator_bytes = parameter_bytes if wanted is None else FP32 if wanted in ("fp32", "float32") else HALF
-    low_precision = (bf16 and values.bf16.bf16_master_weights_and_grads) or (
-        fp16 and values.fp16.fp16_master_weights_and_grads
-    )
+    low_precision = bf16 and values.bf16.bf16_master_weights_and_grads
+    low_precision = low_precision or (fp16 and values.fp16.fp16_master_weights_and_grads)
     unknown = ("zero_quantized_weights", "zero_quantized_gradients", "parameter_alignment", "zenflow")
-    notes = [
-        f"zero_optimization.{key} is not part of this arithmetic"
-        for key in unknown
-        if values[f"zero_optimization.{key}"]
-    ]
+    names = [f"zero_optimization.{key}" for key in unknown]
+    notes = [f"{name} is not part of this arithmetic" for name in names if values[name]]
     if zero.zero_hpz_partition_size > 1:
         hpz = "zero_optimization.zero_hpz_partition_size"
         notes.append(f"{hpz}: the secondary partition is not part of this arithmetic")
