@@ -20,8 +20,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint import resume as resuming
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.portable import StoredTensor, parameter_groups, stored
-from chatgot.checkpoint.reading import read_portable
+from chatgot.checkpoint.portable import StoredTensor, read_portable, stored
+from chatgot.checkpoint.resume import parameter_groups
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
