@@ -87,6 +87,9 @@ class _Chip:
 
 
 _HOPPER: dict[str, Any] = {"link": 300, "host": 45, "library_mib": 33}
+_A100 = (("a100-80", 79.1, "NVIDIA A100-SXM4-80GB"), ("a100-40", 39.4, "NVIDIA A100-SXM4-40GB"))
+_V100 = (("v100-32", 31.7, "Tesla V100-SXM2-32GB"), ("v100-16", 15.8, "Tesla V100-SXM2-16GB"))
+_H100 = (("h100", 79.1, "NVIDIA H100 80GB HBM3"),)
 _CHIPS = (
     _Chip(r"GB200.*", 2500, 1250, 80, link=600, host=50, library_mib=33),
     _Chip(r"B200.*", 2250, 1125, 75, (("b200", 178.3, "NVIDIA B200"),), link=600, host=50, library_mib=33),
@@ -94,22 +97,8 @@ _CHIPS = (
     _Chip(r"H200|GH200.*", 989, 494.5, 67, (("h200", 139.8, "NVIDIA H200"),), **_HOPPER),
     _Chip(r"H[18]00 PCIe", 756, 378, 51, **_HOPPER),
     _Chip(r"H100 NVL", 835.5, 417.5, 60, **_HOPPER),
-    _Chip(
-        r"H[18]00(-SXM5.*| \d+GB HBM\S*| SXM5.*)?",
-        989,
-        494.5,
-        67,
-        (("h100", 79.1, "NVIDIA H100 80GB HBM3"),),
-        **_HOPPER,
-    ),
-    _Chip(
-        r"A[18]00(-| ).*\d+GB.*",
-        312,
-        156,
-        19.5,
-        (("a100-80", 79.1, "NVIDIA A100-SXM4-80GB"), ("a100-40", 39.4, "NVIDIA A100-SXM4-40GB")),
-        link=200,
-    ),
+    _Chip(r"H[18]00(-SXM5.*| \d+GB HBM\S*| SXM5.*)?", 989, 494.5, 67, _H100, **_HOPPER),
+    _Chip(r"A[18]00(-| ).*\d+GB.*", 312, 156, 19.5, _A100, link=200),
     _Chip(r"A30", 165, 82, 10.3),
     _Chip(r"L40S", 362, 183, 91.6, (("l40s", 44.4, "NVIDIA L40S"),)),
     _Chip(r"L40", 181, 90.5, 90.5),
@@ -124,16 +113,7 @@ _CHIPS = (
     _Chip(r"GeForce RTX 3090 Ti", 80, 40, 40),
     _Chip(r"GeForce RTX 3090", 71, 35.6, 35.6, (("rtx3090", 23.6, "NVIDIA GeForce RTX 3090"),)),
     _Chip(r"GeForce RTX 3080", 59.5, 29.8, 29.8),
-    _Chip(
-        r"V100-SXM2.*",
-        125,
-        None,
-        15.7,
-        (("v100-32", 31.7, "Tesla V100-SXM2-32GB"), ("v100-16", 15.8, "Tesla V100-SXM2-16GB")),
-        bf16=False,
-        link=100,
-        host=10,
-    ),
+    _Chip(r"V100-SXM2.*", 125, None, 15.7, _V100, bf16=False, link=100, host=10),
     _Chip(r"V100-PCIE.*", 112, None, 14, bf16=False, host=10),
     _Chip(r"T4", 65, None, 8.1, (("t4", 14.6, "Tesla T4"),), bf16=False, host=10),
 )
@@ -144,10 +124,6 @@ DEVICES = {
     for name, gib, cuda_name in chip.models
 }
 """GPUs by the names that --device takes."""
-
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
-_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
 
 
 def _chip(cuda_name: str) -> _Chip | None:
@@ -183,23 +159,18 @@ def find_device(text: str) -> Device:
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Device("cpu", memory, assumed_device("cpu"), note="memory of this machine, shared by its ranks")
-    size = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?i?b)?", name)
-    if size is None or (size[2] or "") not in _UNITS or float(size[1]) <= 0:
-        raise ConfigError(
-            f"--device {text}: no such device (known: {', '.join(DEVICES)}, cpu; or a size: 24GiB, 80GB, 25e9)"
-        )
-    memory = int(float(size[1]) * _UNITS[size[2] or ""])
+    size = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*(?:([kmgt]?)(i?)b)?", name)
+    if size is None or (size[3] and not size[2]) or float(size[1]) <= 0:
+        known = f"known: {', '.join(DEVICES)}, cpu; or a size: 24GiB, 80GB, 25e9"
+        raise ConfigError(f"--device {text}: no such device ({known})")
+    power = " kmgt".index(size[2] or " ")
+    memory = int(float(size[1]) * (1024 if size[3] else 1000) ** power)
     facts = DeviceFacts("cuda", bf16=True, fp16=True, name=text)
     return Device(text, memory, facts, note="a GPU of this size; its speed is not known")
 
 
 def device_of_machine(facts: DeviceFacts, device: torch.device | None = None) -> Device:
-    """This rank's own device.
-
-    Args:
-        facts: from `device_facts`.
-        device: None: CUDA's current one.
-    """
+    """This rank's own device, which `device_facts` describes; `device` None: CUDA's current one."""
     if facts.kind == "cpu":
         return replace(find_device("cpu"), facts=facts)
     import torch
@@ -243,9 +214,9 @@ def present_gpus() -> list[str]:
         try:
             listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
         except subprocess.TimeoutExpired as error:
+            remedy = "set DS_ACCELERATOR=cpu to train without GPUs"
             raise MachineError(
-                "nvidia-smi -L did not answer within 60 s: a GPU or its driver hangs; set DS_ACCELERATOR=cpu to train "
-                "without GPUs"
+                f"nvidia-smi -L did not answer within 60 s: a GPU or its driver hangs; {remedy}"
             ) from error
         if listing.returncode == 0:
             return re.findall(r"^GPU \d+: .*\(UUID: (\S+)\)", listing.stdout, flags=re.MULTILINE)
@@ -268,16 +239,13 @@ def visible_gpus(environ: Mapping[str, str]) -> list[str]:
     for entry in (part.strip() for part in listed.split(",")):
         if entry.isdecimal():
             if int(entry) >= len(present):
-                raise MachineError(
-                    f"CUDA_VISIBLE_DEVICES={listed}: names GPU {entry}, but this machine has {len(present)}; give 0 "
-                    f"to {len(present) - 1}"
-                )
+                allowed = f"this machine has {len(present)}; give 0 to {len(present) - 1}"
+                raise MachineError(f"CUDA_VISIBLE_DEVICES={listed}: names GPU {entry}, but {allowed}")
         elif not entry.startswith(("GPU-", "MIG-")):
             break
         if entry in chosen:
-            raise MachineError(
-                f"CUDA_VISIBLE_DEVICES={listed}: names {entry} twice, and CUDA then shows no GPU at all; name it once"
-            )
+            remedy = "CUDA then shows no GPU at all; name it once"
+            raise MachineError(f"CUDA_VISIBLE_DEVICES={listed}: names {entry} twice, and {remedy}")
         chosen.append(entry)
     return chosen
 
@@ -295,9 +263,7 @@ def device_facts() -> DeviceFacts:
 
 
 def device_name(device: torch.device) -> str:
-    """What decides how a sum is rounded, beside the number of threads: the GPU's name, or the CPU's vector unit ('cpu
-    AVX512').
-    """
+    """What decides how a sum is rounded, beside threads: the GPU's name, or the CPU's vector unit ('cpu AVX512')."""
     import torch
 
     if device.type == "cuda":
@@ -316,11 +282,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not allocate: the device's memory, or on a CPU the host's."""
     import torch
 
-    texts = (
-        "DefaultCPUAllocator: can't allocate memory",
-        "DefaultCPUAllocator: not enough memory",
-        "CUDA out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-    )
-    without_memory = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    failed = r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    without_memory = isinstance(error, RuntimeError) and re.search(failed, str(error)) is not None
     return without_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError))

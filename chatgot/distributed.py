@@ -6,6 +6,7 @@ torch is imported only when a ControlGroup is made.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Place:
 
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+_OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")
 
 
 def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] = os.environ) -> Place:
@@ -51,21 +54,13 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
             environ.setdefault("MASTER_PORT", str(free_port()))
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
     elif "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-        _copy(environ, {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"})
-        environ.setdefault(
-            "MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
-        )
+        _copy(environ, _SLURM)
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+        environ.setdefault("MASTER_ADDR", first_host(nodes))
         environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
         launcher = "slurm"
     elif "OMPI_COMM_WORLD_RANK" in environ:
-        _copy(
-            environ,
-            {
-                "RANK": "OMPI_COMM_WORLD_RANK",
-                "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-                "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-            },
-        )
+        _copy(environ, _OPEN_MPI)
         launcher = "mpi"
     else:
         environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -83,10 +78,8 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
         except ValueError:
             raise MachineError(f"environment: {name} = {environ[name]!r}: expected a whole number") from None
     if not 0 < numbers["MASTER_PORT"] < 65536:
-        raise MachineError(
-            f"environment: MASTER_PORT = {numbers['MASTER_PORT']}: expected 1..65535; the ranks would wait for each "
-            f"other for ever"
-        )
+        port = f"MASTER_PORT = {numbers['MASTER_PORT']}: expected 1..65535"
+        raise MachineError(f"environment: {port}; the ranks would wait for each other for ever")
     place = Place(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"], launcher)
     if not 0 <= place.rank < place.world_size:
         raise MachineError(f"environment: RANK = {place.rank} is not below WORLD_SIZE = {place.world_size}")
@@ -102,11 +95,8 @@ def free_port() -> int:
 
 def first_host(node_list: str) -> str:
     """First host of a SLURM node list: 'gpu[003-007,9],cpu1' -> 'gpu003'."""
-    head = node_list.split(",")[0]
-    prefix, bracket, rest = head.partition("[")
-    if not bracket:
-        return head
-    return prefix + rest.split("]")[0].split("-")[0].split(",")[0]
+    prefix, _, rest = node_list.split(",")[0].partition("[")
+    return prefix + re.split(r"[]-]", rest)[0]
 
 
 def python_path(environ: Mapping[str, str] = os.environ) -> str:
@@ -115,8 +105,9 @@ def python_path(environ: Mapping[str, str] = os.environ) -> str:
     return os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
 
 
-def _copy(environ: MutableMapping[str, str], names: dict[str, str]) -> None:
-    for ours, theirs in names.items():
+def _copy(environ: MutableMapping[str, str], names: Sequence[str]) -> None:
+    """Take RANK, LOCAL_RANK and WORLD_SIZE from the launcher's variables, where they are not set."""
+    for ours, theirs in zip(_VARIABLES, names):
         if theirs in environ:
             environ.setdefault(ours, environ[theirs])
 
@@ -130,18 +121,16 @@ class ControlGroup:
         self._dist = dist
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        alone = self.world_size == 1
-        self._group: Any = (
-            None if alone else (dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
-        )
+        self._group: Any = None
+        if self.world_size > 1:
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any rank raised it. Collective."""
         return self.exchange(flags, ())[0]
 
     def exchange(self, flags: Sequence[bool], sums: Sequence[float]) -> tuple[tuple[bool, ...], tuple[float, ...]]:
-        """For each flag, whether any rank raised it, and each number summed over the ranks in fp64. One collective, for
-        both.
+        """For each flag, whether any rank raised it; each number summed over ranks in fp64. One collective for both.
 
         Whole numbers below 2**32 are summed exactly for up to 2**20 ranks.
         """
@@ -151,8 +140,8 @@ class ControlGroup:
 
         shared = torch.tensor([*map(float, flags), *sums], dtype=torch.float64)
         self._dist.all_reduce(shared, group=self._group)
-        found = shared.tolist()
-        return tuple(raised > 0 for raised in found[: len(flags)]), tuple(found[len(flags) :])
+        raised, totals = shared[: len(flags)] > 0, shared[len(flags) :]
+        return tuple(raised.tolist()), tuple(totals.tolist())
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. Collective."""
@@ -193,16 +182,15 @@ class ControlGroup:
         return value
 
     def agree(self, error: ChatGoTError | None) -> None:
-        """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead.
-        Collective.
+        """Raise on every rank if any rank met an error, so that nobody goes on alone or waits for the dead. Collective.
 
         Raises:
             ChatGoTError: the error of the lowest rank that had one, with its exit code.
         """
         errors = self.gather(None if error is None else (type(error), str(error)))
-        for rank, found in enumerate(errors):
-            if found is not None:
+        for rank, refusal in enumerate(errors):
+            if refusal is not None:
                 if error is not None and rank == self.rank:
                     raise error
-                kind, message = found
-                raise kind(message if self.world_size == 1 else f"rank {rank}: {message}")
+                kind, message = refusal
+                raise kind(f"rank {rank}: {message}")

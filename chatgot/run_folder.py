@@ -9,7 +9,6 @@ import os
 import platform
 import socket
 import sys
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,11 +110,7 @@ def check(folder: Path) -> None:
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
-    """Read RUN, DS_CONFIG or ENVIRONMENT.
-
-    Raises:
-        ConfigError: missing, or cannot be read.
-    """
+    """Read RUN, DS_CONFIG or ENVIRONMENT. ConfigError if it is missing or cannot be read."""
     import yaml
 
     path = folder / name
@@ -130,10 +125,9 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def changed_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
-    """Compare with the folder's run.yaml and ds_config.json, a line per key that differs.
+    """Compare with the folder's run.yaml and ds_config.json, a line per key that differs; no files there: no lines.
 
-    Keys of the JSON are named as overrides name them: 'ds.optimizer.params.lr: 0.003 -> 0.001'. No files there: no
-    lines.
+    Keys of the JSON are named as overrides name them: 'ds.optimizer.params.lr: 0.003 -> 0.001'.
     """
     if not all((folder / name).is_file() for name in (RUN, DS_CONFIG)):
         return []
@@ -142,11 +136,8 @@ def changed_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any]) 
     except ConfigError as error:
         return [f"changes since then are not known: {error}"]
     now = flattened(run) | flattened(engine, "ds.")
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in dict.fromkeys([*now, *before])
-        if before.get(key, "absent") != now.get(key, "absent")
-    ]
+    pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in (*now, *before)}
+    return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -159,22 +150,16 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def describe(run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
     """Show the resolved settings as lines for the log, one per section of run.yaml and one for the JSON."""
-    return [
-        f"settings: {name}: "
-        + ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flattened(section).items())
-        for name, section in (*run.items(), ("ds", engine))
-    ]
+    lines = []
+    for name, section in (*run.items(), ("ds", engine)):
+        pairs = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flattened(section).items())
+        lines.append(f"settings: {name}: {', '.join(pairs)}")
+    return lines
 
 
-@dataclass
-class _HeldLock:
-    descriptor: int
-    made: list[Path]
-    """Folders that were made for the lock, the deepest first."""
-
-
-_held: dict[str, _HeldLock] = {}
-"""By real path. Runs of one process follow each other, so one that was abandoned does not block the next."""
+_held: dict[str, tuple[int, list[Path]]] = {}
+"""By real path: the lock's descriptor, and the folders that were made for it, the deepest first. Runs of one process
+follow each other, so one that was abandoned does not block the next."""
 
 
 def acquire_lock(folder: Path) -> str | None:
@@ -214,20 +199,20 @@ def acquire_lock(folder: Path) -> str | None:
         os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}).encode(), 0)
     except OSError as error:
         raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error}") from error
-    _held[key] = _HeldLock(file, made)
+    _held[key] = (file, made)
     return f"{path}: was left by a run that is gone ({left_by}); taken over" if left_by else None
 
 
 def release_lock(folder: Path) -> None:
     """Delete the lock if it is held, and the folders that were made for it if they are still empty."""
-    lock = _held.pop(os.path.realpath(folder), None)
-    if lock is None:
+    descriptor, made = _held.pop(os.path.realpath(folder), (None, []))
+    if descriptor is None:
         return
     with contextlib.suppress(OSError):  # the folder may be gone or read-only: closing the file ends the lock anyway
         (folder / LOCK).unlink()
-        for path in lock.made:
+        for path in made:
             path.rmdir()
-    os.close(lock.descriptor)
+    os.close(descriptor)
 
 
 def _holder(file: int) -> str:

@@ -6,12 +6,7 @@ import socket
 
 import pytest
 
-from chatgot.distributed import (
-    Place,
-    find_place,
-    first_host,
-    free_port,
-)
+from chatgot.distributed import Place, find_place, first_host, free_port
 from chatgot.errors import EXIT_ENVIRONMENT, MachineError
 
 TORCHRUN = {

@@ -146,11 +146,7 @@ def test_changed_settings_names_keys_as_overrides_do(tmp_path):
     assert changed_settings(tmp_path, run, engine) == []
     assert changed_settings(
         tmp_path, {"train": {"max_steps": 9, "seed": 1}}, {"optimizer": {"params": {"lr": 0.2}}}
-    ) == [
-        "train.max_steps: 5 -> 9",
-        "ds.optimizer.params.lr: 0.1 -> 0.2",
-        "ds.bf16.enabled: True -> absent",
-    ]
+    ) == ["train.max_steps: 5 -> 9", "ds.optimizer.params.lr: 0.1 -> 0.2", "ds.bf16.enabled: True -> absent"]
     (tmp_path / "ds_config.json").write_text("{")
     [line] = changed_settings(tmp_path, run, engine)
     assert "ds_config.json cannot be read" in line

@@ -33,7 +33,6 @@ from chatgot.engine.build import wire_activation_checkpointing
 from chatgot.training.loop import Loop
 from chatgot.training.run import leave
 
-ARCHITECTURES = ("modern", "gpt2")
 MIB = 2**20
 SECTION = "activation_checkpointing"
 
@@ -78,7 +77,7 @@ class Side:
 def main(argv: list[str] | None = None) -> int:
     """Print the table of BENCHMARKS.md."""
     parser = measuring.suite_parser("act_ckpt", __doc__)
-    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--architectures", nargs="+", default=["modern", "gpt2"], choices=("modern", "gpt2"))
     parser.add_argument("--layers", type=int, default=6, help="(default: 6)")
     parser.add_argument("--d_model", type=int, default=256, help="a multiple of 64, the size of a head (default: 256)")
     parser.add_argument("--max_seq_length", type=int, default=128, help="tokens per sequence (default: 128)")
@@ -93,20 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     on_cuda, every = device_facts().kind == "cuda", variants(arguments.layers)
     chosen = {name: extra for name, extra in every.items() if on_cuda or not cuda_only(extra)}
     print(measuring.describe_machine())
-    print(
-        f"{arguments.layers} layers x {arguments.d_model}, {arguments.batch} x {arguments.max_seq_length} tokens a "
-        f"step, {arguments.precision}, ZeRO stage {arguments.stage}, {arguments.turns} turns"
-    )
+    shape = f"{arguments.layers} layers x {arguments.d_model}, {arguments.batch} x {arguments.max_seq_length} tokens"
+    print(f"{shape} a step, {arguments.precision}, ZeRO stage {arguments.stage}, {arguments.turns} turns")
     for name in (name for name in every if name not in chosen):
         print(f"left out: {name}: DeepSpeed's cpu_checkpointing fails on the CPU accelerator, it needs CUDA")
     columns = ("kept MiB", "kept / off", "peak MiB", "peak / off", "ms/step", "time / off", "10 % .. 90 %")
     measuring.print_head("architecture", "recomputed", *columns)
     for architecture in arguments.architectures:
         with tempfile.TemporaryDirectory() as folder:
-            sides = {
-                name: start(architecture, extra, arguments, Path(folder) / str(number))
-                for number, (name, extra) in enumerate(chosen.items())
-            }
+            sides = {name: start(architecture, chosen[name], arguments, Path(folder) / name) for name in chosen}
             measure(sides, arguments.turns, arguments.turn_seconds)
         report(architecture, sides)
         for side in sides.values():
@@ -132,10 +126,8 @@ def start(architecture: str, extra: dict[str, Any], arguments: argparse.Namespac
         "max_seq_length": arguments.max_seq_length,
         "dropout": 0.0,
     }
-    loop = measuring.start_shape(
-        model, arguments.batch, arguments.stage, arguments.precision, arguments.data, folder, **extra
-    )
-    return Side(loop)
+    run = (arguments.batch, arguments.stage, arguments.precision, arguments.data, folder)
+    return Side(measuring.start_shape(model, *run, **extra))
 
 
 def measure(sides: dict[str, Side], turns: int, turn_seconds: float) -> None:

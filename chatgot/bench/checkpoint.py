@@ -1,5 +1,4 @@
-"""What a checkpoint costs: saving and loading against torch alone and the disk alone, and for how long training stands
-still.
+"""What a checkpoint costs: saving and loading against torch and the disk alone, and how long training stands still.
 
 Every round measures each of them once, one after the other, so that the machine's drift hits all; the figures are
 medians.
@@ -90,19 +89,15 @@ def _at_once(loop: Loop, saver: Saver, folder: Path) -> dict[str, float]:
     names = [name for name in manifest.listed(found.path) if name.endswith(".pt")]
     states = {name: load.read(found.path / name) for name in names}
     sizes = [(found.path / name).stat().st_size for name in names]
-    times["torch.save and fsync"] = measuring.timed(
-        lambda: [_save(folder / f"raw-{n}", state) for n, state in states.items()]
-    )
-    times["the disk alone"] = measuring.timed(
-        lambda: [_write(folder / f"bytes-{n}", size) for n, size in enumerate(sizes)]
-    )
-    times["hashing"] = measuring.timed(
-        lambda: [manifest.measure(found.path / name) for name in manifest.listed(found.path)]
-    )
-    times["torch.load"] = measuring.timed(lambda: [load.read(folder / f"raw-{name}") for name in names])
-    times["load: verify"] = measuring.timed(lambda: find(found.folder, found.tag))
-    times["load: into the engine"] = measuring.timed(lambda: resume(loop.engine.engine, found, loop.fields, loop.ranks))
-    return times
+    works = {
+        "torch.save and fsync": lambda: [_save(folder / f"raw-{name}", state) for name, state in states.items()],
+        "the disk alone": lambda: [_write(folder / f"bytes-{n}", size) for n, size in enumerate(sizes)],
+        "hashing": lambda: [manifest.measure(found.path / name) for name in manifest.listed(found.path)],
+        "torch.load": lambda: [load.read(folder / f"raw-{name}") for name in names],
+        "load: verify": lambda: find(found.folder, found.tag),
+        "load: into the engine": lambda: resume(loop.engine.engine, found, loop.fields, loop.ranks),
+    }
+    return times | {name: measuring.timed(work) for name, work in works.items()}
 
 
 def _in_the_background(loop: Loop, saver: Saver, steps: Iterator[int]) -> dict[str, float]:
@@ -128,9 +123,8 @@ def report(seconds: dict[str, list[float]], size: int) -> None:
     for name, values in seconds.items():
         rate = "" if "step" in name or "stall" in name else f"{size / 1e6 / median[name]:.0f}"
         reach = f"{1000 * min(values):.0f} .. {1000 * max(values):.0f}"
-        measuring.print_row(
-            name, f"{1000 * median[name]:.0f}", reach, rate, f"{100 * median[name] / median['step']:.1f} %"
-        )
+        share = f"{100 * median[name] / median['step']:.1f} %"
+        measuring.print_row(name, f"{1000 * median[name]:.0f}", reach, rate, share)
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))

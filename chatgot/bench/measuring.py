@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +26,20 @@ ENDLESS = 10**6
 
 def suite_parser(suite: str, description: str | None) -> argparse.ArgumentParser:
     """The command line of one suite."""
-    kind = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        prog=f"launch/bench.py --suite {suite}", description=description, formatter_class=kind
-    )
+    prog, kind = f"launch/bench.py --suite {suite}", argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=kind)
+
+
+def in_own_process(suite: str, *words: str, timeout: float | None = None) -> dict[str, Any]:
+    """The JSON that a suite prints in a fresh process, so that no memory of this one is counted.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; its output is on the streams.
+    """
+    program = Path(__file__).resolve().parents[2] / "launch" / "bench.py"
+    command = [sys.executable, str(program), "--suite", suite, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def start_run(deepspeed_config: str, config: str, data: str, folder: Path, overrides: Sequence[str] = ()) -> Loop:
@@ -45,7 +57,7 @@ def start_run(deepspeed_config: str, config: str, data: str, folder: Path, overr
 def start_shape(
     model: dict[str, Any], batch: int, stage: int, precision: str, data: str, folder: Path, **more: Any
 ) -> Loop:
-    """`start_run` of a model given by its `model:` section; `batch` sequences a rank and step, `more` keys of the JSON."""
+    """`start_run` of a `model:` section; `batch` sequences a rank and step, and `more` keys of the JSON."""
     import yaml
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,7 +99,7 @@ def seconds_per_step(steps: Iterator[Any], count: int) -> float:
 
 
 def take_turns(sides: Mapping[str, Callable[[], float]], turns: int) -> dict[str, list[float]]:
-    """What each side measured, one entry per turn. The order rotates from turn to turn, so that drift hits all alike."""
+    """What each side measured, one entry per turn. The order rotates, so that drift hits all alike."""
     measured: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
     for _ in range(turns):

@@ -1,5 +1,4 @@
-"""What `chatgot plan` predicts of a run's memory, against what the run takes: one process per configuration, three
-optimizer steps.
+"""What `chatgot plan` predicts of a run's memory, against what three optimizer steps take in a process of their own.
 
 On a GPU the figure is the peak of PyTorch's allocator. On a CPU, which has no such counter, the shapes are made tiny,
 and only the model states are compared, by their live tensors.
@@ -10,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from chatgot.bench import measuring
@@ -86,24 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     measuring.print_head("configuration", "predicted", "measured", "error")
     errors, what = [], ""
     for index in arguments.cases:
-        measured = in_own_process(index)
+        measured = measuring.in_own_process("plan", "--one", str(index), timeout=270)
         errors.append(abs(measured["error"]))
         what, sizes = measured["what"], (f"{measured[side] / GIB:.3f} GiB" for side in ("predicted", "measured"))
         measuring.print_row(GRID[index].name, *sizes, f"{100 * measured['error']:+.1f} %")
     print(f"{what}: median error {100 * statistics.median(errors):.1f} %, worst {100 * max(errors):.1f} %")
     return 0
-
-
-def in_own_process(index: int, timeout: float = 270.0) -> dict[str, Any]:
-    """`measure` of one case of the grid in a fresh process, so that no earlier engine's memory is counted.
-
-    Raises:
-        subprocess.CalledProcessError: it failed; its output is on the streams.
-    """
-    root = Path(__file__).resolve().parent.parent.parent
-    program = [sys.executable, str(root / "launch" / "bench.py"), "--suite", "plan", "--one", str(index)]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -128,19 +112,17 @@ def measure(case: Case) -> dict[str, Any]:
     if facts.kind == "cpu":
         shape = dataclasses.replace(shape, d_model=48, n_head=4, n_layers=2, d_hid=96, max_seq_length=32)
     device = join(find_place(), facts.kind)
-    config = read_engine_config(
-        path, request.overrides, world_size=1, facts=facts, n_params=count_parameters(shape, case.vocab_size)
-    )
+    n_params = count_parameters(shape, case.vocab_size)
+    config = read_engine_config(path, request.overrides, world_size=1, facts=facts, n_params=n_params)
     model = GPT(shape, case.vocab_size)
     model.init_weights(0)
     engine = build(model, config, device)
     plan = estimate(shape, case.vocab_size, config, 1, device_of_machine(facts, device))
     check = MemoryCheck(plan, engine.engine)
+    size = (config.accumulation, config.micro_batch_size, shape.max_seq_length)
     for _ in range(STEPS):
-        ids = torch.randint(
-            case.vocab_size, (config.accumulation, config.micro_batch_size, shape.max_seq_length), device=device
-        )
-        engine.train_step(((row, row) for row in ids), before_update=check.look)
+        batches = ((ids, ids) for ids in torch.randint(case.vocab_size, size, device=device))
+        engine.train_step(batches, before_update=check.look)
     if facts.kind == "cuda":
         what, predicted, measured = "peak in use", check.plan.peak, torch.cuda.max_memory_allocated()
     else:
@@ -149,12 +131,5 @@ def measure(case: Case) -> dict[str, Any]:
         predicted = sum(check.plan.states.total(part) for part in STATES)
         measured = sum(check.live[part] for part in STATES)
     leave()
-    return {
-        "case": case.name,
-        "what": what,
-        "predicted": predicted,
-        "measured": measured,
-        "error": predicted / measured - 1,
-        "peak_at": check.plan.peak_at,
-        "parts": check.plan.parts,
-    }
+    sizes = {"what": what, "predicted": predicted, "measured": measured, "error": predicted / measured - 1}
+    return {"case": case.name, **sizes, "peak_at": check.plan.peak_at, "parts": check.plan.parts}

@@ -1,6 +1,4 @@
-"""How fast text becomes tokens: `prepare` against the usual recipe `[stoi[c] for c in text]`, each in its own
-process.
-"""
+"""How fast text becomes tokens: `prepare` against the recipe `[stoi[c] for c in text]`, each in its own process."""
 
 from __future__ import annotations
 
@@ -8,8 +6,6 @@ import argparse
 import json
 import platform
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for round_number in range(args.rounds):
             for method in METHODS:
                 out = Path(folder) / f"{method.replace(' ', '-')}-{round_number}"
-                command = [sys.executable, "-m", "chatgot.bench.prepare", "--measure", method, str(text), str(out)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                results[method].append(json.loads(done.stdout.splitlines()[-1]))
+                words = ("--measure", method, str(text), str(out))
+                results[method].append(measuring.in_own_process("prepare", *words))
     where = f"Python {platform.python_version()}, {platform.machine()}"
     print(f"{size / 1e6:.0f} MB of ASCII, {where}, best of {args.rounds}\n")
     measuring.print_head("method", "CPU s", "MB/s of CPU time", "wall s", "peak RSS MB")
@@ -94,7 +89,3 @@ def _list_comprehension(text: Path, out: Path) -> None:
     out.mkdir()
     for name, part in (("train", data[:cut]), ("val", data[cut:])):
         np.array([stoi[c] for c in part], dtype=np.uint16).tofile(out / f"{name}.bin")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,7 @@ neighbouring turns.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import tempfile
@@ -40,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="wars_of_the_roses")
     arguments = parser.parse_args(argv)
     print(measuring.describe_machine())
-    measuring.print_head(
-        "layers x width", "ZeRO stage", "plain ms/step", "program ms/step", "program / plain speed", "10 % .. 90 %"
-    )
+    columns = ("plain ms/step", "program ms/step", "program / plain speed", "10 % .. 90 %")
+    measuring.print_head("layers x width", "ZeRO stage", *columns)
     for shape in arguments.shapes:
         sizes = dict(SHAPES[shape])
         batch = sizes.pop("batch")
@@ -65,18 +65,14 @@ def compare(loop: Loop, precision: str, turns: int, turn_seconds: float) -> tupl
     for steps in (program, plain):
         measuring.seconds_per_step(steps, 3)
     count = max(1, round(turn_seconds / measuring.seconds_per_step(plain, 3)))
-    sides = {
-        "plain": lambda: measuring.seconds_per_step(plain, count),
-        "program": lambda: measuring.seconds_per_step(program, count),
-    }
-    seconds = measuring.take_turns(sides, turns)
+    sides = {"plain": plain, "program": program}
+    turns_of = {name: functools.partial(measuring.seconds_per_step, steps, count) for name, steps in sides.items()}
+    seconds = measuring.take_turns(turns_of, turns)
     return seconds["plain"], seconds["program"]
 
 
 def plain_steps(loop: Loop, precision: str) -> Iterator[None]:
-    """The loop that a person would write by hand for one device: the same model, data, fused AdamW, clipping and
-    schedule.
-    """
+    """A loop as written by hand for one device: the same model, data, fused AdamW, clipping and schedule."""
     model = GPT(loop.config.model, loop.data.tokenizer.vocab_size)
     model.init_weights(loop.config.train.seed)
     model.to(loop.engine.device)

@@ -70,23 +70,21 @@ def _sweep(arguments: PlanArguments) -> str:
         raise ConfigError(
             f"--sweep: {folder} is no folder with JSON files; name the one that holds them: chatgot plan FOLDER --sweep"
         )
-    rows: list[tuple[str, Estimate | str]] = []
-    trees: list[dict[str, Any]] = []
     requests = [_request(arguments, path) for path in paths]
-    for path, request in zip(paths, requests):
-        try:
-            estimate = request.plan()
-        except ConfigError as error:
-            rows.append((path.name, str(error).splitlines()[0]))
-            trees.append({"deepspeed_config": str(path), "refused": str(error)})
-        else:
-            rows.append((path.name, estimate))
-            trees.append(_tree(request, estimate, []))
+    plans = [_plan_or_refusal(request) for request in requests]
     if arguments.format == "json":
-        return json.dumps(trees, indent=2)
+        return json.dumps([_tree(request, plan, []) for request, plan in zip(requests, plans)], indent=2)
     device = requests[-1].device
     head = f"{arguments.config}, {arguments.world_size} x {device.name}, of {device.memory / GIB:.1f} GiB"
+    rows = [(path.name, plan) for path, plan in zip(paths, plans)]
     return "\n".join([head, *_table(rows), *(f"note: {note}" for note in requests[-1].notes)])
+
+
+def _plan_or_refusal(request: Request) -> Estimate | str:
+    try:
+        return request.plan()
+    except ConfigError as error:
+        return str(error)
 
 
 def _text(request: Request, plan: Estimate, remedies: list[Remedy]) -> Iterator[str]:
@@ -96,11 +94,8 @@ def _text(request: Request, plan: Estimate, remedies: list[Remedy]) -> Iterator[
     recomputed = {None: "no recomputation", 1: "every block recomputed"}.get(every, f"one block in {every} recomputed")
     margin = f"{_size(CUDA_CONTEXT)} for CUDA and NCCL" if on_cuda else f"{_size(PROCESS)} for Python and torch"
     beyond = plan.needed - plan.peak - plan.margin
-    verdict = (
-        f"fits, {_size(plan.capacity - plan.needed)} to spare"
-        if plan.fits
-        else f"DOES NOT FIT, {_size(plan.needed - plan.capacity)} too much"
-    )
+    spare = plan.capacity - plan.needed
+    verdict = f"fits, {_size(spare)} to spare" if plan.fits else f"DOES NOT FIT, {_size(-spare)} too much"
     yield f"{request.document.name} on {settings.world_size} x {plan.device.name}"
     yield (
         f"model: {model.architecture}, {settings.numel:,} parameters, vocabulary {settings.vocab_size}, "
@@ -124,11 +119,8 @@ def _text(request: Request, plan: Estimate, remedies: list[Remedy]) -> Iterator[
     yield f"speed: {_speed(plan)}"
     yield from (f"note: {note}" for note in (*request.notes, *settings.notes))
     if not plan.fits:
-        yield (
-            "\ncheapest changes that make it fit:"
-            if remedies
-            else "\nno micro batch, recomputation, stage or offload makes it fit"
-        )
+        nothing = "\nno micro batch, recomputation, stage or offload makes it fit"
+        yield "\ncheapest changes that make it fit:" if remedies else nothing
     for remedy in remedies:
         cost = "" if remedy.speed_ratio is None else f", {100 * (remedy.speed_ratio - 1):+.0f} % tokens/s"
         yield f"  {' '.join(remedy.words())}"
@@ -154,7 +146,7 @@ def _table(rows: list[tuple[str, Estimate | str]]) -> Iterator[str]:
     widths[0] = max(len(name) for name, _ in [("JSON", ""), *rows])
     for name, plan in [("JSON", None), *rows]:
         if isinstance(plan, str):
-            yield f"{name:<{widths[0]}}  refused: {plan}"
+            yield f"{name:<{widths[0]}}  refused: {plan.splitlines()[0]}"
         else:
             cells = (f"{cell:>{width}}" for cell, width in zip(lines[name][1:], widths[1:]))
             yield "  ".join([f"{name:<{widths[0]}}", *cells])
@@ -169,8 +161,10 @@ def _cells(name: str, plan: Estimate) -> tuple[str, ...]:
     return (name, "yes" if plan.fits else "NO", *map(_size, sizes), rate)
 
 
-def _tree(request: Request, plan: Estimate, remedies: list[Remedy]) -> dict[str, Any]:
-    """The plan for programs. Sizes in bytes."""
+def _tree(request: Request, plan: Estimate | str, remedies: list[Remedy]) -> dict[str, Any]:
+    """The plan, or why there is none, for programs. Sizes in bytes."""
+    if isinstance(plan, str):
+        return {"deepspeed_config": request.document.name, "refused": plan}
     settings = plan.settings
     digits = {"tokens_per_sec": 1, "step_ms": 3, "efficiency": 4, "moving_share": 4}
     return {
@@ -191,11 +185,11 @@ def _tree(request: Request, plan: Estimate, remedies: list[Remedy]) -> dict[str,
         "notes": [*request.notes, *settings.notes],
         "remedies": [
             {
-                "overrides": remedy.words(),
-                "needed": remedy.plan.needed,
-                "speed_ratio": remedy.speed_ratio and round(remedy.speed_ratio, 4),
+                "overrides": one.words(),
+                "needed": one.plan.needed,
+                "speed_ratio": one.speed_ratio and round(one.speed_ratio, 4),
             }
-            for remedy in remedies
+            for one in remedies
         ],
     }
 

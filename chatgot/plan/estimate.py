@@ -217,8 +217,9 @@ def _stepping(settings: Settings) -> int:
 
 
 def _speed(settings: Settings, device: Device) -> Speed | None:
-    """Tokens per second from FLOPs, a stated efficiency, and what moving data adds; None where the device's peak is not
-    known, or where 16 bit on a CPU is emulated at an unknown price.
+    """Tokens per second from FLOPs, a stated efficiency, and what moving data adds.
+
+    None where the device's peak is not known, or where 16 bit on a CPU is emulated at an unknown price.
     """
     model = settings.model
     matmul = count_matmul_parameters(model, settings.vocab_size)

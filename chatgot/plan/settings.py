@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.findings import Findings
 from chatgot.deepspeed_json.optimizers import OptimizerStates, optimizer_states
 from chatgot.deepspeed_json.resolve import EngineConfig
+from chatgot.deepspeed_json.values import read_values
 from chatgot.model.shapes import Shape, parameter_shapes
 
 FP32, HALF = 4, 2
@@ -104,21 +104,20 @@ def read_settings(
     model: ModelConfig, vocab_size: int, engine: EngineConfig, world_size: int, on_cuda: bool
 ) -> Settings:
     """Put together what the plan computes with."""
-
-    def zero(key: str) -> Any:
-        return _value(engine, "zero_optimization", key)
-
+    values = read_values(engine.deepspeed, Findings(engine.path))
+    zero = values.zero_optimization
     kind = engine.optimizer.type if engine.optimizer else "AdamW"
     params = engine.optimizer.params if engine.optimizer else {}
-    half = engine.precision in ("bf16", "fp16")
-    section = _section(engine, engine.precision) if half else {}
-    parameter_bytes = HALF if half else FP32
+    bf16, fp16 = engine.precision == "bf16", engine.precision == "fp16"
+    parameter_bytes = HALF if bf16 or fp16 else FP32
     wanted = (engine.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
     accumulator_bytes = parameter_bytes if wanted is None else FP32 if wanted in ("fp32", "float32") else HALF
-    low_precision = bool(section.get(f"{engine.precision}_master_weights_and_grads"))
+    low_precision = bf16 and values.bf16.bf16_master_weights_and_grads
+    low_precision = low_precision or (fp16 and values.fp16.fp16_master_weights_and_grads)
     unknown = ("zero_quantized_weights", "zero_quantized_gradients", "parameter_alignment", "zenflow")
-    notes = [f"zero_optimization.{key} is not part of this arithmetic" for key in unknown if zero(key)]
-    if int(zero("zero_hpz_partition_size") or 1) > 1:
+    names = [f"zero_optimization.{key}" for key in unknown]
+    notes = [f"{name} is not part of this arithmetic" for name in names if values[name]]
+    if zero.zero_hpz_partition_size > 1:
         hpz = "zero_optimization.zero_hpz_partition_size"
         notes.append(f"{hpz}: the secondary partition is not part of this arithmetic")
     if "nvme" in (engine.offload_optimizer, engine.offload_param):
@@ -126,8 +125,7 @@ def read_settings(
     if engine.chatgot.compile.enabled:
         upper_bound = "that of eager PyTorch, an upper bound, because compiling fuses activations away"
         notes.append(f"torch.compile: memory is {upper_bound}")
-    overlap = zero("overlap_comm")
-    recompute = engine.activation_checkpointing or {}
+    on_cpu = engine.activation_backend == "deepspeed" and bool(values.activation_checkpointing.cpu_checkpointing)
     muon = kind.lower() == "muon"
     offload = engine.zero_stage > 0 and engine.offload_optimizer != "none"
     return Settings(
@@ -142,19 +140,19 @@ def read_settings(
         parameter_bytes=parameter_bytes,
         accumulator_bytes=accumulator_bytes,
         master_bytes=HALF if low_precision else FP32,
-        moment_bytes=HALF if low_precision or section.get("bf16_optimizer_states") else FP32,
+        moment_bytes=HALF if low_precision or (bf16 and values.bf16.bf16_optimizer_states) else FP32,
         offload_optimizer=offload,
         offload_param=engine.zero_stage == 3 and engine.offload_param != "none",
         groups=_groups(model, vocab_size, optimizer_states(kind, params, offload), muon),
         fused=muon or ("foreach" not in params and params.get("fused", True) is not False),
-        overlap_comm=engine.zero_stage == 3 if overlap is None else bool(overlap),
-        reduce_bucket=int(zero("reduce_bucket_size")),
-        persistence_threshold=int(zero("stage3_param_persistence_threshold")),
-        prefetch_bucket=int(zero("stage3_prefetch_bucket_size")),
-        max_live_parameters=int(zero("stage3_max_live_parameters")),
-        sub_group_size=int(zero("sub_group_size")),
+        overlap_comm=engine.zero_stage == 3 if zero.overlap_comm is None else zero.overlap_comm,
+        reduce_bucket=int(zero.reduce_bucket_size),
+        persistence_threshold=int(zero.stage3_param_persistence_threshold),
+        prefetch_bucket=int(zero.stage3_prefetch_bucket_size),
+        max_live_parameters=zero.stage3_max_live_parameters,
+        sub_group_size=zero.sub_group_size,
         recompute_every=engine.chatgot.activation_checkpointing.every_n_layers if engine.activation_backend else None,
-        activations_on_cpu=bool(recompute.get("cpu_checkpointing")) and engine.activation_backend == "deepspeed",
+        activations_on_cpu=on_cpu,
         compiled=engine.chatgot.compile.enabled,
         notes=tuple(notes),
     )
@@ -172,23 +170,3 @@ def _groups(model: ModelConfig, vocab_size: int, states: OptimizerStates, muon: 
     largest_first = tuple(sorted(hidden, reverse=True))  # muon_optimizer.py sorts them by size()
     momentum = optimizer_states("Muon", {"use_muon": True})
     return (Group(largest_first, momentum, muon=True), Group(tuple(looked_up.values()), states), vectors)
-
-
-def _section(engine: EngineConfig, name: str) -> dict[str, Any]:
-    node = schema.NODES[name]
-    for spelling in (name, node.alias):
-        found = engine.deepspeed.get(spelling) if spelling else None
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def _value(engine: EngineConfig, section: str, key: str) -> Any:
-    """A value as given under either spelling; DeepSpeed's default where there is none, or an unresolved "auto"."""
-    node = schema.NODES[f"{section}.{key}"]
-    assert isinstance(node, schema.Key) or key == "zenflow"
-    given = _section(engine, section)
-    for spelling in (key, node.alias):
-        if spelling in given and given[spelling] != "auto":
-            return given[spelling]
-    return node.default if isinstance(node, schema.Key) else None

@@ -34,7 +34,7 @@ from chatgot.training.memory import MemoryCheck
 from chatgot.training.preparation import Resumed, TrainArguments
 from chatgot.training.records import open_records
 from chatgot.training.saving import Saving, StopSignals, open_saver
-from chatgot.tuning import finder
+from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     answer = None
     if resolved.batch is not None and resolved.batch.is_open:
         tree, model_keys, name = resolved.subject.tree, dataclasses.asdict(config.model), facts.name or facts.kind
-        answer = finder.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
+        answer = micro_batch.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
     found = None if answer is None else (answer.micro_batch, answer.reason)
     engine_config = resolved.complete(n_params, found).engine_config()
     json_micro_batch = engine_config.micro_batch_size

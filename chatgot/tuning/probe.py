@@ -1,12 +1,10 @@
-"""Try a few real optimizer steps in processes of their own, so that running out of memory, or being killed for it,
-costs nothing here.
+"""Try a few real optimizer steps in processes of their own: running out of memory, or being killed, costs nothing here.
 
 Run as a program it is one rank of a probe: `python -m chatgot.tuning.probe TASK`, with the rank in the environment.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,14 @@ from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import GIB, Device, DeviceFacts, device_facts, is_out_of_memory
 from chatgot.distributed import find_place, free_port, python_path
 from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError
-from chatgot.launcher.command import rank_environment
+from chatgot.launcher.command import ATTEMPT, rank_environment
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.estimate import estimate
-from chatgot.tuning.micro_batch import ATTEMPT
 
 OUTSIDE = ("wandb", "tensorboard", "csv_monitor", "comet", "flops_profiler", "comms_logger", "scheduler")
 """Sections of the JSON that a probe leaves out: they write somewhere else, or have no say in memory and speed."""
 CERTAIN = 1.5
-"""A probe is left out if the plan's peak is this many times what there is: far beyond what the plan errs by
-(BENCHMARKS.md).
-"""
+"""A probe is left out if the plan's peak is this many times what there is, far beyond its errors (BENCHMARKS.md)."""
 
 _KILLED = (-9, 137)
 
@@ -77,7 +73,7 @@ class Probes:
     """Those started here, in the order of LOCAL_RANK from `first_local` on."""
     world_size: int
     margin: float
-    """Part of the memory that must stay free."""
+    """Share of the memory that must stay free."""
     address: str = "127.0.0.1"
     first_local: int = 0
     share: Callable[[Any], list[Any]] = field(default=lambda value: [value])
@@ -86,16 +82,13 @@ class Probes:
 
     def outcome(self, task: Task) -> Outcome:
         """Run the probe, unless the plan is sure that it cannot fit."""
-        reason = self._beyond(task)
-        return self.run(task) if reason is None else Outcome(False, reason)
-
-    def _beyond(self, task: Task) -> str | None:
         model, config = read_task(task, self.world_size, self.device.facts)
         plan = estimate(model, task.vocab_size, config, self.world_size, self.device)
         needed = plan.needed - plan.margin
         if needed <= CERTAIN * plan.capacity:
-            return None
-        return f"not tried: chatgot plan says {needed / GIB:.2f} GiB, of {plan.capacity / GIB:.2f} GiB"
+            return self.run(task)
+        sizes = f"{needed / GIB:.2f} GiB, of {plan.capacity / GIB:.2f} GiB"
+        return Outcome(False, f"not tried: chatgot plan says {sizes}")
 
     def run(self, task: Task) -> Outcome:
         """Probe on all ranks; the same answer everywhere.
@@ -104,39 +97,46 @@ class Probes:
             MachineError: a rank ended for another reason than memory.
         """
         port = self.share(free_port())[0]
-        with tempfile.TemporaryDirectory(prefix="chatgot-probe-") as name, contextlib.ExitStack() as files:
+        with tempfile.TemporaryDirectory(prefix="chatgot-probe-") as name:
             folder = Path(name)
             (folder / "task.json").write_text(json.dumps(asdict(task)), encoding="utf-8")
-            logs = [
-                files.enter_context(open(folder / f"log.{rank}", "w+", encoding="utf-8", errors="replace"))
-                for rank in self.ranks
-            ]
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, *self.program, str(folder / "task.json")],
-                    env=self._environment(rank, self.first_local + index, port),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                )
-                for index, (rank, log) in enumerate(zip(self.ranks, logs))
-            ]
+            processes: list[subprocess.Popen] = []
             try:
+                for local_rank, rank in enumerate(self.ranks, self.first_local):
+                    processes.append(self._start(folder, rank, local_rank, port))
                 codes = self._wait(processes)
             finally:
                 for process in processes:
                     process.kill()
                     process.wait()
-            mine: list[Outcome] = []
-            for rank, code, log in zip(self.ranks, codes, logs):
-                log.seek(0)
-                if code is not None:
-                    mine.append(_failed(rank, code, log.read()) if code else self._measured(rank, folder))
+            mine = [self._result(folder, rank, code) for rank, code in zip(self.ranks, codes) if code is not None]
         return _together([one for each in self.share(mine) for one in each])
 
+    def _start(self, folder: Path, rank: int, local_rank: int, port: int) -> subprocess.Popen:
+        """Start a rank in the environment that launch/run gives to one, so that a probe is as fast as the run."""
+        local_ranks = max(len(self.ranks), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        given = rank_environment(os.environ, rank, local_ranks, port, self.device.on_cuda)
+        environment = {
+            name: value
+            for name, value in given.items()
+            if name not in ("CHATGOT_FAULT", ATTEMPT) and not name.startswith("TORCHELASTIC_")
+        } | {
+            "PYTHONPATH": python_path(),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": self.address,
+        }
+        command = [sys.executable, *self.program, str(folder / "task.json")]
+        with open(folder / f"log.{rank}", "wb") as log:
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+
     def _wait(self, processes: list[subprocess.Popen]) -> list[int | None]:
-        """Wait until all ranks have ended, or one has failed and the others had time to. Returns the exit codes, None
-        for a rank that is still running.
+        """Wait until all ranks have ended, or one has failed and the others had time to.
+
+        Returns:
+            The exit codes; None for a rank that is still running.
         """
         last_chance = None
         while True:
@@ -150,36 +150,23 @@ class Probes:
                 return codes
             time.sleep(0.05)
 
-    def _environment(self, rank: int, local_rank: int, port: int) -> dict[str, str]:
-        """What launch/run gives to a rank, so that a probe is as fast as the run."""
-        local_ranks = max(len(self.ranks), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        given = rank_environment(os.environ, rank, local_ranks, port, self.device.on_cuda)
-        left_out = {name for name in given if name in ("CHATGOT_FAULT", ATTEMPT) or name.startswith("TORCHELASTIC_")}
-        return {name: value for name, value in given.items() if name not in left_out} | {
-            "PYTHONPATH": python_path(),
-            "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": self.address,
-        }
-
-    def _measured(self, rank: int, folder: Path) -> Outcome:
-        outcome = Outcome(True, **json.loads((folder / f"result.{rank}.json").read_text(encoding="utf-8")))
-        if outcome.peak_bytes <= outcome.limit_bytes * (1 - self.margin):
-            return outcome
-        used = f"{outcome.peak_bytes / GIB:.2f} of {outcome.limit_bytes / GIB:.2f} GiB in use"
-        return replace(outcome, fits=False, reason=f"leaves less than {self.margin:.0%} free ({used})")
-
-
-def _failed(rank: int, code: int, log: str) -> Outcome:
-    """What the end of a rank that failed means: memory ran out, or an error."""
-    if code in _KILLED:
-        return Outcome(False, f"rank {rank} was killed, as the kernel does when memory runs out")
-    if code == EXIT_ENVIRONMENT and "chatgot-probe: out of memory" in log:
-        return Outcome(False, f"rank {rank} ran out of memory")
-    if "std::bad_alloc" in log:
-        return Outcome(False, f"rank {rank} ran out of memory (std::bad_alloc)")
-    error = f"rank {rank} of a probe ended with {code}, not for want of memory:\n{log[-3000:].strip()}"
-    return Outcome(False, error=error)
+    def _result(self, folder: Path, rank: int, code: int) -> Outcome:
+        """What the end of a rank means: it fits, memory ran out, or an error."""
+        if code == 0:
+            outcome = Outcome(True, **json.loads((folder / f"result.{rank}.json").read_text(encoding="utf-8")))
+            if outcome.peak_bytes <= outcome.limit_bytes * (1 - self.margin):
+                return outcome
+            used = f"{outcome.peak_bytes / GIB:.2f} of {outcome.limit_bytes / GIB:.2f} GiB in use"
+            return replace(outcome, fits=False, reason=f"leaves less than {self.margin:.0%} free ({used})")
+        log = (folder / f"log.{rank}").read_text(encoding="utf-8", errors="replace")
+        if code in _KILLED:
+            return Outcome(False, f"rank {rank} was killed, as the kernel does when memory runs out")
+        if code == EXIT_ENVIRONMENT and "chatgot-probe: out of memory" in log:
+            return Outcome(False, f"rank {rank} ran out of memory")
+        if "std::bad_alloc" in log:
+            return Outcome(False, f"rank {rank} ran out of memory (std::bad_alloc)")
+        error = f"rank {rank} of a probe ended with {code}, not for want of memory:\n{log[-3000:].strip()}"
+        return Outcome(False, error=error)
 
 
 def _together(outcomes: list[Outcome]) -> Outcome:
@@ -218,16 +205,12 @@ def measure(task: Task) -> dict[str, Any]:
     rng.seed(0, place.rank)
     model.init_weights(0)
     engine = build(model, config, device)
-    shape = (config.micro_batch_size, model_config.max_seq_length)
+    ids = partial(torch.randint, task.vocab_size, (config.micro_batch_size, model_config.max_seq_length))
     began = time.perf_counter()
     for step in range(task.steps):
         if step == 1:
             began = time.perf_counter()
-        batches = (
-            (torch.randint(task.vocab_size, shape), torch.randint(task.vocab_size, shape))
-            for _ in range(config.accumulation)
-        )
-        loss = engine.train_step(batches)
+        loss = engine.train_step((ids(), ids()) for _ in range(config.accumulation))
         float(loss)  # waits for the device
     seconds = (time.perf_counter() - began) / max(task.steps - 1, 1)
     tokens = config.train_batch_size * model_config.max_seq_length
@@ -249,7 +232,6 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.flush()
     code = main(sys.argv[1])
     sys.stdout.flush()
     os._exit(code)  # the process group is still joined, see cli.train

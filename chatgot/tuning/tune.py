@@ -1,5 +1,4 @@
-"""`chatgot tune`: find the micro-batch, activation checkpointing, ZeRO stage and compilation that train fastest within
-the memory that there is.
+"""`chatgot tune`: find the micro-batch, recomputation, ZeRO stage and compilation that train fastest within the memory.
 
 Every row of the table is a real run of a few steps in processes of its own (tuning/probe.py), but for those that the
 memory plan puts far beyond the device.
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import GIB, DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
-from chatgot.tuning.finder import MARGIN, candidates, largest_that_fits
+from chatgot.tuning.micro_batch import MARGIN, candidates, largest_that_fits
 from chatgot.tuning.probe import OUTSIDE, Outcome, Probes, Task
 
 logger = logging.getLogger(__name__)
@@ -68,11 +68,10 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """Its line of the table, a text for each of HEAD."""
-        one = self.outcome
-        memory = f"{one.peak_bytes / GIB:.2f}" if one.peak_bytes else "-"
-        speed = f"{one.tokens_per_sec:,.0f}" if one.fits else "-"
-        micro = str(self.micro_batch or "-")
-        return (str(self.stage), self.recomputed, self.compiled, micro, memory, speed, one.reason or "fits")
+        outcome, micro = self.outcome, str(self.micro_batch or "-")
+        memory = f"{outcome.peak_bytes / GIB:.2f}" if outcome.peak_bytes else "-"
+        speed = f"{outcome.tokens_per_sec:,.0f}" if outcome.fits else "-"
+        return (str(self.stage), self.recomputed, self.compiled, micro, memory, speed, outcome.reason or "fits")
 
 
 HEAD = ("ZeRO", "recomputed", "compiled", "micro-batch", "peak GiB", "tokens/s", "result")
@@ -90,26 +89,23 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
     """
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
-    facts = device_facts()
+    facts, world_size = device_facts(), arguments.world_size
     tree = apply_overrides(read_document(arguments.deepspeed_config).tree, ds_overrides)
     total = _total(tree, arguments, facts)
     tree = {**tree, TOTAL: total}
     data = prepare_cached(arguments.data, config.data)
     check_block_size(data, config.model.max_seq_length)
     model, vocab_size = dataclasses.asdict(config.model), data.tokenizer.vocab_size
-    world_size = arguments.world_size
     probes = Probes(device_of_machine(facts), tuple(range(world_size)), world_size, arguments.margin)
     if program is not None:
         probes.program = program
-    sizes = candidates(total, world_size)
-    if arguments.micro_batches is not None:
-        if wrong := sorted(set(arguments.micro_batches) - set(sizes)):
-            raise ConfigError(
-                f"--micro_batches {' '.join(map(str, wrong))}: {TOTAL} = {total} on {arguments.world_size} rank(s) "
-                f"can be made of "
-                f"{', '.join(map(str, sizes))}"
-            )
-        sizes = sorted(set(arguments.micro_batches))
+    possible = candidates(total, world_size)
+    sizes = possible if arguments.micro_batches is None else sorted(set(arguments.micro_batches))
+    if wrong := set(sizes) - set(possible):
+        raise ConfigError(
+            f"--micro_batches {' '.join(map(str, sorted(wrong)))}: {TOTAL} = {total} on {world_size} rank(s) can be "
+            f"made of {', '.join(map(str, possible))}"
+        )
     rows: list[Row] = []
 
     def add(row: Row) -> bool:
@@ -117,17 +113,20 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
         logger.info(" | ".join(row.cells()))
         return row.outcome.fits
 
-    def measured(kind: Row, micro: int) -> bool:
+    def measure(kind: Row, micro: int) -> bool:
         run = {key: value for key, value in _with_micro_batch(kind.tree, micro).items() if key not in OUTSIDE}
         outcome = probes.outcome(Task(run, model, vocab_size, arguments.steps))
         return add(dataclasses.replace(kind, micro_batch=micro, outcome=outcome))
 
     for kind in variants(tree, arguments, facts):
-        refusal = _refusal(kind.tree, sizes[0], arguments, facts)
-        if refusal is None:
-            largest_that_fits(sizes, functools.partial(measured, kind))
-        else:
+        try:
+            first = _with_micro_batch(kind.tree, sizes[0])
+            build_engine_config(first, "tuned", world_size=world_size, facts=facts)
+        except ConfigError as error:
+            refusal = str(error).split("\n")[0].removeprefix("tuned: ")
             add(dataclasses.replace(kind, outcome=Outcome(False, f"refused: {refusal}")))
+        else:
+            largest_that_fits(sizes, functools.partial(measure, kind))
     for line in table([row.cells() for row in rows]):
         logger.info(line)
     return _fastest(rows, arguments, total)
@@ -135,23 +134,22 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
 
 def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> Iterator[Row]:
     """Yield every way of running that is to be tried, nothing measured yet."""
-    zero = tree.get("zero_optimization")
-    zero = zero if isinstance(zero, dict) else {"stage": int(bool(zero))}
-    own_stage = zero.get("stage", 0)
-    stages = arguments.stages or ((0, 1, 2, 3) if arguments.world_size > 1 else (own_stage,))
+    given = tree.get("zero_optimization")
+    zero = given if isinstance(given, dict) else {"stage": int(bool(given))}
+    stages = arguments.stages or ((0, 1, 2, 3) if arguments.world_size > 1 else (zero.get("stage", 0),))
+    recomputation = arguments.recomputation or ("off", "on")
+    compilation = arguments.compile or (("off", "on") if facts.kind == "cuda" else ("off",))
     section = tree.get(SECTION)
-    for stage in stages:
-        for recomputed in arguments.recomputation or ("off", "on"):
-            for compiled in arguments.compile or (("off", "on") if facts.kind == "cuda" else ("off",)):
-                variant = {**plain_copy(tree), "zero_optimization": {**zero, "stage": stage}}
-                chatgot = variant.setdefault("chatgot", {})
-                if recomputed == "on":
-                    variant[SECTION] = section if isinstance(section, dict) else {}
-                else:
-                    variant.pop(SECTION, None)
-                    chatgot.pop(SECTION, None)
-                chatgot["compile"] = {**(chatgot.get("compile") or {}), "enabled": compiled == "on"}
-                yield Row(stage, recomputed, compiled, variant)
+    for stage, recomputed, compiled in itertools.product(stages, recomputation, compilation):
+        variant = {**plain_copy(tree), "zero_optimization": {**zero, "stage": stage}}
+        chatgot = variant.setdefault("chatgot", {})
+        if recomputed == "on":
+            variant[SECTION] = section if isinstance(section, dict) else {}
+        else:
+            variant.pop(SECTION, None)
+            chatgot.pop(SECTION, None)
+        chatgot["compile"] = {**(chatgot.get("compile") or {}), "enabled": compiled == "on"}
+        yield Row(stage, recomputed, compiled, variant)
 
 
 def _total(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> int:
@@ -161,30 +159,20 @@ def _total(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -
     return config.train_batch_size
 
 
-def _refusal(tree: dict[str, Any], micro: int, arguments: TuneArguments, facts: DeviceFacts) -> str | None:
-    try:
-        build_engine_config(_with_micro_batch(tree, micro), "tuned", world_size=arguments.world_size, facts=facts)
-    except ConfigError as error:
-        return str(error).split("\n")[0].removeprefix("tuned: ")
-    return None
-
-
 def _with_micro_batch(tree: dict[str, Any], micro: int) -> dict[str, Any]:
     return {**{key: value for key, value in tree.items() if key != ACCUMULATION}, MICRO: micro}
 
 
 def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int) -> Row:
-    fitting = [row for row in rows if row.outcome.fits]
-    if not fitting:
+    """Log the fastest row that fits, and write its JSON. MachineError where none fits."""
+    best = max((row for row in rows if row.outcome.fits), key=lambda row: row.outcome.tokens_per_sec, default=None)
+    if best is None:
         raise MachineError(f"{arguments.deepspeed_config}: nothing that was tried fits into memory; see the table")
-    best = max(fitting, key=lambda row: row.outcome.tokens_per_sec)
     assert best.micro_batch is not None
-    accumulation = total // (best.micro_batch * arguments.world_size)
     logger.info(
         f"fastest that leaves {arguments.margin:.0%} of the memory free: ZeRO stage {best.stage}, recomputation "
-        f"{best.recomputed}, "
-        f"compilation {best.compiled}, micro-batch {best.micro_batch}, accumulation {accumulation}, global batch "
-        f"{total} as before"
+        f"{best.recomputed}, compilation {best.compiled}, micro-batch {best.micro_batch}, accumulation "
+        f"{total // (best.micro_batch * arguments.world_size)}, global batch {total} as before"
     )
     if arguments.out is not None:
         write_atomically(arguments.out, json.dumps(_with_micro_batch(best.tree, best.micro_batch), indent=2) + "\n")
@@ -194,7 +182,6 @@ def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int) -> Row:
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table with columns as wide as their widest cell."""
-    all_rows = [HEAD, *rows]
-    widths = [max(len(row[column]) for row in all_rows) for column in range(len(HEAD))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in all_rows]
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in (HEAD, *rows)]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatgot.devices import device_facts, device_of_machine, is_out_of_memory
-from chatgot.tuning import finder
+from chatgot.tuning import micro_batch
 from chatgot.tuning.probe import Probes, Task
 from tests.gpu.tiny import VOCABULARY, fp32_parameters, micro_batches, model_config, tiny_engine
 from tests.support import engine_json
@@ -45,9 +45,11 @@ def test_the_finder_is_brute_force_on_a_limited_device(device, record):
     model = dataclasses.asdict(model_config(**MODEL))
     program = ("-m", "tests.tuning.programs.limited_probe", "fraction", str(700 * 2**20))
     probes = Probes(device_of_machine(device_facts(), device), (0,), 1, 0.0, program=program)
-    sizes = finder.candidates(27, 1)
-    fitting = [size for size in sizes if probes.run(Task(finder.probe_tree(tree, size, 1), model, VOCABULARY)).fits]
-    answer = finder.search(tree, model, VOCABULARY, probes)
+    sizes = micro_batch.candidates(27, 1)
+    fitting = [
+        size for size in sizes if probes.run(Task(micro_batch.probe_tree(tree, size, 1), model, VOCABULARY)).fits
+    ]
+    answer = micro_batch.search(tree, model, VOCABULARY, probes)
     record(found=answer.micro_batch)
     assert answer.micro_batch == max(fitting) < 27
     assert torch.ones(2**20, device=device).sum() == 2**20

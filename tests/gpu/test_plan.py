@@ -6,7 +6,8 @@ import statistics
 
 import pytest
 
-from chatgot.bench.plan import GRID, in_own_process
+from chatgot.bench.measuring import in_own_process
+from chatgot.bench.plan import GRID
 from tests.gpu.machine import DRY_RUN
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,7 @@ def test_one_of_the_grid(index, monkeypatch, record):
         pytest.skip("dry run on the CPU: it has no fp16")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)  # this process is a rank itself; the program is another one
-    found = in_own_process(index)
+    found = in_own_process("plan", "--one", str(index), timeout=270)
     record(**found)
     ERRORS[index] = abs(found["error"])
     assert ERRORS[index] <= WORST

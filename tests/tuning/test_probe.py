@@ -1,4 +1,4 @@
-"""The micro-batch finder: its answer is brute force's, and a probe that runs out of memory costs nothing."""
+"""The micro-batch that is found by probes: it is brute force's, and a probe that runs out of memory costs nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from chatgot.config.run import ModelConfig
 from chatgot.devices import Device, DeviceFacts, device_of_machine
 from chatgot.errors import MachineError
-from chatgot.tuning import finder
-from chatgot.tuning.finder import candidates, largest_that_fits
+from chatgot.tuning import micro_batch
+from chatgot.tuning.micro_batch import candidates, largest_that_fits
 from chatgot.tuning.probe import Probes, Task
 from tests.support import TINY_MODEL, engine_json, write_json, write_run_yaml
 from tests.training import in_process
@@ -61,7 +61,8 @@ def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit, monkeypatch
     tree = {**engine_json(batch=TOTAL), "train_micro_batch_size_per_gpu": "auto"}
     probes = Probes(cpu(), (0,), 1, 0.0, program=("-m", "tests.tuning.programs.limited_probe", kind, str(limit)))
     every = {
-        size: probes.run(Task(finder.probe_tree(tree, size, 1), MODEL, VOCABULARY)) for size in candidates(TOTAL, 1)
+        size: probes.run(Task(micro_batch.probe_tree(tree, size, 1), MODEL, VOCABULARY))
+        for size in candidates(TOTAL, 1)
     }
     fitting = [size for size, outcome in every.items() if outcome.fits]
     assert fitting in ([1], [1, 3], [1, 3, 9]), every  # the limit is one, and not for everything
@@ -70,7 +71,7 @@ def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit, monkeypatch
         def run(self, task):
             return every[task.tree["train_micro_batch_size_per_gpu"]]
 
-    answer = finder.search(tree, MODEL, VOCABULARY, Remembered(probes.device, (0,), 1, 0.0))
+    answer = micro_batch.search(tree, MODEL, VOCABULARY, Remembered(probes.device, (0,), 1, 0.0))
     assert answer.micro_batch == max(fitting)
     assert "ran out of memory" in answer.reason
     assert torch.ones(60 * LOGITS // 4).shape == (60 * LOGITS // 4,)  # here nothing is limited, and nothing broken
@@ -91,13 +92,13 @@ def test_what_the_plan_puts_far_beyond_the_memory_is_not_probed():
             return super().run(task)
 
     fitting = Counted(cpu(20 * LOGITS), (0,), 1, 0.0, program=("-m", "tests.tuning.programs.fake_probe", "fits"))
-    answer = finder.search(tree, MODEL, VOCABULARY, fitting)
+    answer = micro_batch.search(tree, MODEL, VOCABULARY, fitting)
     assert answer.micro_batch == max(started) == 9, "27 samples have 27 logits, and their gradients"
     assert "27 does not (not tried: chatgot plan says " in answer.reason
     started.clear()
     fitting.device = cpu(1_000_000)
     with pytest.raises(MachineError, match="not even one sample of 128 tokens fits \\(not tried: chatgot plan says"):
-        finder.search(tree, MODEL, VOCABULARY, fitting)
+        micro_batch.search(tree, MODEL, VOCABULARY, fitting)
     assert started == []
 
 
@@ -108,7 +109,7 @@ def probes_of(how: str) -> Probes:
 @pytest.mark.parametrize(("how", "why"), [("killed", "rank 1 was killed"), ("told", "rank 1 ran out of memory")])
 def test_the_smallest_of_all_ranks_answers_counts(how, why):
     tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
-    answer = finder.search(tree, MODEL, VOCABULARY, probes_of(how))
+    answer = micro_batch.search(tree, MODEL, VOCABULARY, probes_of(how))
     assert answer.micro_batch == 3
     assert f"9 does not ({why}" in answer.reason
 
@@ -116,7 +117,7 @@ def test_the_smallest_of_all_ranks_answers_counts(how, why):
 def test_a_margin_must_stay_free():
     tree = {**engine_json(batch=6), "train_micro_batch_size_per_gpu": "auto"}
     probes = dataclasses.replace(probes_of("told"), margin=0.75)
-    answer = finder.search(tree, MODEL, VOCABULARY, probes)
+    answer = micro_batch.search(tree, MODEL, VOCABULARY, probes)
     assert answer.micro_batch == 1
     assert "3 does not (leaves less than 75% free" in answer.reason
 
@@ -124,7 +125,7 @@ def test_a_margin_must_stay_free():
 def test_another_failure_of_a_probe_is_no_want_of_memory():
     tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
     with pytest.raises(MachineError, match=r"(?s)rank . of a probe ended with 1, not for want of memory"):
-        finder.search(tree, MODEL, VOCABULARY, probes_of("broken"))
+        micro_batch.search(tree, MODEL, VOCABULARY, probes_of("broken"))
 
 
 def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(tmp_path, text_file, monkeypatch, capsys, caplog):
