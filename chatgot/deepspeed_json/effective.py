@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.arguments import given_arguments, known_arguments
-from chatgot.deepspeed_json.fields import to_plain
 from chatgot.deepspeed_json.inspection import Inspection
 from chatgot.deepspeed_json.reach import idle, is_off, section_switch
 
@@ -49,7 +48,7 @@ def effective(seen: Inspection) -> Iterator[Effective]:
             if dotted in ("optimizer.params", "scheduler.params") and dotted in values:
                 yield from _arguments(seen, dotted)
             elif dotted == "chatgot":
-                yield from _chatgot(seen, to_plain(seen.chatgot), "chatgot")
+                yield from _chatgot(seen, seen.chatgot.model_dump(by_alias=True), "chatgot")
             continue
         if node.instead and dotted not in values:
             continue

@@ -7,13 +7,12 @@ sections.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import to_plain
 from chatgot.deepspeed_json.file import plain_copy, read_document
 from chatgot.deepspeed_json.findings import Finding
 from chatgot.deepspeed_json.inspection import Inspection, inspect
@@ -79,10 +78,10 @@ class EngineConfig:
         """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal
         EngineConfig.
         """
-        chatgot = to_plain(self.chatgot)
+        chatgot = self.chatgot.model_dump(by_alias=True)
         if self.activation_checkpointing is None:
             del chatgot["activation_checkpointing"]  # would do nothing without the DeepSpeed section, and is refused
-        return {**plain_copy(self.deepspeed), "wandb": to_plain(self.wandb), "chatgot": chatgot}
+        return {**plain_copy(self.deepspeed), "wandb": asdict(self.wandb), "chatgot": chatgot}
 
 
 def read_engine_config(

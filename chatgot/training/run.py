@@ -162,7 +162,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     answer = None
     tree = read_document(Path(arguments.deepspeed_config)).tree
     if finder.wants_probe(apply_overrides(plain_copy(tree), ds_overrides)):
-        model_keys, name = dataclasses.asdict(config.model), facts.name or facts.kind
+        model_keys, name = config.model.model_dump(), facts.name or facts.kind
         answer = finder.find(tree, ds_overrides, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
     engine_config = read(n_params, (answer.micro_batch, answer.reason) if answer is not None else TO_BE_FOUND)
     json_micro_batch = engine_config.micro_batch_size
