@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from chatgot.deepspeed_json.fields import Number, Settings, Texts, Whole, read_section
-from chatgot.deepspeed_json.suggestions import meant
+from chatgot.deepspeed_json.findings import meant
 from chatgot.errors import ConfigError
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from chatgot.deepspeed_json.findings import Findings, shown
-from chatgot.deepspeed_json.suggestions import meant
+from chatgot.deepspeed_json.findings import Findings, meant, shown
 from chatgot.errors import ConfigError
 
 

@@ -12,17 +12,17 @@ import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import load, manifest
-from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.load import Found, expected_bytes
 from chatgot.checkpoint.manifest import Difference, RunFields
-from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import layout, refuse_layouts
-from chatgot.checkpoint.room import expected_bytes, preflight
+from chatgot.checkpoint.retention import preflight
 from chatgot.checkpoint.save import Saver
+from chatgot.checkpoint.writing import take_back
 from chatgot.config.run import RunConfig
 from chatgot.data.cache import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.batch import MICRO
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
 from chatgot.engine.optimizer import state_kind

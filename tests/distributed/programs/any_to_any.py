@@ -20,13 +20,13 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint import resume as resuming
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.portable import StoredTensor, parameter_groups, stored
-from chatgot.checkpoint.reading import read_portable
+from chatgot.checkpoint.portable import StoredTensor, read_portable, stored
+from chatgot.checkpoint.resume import parameter_groups
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build, join
