@@ -42,11 +42,7 @@ _rehearsal: Rehearsal | None = None
 
 
 def arm(rank: int) -> str | None:
-    """Read CHATGOT_FAULT at the start of a run and begin to count; returns a note where a fault is planned.
-
-    Raises:
-        ConfigError: the variable has another form.
-    """
+    """Read CHATGOT_FAULT (ConfigError: it has another form) and begin to count; returns a note if a fault is planned."""
     global _rehearsal
     _rehearsal = None
     text = os.environ.get(VARIABLE)
@@ -61,11 +57,7 @@ def arm(rank: int) -> str | None:
 
 
 def operation(what: str) -> None:
-    """Count a file operation of saving, and let the fault happen if it is the planned one. Call it right before.
-
-    Raises:
-        OSError: the planned fault is one.
-    """
+    """Count a file operation of saving, right before it, and let the fault happen if it is the planned one."""
     if _rehearsal is None:
         return
     _rehearsal.begun += 1

@@ -153,9 +153,6 @@ def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | Non
 def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
     """Look at every checkpoint of a folder: its manifest, and names and sizes of its files, but not their contents.
     Those in `damaged` are known not to be good, whatever they look like.
-
-    Raises:
-        OSError: the folder cannot be listed.
     """
     good: list[Published] = []
     bad: list[tuple[str, str]] = []
@@ -184,10 +181,7 @@ def _bytes_below(folder: Path) -> int:
 
 def expected_bytes(folder: Path, fields: Mapping[str, Any], estimated: int, damaged: Collection[str] = ()) -> int:
     """Bytes of the next checkpoint, given the manifest's fields of this run: as many as the newest good one of the same
-    layout has, or else the estimate.
-
-    Raises:
-        CheckpointError: the folder cannot be looked at.
+    layout has, or else the estimate. Raises CheckpointError if the folder cannot be looked at.
     """
     try:
         good = examine(folder, damaged).good

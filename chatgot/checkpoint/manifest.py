@@ -134,11 +134,7 @@ def _digest(fields: dict[str, Any]) -> str:
 
 
 def read(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint folder.
-
-    Raises:
-        CheckpointError: missing, unreadable, damaged, or of another format.
-    """
+    """Read the manifest of a checkpoint folder; CheckpointError: missing, unreadable, damaged, or of another format."""
     path = folder / NAME
     try:
         if path.is_symlink():

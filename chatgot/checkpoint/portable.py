@@ -43,11 +43,7 @@ class StoredTensor:
     pieces: tuple[Piece, ...]
 
     def read(self, start: int, numel: int) -> torch.Tensor:
-        """Read elements [start, start + numel) of the flattened tensor: a new fp32 tensor (numel,) on the CPU.
-
-        Raises:
-            ValueError: the range is not inside the tensor.
-        """
+        """Read elements [start, start + numel) of the flattened tensor: a new fp32 tensor (numel,) on the CPU."""
         if start < 0 or numel < 0 or start + numel > self.shape.numel():
             raise ValueError(f"elements [{start}, {start + numel}) of a tensor of {self.shape.numel()}")
         elements = torch.empty(numel, dtype=torch.float32)
@@ -64,11 +60,7 @@ class StoredTensor:
 
 
 def stored(tensor: torch.Tensor, shape: torch.Size) -> StoredTensor:
-    """Make a StoredTensor of a tensor that lies in one piece.
-
-    Raises:
-        ValueError: it has another number of elements than `shape`.
-    """
+    """Make a StoredTensor of a tensor that lies in one piece; ValueError: it does not fill `shape`."""
     if tensor.numel() != shape.numel():
         raise ValueError(f"{tensor.numel()} elements in the file, {tuple(shape)} has {shape.numel()}")
     return StoredTensor(shape, (Piece(0, tensor.numel(), tensor.detach().reshape(-1), 0),))
@@ -145,12 +137,8 @@ class PortableState:
 
 
 def fp32_weights(found: Found) -> dict[str, torch.Tensor]:
-    """The model's state dict in fp32 on the CPU: parameters, tied ones under each of their names, and buffers.
-
-    Of ZeRO's files the fp32 masters are taken. Optimizer state is not read.
-
-    Raises:
-        CheckpointError: the files cannot be read.
+    """Read the model's state dict in fp32 (masters, where there are) on the CPU: parameters, tied ones under each of
+    their names, and buffers. Raises what `read_portable` does.
     """
     state = read_portable(found)
     weights = {name: parameter.weight.whole() for name, parameter in state.parameters.items()}
@@ -163,8 +151,7 @@ def read_portable(found: Found) -> PortableState:
     """Open every file of a checkpoint and find each parameter's pieces in them.
 
     Raises:
-        CheckpointError: a file is missing, cannot be read, or does not fit the others: the pieces must be all elements,
-            each once.
+        CheckpointError: a file is missing, cannot be read, or the pieces are not all elements, each once.
     """
     try:
         return _read_portable(found)

@@ -43,10 +43,8 @@ def layout(deepspeed: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_layouts(found: Found, now: Mapping[str, Any]) -> None:
-    """Refuse what cannot be read or filled parameter by parameter, before an engine is built.
-
-    Raises:
-        CheckpointError: MAY_CHANGE differs, and either side offloads to NVMe or only a part of the optimizer.
+    """Refuse, before an engine is built, what cannot be read or filled parameter by parameter: a change of MAY_CHANGE
+    where either side offloads to NVMe or only a part of the optimizer. Raises CheckpointError.
     """
     changed = manifest.differences(found.manifest, now, MAY_CHANGE)
     for whose, fields in (("the checkpoint's run", found.manifest), ("this run", now)):
@@ -176,10 +174,8 @@ def parameter_groups(engine: Any) -> list[list[str]]:
 
 
 def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
-    """Give a new engine the state's weights, optimizer state and counters, but no hyper-parameters. Collective.
-
-    Raises:
-        CheckpointError: on all ranks; parameters or optimizer are not the checkpoint's, or its state is not in memory.
+    """Give a new engine the state's weights, optimizer state and counters, but no hyper-parameters. Collective; raises
+    CheckpointError where parameters or optimizer are not the checkpoint's, or its state is not in memory.
     """
     owned = list(zero_view.owned_pieces(engine))
     ranks.on_every_rank(lambda: _write_optimizer_states(engine, owned, state))

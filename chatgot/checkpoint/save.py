@@ -18,7 +18,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,11 +97,7 @@ class Saver:
     """For the next `Saved`."""
     _pending: _Pending | None = None
     _snapshots: Snapshots = field(default_factory=Snapshots)
-    _thread: ThreadPoolExecutor | None = None
-
-    def __post_init__(self) -> None:
-        if self.config.async_:
-            self._thread = ThreadPoolExecutor(1, "checkpoint")
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     @property
     def pending(self) -> bool:
@@ -138,7 +134,7 @@ class Saver:
         with self._cleared_away(step):
             made_room = self.ranks.on_rank_0(lambda: self._make_ready(fields))
             self._snapshots.reuse()
-            with file_operations(engine, self._snapshots if self._thread else None) as failures:
+            with file_operations(engine, self._snapshots if self.config.async_ else None) as failures:
                 engine.save_checkpoint(
                     str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False
                 )
@@ -177,14 +173,10 @@ class Saver:
         return saved
 
     def _run(self, work: Callable[[], T]) -> Future[T]:
-        """Begin the work in the thread, or do it now where there is none."""
-        if self._thread is not None:
-            return self._thread.submit(work)
-        future: Future[T] = Future()
-        try:
-            future.set_result(work())
-        except CheckpointError as error:
-            future.set_exception(error)
+        """Begin the work in the thread, and wait for its end unless saves are made in the background."""
+        future = self._thread.submit(work)
+        if not self.config.async_:
+            wait([future])
         return future
 
     def _make_ready(self, fields: StateFields) -> tuple[str, ...]:

@@ -42,9 +42,8 @@ def estimate(engine: Any, ranks: ControlGroup) -> int:
     """Estimate the bytes of a checkpoint of this engine, its manifest left out. Collective.
 
     Measured, in bytes per parameter with Adam: stage 0 4 + 8; stages 1 and 2 4 + 12 in fp32 and 2 + 12 in bf16 and
-    fp16; stage 3 12. That is: the module as it is (stages 0 to 2, once, tied weights once; at stage 3 its parameters
-    are placeholders), the optimizer's fp32 weights (with ZeRO, also where the module is fp32 itself) and its moments
-    in fp32; together over all ranks, however many. At stages 1 and 2 each rank keeps Muon's moment whole for a matrix
+    fp16; stage 3 12. That is the module as it is (tied weights once; at stage 3 placeholders), the optimizer's fp32
+    weights (with ZeRO) and moments, over all ranks. At stages 1 and 2 each rank keeps Muon's moment whole for a matrix
     on its border.
     """
     zero, stage_3 = engine.zero_optimization(), engine.zero_optimization_stage() == 3
@@ -109,7 +108,7 @@ class Snapshot:
     """On the CPU. Tensors that shared memory share it here too, so that torch.save writes it once, as it would have."""
 
     def rebuild(self) -> Any:
-        """The state dict."""
+        """Build the state dict."""
         return _Unpickler(self.graph, self.tensors).load()
 
 
@@ -133,41 +132,13 @@ class Snapshots:
         self._used = 0
 
     def take(self, state: Any) -> Snapshot:
-        """Copy a state dict. Work that was queued on a device is waited for.
-
-        Raises:
-            ValueError: a tensor in it is not dense.
-        """
-        copies: dict[int, torch.Tensor] = {}
-        tensors: list[torch.Tensor] = []
-        queued = False
-
-        def copied(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal queued
-            storage = tensor.untyped_storage()
-            key = storage._cdata  # what torch.save knows a storage by
-            if key not in copies:
-                whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-                on_cuda = storage.device.type == "cuda"
-                copies[key] = self._buffer(whole.numel(), pinned=on_cuda)
-                copies[key].copy_(whole, non_blocking=True)
-                queued = queued or on_cuda
-            return torch.empty(0, dtype=tensor.dtype).set_(
-                copies[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
-            )
-
-        def keep(tensor: torch.Tensor) -> int:
-            if tensor.layout != torch.strided or tensor.is_quantized:
-                kind = f"a {tensor.layout} tensor of {tensor.dtype}"
-                raise ValueError(f"{kind} cannot be copied for saving in the background")
-            tensors.append(_like(copied(tensor.detach()), tensor))
-            return len(tensors) - 1
-
+        """Copy a state dict, after the work that was queued on its device; ValueError: a tensor in it is not dense."""
         file = io.BytesIO()
-        _Pickler(file, keep).dump(state)
-        if queued:
+        copier = _Copier(file, self._buffer)
+        copier.dump(state)
+        if copier.queued:
             torch.cuda.synchronize()
-        return Snapshot(file.getvalue(), tuple(tensors))
+        return Snapshot(file.getvalue(), tuple(copier.tensors))
 
     def _buffer(self, size: int, pinned: bool) -> torch.Tensor:
         index, self._used = self._used, self._used + 1
@@ -180,30 +151,47 @@ class Snapshots:
         return fresh
 
 
-def _like(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """`copy` with what torch.save writes of a tensor besides its values; DeepSpeed marks some with a number (ds_id)."""
-    if isinstance(original, torch.nn.Parameter):
-        copy = torch.nn.Parameter(copy, requires_grad=original.requires_grad)
-    copy.requires_grad_(original.requires_grad)
-    for name, value in vars(original).items():
-        setattr(copy, name, value)
-    return copy
+class _Copier(pickle.Pickler):
+    """Pickles a state dict with numbers in the places of its tensors, and copies each of them to the CPU, once."""
 
-
-class _Pickler(pickle.Pickler):
-    """Gives each tensor to `keep`, once, and writes the number that it returns."""
-
-    def __init__(self, file: io.BytesIO, keep: Callable[[torch.Tensor], int]) -> None:
+    def __init__(self, file: io.BytesIO, buffer: Callable[[int, bool], torch.Tensor]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self._keep = keep
+        self.tensors: list[torch.Tensor] = []
+        self.queued = False
+        """Whether copies are still under way from a CUDA device."""
+        self._buffer = buffer
         self._numbers: dict[int, int] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, torch.Tensor):
             return None
         if id(obj) not in self._numbers:
-            self._numbers[id(obj)] = self._keep(obj)
+            self._numbers[id(obj)] = len(self.tensors)
+            self.tensors.append(self._copy(obj))
         return self._numbers[id(obj)]
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor with all that torch.save writes of it; DeepSpeed marks some with a number (ds_id)."""
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = f"a {tensor.layout} tensor of {tensor.dtype}"
+            raise ValueError(f"{kind} cannot be copied for saving in the background")
+        original = tensor.detach().untyped_storage()
+        key = original._cdata  # what torch.save knows a storage by
+        if key not in self._storages:
+            on_cuda = original.device.type == "cuda"
+            buffer = self._buffer(original.nbytes(), on_cuda)
+            buffer.copy_(torch.empty(0, dtype=torch.uint8, device=original.device).set_(original), non_blocking=True)
+            self._storages[key] = buffer.untyped_storage()
+            self.queued = self.queued or on_cuda
+        copy = torch.empty(0, dtype=tensor.dtype)
+        copy.set_(self._storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
+        if isinstance(tensor, torch.nn.Parameter):
+            copy = torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
+        copy.requires_grad_(tensor.requires_grad)
+        for name, value in vars(tensor).items():
+            setattr(copy, name, value)
+        return copy
 
 
 class _Unpickler(pickle.Unpickler):
@@ -227,11 +215,7 @@ def writer(name: str) -> int:
 
 
 def flush_and_measure(folder: Path, rank: int, world_size: int) -> dict[str, Measured]:
-    """Flush and hash the files that a rank wrote, by name.
-
-    Raises:
-        OSError: one cannot be flushed or read.
-    """
+    """Flush and hash the files that a rank wrote; by name."""
     own = {}
     for name in manifest.listed(folder):
         if writer(name) % world_size == rank:
@@ -244,10 +228,7 @@ def flush_and_measure(folder: Path, rank: int, world_size: int) -> dict[str, Mea
 
 
 def check_shared(folder: Path, gathered: list[dict[str, Measured]]) -> None:
-    """Wait until rank 0 sees exactly the files that all ranks together have hashed, VISIBLE_WITHIN_S at most.
-
-    Args:
-        gathered: the files of every rank.
+    """Wait until rank 0 sees exactly the files that the ranks have hashed, VISIBLE_WITHIN_S at most.
 
     Raises:
         CheckpointError: it does not: the ranks do not share the file system, or somebody else writes there.

@@ -110,6 +110,7 @@ KnownLoss = tuple[int, float]
 """A step and its loss, on every rank."""
 
 
+@dataclass
 class Proof:
     """Digests every step. Every rank has one; rank 0, which has journal and overlap, writes and compares the digests.
 
@@ -117,26 +118,22 @@ class Proof:
     kernels, and its digest follows one step later. `flush` catches up.
     """
 
-    def __init__(
-        self,
-        ranks: ControlGroup,
-        device: torch.device,
-        journal: Journal | None = None,
-        setup_id: str = "",
-        overlap: Overlap | None = None,
-    ) -> None:
-        self.overlap = overlap
-        self.lags = device.type == "cuda"
+    ranks: ControlGroup
+    device: torch.device
+    journal: Journal | None = None
+    setup_id: str = ""
+    overlap: Overlap | None = None
+    _late: _Pending | None = None
+    _rng: int = 0
+
+    @property
+    def lags(self) -> bool:
         """Whether a digest follows one step after its own."""
-        self._ranks = ranks
-        self._journal = journal
-        self._setup_id = setup_id
-        self._late: _Pending | None = None
-        self._rng = 0
+        return self.device.type == "cuda"
 
     def begin_step(self) -> None:
         """Remember the random state, before anything of the step draws a number."""
-        self._rng = rng.fingerprint(self._ranks.rank)
+        self._rng = rng.fingerprint(self.ranks.rank)
 
     def end_step(self, trained: TrainedStep, flags: Sequence[bool]) -> tuple[tuple[bool, ...], KnownLoss | None]:
         """Write what is known after an optimizer step, and share `flags`. The one collective of a step.
@@ -161,18 +158,18 @@ class Proof:
 
     def _share(self, pending: _Pending | None, flags: Sequence[bool]) -> tuple[tuple[bool, ...], KnownLoss | None]:
         if pending is None:
-            return self._ranks.exchange(flags, (0.0,) * 5)[0], None
+            return self.ranks.exchange(flags, (0.0,) * 5)[0], None
         trained, norm = pending.trained, pending.trained.grad_norm
         if pending.arrived is not None:
             pending.arrived.synchronize()
         sums = (float(trained.loss), *_halves(trained.batch), *_halves(pending.rng))
-        raised, (loss_sum, *halves) = self._ranks.exchange(flags, sums)
-        loss = loss_sum / self._ranks.world_size
-        if self._journal is not None:
+        raised, (loss_sum, *halves) = self.ranks.exchange(flags, sums)
+        loss = loss_sum / self.ranks.world_size
+        if self.journal is not None:
             batch, random_state = _hex(*halves[:2]), _hex(*halves[2:])
             norm = None if norm is None else float(norm)
-            now = Digest(batch, loss, norm, trained.lr, random_state, self._setup_id, trained.offset)
-            self._journal.digest(trained.step, now.to_json())
+            now = Digest(batch, loss, norm, trained.lr, random_state, self.setup_id, trained.offset)
+            self.journal.digest(trained.step, now.to_json())
             if self.overlap is not None:
                 self.overlap.step(trained.step, now)
         return raised, (trained.step, loss)
@@ -198,14 +195,13 @@ class Overlap:
         self._terms = {name: digest.terms(known.setups.get(name), now) for name in setups}
         self._used: dict[str, digest.Terms] = {}
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
-        follow, why = f"{len(known.digests)} journaled steps follow the checkpoint, and", None
+        follow, why = "journaled steps follow the checkpoint, and", None
         if not known.digests:
             why = "the journal ends at the checkpoint"
         elif not self.expected:
-            why = f"{follow} were trained on other data after a rollback"
+            why = f"{len(known.digests)} {follow} were trained on other data after a rollback"
         elif not self.compares_anything:
-            why = f"{len(self.expected)} journaled steps follow the checkpoint, and none can be compared: "
-            why += _describe(self._terms)
+            why = f"{len(self.expected)} {follow} none can be compared: {_describe(self._terms)}"
         self._open = why is None
         if why is not None:
             self._event("resume_not_compared", from_step=from_step, why=why)
