@@ -1,6 +1,4 @@
-"""The JSON's extra top-level section, "chatgot": what DeepSpeed lacks. It is removed before DeepSpeed sees the
-configuration.
-"""
+"""The JSON's extra top-level section, "chatgot": what DeepSpeed lacks. DeepSpeed never sees it."""
 
 from __future__ import annotations
 
@@ -40,22 +38,18 @@ class CheckpointConfig(Settings):
     keep_every_steps: Whole | None = Field(default=None, ge=1)
     """Checkpoints whose step is a multiple of this are kept for ever; null: none."""
     disk_budget_gb: Number | None = Field(default=None, gt=0.0)
-    """GB (of 1e9 bytes) that the checkpoints folder may hold, the checkpoint being written included; it comes before
-    the keep_ rules.
-    null: no limit."""
-    async_: bool = Field(default=False, alias="async")
-    """Write while training goes on, from a copy in CPU memory, which every rank keeps; the key in the JSON is
-    "async".
+    """GB (of 1e9 bytes) that the checkpoints folder may hold, the one being written included; before the keep_ rules.
+    null: no limit.
     """
+    async_: bool = Field(default=False, alias="async")
+    """Write while training goes on, from a copy in CPU memory, which every rank keeps."""
 
 
 class ActivationCheckpointingConfig(Settings):
     """Refines the DeepSpeed section activation_checkpointing, whose presence turns recomputation on."""
 
     backend: Literal["auto", "torch", "deepspeed"] = "auto"
-    """torch: torch.utils.checkpoint (non-reentrant); deepspeed: deepspeed.checkpointing; auto: torch, unless only
-    DeepSpeed can do it.
-    """
+    """torch: torch.utils.checkpoint (non-reentrant); deepspeed: its own; auto: torch, unless only DeepSpeed can."""
     every_n_layers: Whole = Field(default=1, ge=1)
     """Recompute every n-th block (1: all of them)."""
 

@@ -1,0 +1,64 @@
+"""The run YAML: what is refused, where it stands, and that all of it is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chatgot.config.run import RunConfig, build_run_config, load_run_config
+from chatgot.errors import ConfigError
+
+
+def refused(folder: Path, text: str, overrides: dict[str, object] | None = None) -> list[str]:
+    """The lines of the refusal of a YAML, its folder left out."""
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(str(path), overrides)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+def test_everything_wrong_is_said_at_once_with_its_place(tmp_path: Path) -> None:
+    text = "model:\n  n_layer: 4\n  d_model: 0\n  architecture: moder\ndata:\n  val_fraction: .nan\ntrain: 7\nx: 1\n"
+    lines = refused(tmp_path, text, {"model.n_head": True, "data.split_by": "files"})
+    assert sorted(line for line in lines if "unknown key" not in line) == [
+        "override data.split_by = \"files\": expected one of auto, position, file; did you mean 'file'?",
+        "override model.n_head = true: expected a whole number (>= 1)",
+        "run.yaml:3: model.d_model = 0: expected a whole number (>= 1)",
+        "run.yaml:4: model.architecture = \"moder\": expected one of gpt2, modern; did you mean 'modern'?",
+        "run.yaml:6: data.val_fraction = NaN: expected a number (> 0.0 and <= 0.9)",
+        "run.yaml:7: train = 7: expected a section {...}",
+    ]
+    layer, other = (line for line in lines if "unknown key" in line)
+    assert layer.startswith("run.yaml:2: model.n_layer = 4: unknown key; expected one of architecture, d_model, ")
+    assert layer.endswith("; did you mean 'n_layers'?")
+    assert other == "run.yaml:8: x = 1: unknown key; expected one of model, data, train"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {d_model: 100}\n", "run.yaml:1: model: d_model = 100 is not a multiple of n_head = 6"),
+        ("[1]", "run.yaml: [1]: expected a section {...}"),
+        ("train: {seed: 1, seed: 2}", "key 'seed' is given twice"),
+        ("? [a]\n: 1", "unhashable key"),
+        ("model: {", "not valid YAML"),
+        ("train: {sample_prompts: text}", "expected a list of texts"),
+        ("train: {sample_prompts: [3]}", "expected a list of texts"),
+        ("model: {dropout: true}", "expected a number"),
+        ("model: {n_layers: 2.5}", "expected a whole number"),
+        ("model: {n_layers: '2'}", "expected a whole number"),
+        ("model: {tie_embeddings: 1}", "expected true or false"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in "\n".join(refused(tmp_path, text))
+
+
+def test_what_loses_nothing_is_accepted() -> None:
+    tree = {"model": {"n_layers": 3.0, "dropout": "1e-1", "init_std": 1}, "train": None}
+    config = build_run_config(tree, "run.yaml", {"train.max_steps": 1e3})
+    assert repr((config.model.n_layers, config.model.dropout, config.model.init_std)) == "(3, 0.1, 1.0)"
+    assert config.train.max_steps == 1000
+    assert build_run_config(None, "run.yaml") == RunConfig()
