@@ -104,7 +104,8 @@ from pathlib import Path
 import chatgot
 json, out, config, data = sys.argv[1:]
 def interrupt():
-    while not Path(out, "metrics.jsonl").exists():
+    metrics = Path(out, "metrics.jsonl")
+    while not metrics.exists() or not metrics.stat().st_size:
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=interrupt, daemon=True).start()

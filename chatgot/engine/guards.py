@@ -197,9 +197,17 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
 def run_muon_uncompiled() -> None:
     """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU torch.compile needs g++ and about a minute.
 
-    DeepSpeed decorates its functions as the module is imported (zero/muon/original_muon.py), by every ZeRO engine.
+    Call before every initialize. DeepSpeed decorates its functions as the module is imported
+    (zero/muon/original_muon.py), by every ZeRO engine, whatever its optimizer. Decorating alone loads torch's compiler,
+    3 s of a start, so that nothing is decorated here if this is the first import.
     """
-    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+    from deepspeed.runtime import compiler
+
+    compile, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+    finally:
+        compiler.compile = compile
 
     for module in (original_muon, muon_optimizer):
         for name, value in list(vars(module).items()):
