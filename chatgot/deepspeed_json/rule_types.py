@@ -103,7 +103,8 @@ class Rule:
 
     def text(self) -> str:
         """The message with its names in angle brackets where values will stand."""
-        return self.why.replace("{{}}", "a section").replace("{", "<").replace("}", ">")
+        plain = self.why.replace("{{}}", "a section").replace("{peak}", "").replace("{waste}", "")
+        return plain.replace("{", "<").replace("}", ">")
 
 
 def error(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:

@@ -197,8 +197,9 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
 def run_muon_uncompiled() -> None:
     """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU torch.compile needs g++ and about a minute.
 
-    DeepSpeed decorates its functions as the module is imported (zero/muon/original_muon.py), by every ZeRO engine.
-    Decorating alone loads torch's compiler, 3 s of a start, so that a first import from here decorates nothing.
+    Call before every initialize. DeepSpeed decorates its functions as the module is imported
+    (zero/muon/original_muon.py), by every ZeRO engine, whatever its optimizer. Decorating alone loads torch's compiler,
+    3 s of a start, so that nothing is decorated here if this is the first import.
     """
     from deepspeed.runtime import compiler
 

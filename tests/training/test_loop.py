@@ -78,6 +78,7 @@ def test_validation_is_token_weighted_over_the_whole_split_and_bits_are_per_char
         *argv(engine, tmp_path / "out", config, text_file),
         f"data.tokenizer={tokenizer}",
         "data.bpe_vocab_size=300",
+        "data.val_fraction=0.03",
     ]
     loop = in_process.prepare(words)
     run.finish(loop)
