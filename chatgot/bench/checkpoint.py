@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(loop: Loop, folder: Path, rounds: int, steps_a_round: int) -> tuple[dict[str, list[float]], int]:
     """Seconds by what was measured, in the order of the rounds, and the bytes of a checkpoint."""
     savers = {
-        name: Saver(folder / name, CheckpointConfig(keep_best=0, async_=name == "async"), loop.ranks)
+        name: Saver(folder / name, CheckpointConfig(keep_best=0, **{"async": name == "async"}), loop.ranks)
         for name in ("at once", "async")
     }
     steps = loop.steps()

@@ -6,7 +6,6 @@ and only the model states are compared, by their live tensors.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from dataclasses import dataclass
@@ -109,7 +108,7 @@ def measure(case: Case) -> dict[str, Any]:
     request = read_request(path, case.config, 1, "h200", case.words(), case.vocab_size)
     shape = request.config.model
     if facts.kind == "cpu":
-        shape = dataclasses.replace(shape, d_model=48, n_head=4, n_layers=2, d_hid=96, max_seq_length=32)
+        shape = shape.model_copy(update={"d_model": 48, "n_head": 4, "n_layers": 2, "d_hid": 96, "max_seq_length": 32})
     device = join(find_place(), facts.kind)
     n_params = count_parameters(shape, case.vocab_size)
     config = read_engine_config(path, request.overrides, world_size=1, facts=facts, n_params=n_params)

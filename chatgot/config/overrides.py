@@ -6,19 +6,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import re
-import types
-import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import key_of
+from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -42,7 +39,7 @@ def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any
     run: dict[str, Any] = {}
     ds: dict[str, Any] = {}
     problems: list[str] = []
-    run_keys = frozenset(_fields(RunConfig))
+    run_keys = frozenset(key for key in dotted_keys(RunConfig) if "." in key)
     ds_keys = frozenset(known_ds_keys())
     for item in items:
         key, equals, text = item.partition("=")
@@ -101,24 +98,7 @@ def known_ds_keys() -> Iterator[str]:
             if isinstance(node, schema.Section):
                 for key in node.keys:
                     yield f"{dotted.rpartition('.')[0]}.{node.alias}.{key}".lstrip(".")
-    yield from (f"chatgot.{name}" for name in _fields(ChatGoTSection))
-
-
-def _fields(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of a dataclass' fields, those of nested dataclasses included; the sections themselves are left out
-    of the run's.
-    """
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        nested = next((t for t in _options(hints[f.name]) if dataclasses.is_dataclass(t)), None)
-        if nested is None or cls is not RunConfig:
-            yield prefix + key_of(f)
-        if isinstance(nested, type):
-            yield from _fields(nested, f"{prefix}{key_of(f)}.")
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    yield from dotted_keys(ChatGoTSection, "chatgot.")
 
 
 def _nearest(key: str, run_keys: frozenset[str], ds_keys: frozenset[str]) -> str:

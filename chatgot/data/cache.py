@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -76,7 +75,7 @@ def default_cache_dir() -> Path:
 
 def cache_key(source: Source, config: DataConfig) -> str:
     """32 hex digits that change with the files (path, size, modification time), the settings and the format."""
-    settings = dataclasses.asdict(config)
+    settings = config.model_dump()
     del settings["unknown_characters"]  # a vocabulary made from the text lacks none
     if config.tokenizer == "bpe":
         try:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.fields import to_plain
 from chatgot.deepspeed_json.findings import ABSENT, LEVELS, OVERRIDE, ConfigRefusal, Finding, shown
 from chatgot.deepspeed_json.optimizers import given_arguments, known_arguments
 from chatgot.deepspeed_json.reach import idle, is_off, section_switch
@@ -143,7 +142,7 @@ def effective(resolved: Resolved) -> Iterator[Effective]:
             if dotted in ("optimizer.params", "scheduler.params") and dotted in values:
                 yield from _arguments(resolved, dotted)
             elif dotted == "chatgot":
-                yield from _chatgot(resolved, to_plain(resolved.subject.chatgot), "chatgot")
+                yield from _chatgot(resolved, resolved.subject.chatgot.model_dump(by_alias=True), "chatgot")
             continue
         if node.instead and dotted not in values:
             continue

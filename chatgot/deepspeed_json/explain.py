@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import textwrap
-import typing
-from collections.abc import Iterator
-from itertools import pairwise
 
-from chatgot.deepspeed_json import chatgot_section, schema
+from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import described, key_of, nested_class
+from chatgot.deepspeed_json.fields import Settings, described, keys_of, nested_class
 from chatgot.deepspeed_json.findings import meant, shown
 from chatgot.deepspeed_json.reach import NEEDS, NEVER, NEVER_SECTIONS, STAGES, section_switch, stages_in_words
 from chatgot.deepspeed_json.rule_types import rules_about
@@ -120,36 +114,21 @@ def _owner_name(entry: str) -> str:
     return words.get(entry, entry.removeprefix("torch.").partition("/")[0])
 
 
-def _fields(cls: type = ChatGoTSection, where: str = "chatgot") -> dict[str, tuple[str, str, str]]:
-    """Explanations of the chatgot section, whose fields are described by the text that follows each in the source."""
-    found: dict[str, tuple[str, str, str]] = {}
-    texts = dict(_texts(cls))
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        dotted = f"{where}.{key_of(field)}"
+def _fields(cls: type[Settings] = ChatGoTSection, where: str = "chatgot") -> dict[str, tuple[str, str, str]]:
+    """Explain the chatgot section, whose fields are described by the text that follows each in the source."""
+    explanations: dict[str, tuple[str, str, str]] = {}
+    for key, field in keys_of(cls).items():
+        dotted = f"{where}.{key}"
         relation = " ".join(rules_about(RULES, dotted)) or "DeepSpeed never sees it."
-        nested = nested_class(hints[field.name])
+        nested = nested_class(field)
         if nested is not None:
-            does = (nested.__doc__ or "").strip()
-            keys = ", ".join(map(key_of, dataclasses.fields(nested)))
-            found[dotted] = (f"{does} {texts.get(field.name, '')}".strip(), f"Keys: {keys}.", relation)
-            found.update(_fields(nested, dotted))
+            does = f"{(nested.__doc__ or '').strip()} {field.description or ''}".strip()
+            explanations[dotted] = (does, f"Keys: {', '.join(keys_of(nested))}.", relation)
+            explanations.update(_fields(nested, dotted))
         else:
-            found[dotted] = (
-                texts[field.name],
-                f"Default {shown(field.default)}; allowed: {described(field, hints[field.name])}.",
-                relation,
-            )
-    return found
-
-
-def _texts(cls: type) -> Iterator[tuple[str, str]]:
-    """Field -> the string literal that follows it in the class body."""
-    tree = ast.parse(inspect.getsource(chatgot_section))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    for field, text in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            yield field.target.id, str(ast.literal_eval(text.value))
+            allowed = f"Default {shown(field.default)}; allowed: {described(field)}."
+            explanations[dotted] = (field.description or "", allowed, relation)
+    return explanations
 
 
 def _find(key: str) -> str:

@@ -1,228 +1,167 @@
-"""Strict reading of plain mappings into frozen dataclasses: unknown keys, wrong types and out-of-range values are
-refused.
-
-A field's default is its documentation's anchor: the string literal that follows a field in the class body is its help
-text. Ranges are given in the field's metadata: `ranged(0.1, low=0, high=1)`.
+"""Base of ChatGoT's own settings: pydantic models that are strict about types, ranges and keys, and whose fields are
+described by the text that follows them. What is wrong is said in our words, with its place.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import types
 import typing
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from chatgot.deepspeed_json.findings import Findings, meant
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from chatgot.deepspeed_json.findings import Findings, meant, shown
 from chatgot.errors import ConfigError
 
-_MISSING = dataclasses.MISSING
+
+class Settings(BaseModel):
+    """Settings that refuse unknown keys and lossy conversions, and cannot be changed. A section may be null: empty."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_empty(cls, values: object) -> object:
+        return {} if values is None else values
 
 
-def ranged(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A dataclass field with `low <= value <= high` and `value > above`."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "above": above})
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def did_you_mean(word: object, known: typing.Iterable[str]) -> str:
-    """'; did you mean 'x'?' for the closest known word, or an empty string."""
-    close = meant(str(word), known)
-    return f"; did you mean '{close}'?" if close else ""
+def _number(value: object) -> object:
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 reads 3e-4 (no dot) as a text
+    except ValueError:
+        return value
 
 
-def key_of(field: dataclasses.Field) -> str:
-    """The key of a field in YAML and JSON: its name, without the underscore that lets a Python keyword be a name
-    (async_).
-    """
-    return field.name.rstrip("_")
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""A whole number; 3.0 is one."""
+Number = Annotated[float, BeforeValidator(_number)]
+"""A number; 1 and '3e-4' are such."""
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+"""A list of texts."""
+
+_S = TypeVar("_S", bound=Settings)
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def to_plain(section: Any) -> dict[str, Any]:
-    """The mapping that `read_section` makes an equal `section` of."""
-    plain = {}
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        plain[key_of(field)] = to_plain(value) if dataclasses.is_dataclass(value) else value
-    return plain
+class Fault(NamedTuple):
+    """What is wrong with one setting."""
+
+    key: str
+    """Dotted; empty: all of it."""
+    value: object
+    why: str = ""
+    allowed: str = ""
+    suggestion: str = ""
 
 
-def read_section(cls: type, values: Any, where: str) -> Any:
-    """Build the frozen dataclass `cls` from a mapping.
+def read_section(cls: type[_S], values: object, place: Callable[[str], str]) -> _S:
+    """Read settings from a mapping as parsed from YAML or JSON.
 
     Args:
-        cls: a dataclass whose fields have plain types (int, float, str, bool, X | None, tuple[X, ...], Literal, a
-            nested dataclass).
-        values: the mapping as parsed from YAML or JSON.
-        where: 'file: section', the start of every message.
+        place: what a message about a dotted key begins with: 'tiny.yaml:3: '.
 
     Raises:
-        ConfigError: unknown key (with the nearest known one), missing key, wrong type, or value out of range.
+        ConfigError: unknown keys (with the nearest known one), wrong types, values out of range or that do not go
+            together; all of them, one per line.
     """
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: expected a mapping of keys, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {key_of(f): f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"{where}: unknown key '{key}'{did_you_mean(key, fields)} (known: {', '.join(fields)})")
-    kwargs = {}
-    for key, field in fields.items():
-        if key not in values:
-            if field.default is _MISSING and field.default_factory is _MISSING:
-                raise ConfigError(f"{where}: key '{key}' is missing ({_describe(hints[field.name])})")
-            continue
-        kwargs[field.name] = coerce(values[key], hints[field.name], f"{where}.{key}")
-        _check_range(kwargs[field.name], field, f"{where}.{key}")
     try:
-        return cls(**kwargs)
-    except ValueError as error:  # a dataclass' own __post_init__ check; it knows the keys, we know the place
-        raise ConfigError(f"{where}: {error}") from error
+        return cls.model_validate(values)
+    except ValidationError as error:
+        faults = [_fault(cls, values, details) for details in error.errors()]
+    lines = []
+    for key, value, why, allowed, suggestion in faults:
+        subject = key if why and not allowed else f"{key} = {shown(value)}" if key else shown(value)
+        said = (why, allowed and f"expected {allowed}", suggestion and f"did you mean '{suggestion}'?")
+        lines.append(f"{place(key)}{subject}: {'; '.join(filter(None, said))}")
+    raise ConfigError("\n".join(dict.fromkeys(lines)))
 
 
-def read_fields(cls: type, values: dict[str, Any], where: str, findings: Findings) -> Any:
-    """As `read_section`, for a dataclass whose fields all have defaults; what is wrong becomes a finding and is left at
-    its default.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {key_of(f): f for f in dataclasses.fields(cls)}
-    good: dict[str, Any] = {}
-    for key, value in values.items():
-        dotted = f"{where}.{key}"
-        if key not in fields:
-            findings.error(
-                dotted, value, "unknown key", allowed="one of " + ", ".join(fields), suggestion=meant(key, fields)
-            )
-            continue
-        name = fields[key].name
-        hint = hints[name]
-        nested = nested_class(hint)
-        if nested is not None and isinstance(value, dict):
-            good[name] = read_fields(nested, value, dotted, findings)
-            continue
-        try:
-            coerced = coerce(value, hint, dotted)
-            _check_range(coerced, fields[key], dotted)
-        except ConfigError:
-            words = [str(word) for option in _options(hint) for word in typing.get_args(option)]
-            findings.error(
-                dotted,
-                value,
-                "ChatGoT cannot use it",
-                allowed=described(fields[key], hint),
-                suggestion=meant(value, words),
-            )
-        else:
-            good[name] = coerced
-    return cls(**good)
+def read_fields(cls: type[_S], values: dict[str, Any], where: str, findings: Findings) -> _S:
+    """Read settings from a mapping; what is wrong becomes a finding and is left at its default."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        good = copy.deepcopy(values)
+        for details in error.errors():
+            key, value, why, allowed, suggestion = _fault(cls, values, details)
+            why = why or "ChatGoT cannot use it"
+            findings.error(f"{where}.{key}", value, why, allowed=allowed, suggestion=suggestion)
+            *sections, name = details["loc"]
+            _at(good, sections).pop(name, None)
+        return cls.model_validate(good)
 
 
-def nested_class(hint: Any) -> type | None:
-    """The dataclass that a field holds, if it holds one."""
-    return next(
-        (option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None
-    )
+def _fault(cls: type[Settings], values: Any, details: Any) -> Fault:
+    """Say in our words what pydantic found."""
+    path, field = [], None
+    for part in details["loc"]:
+        fields = keys_of(cls)
+        path.append(part)
+        field = fields.get(part)
+        if field is None:
+            meaning = meant(part, fields)
+            return Fault(_dotted(path), _at(values, path), "unknown key", "one of " + ", ".join(fields), meaning)
+        nested = nested_class(field)
+        if nested is None:
+            break
+        cls = nested
+    value = _at(values, path)
+    if details["type"] == "value_error":  # settings that do not go together
+        return Fault(_dotted(path), value, str(details["ctx"]["error"]))
+    allowed = described(field) if field is not None else "a section {...}"
+    words = typing.get_args(field.annotation) if field is not None else ()
+    return Fault(_dotted(path), value, "", allowed, meant(value, [word for word in words if isinstance(word, str)]))
 
 
-def described(field: dataclasses.Field, hint: Any) -> str:
+def _dotted(path: list[str | int]) -> str:
+    return ".".join(map(str, path))
+
+
+def _at(values: Any, path: list[Any]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
+
+
+def keys_of(cls: type[Settings]) -> dict[str, FieldInfo]:
+    """The fields of a section by their keys in YAML and JSON."""
+    return {field.alias or name: field for name, field in cls.model_fields.items()}
+
+
+def dotted_keys(cls: type[Settings], prefix: str = "") -> Iterator[str]:
+    """Every key and section in a section, by its dotted name."""
+    for key, field in keys_of(cls).items():
+        yield prefix + key
+        if nested := nested_class(field):
+            yield from dotted_keys(nested, f"{prefix}{key}.")
+
+
+def nested_class(field: FieldInfo) -> type[Settings] | None:
+    """The section that a field holds, if it holds one."""
+    options = (field.annotation, *typing.get_args(field.annotation))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Settings)), None)
+
+
+def described(field: FieldInfo) -> str:
     """What a field may hold, in words."""
-    limits = _limits(field)
-    return _describe(hint) + (f" ({limits})" if limits else "")
+    limits = [f"{sign} {getattr(x, name)}" for x in field.metadata for name, sign in _SIGNS.items() if hasattr(x, name)]
+    return _words(field.annotation) + (f" ({' and '.join(limits)})" if limits else "")
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError that names the place. Only lossless conversions: 3.0 -> 3, 1 -> 1.0,
-    '3e-4' -> 3e-4.
-    """
-    origin = typing.get_origin(hint)
+def _words(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _words(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        rest = [o for o in options if o is not type(None)]
-        for option in rest[:-1]:
-            try:
-                return coerce(value, option, where)
-            except ConfigError:
-                continue  # the last option raises, and names all of them through _describe
-        if len(rest) > 1:
-            try:
-                return coerce(value, rest[-1], where)
-            except ConfigError as error:
-                raise ConfigError(f"{where} = {value!r}: expected {_describe(hint)}") from error
-        return coerce(value, rest[0], where)
-    if origin is typing.Literal:
-        options = typing.get_args(hint)
-        if value in options and not isinstance(value, bool):
-            return value
-        raise ConfigError(
-            f"{where} = {value!r}: expected one of "
-            f"{', '.join(map(str, options))}{did_you_mean(value, map(str, options))}"
-        )
-    if origin is tuple:
-        item = typing.get_args(hint)[0]
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} = {value!r}: expected a list")
-        return tuple(coerce(v, item, f"{where}[{i}]") for i, v in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        if dataclasses.is_dataclass(value):
-            return value
-        return read_section(typing.cast(type, hint), value, where)
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and not isinstance(value, bool):
-        if isinstance(value, int):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    if hint is float and not isinstance(value, bool):
-        if isinstance(value, (int, float)):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 3e-4 (no dot) as a string
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    if hint is str and isinstance(value, str):
-        return value
-    raise ConfigError(f"{where} = {value!r}: expected {_describe(hint)}")
-
-
-def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(o) for o in typing.get_args(hint))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if origin is tuple:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
-    if hint is type(None):
-        return "null"
-    if dataclasses.is_dataclass(hint):
-        return "a section {...}"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _limits(field: dataclasses.Field) -> str:
-    bounds = ((">=", field.metadata.get("low")), ("<=", field.metadata.get("high")), (">", field.metadata.get("above")))
-    return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
-
-
-def _check_range(value: Any, field: dataclasses.Field, where: str) -> None:
-    if value is None or not field.metadata:
-        return
-    low, high, above = field.metadata.get("low"), field.metadata.get("high"), field.metadata.get("above")
-    limits = _limits(field)
-    inside = (
-        value == value  # NaN is outside every range
-        and (low is None or value >= low)
-        and (high is None or value <= high)
-        and (above is None or value > above)
-    )
-    if limits and not inside:
-        raise ConfigError(f"{where} = {value!r}: must be {limits}")
+        return " or ".join(map(_words, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    return "a list of texts" if origin is tuple else _WORDS.get(hint, "a section {...}")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from chatgot.deepspeed_json import machine, schema
 from chatgot.deepspeed_json.batch import Batch, resolve_batch
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import read_fields, to_plain
+from chatgot.deepspeed_json.fields import read_fields
 from chatgot.deepspeed_json.findings import Finding, Findings
 from chatgot.deepspeed_json.optimizers import check_optimizer, check_scheduler
 from chatgot.deepspeed_json.reach import note_idle
@@ -84,7 +84,7 @@ class EngineConfig:
         """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal
         EngineConfig.
         """
-        chatgot = to_plain(self.chatgot)
+        chatgot = self.chatgot.model_dump(by_alias=True)
         if self.activation_checkpointing is None:
             del chatgot["activation_checkpointing"]  # would do nothing without the DeepSpeed section, and is refused
         return {**plain_copy(self.deepspeed), "wandb": dataclasses.asdict(self.wandb), "chatgot": chatgot}

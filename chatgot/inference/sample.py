@@ -120,10 +120,11 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedM
             f"{run / run_folder.TOKENIZER} is not the tokenizer that {checkpoint.path} was trained with (fingerprints "
             f"differ)"
         )
-    fields = dict(checkpoint.manifest["model"])
+    shape = dict(checkpoint.manifest["model"])
+    vocab_size = shape.pop("vocab_size")
     model = GPT(
-        read_section(ModelConfig, {k: v for k, v in fields.items() if k != "vocab_size"}, str(checkpoint.path)),
-        fields["vocab_size"],
+        read_section(ModelConfig, shape, lambda key: f"{checkpoint.path}: "),
+        vocab_size,
     )
     try:
         model.load_state_dict(fp32_weights(checkpoint), strict=True)

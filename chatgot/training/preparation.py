@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import logging
 from collections.abc import Collection
@@ -71,7 +70,7 @@ def identity(
     """What identifies a run, for the manifest of its checkpoints."""
     params = engine_config.optimizer.params if engine_config.optimizer is not None else {}
     return {
-        "model": {**dataclasses.asdict(config.model), "vocab_size": data.tokenizer.vocab_size},
+        "model": {**config.model.model_dump(), "vocab_size": data.tokenizer.vocab_size},
         "parameters": manifest.parameter_fingerprint((name, tuple(p.shape)) for name, p in model.named_parameters()),
         "tokenizer": data.tokenizer.fingerprint,
         "data": data.fingerprint,

@@ -152,7 +152,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     n_params = count_parameters(config.model, vocab_size)
     answer = None
     if resolved.batch is not None and resolved.batch.is_open:
-        tree, model_keys, name = resolved.subject.tree, dataclasses.asdict(config.model), facts.name or facts.kind
+        tree, model_keys, name = resolved.subject.tree, config.model.model_dump(), facts.name or facts.kind
         answer = micro_batch.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
     found = None if answer is None else (answer.micro_batch, answer.reason)
     engine_config = resolved.complete(n_params, found).engine_config()

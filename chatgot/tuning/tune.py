@@ -95,7 +95,7 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
     tree = {**tree, TOTAL: total}
     data = prepare_cached(arguments.data, config.data)
     check_block_size(data, config.model.max_seq_length)
-    model, vocab_size = dataclasses.asdict(config.model), data.tokenizer.vocab_size
+    model, vocab_size = config.model.model_dump(), data.tokenizer.vocab_size
     probes = Probes(device_of_machine(facts), tuple(range(world_size)), world_size, arguments.margin)
     if program is not None:
         probes.program = program

@@ -4,8 +4,6 @@ meant.
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import key_of, nested_class
+from chatgot.deepspeed_json.fields import Settings, keys_of, nested_class
 from chatgot.deepspeed_json.findings import meant, one_slip_apart
 from chatgot.deepspeed_json.read import Document
 from chatgot.deepspeed_json.resolve import resolve
@@ -35,14 +33,14 @@ def slips(word: str) -> set[str]:
 
 
 def chatgot_sections(
-    cls: type = ChatGoTSection, where: str = "chatgot"
+    cls: type[Settings] = ChatGoTSection, where: str = "chatgot"
 ) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-    fields = dataclasses.fields(cls)
-    yield where, [key_of(field) for field in fields], {}
-    for field in fields:
-        nested = nested_class(typing.get_type_hints(cls)[field.name])
+    fields = keys_of(cls)
+    yield where, list(fields), {}
+    for key, field in fields.items():
+        nested = nested_class(field)
         if nested is not None:
-            yield from chatgot_sections(nested, f"{where}.{field.name}")
+            yield from chatgot_sections(nested, f"{where}.{key}")
 
 
 def argument_sections() -> Iterator[tuple[str, list[str], dict[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def test_a_step_that_does_not_fit_says_so_and_leaves_the_weights(stage, device, 
 
 def test_the_finder_is_brute_force_on_a_limited_device(device, record):
     tree = {**engine_json(batch=27), "train_micro_batch_size_per_gpu": "auto"}
-    model = dataclasses.asdict(model_config(**MODEL))
+    model = model_config(**MODEL).model_dump()
     program = ("-m", "tests.tuning.programs.limited_probe", "fraction", str(700 * 2**20))
     probes = Probes(device_of_machine(device_facts(), device), (0,), 1, 0.0, program=program)
     sizes = micro_batch.candidates(27, 1)

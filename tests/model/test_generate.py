@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 
 import pytest
@@ -91,7 +90,7 @@ def test_the_context_is_never_longer_than_the_window_and_keeps_three_quarters(wi
 
 def test_a_shorter_context_can_be_asked_for():
     model = random_gpt(MODERN)
-    short = dataclasses.replace(MODERN, max_seq_length=8)
+    short = MODERN.model_copy(update={"max_seq_length": 8})
     shorter = random_gpt(short)
     shorter.load_state_dict(model.state_dict())
     prompt = random_ids(1, 4)
@@ -118,7 +117,7 @@ def test_equal_prompts_get_different_texts_and_the_same_seed_the_same_text():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_invariant_13_sampling_leaves_rng_and_training_mode_untouched(training: bool):
-    model = random_gpt(dataclasses.replace(MODERN, dropout=0.5)).train(training)
+    model = random_gpt(MODERN.model_copy(update={"dropout": 0.5})).train(training)
     model.layers[1].train(not training)  # every module's own mode comes back, not the model's
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()

@@ -4,7 +4,6 @@ alone.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +44,7 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_rng_alone(confi
 
 @each_shape
 def test_initial_weights_follow_gpt2(config: ModelConfig):
-    wide = dataclasses.replace(config, d_model=256, d_hid=256, init_std=0.05, tie_embeddings=False)
+    wide = config.model_copy(update={"d_model": 256, "d_hid": 256, "init_std": 0.05, "tie_embeddings": False})
     model = GPT(wide, 300)
     model.init_weights(0)
     for name, parameter in model.named_parameters():
@@ -61,7 +60,7 @@ def test_initial_weights_follow_gpt2(config: ModelConfig):
 
 @each_shape
 def test_zero_init_projections_make_every_block_the_identity(config: ModelConfig):
-    model = GPT(dataclasses.replace(config, zero_init_projections=True), VOCAB)
+    model = GPT(config.model_copy(update={"zero_init_projections": True}), VOCAB)
     model.init_weights(0)
     x = torch.randn(2, 5, config.d_model, generator=torch.Generator().manual_seed(0))
     rope = rope_tables(torch.arange(5), config.d_model // config.n_head, config.rope_theta, x.dtype)
@@ -75,13 +74,13 @@ def test_a_model_that_was_never_initialised_shows_it():
 
 
 def test_tied_matrices_are_one_parameter():
-    tied, untied = GPT(MODERN, VOCAB), GPT(dataclasses.replace(MODERN, tie_embeddings=False), VOCAB)
+    tied, untied = GPT(MODERN, VOCAB), GPT(MODERN.model_copy(update={"tie_embeddings": False}), VOCAB)
     assert tied.lm_head.weight is tied.embed_tokens.weight
     assert untied.lm_head.weight is not untied.embed_tokens.weight
 
 
 @pytest.mark.parametrize(
-    "config", [dataclasses.replace(c, tie_embeddings=False) for c in (GPT2, MODERN)], ids=["gpt2", "modern"]
+    "config", [c.model_copy(update={"tie_embeddings": False}) for c in (GPT2, MODERN)], ids=["gpt2", "modern"]
 )
 def test_names_say_what_muon_may_orthogonalise(config: ModelConfig):
     """DeepSpeed's Muon takes every matrix whose name has neither 'embed' nor 'lm_head'; these must be the blocks'
@@ -177,7 +176,7 @@ def test_targets_exclude_last_only():
 
 @each_shape
 def test_dropout_acts_in_training_only(config: ModelConfig):
-    model = random_gpt(dataclasses.replace(config, dropout=0.3))
+    model = random_gpt(config.model_copy(update={"dropout": 0.3}))
     ids = random_ids(2, 8)
     assert torch.equal(model(ids), model(ids))
     model.train()
@@ -188,7 +187,7 @@ def test_dropout_acts_in_training_only(config: ModelConfig):
 def test_dropout_sits_on_embeddings_attention_and_both_block_outputs(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    model = random_gpt(dataclasses.replace(config, dropout=0.3)).train()
+    model = random_gpt(config.model_copy(update={"dropout": 0.3})).train()
     dropped: list[float] = []
     attention: list[float] = []
     dropout, sdpa = torch.nn.functional.dropout, torch.nn.functional.scaled_dot_product_attention
@@ -292,7 +291,7 @@ def count_block_runs(model: GPT) -> list[int]:
 def test_invariant_07_recomputation_changes_neither_loss_nor_gradients(
     config: ModelConfig, every: int, expected: list[int]
 ):
-    config = dataclasses.replace(config, n_layers=4, dropout=0.1)
+    config = config.model_copy(update={"n_layers": 4, "dropout": 0.1})
     model = random_gpt(config).train()
     ids = random_ids(2, 17)
     loss, gradients = loss_and_gradients(model, ids)
@@ -306,7 +305,7 @@ def test_invariant_07_recomputation_changes_neither_loss_nor_gradients(
 
 
 def test_invariant_07_control_losing_the_rng_state_is_noticed():
-    model = random_gpt(dataclasses.replace(MODERN, dropout=0.1)).train()
+    model = random_gpt(MODERN.model_copy(update={"dropout": 0.1})).train()
     ids = random_ids(2, 17)
     _, gradients = loss_and_gradients(model, ids)
     model.set_activation_checkpointing(partial(torch_checkpoint, preserve_rng_state=False))
@@ -328,7 +327,7 @@ def test_recomputation_saves_memory():
         return sum(seen.values())
 
     ids = random_ids(8, 17)
-    model = random_gpt(dataclasses.replace(MODERN, n_layers=6)).train()
+    model = random_gpt(MODERN.model_copy(update={"n_layers": 6})).train()
     plain = saved_bytes(model)
     model.set_activation_checkpointing(torch_checkpoint, 1)
     every_block = saved_bytes(model)

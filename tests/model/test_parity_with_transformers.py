@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -105,11 +103,11 @@ def qwen3_from_transformers(model: GPT) -> Qwen3ForCausalLM:
 
 CASES = {
     "gpt2-tied": GPT2,
-    "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),
+    "gpt2-untied": GPT2.model_copy(update={"tie_embeddings": False}),
     "modern-tied": MODERN,
-    "modern-untied": dataclasses.replace(MODERN, tie_embeddings=False),
+    "modern-untied": MODERN.model_copy(update={"tie_embeddings": False}),
     "modern-grouped": GROUPED,
-    "modern-one-kv-head-theta": dataclasses.replace(MODERN, n_kv_head=1, rope_theta=500.0),
+    "modern-one-kv-head-theta": MODERN.model_copy(update={"n_kv_head": 1, "rope_theta": 500.0}),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 
@@ -23,7 +22,7 @@ def real_shapes(config: ModelConfig, vocab_size: int) -> list[tuple[str, tuple[i
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset(name, tied):
-    config = dataclasses.replace(load_run_config(name).model, tie_embeddings=tied)
+    config = load_run_config(name).model.model_copy(update={"tie_embeddings": tied})
     assert list(parameter_shapes(config, 1009).items()) == real_shapes(config, 1009)
 
 

@@ -21,7 +21,7 @@ from chatgot.tuning.probe import Probes, Task
 from tests.support import TINY_MODEL, engine_json, write_json, write_run_yaml
 from tests.training import in_process
 
-MODEL = dataclasses.asdict(ModelConfig(**{**TINY_MODEL, "max_seq_length": 128}))
+MODEL = ModelConfig(**{**TINY_MODEL, "max_seq_length": 128}).model_dump()
 VOCABULARY = 30_000
 LOGITS = 128 * VOCABULARY * 4
 """Bytes of one sample's."""
