@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,11 +125,11 @@ class Proof:
     overlap: Overlap | None = None
     _late: _Pending | None = None
     _rng: int = 0
+    lags: bool = field(init=False)
+    """Whether a digest follows one step after its own."""
 
-    @property
-    def lags(self) -> bool:
-        """Whether a digest follows one step after its own."""
-        return self.device.type == "cuda"
+    def __post_init__(self) -> None:
+        self.lags = self.device.type == "cuda"
 
     def begin_step(self) -> None:
         """Remember the random state, before anything of the step draws a number."""
