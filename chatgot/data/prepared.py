@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
 from chatgot.errors import DataError
 from chatgot.files import sha256
 
@@ -48,14 +48,14 @@ class SplitMeta:
     """Of the token file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedMeta:
     """The contents of meta.json."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # read strictly
 
-    format: str
-    format_version: int
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
     source: str
     files: tuple[FileMeta, ...]
     encoding: str
@@ -144,11 +144,18 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
         ConfigError: a bpe vocabulary without the library `tokenizers`.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such prepared folder")
-    meta = _read_meta(path)
-    tokenizer = load_tokenizer(path / TOKENIZER_FILE)
+    file = path / META_FILE
+    if not file.is_file():
+        what = f"not a prepared folder, {META_FILE} is missing" if path.is_dir() else "no such prepared folder"
+        raise DataError(f"{path}: {what}; prepare the text again")
+    tree = read_own_json(file, FORMAT, FORMAT_VERSION, "; prepare the text again")
+    try:
+        meta = TypeAdapter(PreparedMeta).validate_python(tree)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
     again = f"prepare the text again (source: {meta.source})"
+    tokenizer = load_tokenizer(path / TOKENIZER_FILE)
     if tokenizer.fingerprint != meta.tokenizer_sha256:
         raise DataError(
             f"{path / TOKENIZER_FILE}: sha256 of the vocabulary is {tokenizer.fingerprint}, meta.json says "
@@ -156,62 +163,26 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
         )
     if tokenizer.vocab_size != meta.vocab_size or tokenizer.dtype.name != meta.dtype:
         raise DataError(
-            f"{path / META_FILE}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its "
-            f"tokenizer.json; {again}"
+            f"{file}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its tokenizer.json; {again}"
         )
-    arrays: dict[str, np.ndarray | None] = {}
-    for name in SPLITS:
-        split = meta.split(name)
-        arrays[name] = (
-            None if split is None else _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
-        )
-    train, val = arrays["train"], arrays["val"]
-    assert train is not None  # meta.json has both
-    assert val is not None
-    return PreparedData(path, tokenizer, meta, train, val, arrays["test"])
+
+    def tokens(name: str, split: SplitMeta) -> np.ndarray:
+        return _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
+
+    train, val, test = tokens("train", meta.train), tokens("val", meta.val), meta.test and tokens("test", meta.test)
+    return PreparedData(path, tokenizer, meta, train, val, test)
 
 
-def check_block_size(prepared: PreparedData, max_seq_length: int) -> None:
+def check_block_size(meta: PreparedMeta, max_seq_length: int) -> None:
     """Raise DataError, with both numbers, if a split is too short for one sample and its targets."""
     for name in SPLITS:
-        split = prepared.meta.split(name)
-        if split is not None:
-            check_split_size(prepared.meta.source, name, split.tokens, max_seq_length)
-
-
-def check_split_size(source: str, split: str, tokens: int, max_seq_length: int) -> None:
-    """See `check_block_size`."""
-    if tokens < max_seq_length + 1:
-        raise DataError(
-            f"{source}: the {split} split has {tokens} tokens, one sample needs model.max_seq_length + 1 = "
-            f"{max_seq_length + 1}; "
-            f"use more text, a smaller max_seq_length"
-            + ("" if split == "train" else f", or a larger data.{split}_fraction")
-        )
-
-
-def _read_meta(path: Path) -> PreparedMeta:
-    file = path / META_FILE
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: not a prepared folder, {META_FILE} is missing; prepare the text again") from None
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file}: cannot be read, the prepared folder is damaged: {error}; prepare the text again"
-        ) from error
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise DataError(f"{file}: not a {FORMAT} folder")
-    if tree.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{file}: format_version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; prepare the "
-            f"text again"
-        )
-    try:
-        return TypeAdapter(PreparedMeta).validate_python(tree)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
+        split = meta.split(name)
+        if split is not None and split.tokens < max_seq_length + 1:
+            raise DataError(
+                f"{meta.source}: the {name} split has {split.tokens} tokens, one sample needs model.max_seq_length + 1 "
+                f"= {max_seq_length + 1}; use more text, a smaller max_seq_length"
+                + ("" if name == "train" else f", or a larger data.{name}_fraction")
+            )
 
 
 def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, again: str) -> np.ndarray:
@@ -231,10 +202,8 @@ def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, ag
 
 def publish(building: Path, out_dir: Path) -> None:
     """Put the finished folder in its place; what was there stays whole until then."""
+    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
     if out_dir.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
         os.replace(out_dir, old)
-        os.replace(building, out_dir)
-        shutil.rmtree(old)
-    else:
-        os.replace(building, out_dir)
+    os.replace(building, out_dir)
+    shutil.rmtree(old)

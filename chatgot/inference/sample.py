@@ -15,7 +15,7 @@ import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.reading import fp32_weights
 from chatgot.config.run import ModelConfig
-from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from chatgot.deepspeed_json.fields import read_section
 from chatgot.errors import CheckpointError, ConfigError
 from chatgot.model.generate import generate
@@ -145,7 +145,7 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     """
     out: TextIO = sys.stdout if to is None else to
     loaded = load_run(arguments.run, arguments.tag, arguments.device)
-    decoder = loaded.tokenizer.stream()
+    decoder = StreamDecoder(loaded.tokenizer)
     before = arguments.prompt  # written with the first token, when every setting has been accepted
 
     def stream(row: int, token: int) -> None:

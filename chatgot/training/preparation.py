@@ -20,7 +20,7 @@ from chatgot.checkpoint.resume import layout, refuse_layouts
 from chatgot.checkpoint.room import expected_bytes, preflight
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import RunConfig
-from chatgot.data.cache import prepare_cached
+from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.batch import MICRO
 from chatgot.deepspeed_json.engine_config import EngineConfig
@@ -49,7 +49,7 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
         if (place.local_rank == 0) == turn and error is None:
             try:
                 data = prepare_cached(spec, config.data)
-                check_block_size(data, config.model.max_seq_length)
+                check_block_size(data.meta, config.model.max_seq_length)
             except ChatGoTError as caught:
                 error = caught
         if patient is not None:
