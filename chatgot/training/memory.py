@@ -12,7 +12,7 @@ from chatgot.devices import GIB, DeviceFacts, device_of_machine
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
 from chatgot.engine.zero_view import live_model_states
-from chatgot.observe.memory import peak_memory_gib
+from chatgot.observe.meters import peak_memory_gib
 from chatgot.plan.estimate import Estimate, estimate
 from chatgot.plan.states import STATES
 
