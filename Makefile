@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A test run starts Python a hundred times: what it has compiled it keeps, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-fast test-full test-gpu lint types imports clean
 
@@ -12,10 +14,10 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/chatgot sample $(RUN) --prompt "KING RICHARD:" --max_new_tokens 300
 
 test: $(VENV)/.development lint types imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not gpu and not slow and not launches" -n 2
+	$(BIN)/python -m pytest -m "not gpu and not slow and not launches" -n 2 --dist loadfile
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -28,7 +30,7 @@ imports: $(VENV)/.development
 	$(BIN)/lint-imports
 
 test-full: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu:
 	bash tests/gpu/run.sh

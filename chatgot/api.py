@@ -122,7 +122,7 @@ def train(
         RunAgainError: a signal interrupted the run, which is saved, or memory ran out: the same call goes on.
         ChatGoTError: every other refusal; its exit_code is the command's.
     """
-    from chatgot.deepspeed_json.shipped import find_json
+    from chatgot.deepspeed_json.read import find_json
     from chatgot.training.run import TrainArguments
     from chatgot.training.run import train as run
 

@@ -68,7 +68,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
     def program() -> int:
         nonlocal left
-        from chatgot.deepspeed_json.shipped import find_json
+        from chatgot.deepspeed_json.read import find_json
         from chatgot.training.run import TrainArguments, leave
         from chatgot.training.run import train as run
 
@@ -280,7 +280,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from chatgot.deepspeed_json.shipped import find_json
+    from chatgot.deepspeed_json.read import find_json
     from chatgot.tuning.tune import TuneArguments, tune
 
     _show_log()
@@ -323,7 +323,7 @@ def _presets(arguments: argparse.Namespace) -> int:
 
 
 def _configs(arguments: argparse.Namespace) -> int:
-    from chatgot.deepspeed_json.shipped import shipped_table
+    from chatgot.deepspeed_json.read import shipped_table
 
     _print_table([("CONFIG", "PRECISION", "ZERO", "USE IT WHEN"), *shipped_table()])
     return EXIT_DONE

@@ -8,6 +8,7 @@ before it is forked, and it ends as a Python process does.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import random
@@ -63,6 +64,8 @@ def serve() -> list[str]:
     Returns in a rank, with its program; ends when stdin is closed, and its ranks with it.
     """
     answers = os.dup(1)
+    gc.collect()
+    gc.freeze()  # the modules: ranks neither search nor, by that, copy them
     while line := sys.stdin.readline():
         request = json.loads(line)
         ranks = request["ranks"]

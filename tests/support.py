@@ -57,6 +57,7 @@ def write_run_yaml(path: Path, *, model: dict[str, Any] | None = None, **train: 
 
     tree = {
         "model": {**TINY_MODEL, **(model or {})},
+        "data": {"val_fraction": 0.02},  # every run ends with a pass over it
         "train": {
             "max_steps": 6,
             "log_every": 1,

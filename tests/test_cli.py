@@ -11,7 +11,7 @@ import pytest
 
 from chatgot import __version__, cli
 from chatgot.config.run import preset_names
-from chatgot.deepspeed_json.shipped import shipped_jsons
+from chatgot.deepspeed_json.read import shipped_jsons
 from chatgot.errors import (
     CheckpointError,
     ConfigError,

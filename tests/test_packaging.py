@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from chatgot.config.run import preset_names
-from chatgot.deepspeed_json.shipped import shipped_jsons
+from chatgot.deepspeed_json.read import shipped_jsons
 from tests.support import ROOT, write_text
 
 MISSING = [name for name in ("pip", "setuptools", "wheel") if importlib.util.find_spec(name) is None]

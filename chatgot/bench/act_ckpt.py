@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.bench import measuring
-from chatgot.deepspeed_json.schema import CUDA_ONLY
+from chatgot.deepspeed_json.rules import CUDA_ONLY
 from chatgot.devices import device_facts
 from chatgot.engine import activation_checkpointing, zero_view
 from chatgot.training.loop import Loop

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.bench import measuring
-from chatgot.deepspeed_json.shipped import shipped_jsons
+from chatgot.deepspeed_json.read import shipped_jsons
 from chatgot.devices import GIB
 from chatgot.plan.request import read_request
 
@@ -110,7 +110,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Bytes predicted and measured, and the relative error of the prediction."""
     import torch
 
-    from chatgot.deepspeed_json.engine_config import read_engine_config
+    from chatgot.deepspeed_json.resolve import read_engine_config
     from chatgot.devices import device_facts
     from chatgot.distributed import find_place
     from chatgot.engine.build import build, join

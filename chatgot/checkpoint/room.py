@@ -12,7 +12,7 @@ from typing import Any
 from chatgot.checkpoint import manifest, retention
 from chatgot.checkpoint.retention import Holdings, Pruned, Published, budget, examine
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
-from chatgot.deepspeed_json.optimizer_states import optimizer_states
+from chatgot.deepspeed_json.optimizers import optimizer_states
 from chatgot.distributed import ControlGroup
 from chatgot.engine.zero_view import owned_pieces
 from chatgot.errors import CheckpointError, ConfigError

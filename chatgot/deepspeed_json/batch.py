@@ -4,37 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chatgot.deepspeed_json.derived import Derivations
-from chatgot.deepspeed_json.findings import Findings
-from chatgot.deepspeed_json.values import Values
+from chatgot.deepspeed_json.findings import ABSENT, Findings
+from chatgot.deepspeed_json.values import Derivations, Values
 
 TOTAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
-TO_BE_FOUND = (1, "found by real steps at the first start; 1 stands for it until then")
-"""For `resolve_batch`, where nobody has looked yet."""
+_OPEN = (1, "found by real steps at the first start; 1 stands for it until then")
 _LARGEST_ADVISED = 4096
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples per optimizer step over all ranks, samples per rank and forward pass, forward passes per optimizer
-    step.
-    """
+    """What an optimizer step is made of."""
 
     total: int
+    """Samples over all ranks."""
     micro: int
+    """Samples per rank and forward pass."""
     accumulation: int
+    """Forward passes."""
+    is_open: bool = False
+    """Whether memory decides the micro-batch ("auto", and the other two numbers do not determine it)."""
 
 
 def resolve_batch(
-    values: Values, world_size: int, findings: Findings, derived: Derivations, found: tuple[int, str] | None = None
+    values: Values, world_size: int, findings: Findings, derived: Derivations, known_micro: tuple[int, str] = _OPEN
 ) -> Batch | None:
     """The three batch numbers as DeepSpeed derives them (runtime/config.py, _set_batch_related_parameters), but never
     rounded.
 
     Args:
-        found: a micro-batch that memory allows, and why, for "auto" beside a train_batch_size and no accumulation.
+        known_micro: a micro-batch that memory allows, and why, for an open one; by default 1 stands for it.
 
     Returns None after an error was found: too few numbers, or numbers that do not fit `world_size` (with three
     corrections that do).
@@ -43,18 +44,16 @@ def resolve_batch(
     if any(name in values.spelled and name not in values.given for name in given):
         return None  # mistyped, already noted
     known = {name: value for name, value in given.items() if isinstance(value, int)}
-    if found is not None and given[MICRO] == "auto" and known.keys() == {TOTAL}:
-        known[MICRO] = found[0]
-        given[MICRO], given[ACCUMULATION] = found[0], None
-        derived.add(MICRO, found[0], f'"auto", {found[1]}')
+    is_open = given[MICRO] == "auto" and known.keys() == {TOTAL}
+    if is_open:
+        known[MICRO], given[MICRO], given[ACCUMULATION] = known_micro[0], known_micro[0], None
+        derived.add(MICRO, known_micro[0], f'"auto", {known_micro[1]}')
     autos = [name for name, value in given.items() if value == "auto"]
     if (autos and len(known) < 2) or not known.keys() & {TOTAL, MICRO}:
         name = autos[0] if autos else TOTAL
-        message = f"give two of {TOTAL}, {MICRO} and {ACCUMULATION} as numbers, for example {TOTAL} and {MICRO}; the third is derived"
-        if autos:
-            findings.error(name, "auto", message)
-        else:
-            findings.missing(name, message)
+        example = f"for example {TOTAL} and {MICRO}; the third is derived"
+        why = f"give two of {TOTAL}, {MICRO} and {ACCUMULATION} as numbers, {example}"
+        findings.error(name, "auto" if autos else ABSENT, why)
         return None
     total, micro, accumulation = (known.get(name) for name in (TOTAL, MICRO, ACCUMULATION))
     if total is not None and micro is None and accumulation is None:
@@ -66,42 +65,32 @@ def resolve_batch(
         micro = total // (accumulation * world_size)
     elif accumulation is None and total is not None and micro is not None:
         accumulation = total // (micro * world_size)
-    assert total is not None
-    assert micro is not None
-    assert accumulation is not None
+    assert total is not None and micro is not None and accumulation is not None  # noqa: PT018
     ranks = _ranks(world_size)
     if total != micro * accumulation * world_size:
         factors = [f"{name} {known[name]}" for name in (MICRO, ACCUMULATION) if name in known]
         product = known.get(MICRO, 1) * known.get(ACCUMULATION, 1) * world_size
         relation = "equal" if len(factors) == 2 else "be a multiple of"
         options = " or ".join(map(_option, corrections(known, world_size)))
-        findings.error(
-            TOTAL,
-            total,
-            f"must {relation} {' x '.join([*factors, ranks])} = {product}, DeepSpeed stops otherwise",
-            allowed=options,
-        )
+        why = f"must {relation} {' x '.join([*factors, ranks])} = {product}, DeepSpeed stops otherwise"
+        findings.error(TOTAL, total, why, allowed=options)
         return None
     equation = f"{micro} per rank x {accumulation} accumulation x {ranks}"
     if TOTAL not in known:
-        changes = (
-            "" if ACCUMULATION in known else "; it changes with the number of ranks, state train_batch_size to keep it"
-        )
-        derived.add(TOTAL, total, equation + changes)
+        changes = "; it changes with the number of ranks, state train_batch_size to keep it"
+        derived.add(TOTAL, total, equation + ("" if ACCUMULATION in known else changes))
     if MICRO not in known:
         derived.add(MICRO, micro, f"{total} samples / {accumulation} accumulation / {ranks}")
     if ACCUMULATION not in known:
         derived.add(ACCUMULATION, accumulation, f"{total} samples / {micro} per rank / {ranks}")
-    return Batch(total, micro, accumulation)
+    return Batch(total, micro, accumulation, is_open)
 
 
 def corrections(known: dict[str, int], world_size: int) -> list[dict[str, int]]:
     """Three or more changes, each of which makes the numbers fit; those that change one number come first."""
     total, micro, accumulation = known[TOTAL], known.get(MICRO), known.get(ACCUMULATION)
     step = (micro or 1) * (accumulation or 1) * world_size
-    per_rank = (
-        total // world_size if total % world_size == 0 else 0
-    )  # samples; 0: the total cannot be shared out evenly
+    per_rank = total // world_size if total % world_size == 0 else 0  # samples; 0: it cannot be shared out evenly
     if not (micro and accumulation):
         options = [{TOTAL: n} for n in (total // step * step, (total // step + 1) * step) if n]
         name, wished = (MICRO, micro) if micro else (ACCUMULATION, accumulation)

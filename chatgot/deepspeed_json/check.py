@@ -1,34 +1,42 @@
 """`chatgot check`: everything that is to be said about a DeepSpeed JSON, without a GPU and without importing torch.
 
-The rules are train.py's own (inspection.inspect); this module only gathers and prints.
+The rules are train.py's own (resolve.resolve); this module only gathers and prints: findings, and every value in use with
+where it comes from.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from chatgot.deepspeed_json.batch import TO_BE_FOUND
-from chatgot.deepspeed_json.effective import Effective, effective
-from chatgot.deepspeed_json.file import read_document
-from chatgot.deepspeed_json.findings import (
-    ABSENT,
-    LEVELS,
-    OVERRIDE,
-    ConfigRefusal,
-    Finding,
-    shown,
-)
-from chatgot.deepspeed_json.inspection import Inspection, inspect
-from chatgot.deepspeed_json.shipped import find_json
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.fields import to_plain
+from chatgot.deepspeed_json.findings import ABSENT, LEVELS, OVERRIDE, ConfigRefusal, Finding, shown
+from chatgot.deepspeed_json.optimizers import given_arguments, known_arguments
+from chatgot.deepspeed_json.reach import idle, is_off, section_switch
+from chatgot.deepspeed_json.read import find_json, read_document
+from chatgot.deepspeed_json.resolve import Resolved, resolve
 from chatgot.devices import DeviceFacts
 from chatgot.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
 
-_VALUE_WIDTH = 30
+VERSION = "0.19.8"
+_ASSIGNMENT_WIDTH = 70
+
+
+@dataclass(frozen=True)
+class Effective:
+    """A value that DeepSpeed or ChatGoT will use."""
+
+    key: str
+    value: Any
+    source: Literal["file", "override", "derived", "default"]
+    where: str
+    """'file:line', 'override', the reason of a derived value, or whose default it is."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Report:
 
     file: str
     findings: tuple[Finding, ...]
-    seen: Inspection | None
+    resolved: Resolved | None
     """None: the file could not be read."""
 
     @property
@@ -47,7 +55,7 @@ class Report:
 
     def effective(self) -> list[Effective]:
         """Every value in use; empty when the file could not be read."""
-        return list(effective(self.seen)) if self.seen is not None else []
+        return list(effective(self.resolved)) if self.resolved is not None else []
 
 
 def check(
@@ -58,21 +66,18 @@ def check(
     facts: DeviceFacts,
     n_params: int | None = None,
 ) -> Report:
-    """Hold a DeepSpeed JSON against every rule; see `read_engine_config` for the arguments. Nothing is raised about the
-    file's content.
-    """
+    """Hold a DeepSpeed JSON against every rule; see `resolve` for the arguments. Nothing is raised about its content."""
     try:
         path = str(find_json(path))
         document = read_document(Path(path))
     except ConfigError as error:
         return Report(path, findings_of(error, path), None)
-    seen = inspect(
-        document, path, overrides, world_size=world_size, facts=facts, n_params=n_params, found_micro_batch=TO_BE_FOUND
-    )
-    found = sorted(
-        seen.findings.all, key=lambda f: (LEVELS.index(f.level), f.file == OVERRIDE, f.line or 0, f.column or 0)
-    )
-    return Report(path, tuple(found), seen)
+    resolved = resolve(document, overrides, world_size=world_size, facts=facts).complete(n_params)
+
+    def order(finding: Finding) -> tuple[int, bool, int, int]:
+        return LEVELS.index(finding.level), finding.file == OVERRIDE, finding.line or 0, finding.column or 0
+
+    return Report(path, tuple(sorted(resolved.findings.all, key=order)), resolved)
 
 
 def findings_of(error: ConfigError, file: str) -> tuple[Finding, ...]:
@@ -98,7 +103,7 @@ def as_text(report: Report, with_effective: bool) -> Iterator[str]:
             yield ""
         for value in report.effective():
             assignment = f"{value.key} = {shown(value.value)}"
-            yield f"{assignment:<{_VALUE_WIDTH + 40}} {_source(value)}"
+            yield f"{assignment:<{_ASSIGNMENT_WIDTH}} {_source(value)}"
         yield ""
     counts = Counter(finding.level for finding in report.findings)
     said = ", ".join(f"{counts[level]} {level}{'s' if counts[level] > 1 else ''}" for level in LEVELS if counts[level])
@@ -119,5 +124,88 @@ def as_json(report: Report, with_effective: bool) -> str:
         "findings": [finding.to_dict() for finding in report.findings],
     }
     if with_effective:
-        tree["effective"] = [value.to_dict() for value in report.effective()]
+        tree["effective"] = [dataclasses.asdict(value) for value in report.effective()]
     return json.dumps(tree, indent=2, ensure_ascii=False, default=str)
+
+
+def effective(resolved: Resolved) -> Iterator[Effective]:
+    """Every value in use, in the schema's order; of a section that is switched off, the switch alone."""
+    values = resolved.subject.v
+    precision = next((name for name in ("bf16", "fp16") if values[f"{name}.enabled"] is True), "fp32")
+    implied = {
+        "zero_optimization.overlap_comm": (values.zero_optimization.stage == 3, "null: on at stage 3 only"),
+        "communication_data_type": (precision, "null: the training precision"),
+        "data_types.grad_accum_dtype": (precision, "null: the training precision"),
+        "data_types.param_dtype": (precision, "null: the training precision"),
+    }
+    for dotted, node in schema.NODES.items():
+        if isinstance(node, schema.Section):
+            if dotted in ("optimizer.params", "scheduler.params") and dotted in values:
+                yield from _arguments(resolved, dotted)
+            elif dotted == "chatgot":
+                yield from _chatgot(resolved, to_plain(resolved.subject.chatgot), "chatgot")
+            continue
+        if node.instead and dotted not in values:
+            continue
+        if any(is_off(values, section) and dotted != section_switch(section) for section in _around(dotted)):
+            continue
+        if dotted.startswith(("optimizer.", "scheduler.")) and dotted.partition(".")[0] not in values:
+            continue
+        derived = resolved.derived.get(dotted)
+        name = values.name(dotted)
+        if derived is not None:
+            yield Effective(name, derived.value, "derived", derived.reason)
+        elif dotted in values and not (values[dotted] is None and dotted in implied):
+            yield _stated(resolved, name, values[dotted])
+        elif dotted in implied:
+            yield Effective(name, implied[dotted][0], "derived", implied[dotted][1])
+        elif not idle(values, dotted):
+            yield Effective(name, node.default, "default", f"DeepSpeed {VERSION}")
+
+
+def _around(dotted: str) -> Iterator[str]:
+    while "." in dotted:
+        dotted = dotted.rpartition(".")[0]
+        yield dotted
+
+
+def _stated(resolved: Resolved, name: str, value: Any) -> Effective:
+    if resolved.findings.from_override(name):
+        return Effective(name, value, "override", f"override ds.{name}")
+    mark = resolved.findings.mark(name)
+    return Effective(name, value, "file", f"{resolved.document.name}:{mark.line}" if mark else resolved.document.name)
+
+
+def _arguments(resolved: Resolved, dotted: str) -> Iterator[Effective]:
+    """The arguments of the optimizer or scheduler: those given, then the defaults of the others."""
+    section = dotted.partition(".")[0]
+    kind, params = resolved.subject.v[f"{section}.type"], given_arguments(resolved.subject.tree, section)
+    for key, value in params.items():
+        yield _stated(resolved, f"{dotted}.{key}", value)
+    decoupled = str(kind).lower() in ("adam", "adamw") and params.get("torch_adam") and params.get("adam_w_mode", True)
+    for key, node in known_arguments(resolved.subject.v, resolved.subject.tree, section).items():
+        default = 0.01 if key == "weight_decay" and decoupled else node.default  # torch.optim.AdamW's own
+        if key not in params and default is not None:
+            yield Effective(f"{dotted}.{key}", default, "default", str(kind))
+
+
+def _chatgot(resolved: Resolved, section: dict[str, Any], where: str) -> Iterator[Effective]:
+    for key, value in section.items():
+        dotted = f"{where}.{key}"
+        derived = resolved.derived.get(dotted)
+        if isinstance(value, dict):
+            yield from _chatgot(resolved, value, dotted)
+        elif derived is not None:
+            yield Effective(dotted, derived.value, "derived", derived.reason)
+        elif _given(resolved.subject.tree, dotted):
+            yield _stated(resolved, dotted, value)
+        else:
+            yield Effective(dotted, value, "default", "ChatGoT")
+
+
+def _given(tree: Any, dotted: str) -> bool:
+    for key in dotted.split("."):
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True

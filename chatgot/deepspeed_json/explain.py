@@ -12,19 +12,12 @@ from itertools import pairwise
 
 from chatgot.deepspeed_json import chatgot_section, schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.explanations import ARGUMENTS, INTERACTIONS
 from chatgot.deepspeed_json.fields import described, key_of, nested_class
-from chatgot.deepspeed_json.findings import shown
-from chatgot.deepspeed_json.reach import (
-    NEEDS,
-    NEVER,
-    NEVER_SECTIONS,
-    STAGES,
-    section_switch,
-    stages_in_words,
-)
+from chatgot.deepspeed_json.findings import meant, shown
+from chatgot.deepspeed_json.reach import NEEDS, NEVER, NEVER_SECTIONS, STAGES, section_switch, stages_in_words
+from chatgot.deepspeed_json.rule_types import rules_about
+from chatgot.deepspeed_json.rules import RULES
 from chatgot.deepspeed_json.schema import Key, Section
-from chatgot.deepspeed_json.suggestions import meant
 from chatgot.errors import ConfigError
 
 _OWNERS = {"optimizer.params": schema.OPTIMIZER_PARAMS, "scheduler.params": schema.SCHEDULER_PARAMS}
@@ -75,24 +68,18 @@ def sentences(dotted: str) -> tuple[str, str, str]:
 
 
 def _relations(dotted: str) -> str:
-    """Own words first, then what the tables of reach and support say."""
-    said = [INTERACTIONS[dotted]] if dotted in INTERACTIONS else []
-    node = schema.NODES[dotted]
+    """What the tables of rules and of reach say about a key, else what its section says."""
+    said, node = [], schema.NODES.get(dotted)
     if isinstance(node, Key) and node.instead:
         said.append(f"It is deprecated: write {node.instead}.")
-    if dotted in schema.UNSUPPORTED:
-        allowed, reason = schema.UNSUPPORTED[dotted]
-        only = f"ChatGoT accepts only {' or '.join(map(shown, allowed))}" if allowed else "ChatGoT refuses it"
-        said.append(f"{only}: {reason}.")
-    if dotted in schema.CUDA_ONLY and dotted not in INTERACTIONS:
-        said.append("It works on CUDA only.")
-    if dotted in STAGES and dotted not in INTERACTIONS:
+    if dotted in STAGES:
         said.append(f"DeepSpeed reads it at ZeRO {stages_in_words(STAGES[dotted])} only.")
-    if dotted in NEEDS and dotted not in INTERACTIONS:
+    if dotted in NEEDS:
         other, values = NEEDS[dotted]
         said.append(f"It is read only when {other} is {' or '.join(map(shown, values))}.")
-    if dotted in NEVER and dotted not in INTERACTIONS:
+    if dotted in NEVER:
         said.append(f"It never changes a run of ChatGoT: {NEVER[dotted]}.")
+    said += rules_about(RULES, dotted)
     return " ".join(said) or _inherited(dotted)
 
 
@@ -102,13 +89,11 @@ def _inherited(dotted: str) -> str:
     while section:
         if section in NEVER_SECTIONS:
             return f"It never changes a run of ChatGoT: {NEVER_SECTIONS[section]}."
-        if section in schema.UNSUPPORTED:
-            return f"The section around it is {schema.UNSUPPORTED[section][1]}."
+        if section != dotted and (said := next(rules_about(RULES, section), "")):
+            return f"{section}: {said}"
         switch = section_switch(section)
-        if switch and switch in schema.UNSUPPORTED and switch != dotted:
-            return f"It is read only when {switch} is on, which is {schema.UNSUPPORTED[switch][1]}."
         if switch and switch != dotted:
-            return f"It is read only when {switch} is on."
+            return f"It is read only when {switch} is on. {next(rules_about(RULES, switch), '')}".strip()
         section = section.rpartition(".")[0]
     return "It stands alone: no other key changes what it does."
 
@@ -120,7 +105,7 @@ def _argument(where: str, name: str) -> tuple[str, str, str]:
     names = list(dict.fromkeys(_owner_name(owner) for owner in takers))
     required = " It must be given." if all(key.required for key in takers.values()) else ""
     return (
-        ARGUMENTS.get(name) or first.help,
+        first.help,
         f"Default {' or '.join(defaults)}, by the {where.partition('.')[0]}; allowed: {first.allowed()}.{required}",
         f"Taken by {', '.join(names)}; any other {where.partition('.')[0]} fails on it.",
     )
@@ -142,7 +127,7 @@ def _fields(cls: type = ChatGoTSection, where: str = "chatgot") -> dict[str, tup
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         dotted = f"{where}.{key_of(field)}"
-        relation = INTERACTIONS.get(dotted, "DeepSpeed never sees it.")
+        relation = " ".join(rules_about(RULES, dotted)) or "DeepSpeed never sees it."
         nested = nested_class(hints[field.name])
         if nested is not None:
             does = (nested.__doc__ or "").strip()

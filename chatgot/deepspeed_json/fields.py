@@ -12,8 +12,7 @@ import types
 import typing
 from typing import Any
 
-from chatgot.deepspeed_json.findings import Findings
-from chatgot.deepspeed_json.suggestions import meant
+from chatgot.deepspeed_json.findings import Findings, meant
 from chatgot.errors import ConfigError
 
 _MISSING = dataclasses.MISSING

@@ -1,19 +1,17 @@
 """What is to be said about a configuration: errors, warnings and notes, each with its place, what is allowed and what
 to do.
 
-The rules (deepspeed_values, deepspeed_checks, deepspeed_remarks, batch) put findings into a collector; train.py refuses
-on errors and prints the rest, `chatgot check` lists them all.
+The rules put findings into a collector; train.py refuses on errors and prints the rest, `chatgot check` lists them all.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from chatgot.deepspeed_json.relaxed_json import Mark
-from chatgot.devices import DeviceFacts
 from chatgot.errors import ConfigError
 
 Level = Literal["error", "warning", "note"]
@@ -23,6 +21,14 @@ ABSENT: Any = object()
 """Value of a finding about a key that stands nowhere."""
 _LONG = 200
 """A list of what is allowed that is longer (characters) stays out of messages that have a suggestion."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a text, both counted from 1."""
+
+    line: int
+    column: int
 
 
 @dataclass(frozen=True)
@@ -125,37 +131,23 @@ class Findings:
     """Where each key stands in the file; empty when the tree came from elsewhere."""
     all: list[Finding] = field(default_factory=list)
 
-    def error(self, key: str, value: Any, why: str, **more: str) -> None:
-        """A finding that forbids to start; `more` is allowed or suggestion."""
-        self._add("error", key, value, why, more)
-
-    def warning(self, key: str, value: Any, why: str, **more: str) -> None:
-        """A finding about something legal that is wrong or unwise."""
-        self._add("warning", key, value, why, more)
-
-    def note(self, key: str, value: Any, why: str, **more: str) -> None:
-        """A finding that is good to know."""
-        self._add("note", key, value, why, more)
-
-    def device(self, facts: DeviceFacts, key: str, value: Any, why: str) -> None:
-        """Something that this device cannot do: an error for the run itself, a warning from a machine that may not be
-        the one.
-        """
-        if facts.certain:
-            self.error(key, value, why)
-        else:
-            self.warning(key, value, f"{why} (seen from this machine; --device says what the run will have)")
-
-    def missing(self, key: str, why: str) -> None:
-        """An error about a key that should stand there and does not."""
-        self._add("error", key, ABSENT, why, {})
-
-    def _add(self, level: Level, key: str, value: Any, why: str, more: dict[str, str]) -> None:
+    def add(self, level: Level, key: str, value: Any, why: str, **more: str) -> None:
+        """Note something about a key; `more` is allowed or suggestion."""
         if self.from_override(key):
-            finding = Finding(level, OVERRIDE, None, None, key, value, why, **more)
+            self._add(Finding(level, OVERRIDE, None, None, key, value, why, **more))
         else:
             mark = self.mark(key)
-            finding = Finding(level, self.file, mark and mark.line, mark and mark.column, key, value, why, **more)
+            self._add(Finding(level, self.file, mark and mark.line, mark and mark.column, key, value, why, **more))
+
+    def at(self, mark: Mark | None, level: Level, key: str, why: str) -> None:
+        """Note something about a place of the file."""
+        self._add(Finding(level, self.file, mark and mark.line, mark and mark.column, key, ABSENT, why))
+
+    def error(self, key: str, value: Any, why: str, **more: str) -> None:
+        """Note what forbids to start."""
+        self.add("error", key, value, why, **more)
+
+    def _add(self, finding: Finding) -> None:
         if finding not in self.all:
             self.all.append(finding)
 
@@ -183,3 +175,36 @@ def shown(value: Any) -> str:
     """A value as it stands in a JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """The nearest known word, or an empty string.
+
+    One slip of the finger (a character too many, too few, another one, or two swapped) is always taken for the word;
+    beyond that difflib must see a likeness of 0.6. Upper and lower case count as equal.
+    """
+    if not isinstance(word, str):
+        return ""
+    folded = {name.lower(): name for name in known}
+    word = word.lower()
+    slips = [name for name in folded if one_slip_apart(word, name)]
+    if len(slips) > 1:
+        slips = [max(slips, key=lambda name: (difflib.SequenceMatcher(None, word, name).ratio(), name))]
+    close = slips or difflib.get_close_matches(word, folded, n=1, cutoff=0.6)
+    return folded[close[0]] if close else ""
+
+
+def one_slip_apart(one: str, other: str) -> bool:
+    """Whether one insertion, deletion, replacement or swap of neighbours turns one word into the other, or nothing has
+    to.
+    """
+    if abs(len(one) - len(other)) > 1:
+        return False
+    start = 0
+    while start < min(len(one), len(other)) and one[start] == other[start]:
+        start += 1
+    end = 0
+    while end < min(len(one), len(other)) - start and one[-1 - end] == other[-1 - end]:
+        end += 1
+    a, b = one[start : len(one) - end], other[start : len(other) - end]
+    return (len(a) <= 1 and len(b) <= 1) or (len(a) == 2 and a == b[::-1])

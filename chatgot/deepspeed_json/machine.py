@@ -1,4 +1,4 @@
-"""What this machine has, found out without importing anything heavy."""
+"""What this machine has of what a DeepSpeed JSON needs, found out without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+
+from chatgot.deepspeed_json.findings import Findings
+from chatgot.deepspeed_json.optimizers import optimizer_arguments
+from chatgot.deepspeed_json.rule_types import Subject
+
+_MONITORS = {"tensorboard": ("tensorboard", "tensorboardX"), "comet": ("comet_ml",), "wandb": ("wandb",)}
+_OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 
 
 def has_package(*names: str) -> bool:
@@ -34,3 +41,54 @@ def has_library(name: str) -> bool:
 def is_writable_folder(path: str) -> bool:
     """Whether a folder is there, and files can be written into it."""
     return os.path.isdir(path) and os.access(path, os.W_OK)
+
+
+def note_lacks(subject: Subject, findings: Findings) -> None:
+    """Note packages, compilers and folders that this configuration needs and this machine lacks."""
+    values = subject.v
+    for section, packages in _MONITORS.items():
+        if values[f"{section}.enabled"] and not has_package(*packages):
+            lost = "the run is not recorded there" if section == "wandb" else "DeepSpeed stops at the start"
+            why = f"the package {' or '.join(packages)} is not installed: {lost}"
+            findings.add("warning", values.name(f"{section}.enabled"), True, why)
+    for dotted, what in _compiled(subject).items():
+        if lacks := [name for name, there in _compiler(subject, dotted).items() if not there]:
+            why = f"{what} is compiled at the first start, and this machine lacks {', '.join(lacks)}"
+            value = True if dotted.startswith("chatgot") else values[dotted]
+            findings.add("warning", dotted if dotted.startswith("chatgot") else values.name(dotted), value, why)
+    for section in _OFFLOADS:
+        path = values[f"{section}.nvme_path"]
+        if values[f"{section}.device"] == "nvme" and path and not is_writable_folder(path):
+            why = "is no folder that this machine can write to"
+            findings.add("warning", values.name(f"{section}.nvme_path"), path, why)
+
+
+def _compiled(subject: Subject) -> dict[str, str]:
+    """Key -> what DeepSpeed or torch compiles at the first start because of it."""
+    needs: dict[str, str] = {}
+    if subject.optimizer:
+        kind, params = str(subject.v.optimizer.type), subject.arguments
+        variant = optimizer_arguments(kind, params, subject.offloaded)
+        asked = params.get("torch_adam") is False or params.get("bias_correction") is False
+        if variant in ("lamb", "lion/fused", "lion/cpu", "adagrad/cpu") or (
+            variant in ("adam/fused", "adam/cpu") and asked
+        ):
+            needs["optimizer.type"] = f"DeepSpeed's {kind}"
+    for section in _OFFLOADS:
+        if subject.v[f"{section}.device"] == "nvme":
+            needs[f"{section}.device"] = "DeepSpeed's asynchronous file access"
+    if subject.chatgot.compile.enabled and subject.facts.kind == "cpu":
+        needs["chatgot.compile.enabled"] = "the model"
+    return needs
+
+
+def _compiler(subject: Subject, dotted: str) -> dict[str, bool]:
+    """Program -> whether it is there, for what `_compiled` says of a key."""
+    needs = {"g++": has_command("g++", "c++")}
+    if dotted != "chatgot.compile.enabled":
+        needs["ninja"] = has_command("ninja") or has_package("ninja")
+    if dotted == "optimizer.type" and subject.facts.kind == "cuda" and not subject.offloaded:
+        needs["nvcc (CUDA toolkit)"] = has_cuda_compiler()
+    if dotted.endswith(".device"):
+        needs["libaio"] = has_library("aio")
+    return needs

@@ -1,32 +1,42 @@
-"""The file's tree held against the schema: what is unknown or mistyped is a problem, what is known can be asked for by
-its dotted name.
-"""
+"""Hold the file's tree against the schema: what is unknown or mistyped is a finding, what is known becomes a value."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import Findings
+from chatgot.deepspeed_json.findings import ABSENT, Findings, meant, one_slip_apart, shown
 from chatgot.deepspeed_json.schema import Key, Section
-from chatgot.deepspeed_json.suggestions import meant, one_slip_apart
 
 
-@dataclass
-class Values:
-    """What the file states, as DeepSpeed will understand it."""
+class Values(schema.Root):
+    """The values that DeepSpeed will see, as attributes: what the file states, and the defaults of the rest."""
 
-    given: dict[str, Any] = field(default_factory=dict)
-    """Documented dotted name -> value read; sections stand here as True."""
-    spelled: dict[str, str] = field(default_factory=dict)
-    """Documented dotted name -> the name in the file."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, Any] = {}
+        """Documented dotted name -> value read; sections stand here as True."""
+        self.spelled: dict[str, str] = {}
+        """Documented dotted name -> the name in the file."""
 
     def __getitem__(self, dotted: str) -> Any:
-        if dotted in self.given:
-            return self.given[dotted]
-        node = schema.NODES[dotted]
-        return node.default if isinstance(node, Key) else None
+        """A value by its dotted name, for rules that are data; None for a section."""
+        if isinstance(schema.NODES[dotted], Section):
+            return self.given.get(dotted)
+        node: Any = self
+        for name in dotted.split("."):
+            node = getattr(node, name)
+        return node
+
+    def __setitem__(self, dotted: str, value: Any) -> None:
+        self.given[dotted] = value
+        if isinstance(schema.NODES[dotted], Key):
+            node: Any = self
+            *sections, name = dotted.split(".")
+            for section in sections:
+                node = getattr(node, section)
+            setattr(node, name, value)
 
     def __contains__(self, dotted: str) -> bool:
         return dotted in self.given
@@ -39,6 +49,33 @@ class Values:
         return f"{self.name(section)}.{key}"
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A value that nobody wrote down."""
+
+    name: str
+    value: Any
+    reason: str
+    inform_deepspeed: bool
+    """Whether it goes into the configuration that DeepSpeed gets."""
+
+
+class Derivations(dict[str, Derived]):
+    """Every derived value of a configuration, by its documented name."""
+
+    def __init__(self, values: Values, known: dict[str, Derived] | None = None) -> None:
+        super().__init__(known or {})
+        self._values = values
+
+    def add(self, dotted: str, value: Any, reason: str, inform_deepspeed: bool = True) -> None:
+        """Note one value and why it is so."""
+        self[dotted] = Derived(self._values.name(dotted), value, reason, inform_deepspeed)
+
+    def lines(self) -> list[str]:
+        """'key = value: reason', one per value."""
+        return [f"{one.name} = {shown(one.value)}: {one.reason}" for one in self.values()]
+
+
 def read_values(tree: dict[str, Any], findings: Findings) -> Values:
     """Hold a tree against the whole schema and note every problem."""
     values = Values()
@@ -46,65 +83,51 @@ def read_values(tree: dict[str, Any], findings: Findings) -> Values:
     return values
 
 
-def _read_section(tree: dict, section: Section, spelled: str, dotted: str, findings: Findings, values: Values) -> None:
+def _read_section(
+    tree: dict[str, Any], section: Section, spelled: str, dotted: str, findings: Findings, values: Values
+) -> None:
     known = schema.spellings(section)
     for key, value in tree.items():
         place = f"{spelled}{key}"
         if key not in known:
             if not section.open or any(one_slip_apart(key.lower(), name) for name in known):
-                _unknown(key, place, value, dotted, known, findings)
+                _note_unknown(key, place, value, section, dotted, findings)
             continue
-        name = dotted + known[key]
-        node = section.keys[known[key]]
-        if name in values.given:
-            findings.error(
-                place, value, f"is another spelling of {values.spelled[name]}, which stands here too; keep one of them"
-            )
+        name, node = dotted + known[key], section.keys[known[key]]
+        if name in values:
+            other = values.spelled[name]
+            findings.error(place, value, f"is another spelling of {other}, which stands here too; keep one of them")
             continue
         values.spelled[name] = place
         if isinstance(node, Section):
             _read_subsection(value, node, place, name, findings, values)
+        elif value == "auto" and (node.auto or (node.kind in ("texts", "text") and node.default == "auto")):
+            values[name] = "auto"
         else:
-            _read_key(value, node, section.typed, place, name, findings, values)
-    for name, node in section.keys.items():
-        if (
-            isinstance(node, Key)
-            and node.required
-            and dotted + name not in values.given
-            and dotted + name not in values.spelled
-        ):
-            findings.missing(f"{spelled}{name}", f"must be given: {node.help or node.allowed()}")
+            try:
+                values[name] = node.read(value, section.typed)
+            except (ValueError, OverflowError):
+                _note_wrong(place, value, node, section.typed, findings)
+    for key, node in section.keys.items():
+        if isinstance(node, Key) and node.required and dotted + key not in values.spelled:
+            findings.error(f"{spelled}{key}", ABSENT, f"must be given: {node.help or node.allowed()}")
 
 
 def _read_subsection(value: Any, node: Section, place: str, name: str, findings: Findings, values: Values) -> None:
     if isinstance(value, dict):
-        values.given[name] = True
+        values[name] = True
         _read_section(value, node, place + ".", name + ".", findings, values)
     elif isinstance(value, bool) and value in node.bare:
         if name == "zero_optimization":  # the form of 2020; runtime/zero/config.py, read_zero_config_deprecated
-            values.given[name] = True
-            values.given[f"{name}.stage"] = int(value)
+            values[name] = True
+            values[f"{name}.stage"] = int(value)
     elif not (value is None and node.null):
-        findings.error(
-            place, value, _consequence(node.typed), allowed="a section {...}" + (" or null" if node.null else "")
-        )
+        allowed = "a section {...}" + (" or null" if node.null else "")
+        findings.error(place, value, _consequence(node.typed), allowed=allowed)
 
 
-def _read_key(value: Any, node: Key, typed: bool, place: str, name: str, findings: Findings, values: Values) -> None:
-    if value == "auto" and node.auto:
-        values.given[name] = "auto"
-        return
-    if value == "auto" and node.kind in ("texts", "text") and node.default == "auto":
-        values.given[name] = "auto"
-        return
-    try:
-        values.given[name] = node.read(value, typed)
-    except (ValueError, OverflowError):
-        _wrong(place, value, node, typed, findings)
-
-
-def _wrong(place: str, value: Any, node: Key, typed: bool, findings: Findings) -> None:
-    """A value of the wrong type, out of range, or none of the choices."""
+def _note_wrong(place: str, value: Any, node: Key, typed: bool, findings: Findings) -> None:
+    """Note a value of the wrong type, out of range, or none of the choices."""
     auto = value == "auto"
     why = '"auto" is not resolved here, write a value or leave the key out' if auto else _consequence(typed)
     suggestion = "" if auto else meant(value, map(str, node.choices))
@@ -117,25 +140,28 @@ def _consequence(typed: bool) -> str:
     )
 
 
-def _unknown(key: str, place: str, value: Any, dotted: str, known: dict[str, str], findings: Findings) -> None:
-    removed = schema.REMOVED.get(dotted + key)
-    if removed:
+def _note_unknown(key: str, place: str, value: Any, section: Section, dotted: str, findings: Findings) -> None:
+    if removed := schema.REMOVED.get(dotted + key):
         findings.error(place, value, removed)
         return
     homes = [name for name in schema.NODES if name.rpartition(".")[2] == key]
-    section = schema.NODES[dotted[:-1]] if dotted else schema.ROOT
-    typed = isinstance(section, Section) and section.typed
+    known = schema.spellings(section)
     findings.error(
         place,
         value,
-        f"unknown key, DeepSpeed would {'refuse' if typed else 'ignore'} it",
+        f"unknown key, DeepSpeed would {'refuse' if section.typed else 'ignore'} it",
         allowed="one of " + ", ".join(known),
         suggestion=homes[0] if len(homes) == 1 else meant(key, known),
     )
 
 
 def read_arguments(
-    params: dict, known: dict[str, Key], owner: str, where: str, findings: Findings, elsewhere: dict[str, str]
+    params: dict[str, Any],
+    known: dict[str, Key],
+    owner: str,
+    where: str,
+    findings: Findings,
+    elsewhere: dict[str, str],
 ) -> None:
     """Check the arguments of an optimizer or scheduler.
 
@@ -157,7 +183,7 @@ def read_arguments(
         try:
             known[key].read(value, False)
         except (ValueError, OverflowError):
-            _wrong(f"{where}.{key}", value, known[key], False, findings)
+            _note_wrong(f"{where}.{key}", value, known[key], False, findings)
     for key, node in known.items():
         if node.required and key not in params:
-            findings.missing(f"{where}.{key}", f"must be given for {owner}: {node.allowed()}")
+            findings.error(f"{where}.{key}", ABSENT, f"must be given for {owner}: {node.allowed()}")

@@ -11,7 +11,7 @@ import functools
 
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.errors import ConfigError
 from chatgot.model.gpt import GPT
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import Place
 from chatgot.engine import activation_checkpointing, guards
 from chatgot.engine.optimizer import build_client_optimizer, is_muon, parameter_groups, weight_decay

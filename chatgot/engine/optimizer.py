@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatgot.deepspeed_json.engine_config import EngineConfig, OptimizerConfig
+from chatgot.deepspeed_json.resolve import EngineConfig, OptimizerConfig
 from chatgot.errors import ConfigError
 
 ONLY_DEEPSPEED = ("bias_correction", "fp32_optimizer_states")

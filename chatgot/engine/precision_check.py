@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import autocast
 from chatgot.errors import NumericsError

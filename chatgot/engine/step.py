@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.engine import guards, zero_view
 from chatgot.engine.optimizer import is_muon
 from chatgot.errors import NumericsError

@@ -26,7 +26,7 @@ from chatgot.files import write_atomically
 from chatgot.observe.journal import newest_step
 
 if TYPE_CHECKING:
-    from chatgot.deepspeed_json.engine_config import WandbConfig
+    from chatgot.deepspeed_json.resolve import WandbConfig
 
 _QUEUED_LINES = 10_000
 

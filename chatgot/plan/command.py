@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chatgot.deepspeed_json.shipped import find_json, shipped_jsons
+from chatgot.deepspeed_json.read import find_json, shipped_jsons
 from chatgot.devices import GIB
 from chatgot.errors import ConfigError
 from chatgot.plan.estimate import CUDA_CONTEXT, FRAGMENTATION, PARTS, PROCESS, Estimate
@@ -101,7 +101,7 @@ def _text(request: Request, plan: Estimate, remedies: list[Remedy]) -> Iterator[
         if plan.fits
         else f"DOES NOT FIT, {_size(plan.needed - plan.capacity)} too much"
     )
-    yield f"{request.path} on {settings.world_size} x {plan.device.name}"
+    yield f"{request.document.name} on {settings.world_size} x {plan.device.name}"
     yield (
         f"model: {model.architecture}, {settings.numel:,} parameters, vocabulary {settings.vocab_size}, "
         f"{model.max_seq_length} tokens a sample"
@@ -174,7 +174,7 @@ def _tree(request: Request, plan: Estimate, remedies: list[Remedy]) -> dict[str,
     settings = plan.settings
     digits = {"tokens_per_sec": 1, "step_ms": 3, "efficiency": 4, "moving_share": 4}
     return {
-        "deepspeed_config": str(request.path),
+        "deepspeed_config": request.document.name,
         "device": plan.device.name,
         "world_size": settings.world_size,
         "parameters": settings.numel,

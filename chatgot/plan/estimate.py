@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.devices import GIB, Device, matmul_precision, peak_flops
 from chatgot.model.shapes import count_matmul_parameters, flops_per_token
 from chatgot.plan.activations import Activations, activations

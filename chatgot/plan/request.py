@@ -11,9 +11,9 @@ from typing import Any
 
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
-from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TO_BE_FOUND, TOTAL
-from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
-from chatgot.deepspeed_json.file import read_document
+from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
+from chatgot.deepspeed_json.read import Document, read_document
+from chatgot.deepspeed_json.resolve import EngineConfig, resolve
 from chatgot.devices import Device, find_device
 from chatgot.errors import ConfigError
 from chatgot.model.shapes import count_parameters
@@ -30,8 +30,7 @@ Overrides = dict[str, Any]
 class Request:
     """One JSON on one kind of device."""
 
-    path: Path
-    tree: dict[str, Any] = field(repr=False)
+    document: Document = field(repr=False)
     """The JSON as read."""
     config: RunConfig
     vocab_size: int
@@ -46,14 +45,9 @@ class Request:
         Raises:
             ConfigError: it is refused.
         """
-        return read_engine_config(
-            self.path,
-            {**self.overrides, **extra},
-            world_size=self.world_size,
-            facts=self.device.facts,
-            n_params=count_parameters(self.config.model, self.vocab_size),
-            found_micro_batch=TO_BE_FOUND,
-        )
+        overrides, facts = {**self.overrides, **extra}, self.device.facts
+        resolved = resolve(self.document, overrides, world_size=self.world_size, facts=facts)
+        return resolved.complete(count_parameters(self.config.model, self.vocab_size)).engine_config()
 
     def plan(self, extra: Overrides | None = None) -> Estimate:
         """Estimate the run, with more overrides or without. Raises ConfigError as `engine_config`."""
@@ -62,7 +56,7 @@ class Request:
 
     def given(self, key: str) -> bool:
         """Whether the file or an override states a top-level key."""
-        return self.tree.get(key) is not None or self.overrides.get(key) is not None
+        return self.document.tree.get(key) is not None or self.overrides.get(key) is not None
 
 
 def read_request(
@@ -90,7 +84,7 @@ def read_request(
     kind = find_device(device)
     if kind.note:
         notes.append(f"{kind.name}: {kind.note}")
-    return Request(path, read_document(path).tree, run, vocab_size, ds_overrides, world_size, kind, tuple(notes))
+    return Request(read_document(path), run, vocab_size, ds_overrides, world_size, kind, tuple(notes))
 
 
 def _vocabulary(run: RunConfig) -> tuple[int, str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.engine_config import EngineConfig
-from chatgot.deepspeed_json.optimizer_states import OptimizerStates, optimizer_states
+from chatgot.deepspeed_json.optimizers import OptimizerStates, optimizer_states
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.model.shapes import Shape, parameter_shapes
 
 FP32, HALF = 4, 2

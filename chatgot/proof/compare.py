@@ -15,7 +15,7 @@ from torch import Tensor
 from chatgot.checkpoint import rng
 from chatgot.config.effects import effect
 from chatgot.config.run import RunConfig
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup
 from chatgot.observe.journal import Journal
 from chatgot.proof import digest

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.training.records import Records
 from chatgot.tuning import micro_batch
 

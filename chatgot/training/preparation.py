@@ -23,7 +23,7 @@ from chatgot.config.run import RunConfig
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.batch import MICRO
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
 from chatgot.engine.optimizer import state_kind

@@ -18,9 +18,8 @@ from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData
-from chatgot.deepspeed_json.batch import TO_BE_FOUND
-from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
-from chatgot.deepspeed_json.file import apply_overrides, plain_copy, read_document
+from chatgot.deepspeed_json.read import read_document
+from chatgot.deepspeed_json.resolve import EngineConfig, resolve
 from chatgot.devices import device_facts, is_out_of_memory, matmul_precision
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build, join
@@ -137,18 +136,9 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
     facts, world_size = device_facts(), place.world_size
-
-    def read(n_params: int | None, known_micro_batch: tuple[int, str]) -> EngineConfig:
-        return read_engine_config(
-            arguments.deepspeed_config,
-            ds_overrides,
-            world_size=world_size,
-            facts=facts,
-            n_params=n_params,
-            found_micro_batch=known_micro_batch,
-        )
-
-    read(None, TO_BE_FOUND)  # refuses a wrong JSON before anything expensive
+    document = read_document(Path(arguments.deepspeed_config))
+    resolved = resolve(document, ds_overrides, world_size=world_size, facts=facts)
+    resolved.findings.refuse()  # before anything expensive
     device = join(place, facts.kind)
     ranks = ControlGroup()
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
@@ -160,11 +150,11 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     vocab_size, block = data.tokenizer.vocab_size, config.model.max_seq_length
     n_params = count_parameters(config.model, vocab_size)
     answer = None
-    tree = read_document(Path(arguments.deepspeed_config)).tree
-    if finder.wants_probe(apply_overrides(plain_copy(tree), ds_overrides)):
-        model_keys, name = dataclasses.asdict(config.model), facts.name or facts.kind
-        answer = finder.find(tree, ds_overrides, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
-    engine_config = read(n_params, (answer.micro_batch, answer.reason) if answer is not None else TO_BE_FOUND)
+    if resolved.batch is not None and resolved.batch.is_open:
+        tree, model_keys, name = resolved.subject.tree, dataclasses.asdict(config.model), facts.name or facts.kind
+        answer = finder.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
+    found = None if answer is None else (answer.micro_batch, answer.reason)
+    engine_config = resolved.complete(n_params, found).engine_config()
     json_micro_batch = engine_config.micro_batch_size
     engine_config, micro_note = preparation.with_stored_micro_batch(engine_config, arguments.out_dir, ranks)
 

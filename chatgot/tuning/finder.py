@@ -14,7 +14,6 @@ from typing import Any
 
 import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
-from chatgot.deepspeed_json.file import apply_overrides
 from chatgot.devices import GIB, device_facts, device_of_machine
 from chatgot.distributed import ControlGroup, Place
 from chatgot.errors import MachineError
@@ -28,13 +27,6 @@ MARGIN = 0.05
 """Part of the memory that must stay free in a probe: a run holds more than its steps, and other processes come and
 go.
 """
-
-
-def wants_probe(tree: dict[str, Any]) -> bool:
-    """Whether the JSON leaves the micro-batch to memory: "auto", and not determined by the other two batch numbers."""
-    return (
-        tree.get(MICRO) == "auto" and isinstance(tree.get(TOTAL), int) and not isinstance(tree.get(ACCUMULATION), int)
-    )
 
 
 def candidates(total: int, world_size: int) -> list[int]:
@@ -66,7 +58,6 @@ def probe_tree(tree: dict[str, Any], micro: int, world_size: int) -> dict[str, A
 
 def find(
     tree: dict[str, Any],
-    overrides: dict[str, Any],
     model: dict[str, Any],
     vocab_size: int,
     device: str,
@@ -77,13 +68,12 @@ def find(
     """Find the micro-batch for "auto". Collective: every rank probes on its own device, and the smallest answer counts.
 
     Args:
-        tree: the JSON as read.
+        tree: the JSON, overrides included.
         device: its name.
 
     Raises:
         MachineError: on all ranks; not even one sample fits, or a probe failed for another reason.
     """
-    tree = apply_overrides(json.loads(json.dumps(tree)), overrides)
     key = settings_key(tree, model, vocab_size, place.world_size, device)
     known = ranks.from_rank_0(micro_batch.read(out_dir) if place.rank == 0 else None)
     if known is not None and known.json == "auto" and known.key == key:

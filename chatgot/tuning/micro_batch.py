@@ -17,7 +17,7 @@ from typing import Literal
 
 import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO
-from chatgot.deepspeed_json.engine_config import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError
 from chatgot.files import write_atomically
 from chatgot.launcher.command import ATTEMPT

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import GIB, Device, DeviceFacts, device_facts, is_out_of_memory
 from chatgot.distributed import find_place, free_port, python_path
 from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError

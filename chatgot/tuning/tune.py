@@ -21,8 +21,8 @@ from chatgot.config.run import load_run_config
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
-from chatgot.deepspeed_json.engine_config import build_engine_config
-from chatgot.deepspeed_json.file import apply_overrides, plain_copy, read_document
+from chatgot.deepspeed_json.read import apply_overrides, plain_copy, read_document
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import GIB, DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
@@ -156,13 +156,8 @@ def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts)
 
 def _total(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> int:
     """The global batch, which stays. Refuses every other problem of the JSON."""
-    config = build_engine_config(
-        plain_copy(tree),
-        str(arguments.deepspeed_config),
-        world_size=arguments.world_size,
-        facts=facts,
-        found_micro_batch=(1, "to be found"),
-    )
+    name = str(arguments.deepspeed_config)
+    config = build_engine_config(tree, name, world_size=arguments.world_size, facts=facts)
     return config.train_batch_size
 
 

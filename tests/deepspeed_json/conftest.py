@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from chatgot.deepspeed_json.engine_config import EngineConfig, read_engine_config
+from chatgot.deepspeed_json.resolve import EngineConfig, read_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.errors import ConfigError
 

@@ -16,7 +16,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.check import Report, check
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.deepspeed_json.schema import Key, Section
 from tests.deepspeed_json.conftest import (
     CPU,

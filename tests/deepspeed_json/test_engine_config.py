@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chatgot.deepspeed_json.engine_config import (
+from chatgot.deepspeed_json.resolve import (
     OptimizerConfig,
     WandbConfig,
     build_engine_config,
@@ -817,7 +817,7 @@ def test_configuration_is_read_without_torch_or_deepspeed() -> None:
     import sys
 
     code = (
-        "import sys, chatgot.deepspeed_json.engine_config as d, chatgot.config.overrides; "
+        "import sys, chatgot.deepspeed_json.resolve as d, chatgot.config.overrides; "
         "d.read_engine_config('ds_configs/bf16_zero2.json', world_size=1, facts=d.DeviceFacts('cpu', True, False)); "
         "print([m for m in ('torch', 'deepspeed', 'wandb') if m in sys.modules])"
     )

@@ -7,6 +7,7 @@ of it shows what DeepSpeed knows.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -27,10 +28,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json import optimizers, schema
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.deepspeed_json.schema import Key, Section
 from chatgot.errors import ConfigError
+from tests.deepspeed_json import generate_keys
 from tests.deepspeed_json.conftest import (
     CPU,
     GPU,
@@ -41,18 +43,13 @@ from tests.deepspeed_json.conftest import (
 TYPED = {name: node for name, node in schema.NODES.items() if isinstance(node, Section) and node.typed}
 
 
-def model_of(section: Section) -> Any:
-    module, _, name = section.model.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # pydantic sections
 
 
 @pytest.mark.parametrize("name", TYPED)
 def test_pydantic_section_has_the_same_keys(name: str) -> None:
-    fields = model_of(TYPED[name]).model_fields
+    fields = generate_keys.model_of(TYPED[name]).model_fields
     theirs = {n for field, info in fields.items() for n in (field, info.alias) if n}
     ours = set(schema.spellings(TYPED[name]))
     assert ours - theirs == set(), f"{name}: DeepSpeed no longer has these"
@@ -61,7 +58,7 @@ def test_pydantic_section_has_the_same_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPED)
 def test_pydantic_section_has_the_same_defaults_and_ranges(name: str) -> None:
-    model = model_of(TYPED[name])
+    model = generate_keys.model_of(TYPED[name])
     documented = schema.spellings(TYPED[name])
     for field, info in model.model_fields.items():
         node = TYPED[name].keys[documented[field]]
@@ -82,6 +79,21 @@ def test_pydantic_section_has_the_same_defaults_and_ranges(name: str) -> None:
                     assert getattr(node, ours) == getattr(limit, theirs), f"{name}.{field}: {theirs}"
         deprecated = bool(info.json_schema_extra and info.json_schema_extra.get("deprecated"))
         assert deprecated == bool(node.instead), f"{name}.{field}: deprecated in DeepSpeed: {deprecated}"
+
+
+def test_the_keys_are_those_that_the_installed_deepspeed_generates() -> None:
+    assert generate_keys.generate() == generate_keys.FILE.read_text(encoding="utf-8")
+
+
+def test_the_generator_drops_what_deepspeed_has_not_and_takes_its_ranges() -> None:
+    section = TYPED["zero_optimization.offload_optimizer"]
+    keys = {**section.keys, "gone": Key("int", 1)}
+    keys["ratio"] = Key("float", 0.5, "Share.", high=2.0)
+    del keys["fast_init"]
+    again = generate_keys.updated(dataclasses.replace(section, keys=keys))
+    assert "gone" not in again
+    assert again["ratio"] == Key("float", 1.0, "Share.", low=0.0, high=1.0)
+    assert again["fast_init"] == Key("flag", False)
 
 
 SCALARS = [
@@ -126,7 +138,7 @@ SCALARS = [
 )
 def test_typed_values_are_read_as_pydantic_reads_them(dotted: str, field: str) -> None:
     section, _, key = dotted.rpartition(".")
-    model, node = model_of(TYPED[section]), TYPED[section].keys[key]
+    model, node = generate_keys.model_of(TYPED[section]), TYPED[section].keys[key]
     assert isinstance(node, Key)
     for value in SCALARS:
         try:
@@ -268,10 +280,10 @@ def test_names_of_types_modes_and_levels_are_deepspeeds() -> None:
         (schema.FP32_NAMES, torch.float32),
     ):
         assert set(names) == set(ds_config.DtypeEnum(dtype)._all_values[1:])  # type: ignore[attr-defined]
-    validation = schema.NODES["checkpoint.tag_validation"]
-    assert isinstance(validation, Key)
+    level, validation = schema.NODES["log_level"], schema.NODES["checkpoint.tag_validation"]
+    assert isinstance(level, Key) and isinstance(validation, Key)  # noqa: PT018
     assert {choice.upper() for choice in validation.choices} == set(CHECKPOINT_TAG_VALIDATION_MODES)
-    assert set(schema.LOG_LEVELS) == set(log_levels)
+    assert set(level.choices) == set(log_levels)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -285,17 +297,17 @@ def arguments(function: Any, but: tuple[str, ...]) -> set[str]:
 
 
 def test_optimizer_names_are_deepspeeds() -> None:
-    assert set(schema.DEEPSPEED_OPTIMIZERS) == set(ds_config.DEEPSPEED_OPTIMIZERS)
+    assert set(optimizers.DEEPSPEED_OPTIMIZERS) == set(ds_config.DEEPSPEED_OPTIMIZERS)
     torch_names = {
         name
         for name, cls in vars(torch.optim).items()
         if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
     }
-    ours = set(schema.TORCH_OPTIMIZERS) | set(schema.REFUSED_OPTIMIZERS)
-    assert {name for name in torch_names - ours if name.lower() not in schema.DEEPSPEED_OPTIMIZERS} == set(), (
+    ours = set(optimizers.TORCH_OPTIMIZERS) | set(optimizers.REFUSED_OPTIMIZERS)
+    assert {name for name in torch_names - ours if name.lower() not in optimizers.DEEPSPEED_OPTIMIZERS} == set(), (
         "new in torch.optim"
     )
-    assert set(schema.TORCH_OPTIMIZERS) - torch_names == set(), "gone from torch.optim"
+    assert set(optimizers.TORCH_OPTIMIZERS) - torch_names == set(), "gone from torch.optim"
 
 
 def test_optimizers_tested_with_zero_are_deepspeeds() -> None:
@@ -355,7 +367,7 @@ def test_no_scheduler_is_forgotten() -> None:
         for name, cls in vars(torch.optim.lr_scheduler).items()
         if isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler) and not name.startswith("_")
     }
-    assert theirs - set(schema.SCHEDULER_PARAMS) - set(schema.REFUSED_SCHEDULERS) - {"LRScheduler"} == set()
+    assert theirs - set(schema.SCHEDULER_PARAMS) - set(optimizers.REFUSED_SCHEDULERS) - {"LRScheduler"} == set()
 
 
 # ------------------------------------------------------------------------------------------------------------- what we

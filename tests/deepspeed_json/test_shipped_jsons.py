@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from chatgot.deepspeed_json.engine_config import read_engine_config
+from chatgot.deepspeed_json.resolve import read_engine_config
 from chatgot.devices import DeviceFacts
 from tests.deepspeed_json.conftest import GPU
 

@@ -14,10 +14,10 @@ import pytest
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import key_of, nested_class
-from chatgot.deepspeed_json.inspection import inspect
-from chatgot.deepspeed_json.relaxed_json import Document
+from chatgot.deepspeed_json.findings import meant, one_slip_apart
+from chatgot.deepspeed_json.read import Document
+from chatgot.deepspeed_json.resolve import resolve
 from chatgot.deepspeed_json.schema import Section
-from chatgot.deepspeed_json.suggestions import meant, one_slip_apart
 from tests.deepspeed_json.conftest import GPU, with_keys
 
 ALPHABET = "e_7S"
@@ -81,7 +81,7 @@ def judged(dotted: str, known: list[str], needs: dict[str, Any]) -> Iterator[tup
         for section in filter(None, dotted.split(".")):
             here = here.setdefault(section, {})
         here.update(dict.fromkeys(wrong, 1))
-        found = inspect(Document(tree), "ds.json", world_size=1, facts=GPU).findings.at_level("error")
+        found = resolve(Document(tree), world_size=1, facts=GPU).findings.at_level("error")
         prefix = f"{dotted}." if dotted else ""
         suggestions = {
             finding.key: finding.suggestion
@@ -140,8 +140,5 @@ def test_nothing_is_suggested_for_a_word_like_no_other() -> None:
 
 def test_key_of_another_section_is_sent_home_but_a_slip_is_believed_first() -> None:
     tree = with_keys({"cpu_checkpointing": True, "fp15": {"enabled": False}})
-    found = {
-        f.key: f.suggestion
-        for f in inspect(Document(tree), "ds.json", world_size=1, facts=GPU).findings.at_level("error")
-    }
+    found = {f.key: f.suggestion for f in resolve(Document(tree), world_size=1, facts=GPU).findings.at_level("error")}
     assert found == {"cpu_checkpointing": "activation_checkpointing.cpu_checkpointing", "fp15": "fp16"}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
-from chatgot.deepspeed_json.schema import ACTIVATION_CHECKPOINTING
+from chatgot.deepspeed_json.deepspeed_keys import ActivationCheckpointing
+from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.engine import activation_checkpointing
 from chatgot.errors import ConfigError
@@ -108,7 +108,7 @@ def passing_the_tables(net: gpt.GPT, tables: gpt.Rope) -> None:
 
 def test_every_option_is_tried():
     tried = {key for section in OPTIONS.values() for key in section}
-    assert tried | {"cpu_checkpointing"} == set(ACTIVATION_CHECKPOINTING.keys)
+    assert tried | {"cpu_checkpointing"} == set(ActivationCheckpointing.KEYS)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.engine.build import build
 from chatgot.engine.optimizer import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, find_place
 from chatgot.engine.build import join

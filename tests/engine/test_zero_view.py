@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.engine import zero_view
 from chatgot.engine.build import build

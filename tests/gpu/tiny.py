@@ -14,7 +14,7 @@ import torch
 from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
-from chatgot.deepspeed_json.engine_config import read_engine_config
+from chatgot.deepspeed_json.resolve import read_engine_config
 from chatgot.devices import device_facts
 from chatgot.engine.build import build
 from chatgot.engine.step import TrainingEngine

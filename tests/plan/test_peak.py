@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import DeviceFacts, find_device
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.estimate import Estimate, estimate

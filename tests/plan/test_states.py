@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.settings import Settings, read_settings

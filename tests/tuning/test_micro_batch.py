@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chatgot.deepspeed_json.engine_config import EngineConfig, build_engine_config
+from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.errors import EXIT_INTERRUPTED, MachineError, RunAgainError
 from chatgot.tuning import micro_batch

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
 from chatgot.engine import activation_checkpointing

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
 from chatgot.engine.build import build, join

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
-from chatgot.deepspeed_json.engine_config import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
 from chatgot.engine import guards

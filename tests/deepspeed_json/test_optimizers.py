@@ -14,8 +14,9 @@ from deepspeed.ops.lamb import FusedLamb
 from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.optimizer_states import optimizer_states
+from chatgot.deepspeed_json import optimizers
+from chatgot.deepspeed_json.optimizers import optimizer_states
+from chatgot.engine.guards import run_muon_uncompiled
 
 SHAPES = ((6, 4), (3, 2, 5), (7,))
 SWITCHES: dict[str, list[dict[str, Any]]] = {
@@ -26,7 +27,7 @@ SWITCHES: dict[str, list[dict[str, Any]]] = {
 }
 TORCH = [
     (name, arguments)
-    for name in ("Adam", "AdamW", "Adagrad", *schema.TORCH_OPTIMIZERS)
+    for name in ("Adam", "AdamW", "Adagrad", *optimizers.TORCH_OPTIMIZERS)
     for arguments in ({}, *SWITCHES.get(name, []))
 ]
 DEEPSPEED = {
@@ -87,6 +88,7 @@ def test_deepspeeds_optimizers(kind, no_kernels):
 
 
 def test_muons_two_halves():
+    run_muon_uncompiled()
     matrix, cube, vector = parameters()
     groups = [
         {"params": [matrix], "use_muon": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
@@ -102,8 +104,8 @@ def test_muons_two_halves():
 
 
 def test_every_optimizer_that_a_json_may_name_is_in_the_table():
-    for name in (*schema.DEEPSPEED_OPTIMIZERS, *schema.TORCH_OPTIMIZERS):
-        if name not in schema.REFUSED_OPTIMIZERS:
+    for name in (*optimizers.DEEPSPEED_OPTIMIZERS, *optimizers.TORCH_OPTIMIZERS):
+        if name not in optimizers.REFUSED_OPTIMIZERS:
             assert optimizer_states(name, {}).scalars >= 0
     with pytest.raises(KeyError):
         optimizer_states("LBFGS", {})

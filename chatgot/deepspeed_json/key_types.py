@@ -1,0 +1,228 @@
+"""What a key of the DeepSpeed JSON is: its type, default and range, and how DeepSpeed understands a value of it.
+
+A section is `typed` when DeepSpeed reads it with a pydantic model: such sections convert leniently ("stage": "2", 5e8
+for a whole number). In the others DeepSpeed takes the value as it stands, so a text where a number belongs fails or
+lies much later, and is refused here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+Kind = Literal["flag", "int", "float", "text", "path", "texts", "words", "betas", "numbers", "mapping"]
+Effect = Literal["batches", "numbers", "rounding", "nothing"]
+"""What another value does to a run's numbers. batches: other samples, and so other numbers. numbers: the same samples,
+other numbers. rounding: the same mathematics, other roundings. nothing: every bit stays.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One value: its type, default and range."""
+
+    kind: Kind
+    default: Any = None
+    help: str = ""
+    null: bool = False
+    """Whether null may stand for 'not set'."""
+    choices: tuple[Any, ...] = ()
+    fold_case: bool = False
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    alias: str = ""
+    """Another spelling that DeepSpeed reads."""
+    instead: str = ""
+    """Set for a deprecated key that DeepSpeed still honours: what to write instead."""
+    auto: bool = False
+    """Whether ChatGoT resolves the value "auto"."""
+    required: bool = False
+    no_flag: bool = False
+    """Whether true and false are refused for a number even where pydantic would convert them."""
+    effect: Effect | None = None
+    """What another value does to a run's numbers; None: what the section's does, or "numbers"."""
+
+    def allowed(self) -> str:
+        """What may stand here, in words."""
+        if self.choices:
+            words = "one of " + ", ".join(map(str, self.choices))
+        else:
+            limits = ((">=", self.low), ("<=", self.high), (">", self.above), ("<", self.below))
+            bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound is not None]
+            words = " and ".join([_READERS[self.kind][0], *bounds])
+        return words + (" or null" if self.null else "") + (' or "auto"' if self.auto else "")
+
+    def read(self, value: Any, typed: bool) -> Any:
+        """`value` as DeepSpeed will understand it.
+
+        Args:
+            value: as parsed from the file.
+            typed: whether a pydantic model reads it (lenient conversions).
+
+        Raises:
+            ValueError: the value is of another type, out of range, or none of the choices.
+        """
+        if value is None and self.null:
+            return None
+        if value is None or (self.no_flag and isinstance(value, bool)):
+            raise ValueError
+        value = _READERS[self.kind][1](value, typed)
+        if self.choices:
+            folded = {str(choice).lower() if self.fold_case else choice: choice for choice in self.choices}
+            word = str(value).lower() if self.fold_case else value
+            if word not in folded:
+                raise ValueError
+            return folded[word]
+        numbers = value if self.kind == "numbers" and isinstance(value, list) else [value]
+        if not all(map(self._is_inside, numbers)):
+            raise ValueError
+        return value
+
+    def _is_inside(self, number: Any) -> bool:
+        return (
+            (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A mapping of keys."""
+
+    keys: dict[str, Key | Section] = field(default_factory=dict)
+    help: str = ""
+    model: str = ""
+    """module:Class of the pydantic model that reads it; empty: plain getters."""
+    null: bool = False
+    open: bool = False
+    """Whether other keys may stand here as well (they are somebody else's arguments)."""
+    alias: str = ""
+    bare: tuple[Any, ...] = ()
+    """Values that may stand in place of the mapping."""
+    effect: Effect | None = None
+    group: type[Group] | None = None
+    """The class that holds its values."""
+
+    @property
+    def typed(self) -> bool:
+        """Whether DeepSpeed reads the section with a pydantic model."""
+        return bool(self.model)
+
+
+class Group:
+    """The values of a section, as attributes. A subclass states its keys with `key` and `section`."""
+
+    KEYS: ClassVar[dict[str, Key | Section]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.KEYS = cls.KEYS | {name: node for name, node in vars(cls).items() if isinstance(node, (Key, Section))}
+
+    def __init__(self) -> None:
+        for name, node in self.KEYS.items():
+            setattr(self, name, node.default if isinstance(node, Key) else node.group() if node.group else None)
+
+
+def key(kind: Kind, default: Any = None, help: str = "", **more: Any) -> Any:
+    """State a key of a Group; `more` are fields of Key."""
+    return Key(kind, default, help, **more)
+
+
+def section(group: type[Group], **more: Any) -> Any:
+    """State a section inside a Group; `more` are fields of Section."""
+    return Section(group.KEYS, (group.__doc__ or "").strip(), group=group, **more)
+
+
+def _read_flag(value: Any, typed: bool) -> bool:
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    word = value.lower() if typed and isinstance(value, str) else ""
+    if word in ("1", "true", "t", "yes", "y", "on"):
+        return True
+    if word in ("0", "false", "f", "no", "n", "off"):
+        return False
+    raise ValueError
+
+
+def _read_int(value: Any, typed: bool) -> int:
+    if isinstance(value, bool) and not typed:
+        raise ValueError
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    if typed and isinstance(value, str):
+        number = float(value)
+        if "e" not in value.lower() and number.is_integer():
+            return int(value) if value.strip().lstrip("+-").isdigit() else int(number)
+    raise ValueError
+
+
+def _read_float(value: Any, typed: bool) -> float:
+    if isinstance(value, bool) and not typed:
+        raise ValueError
+    if isinstance(value, (int, float)) or (typed and isinstance(value, str)):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    raise ValueError
+
+
+def _read_text(value: Any, typed: bool) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError
+
+
+def _read_path(value: Any, typed: bool) -> str:
+    if isinstance(value, str) and (value or typed):
+        return value
+    raise ValueError
+
+
+def _read_words(value: Any, typed: bool) -> list[str]:
+    return [value] if isinstance(value, str) else _read_texts(value, typed)
+
+
+def _read_texts(value: Any, typed: bool) -> list[str]:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ValueError
+
+
+def _read_betas(value: Any, typed: bool) -> list[float]:
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        betas = [_read_float(item, False) for item in value]
+        if all(0.0 <= beta < 1.0 for beta in betas):
+            return betas
+    raise ValueError
+
+
+def _read_numbers(value: Any, typed: bool) -> Any:
+    if isinstance(value, (list, tuple)) and value:
+        return [_read_float(item, False) for item in value]
+    return _read_float(value, False)
+
+
+def _read_mapping(value: Any, typed: bool) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ValueError
+
+
+_READERS: dict[Kind, tuple[str, Callable[[Any, bool], Any]]] = {
+    "flag": ("true or false", _read_flag),
+    "int": ("a whole number", _read_int),
+    "float": ("a number", _read_float),
+    "text": ("a text", _read_text),
+    "path": ("a path", _read_path),
+    "texts": ("a list of texts", _read_texts),
+    "words": ("a text or a list of texts", _read_words),
+    "betas": ("a list of two numbers, each >= 0 and < 1", _read_betas),
+    "numbers": ("a number or a list of numbers", _read_numbers),
+    "mapping": ("a mapping of keys", _read_mapping),
+}
+"""Kind -> what it is in words, and its reader."""

@@ -1,0 +1,237 @@
+"""The optimizer and the scheduler: which one DeepSpeed builds, what it takes, where it can work, and the state it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
+from chatgot.deepspeed_json.findings import ABSENT, Findings, meant
+from chatgot.deepspeed_json.schema import Key
+from chatgot.deepspeed_json.values import Values, read_arguments
+from chatgot.devices import DeviceFacts
+
+DEEPSPEED_OPTIMIZERS = ("adam", "adamw", "adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
+TORCH_OPTIMIZERS = tuple(n.removeprefix("torch.") for n in schema.OPTIMIZER_PARAMS if n.startswith("torch."))
+ZERO_TESTED_OPTIMIZERS = ("adam", "adamw", "adagrad", "lion", "muon")
+CUDA_OPTIMIZERS = ("lamb", "lion")
+"""Their fused kernels exist for CUDA only; lion has a CPU version under optimizer offload."""
+REFUSED_OPTIMIZERS = {
+    **dict.fromkeys(
+        ("muadam", "muadamw", "musgd"), "needs the mup package and base shapes that ChatGoT's model does not set"
+    ),
+    "LBFGS": "needs a closure, which DeepSpeed's step() does not give",
+    "SparseAdam": "needs sparse gradients, which ChatGoT's model does not have",
+}
+REFUSED_SCHEDULERS = {
+    "LambdaLR": "needs a Python function",
+    "MultiplicativeLR": "needs a Python function",
+    "ChainedScheduler": "needs scheduler objects",
+    "SequentialLR": "needs scheduler objects",
+    "ReduceLROnPlateau": "needs a metric, which DeepSpeed's step() does not give",
+    "SWALR": "needs averaged weights, which ChatGoT does not keep",
+}
+
+
+def optimizer_arguments(kind: str, params: dict[str, Any], offloaded: bool) -> str:
+    """Which entry of OPTIMIZER_PARAMS describes the optimizer that DeepSpeed builds (engine.py,
+    _configure_basic_optimizer).
+    """
+    name = kind.lower()
+    if name in ("adam", "adamw"):
+        return "adam/torch" if params.get("torch_adam") else "adam/cpu" if offloaded else "adam/fused"
+    if name == "adagrad":
+        return "adagrad/cpu" if offloaded else "adagrad/torch"
+    if name == "lion":
+        return "lion/cpu" if offloaded else "lion/fused"
+    return name if name in DEEPSPEED_OPTIMIZERS else f"torch.{kind}"
+
+
+def is_offloaded(values: Values) -> bool:
+    """Whether the optimizer state lives outside the device."""
+    zero = values.zero_optimization
+    return zero.offload_optimizer.device != "none" or bool(zero.cpu_offload)
+
+
+def given_arguments(tree: dict[str, Any], section: str) -> dict[str, Any]:
+    """The params of the optimizer or scheduler section; empty where there are none, or no mapping."""
+    parent = tree.get(section)
+    params = parent.get("params") if isinstance(parent, dict) else None
+    return params if isinstance(params, dict) else {}
+
+
+def known_arguments(values: Values, tree: dict[str, Any], section: str) -> dict[str, Key]:
+    """What the optimizer or scheduler of this configuration takes; empty for one that nobody knows."""
+    kind = values[f"{section}.type"]
+    if not isinstance(kind, str):
+        return {}
+    if section == "scheduler":
+        return schema.SCHEDULER_PARAMS.get(kind, {})
+    variant = optimizer_arguments(kind, given_arguments(tree, section), is_offloaded(values))
+    return schema.OPTIMIZER_PARAMS.get(variant, {})
+
+
+def check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, findings: Findings) -> None:
+    """Note what is wrong with the optimizer's type, its arguments, and where the other keys put it."""
+    if "optimizer" not in tree and not any(finding.suggestion == "optimizer" for finding in findings.all):
+        findings.error("optimizer", ABSENT, "must be given: without it there is nothing to train with")
+    kind = values.optimizer.type
+    if not isinstance(kind, str):
+        return
+    name, key = kind.lower(), "optimizer.type"
+    if refused := REFUSED_OPTIMIZERS.get(name) or REFUSED_OPTIMIZERS.get(kind):
+        findings.error(key, kind, f"{refused}; use AdamW or Muon")
+        return
+    if name not in DEEPSPEED_OPTIMIZERS and kind not in TORCH_OPTIMIZERS:
+        known = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", *TORCH_OPTIMIZERS)
+        why = "unknown optimizer, DeepSpeed fails when it builds it"
+        findings.error(key, kind, why, allowed="one of " + ", ".join(known), suggestion=meant(kind, known))
+        return
+    params, stage, offloaded = given_arguments(tree, "optimizer"), values.zero_optimization.stage, is_offloaded(values)
+    variant = optimizer_arguments(kind, params, offloaded)
+    elsewhere = {"max_grad_norm": "DeepSpeed clips by the top-level key gradient_clipping"}
+    if variant in ("adam/fused", "adam/cpu"):
+        advice = 'torch.optim.AdamW takes it: add "torch_adam": true'
+        elsewhere |= dict.fromkeys(("foreach", "fused", "maximize", "capturable"), advice)
+    makers = {"adam/fused": "DeepSpeed's fused ", "adam/cpu": "DeepSpeed's CPU ", "adam/torch": "torch's "}
+    owner = makers.get(variant, "") + kind
+    read_arguments(params, schema.OPTIMIZER_PARAMS[variant], owner, "optimizer.params", findings, elsewhere)
+    if name not in ZERO_TESTED_OPTIMIZERS and stage > 0 and not values.zero_allow_untested_optimizer:
+        why = "DeepSpeed did not test it with ZeRO; add zero_allow_untested_optimizer = true to use it"
+        findings.error(key, kind, why)
+    if name in CUDA_OPTIMIZERS and variant != "lion/cpu" and facts.kind == "cpu":
+        why, level = "its kernel exists for CUDA only; use AdamW", "error"
+        if not facts.certain:
+            why, level = f"{why} (seen from this machine; --device says what the run will have)", "warning"
+        findings.add(level, key, kind, why)
+    if name == "lamb" and offloaded:
+        why = "its kernel cannot step on offloaded state; use AdamW, or offload_optimizer.device = none"
+        findings.error(key, kind, why)
+    if name == "lamb" and values.fp16.loss_scale != 0:
+        scale = values.fp16.loss_scale
+        findings.error(values.name("fp16.loss_scale"), scale, "lamb needs dynamic loss scaling; set 0")
+    if variant == "adam/fused" and params.get("amsgrad") is True:
+        why = 'DeepSpeed\'s fused Adam does not have it; add "torch_adam": true'
+        findings.error("optimizer.params.amsgrad", True, why)
+    if variant == "adam/torch" and params.get("fused") and params.get("foreach"):
+        findings.error("optimizer.params.foreach", True, "torch takes fused or foreach, not both")
+    if name == "adamw" and params.get("adam_w_mode") is False:
+        why = 'DeepSpeed ignores it for AdamW; set optimizer.type = "Adam"'
+        findings.error("optimizer.params.adam_w_mode", False, why)
+    if name == "muon":
+        if stage == 3 and values.zero_optimization.reduce_scatter:  # zero/stage3.py
+            findings.error(key, kind, "Muon at ZeRO stage 3 needs zero_optimization.reduce_scatter = false")
+        if offloaded:
+            why = "Muon does not work with optimizer offload; use AdamW, or offload_optimizer.device = none"
+            findings.error(key, kind, why)
+        if params.get("per_head_muon"):
+            findings.error("optimizer.params.per_head_muon", True, "needs a transformers model; delete it")
+
+
+def check_scheduler(values: Values, tree: dict[str, Any], chatgot: ChatGoTSection, findings: Findings) -> None:
+    """Note what is wrong with the stock scheduler's type and arguments, and what else moves the learning rate."""
+    if "scheduler" not in values:
+        return
+    if chatgot.schedule is not None:
+        why = "chatgot.schedule stands here too, and both would move the lr; keep one of them"
+        findings.error("scheduler", tree["scheduler"], why)
+    kind, key = values.scheduler.type, "scheduler.type"
+    if not isinstance(kind, str):
+        return
+    if kind in REFUSED_SCHEDULERS:
+        findings.error(key, kind, f"{REFUSED_SCHEDULERS[kind]}; use chatgot.schedule")
+    elif kind not in schema.SCHEDULER_PARAMS:
+        known = tuple(schema.SCHEDULER_PARAMS)
+        why = "unknown scheduler, DeepSpeed fails when it builds it"
+        findings.error(key, kind, why, allowed="one of " + ", ".join(known), suggestion=meant(kind, known))
+    elif tree["scheduler"].get("params") is None:
+        why = f"must be given, DeepSpeed fails without it; {{}} for {kind}'s own defaults"
+        findings.error("scheduler.params", ABSENT, why)
+    else:
+        params = given_arguments(tree, "scheduler")
+        read_arguments(params, schema.SCHEDULER_PARAMS[kind], kind, "scheduler.params", findings, {})
+
+
+@dataclass(frozen=True)
+class OptimizerStates:
+    """State of one tensor, in the dtype of that tensor (with ZeRO a flat fp32 partition) unless stated otherwise."""
+
+    tensors: int
+    """Shaped like the tensor that is stepped."""
+    scalars: int = 1
+    """fp32 tensors of one element; a counter that is a Python number is none."""
+    factored: bool = False
+    """Of a tensor with several dimensions only sums over its last two are kept, not a tensor of its shape."""
+
+    def elements(self, shape: tuple[int, ...]) -> int:
+        """Elements that are kept for a tensor of this shape, scalars left out."""
+        if self.factored and len(shape) > 1:
+            return prod(shape[:-1]) + prod(shape[:-2]) * shape[-1]
+        return self.tensors * prod(shape)
+
+
+_STATES: dict[str, OptimizerStates] = {
+    "adam": OptimizerStates(2),
+    "adamw": OptimizerStates(2),
+    "fusedadam": OptimizerStates(2, scalars=0),
+    "deepspeedcpuadam": OptimizerStates(2, scalars=0),
+    "lamb": OptimizerStates(2, scalars=0),
+    "lion": OptimizerStates(1, scalars=0),
+    "deepspeedcpulion": OptimizerStates(2, scalars=0),  # the second one is made and never used (cpu_lion.py)
+    "adagrad": OptimizerStates(1),
+    "deepspeedcpuadagrad": OptimizerStates(1, scalars=0),
+    "muon": OptimizerStates(2),
+    "adadelta": OptimizerStates(2),
+    "adafactor": OptimizerStates(1, factored=True),
+    "adamax": OptimizerStates(2),
+    "asgd": OptimizerStates(1, scalars=3),
+    "nadam": OptimizerStates(2, scalars=2),
+    "radam": OptimizerStates(2),
+    "rmsprop": OptimizerStates(1),
+    "rprop": OptimizerStates(2),
+    "sgd": OptimizerStates(0, scalars=0),
+}
+"""By the JSON's `optimizer.type` in lower case. "muon" is its Adam half. Held against the optimizers of torch and
+DeepSpeed 0.19.8 themselves.
+"""
+
+_CLASSES = {  # another name for the same
+    "zenflowcpuadam": "deepspeedcpuadam",
+    "fusedlion": "lion",
+    "fusedlamb": "lamb",
+    "muonwithauxadam": "muon",
+}
+
+
+_OFFLOADED = {"lion": "deepspeedcpulion", "adagrad": "deepspeedcpuadagrad"}
+
+
+def optimizer_states(optimizer: str, arguments: Mapping[str, Any], offloaded: bool = False) -> OptimizerStates:
+    """What an optimizer keeps for each tensor.
+
+    Args:
+        optimizer: the JSON's `optimizer.type`, or the name of the class that was built.
+        arguments: `optimizer.params`, or a parameter group; `use_muon` marks a group that Muon orthogonalises.
+        offloaded: the JSON's type is stepped on the CPU, for which DeepSpeed may have another class.
+
+    Raises:
+        KeyError: no such optimizer (the JSON with it is refused).
+    """
+    name = optimizer.lower()
+    name = _CLASSES.get(name, name)
+    if offloaded:
+        name = _OFFLOADED.get(name, name)
+    if name == "muon" and arguments.get("use_muon"):
+        return OptimizerStates(1, scalars=0)
+    if name in ("adam", "adamw") and arguments.get("torch_adam") is False:
+        name = "fusedadam"
+    states = _STATES[name]
+    more = 0
+    if name in ("sgd", "rmsprop"):
+        more = int(bool(arguments.get("momentum"))) + int(name == "rmsprop" and bool(arguments.get("centered")))
+    elif name in ("adam", "adamw"):  # DeepSpeed's own have no amsgrad
+        more = int(bool(arguments.get("amsgrad")))
+    return OptimizerStates(states.tensors + more, states.scalars, states.factored)

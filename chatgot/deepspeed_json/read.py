@@ -1,0 +1,327 @@
+"""Read a DeepSpeed JSON from disk: its values as DeepSpeed reads them, the place of every key, syntax errors at the spot.
+
+hjson, which DeepSpeed uses, gives the values; it allows comments, unquoted keys, trailing commas and more, which is
+remarked on. It forgets where things stood, so `_Finder` looks for the places by itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.findings import ABSENT, ConfigRefusal, Finding, Findings, Mark
+from chatgot.errors import ConfigError
+
+
+@dataclass
+class Document:
+    """A DeepSpeed JSON as read."""
+
+    tree: dict[str, Any]
+    name: str = "ds.json"
+    """The file's name in messages."""
+    marks: dict[str, Mark] = field(default_factory=dict)
+    """Dotted key -> its first place. Elements of lists count as parts of the list's key."""
+    duplicates: list[tuple[str, Mark | None]] = field(default_factory=list)
+    """Keys that were given again, with that place."""
+    liberties: list[tuple[str, Mark, str]] = field(default_factory=list)
+    """What hjson allows and JSON does not: its kind, its place, and the key it belongs to, if to one."""
+
+
+def read_document(path: Path) -> Document:
+    """Read the file.
+
+    Raises:
+        ConfigError: no such file, a folder, not UTF-8, empty, not JSON (with line, column and a caret), not an object.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file (expected a DeepSpeed JSON; ds_configs/ has complete ones)") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, expected a DeepSpeed JSON file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise ConfigError(f"{path}: not UTF-8: {byte}; save the file as UTF-8") from error
+    return parse_document(text, str(path))
+
+
+def parse_document(text: str, name: str) -> Document:
+    """Read a text; `name` is the file's name in messages. See `read_document`."""
+    import hjson  # only whoever reads a JSON needs it
+
+    if not text.strip():
+        raise ConfigError(f"{name}: empty file, expected a JSON object {{...}}")
+    repeated: list[str] = []
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree = dict(pairs)
+        names = [key for key, _ in pairs]
+        repeated.extend(key for key in tree if names.count(key) > 1)
+        return tree
+
+    try:
+        tree = hjson.loads(text, object_pairs_hook=members)
+    except hjson.HjsonDecodeError as error:
+        raise ConfigRefusal([_syntax_finding(text, name, error.msg, error.pos)]) from None
+    except RecursionError:
+        raise ConfigRefusal([_syntax_finding(text, name, "nested too deeply", 0)]) from None
+    except (IndexError, OverflowError, ValueError) as error:  # hjson stumbles over 1e999 and quotes that never close
+        raise ConfigRefusal([_syntax_finding(text, name, str(error), len(text.rstrip()) - 1)]) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: expected a JSON object {{...}}, got {type(tree).__name__}")
+    document = Document(tree, name)
+    _Finder(text, document).find()
+    placed = [dotted for dotted, _ in document.duplicates]
+    lost = [key for key in repeated if not any(dotted == key or dotted.endswith(f".{key}") for dotted in placed)]
+    document.duplicates += [(key, None) for key in lost]
+    return document
+
+
+def check_document(document: Document, findings: Findings) -> None:
+    """Note keys that were given twice as errors, and what only hjson's dialect allows once per kind."""
+    for key, mark in document.duplicates:
+        why = f"given twice in {key.rpartition('.')[0] or 'the top level'}; keep one of them"
+        findings.at(mark, "error", key, why)
+    kinds = [kind for kind, _, _ in document.liberties]
+    for kind in dict.fromkeys(kinds):
+        _, mark, key = document.liberties[kinds.index(kind)]
+        often = f" ({kinds.count(kind)} places in this file)" if kinds.count(kind) > 1 else ""
+        if kind == "unquoted text":
+            why = "it runs to the end of the line, commas and comments included; put it in quotes"
+            findings.at(mark, "warning", key, f"{kind}{often}: {why}")
+        else:
+            findings.at(
+                mark, "note", "", f"{kind}{often}: not JSON, but DeepSpeed reads it (hjson); other tools will not"
+            )
+
+
+class _Finder:
+    """Walk over a text that hjson has read, and note places, repeated keys and liberties in a Document.
+
+    It changes no value. Where it loses its way, which no text is known to do, later keys have no place.
+    """
+
+    QUOTED = re.compile(r"'''.*?'''|\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'", re.DOTALL)
+    COMMENT = re.compile(r"#[^\r\n]*|//[^\r\n]*|/\*.*?\*/", re.DOTALL)
+    LITERAL = re.compile(
+        r"(?:null|true|false|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?)[ \t]*(?=[,}\]#\r\n]|//|/\*|\Z)"
+    )
+
+    def __init__(self, text: str, document: Document) -> None:
+        self.text, self.document, self.position = text, document, 0
+        self.lines = [0, *(match.end() for match in re.finditer("\n", text))]
+
+    def find(self) -> None:
+        self.skip()
+        try:
+            if self.text[self.position : self.position + 1] in ("{", ""):
+                self.value("")
+            else:
+                self.liberty("no braces around the whole")
+                self.members("", "")
+            self.skip()
+        except (LookupError, RecursionError):
+            pass  # best effort: the values are hjson's
+
+    def mark(self) -> Mark:
+        line = bisect_right(self.lines, self.position)
+        return Mark(line, self.position - self.lines[line - 1] + 1)
+
+    def liberty(self, kind: str, key: str = "") -> None:
+        self.document.liberties.append((kind, self.mark(), key))
+
+    def take(self, pattern: str | re.Pattern[str]) -> str | None:
+        match = re.compile(pattern).match(self.text, self.position)
+        if match is None:
+            return None
+        self.position = match.end()
+        return match.group()
+
+    def skip(self) -> None:
+        """Go behind white space and comments."""
+        self.take(r"\s*")
+        while self.COMMENT.match(self.text, self.position):
+            self.liberty("comment")
+            self.take(self.COMMENT)
+            self.take(r"\s*")
+
+    def value(self, where: str) -> None:
+        if self.take(r"\{"):
+            self.members(where, "}")
+        elif self.take(r"\["):
+            while not self.ends("]"):
+                self.value(where)
+        elif quoted := self.QUOTED.match(self.text, self.position):
+            if quoted.group()[0] == "'":
+                self.liberty("text in triple quotes" if quoted.group().startswith("'''") else "single quotes", where)
+            self.take(self.QUOTED)
+        elif self.take(self.LITERAL) is None:
+            self.liberty("unquoted text", where)
+            self.take(r"[^\r\n]*")
+
+    def members(self, where: str, closing: str) -> None:
+        names: set[str] = set()
+        while not self.ends(closing):
+            mark = self.mark()
+            key = self.key()
+            dotted = f"{where}.{key}" if where else key
+            if key in names:
+                self.document.duplicates.append((dotted, mark))
+            names.add(key)
+            self.document.marks.setdefault(dotted, mark)
+            self.skip()
+            if self.take(":") is None:
+                raise LookupError
+            self.skip()
+            self.value(dotted)
+
+    def key(self) -> str:
+        quoted = self.QUOTED.match(self.text, self.position)
+        if quoted is None:
+            self.liberty("unquoted key")
+            return (self.take(r"[^:{}\[\],]+") or "").rstrip()
+        if quoted.group()[0] == "'":
+            self.liberty("single quotes")
+        self.position = quoted.end()
+        inner = quoted.group()[1:-1]
+        return json.loads(f'"{inner}"', strict=False) if "\\" in inner and '"' not in inner else inner
+
+    def ends(self, closing: str) -> bool:
+        """Go behind what separates elements; whether the closing bracket (or the text's end) came, and behind it."""
+        begin = self.position
+        first = self.text[:begin].rstrip()[-1:] in ("", "{", "[") or (not closing and begin == 0)
+        self.skip()
+        mark = self.mark()
+        has_comma = self.take(",") is not None
+        self.skip()
+        if self.position == len(self.text) or (closing and self.take(re.escape(closing))):
+            if has_comma:
+                self.document.liberties.append(("trailing comma", mark, ""))
+            return True
+        if not (first or has_comma):
+            self.position, here = begin, self.position
+            self.liberty("missing comma")
+            self.position = here
+        return False
+
+
+def _syntax_finding(text: str, name: str, reason: str, position: int) -> Finding:
+    """With line, column, the line itself and a caret.
+
+    hjson takes a missing comma for part of an unquoted text and complains at the end of the line or file; the strict
+    parser points at the spot itself. It is believed unless it stumbles over what only hjson allows (a comment, an
+    unquoted key, a trailing comma).
+    """
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        if not re.match(r"#|//|/\*|[A-Za-z_]\w*\s*:|[}\]]", text[error.pos :]) or error.pos >= position:
+            reason, position = error.msg, error.pos
+    except (RecursionError, ValueError):
+        pass  # the strict parser has no better spot
+    start = text.rfind("\n", 0, position) + 1
+    line = text[start:].partition("\n")[0].rstrip("\r")
+    column = position - start + 1
+    indent = "".join("\t" if c == "\t" else " " for c in line[: column - 1])
+    mark, excerpt = Mark(text.count("\n", 0, position) + 1, column), f"    {line}\n    {indent}^"
+    return Finding("error", name, mark.line, mark.column, "", ABSENT, f"not valid JSON: {reason}", excerpt=excerpt)
+
+
+def plain_copy(value: Any) -> Any:
+    """A deep copy made of plain dicts and lists."""
+    if isinstance(value, dict):
+        return {key: plain_copy(item) for key, item in value.items()}
+    return [plain_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Put overrides into the JSON's tree, under the spelling that the file uses; null takes a section out."""
+    for dotted, value in overrides.items():
+        section: schema.Section | None = schema.ROOT
+        here = tree
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            name, node = _spelling(parent, here, section)
+            if not isinstance(here.get(name), dict):
+                here[name] = {}
+            here, section = here[name], node if isinstance(node, schema.Section) else None
+        name, node = _spelling(last, here, section)
+        if value is None and isinstance(node, schema.Section):
+            here.pop(name, None)
+        else:
+            here[name] = value
+    return tree
+
+
+def _spelling(
+    name: str, here: dict[str, Any], section: schema.Section | None
+) -> tuple[str, schema.Key | schema.Section | None]:
+    """How the file spells a key, and its node."""
+    if section is None:
+        return name, None
+    documented = schema.spellings(section).get(name, name)
+    node = section.keys.get(documented)
+    if node is not None and name not in here:
+        name = next((other for other in (documented, node.alias) if other and other in here), name)
+    return name, node
+
+
+# --- the JSONs that ship with ChatGoT ---
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_folder() -> Path:
+    """The folder of the shipped JSONs: inside an installed package, or beside the package in a checkout."""
+    installed = PACKAGE / "ds_configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "ds_configs"
+
+
+def shipped_jsons() -> dict[str, Path]:
+    """Path of every shipped JSON by its name (`bf16_zero2`), sorted; relative to the current folder if it is below."""
+    here = Path.cwd()
+    paths = {path.stem: path for path in sorted(shipped_folder().glob("*.json"))}
+    return {name: path.relative_to(here) if path.is_relative_to(here) else path for name, path in paths.items()}
+
+
+def find_json(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file that a command line means: what exists there or looks like a path, else the shipped JSON of that name.
+
+    Raises:
+        ConfigError: neither a file nor a shipped name; with the names that come close.
+    """
+    path = Path(name_or_path)
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path  # whoever reads it says what is wrong with it
+    shipped = shipped_jsons()
+    if path.name in shipped:
+        return shipped[path.name]
+    close = difflib.get_close_matches(path.name, shipped, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise ConfigError(
+        f"{path}: no such file, and no DeepSpeed JSON of that name ships{hint} "
+        f"(`chatgot configs` lists: {', '.join(shipped)})"
+    )
+
+
+def shipped_table() -> list[tuple[str, str, str, str]]:
+    """Name, precision, ZeRO stage and use of every shipped JSON, from the table in the folder's README."""
+    rows = []
+    for line in (shipped_folder() / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) == 5 and cells[0].endswith(".json`"):
+            file, precision, stage, _, use = cells
+            rows.append((file.strip("`").removesuffix(".json"), precision, stage, use))
+    return rows

@@ -1,0 +1,50 @@
+"""What a start of training does once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatgot.deepspeed_json import read, resolve
+from chatgot.training import run
+from tests.support import engine_json, write_json, write_run_yaml
+from tests.training import in_process
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the JSON was read, held against the schema and resolved, wherever that was asked for."""
+    calls: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(run, "read_document")
+    count(run, "resolve")
+    count(read, "parse_document")
+    count(resolve, "read_values")
+    return calls
+
+
+def test_a_start_and_a_resume_read_and_resolve_the_json_once(
+    calls: Counter[str], tmp_path: Path, text_file: Path
+) -> None:
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=2)
+    engine = write_json(tmp_path / "engine.json", engine_json(1))
+    for steps in (1, 2):
+        words = in_process.argv(engine, tmp_path / "run", config, text_file, f"train.max_steps={steps}")
+        assert in_process.train(words) == 0
+        assert set(calls.values()) == {1}
+        assert len(calls) == 4
+        calls.clear()
+    assert resolve.read_engine_config(engine, world_size=1, facts=run.device_facts()).zero_stage == 1
+    assert calls["parse_document"] == calls["read_values"] == 1, "the control: another reader is counted too"
