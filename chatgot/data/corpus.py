@@ -56,9 +56,8 @@ class Source:
             reader = TextReader(file.path, encoding)
             yield from self.pieces(reader)
             if reader.sha256 != expected:
-                raise DataError(
-                    f"{file.path}: changed while it was being prepared; try again when nothing writes to it"
-                )
+                hint = "try again when nothing writes to it"
+                raise DataError(f"{file.path}: changed while it was being prepared; {hint}")
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,8 @@ def _resolve_one(spec: str) -> Source:
     if not stat.S_ISREG(mode):
         raise DataError(not_regular(f"--data {spec}", mode))
     if looks_prepared(path.resolve().parent):
-        raise DataError(
-            f"--data {spec}: part of a prepared folder, not a text; name the folder {path.parent} to train on it"
-        )
+        hint = f"name the folder {path.parent} to train on it"
+        raise DataError(f"--data {spec}: part of a prepared folder, not a text; {hint}")
     return Source("file", path.name, path, (SourceFile(path, path.name),))
 
 
@@ -151,15 +149,11 @@ def _folder(root: Path) -> Source:
         inside = here.relative_to(root)
         others.extend(f"{(inside / s).as_posix()}/ (a link)" for s in subfolders if (here / s).is_symlink())
         if looks_prepared(here):
-            raise DataError(
-                f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the "
-                f"folder of texts"
-            )
+            hint = f"train on {here}, or move it out of the folder of texts"
+            raise DataError(f"--data {root}: {here} holds what `chatgot prepare` wrote; {hint}")
         if {run_folder.RUN, run_folder.DS_CONFIG} <= set(names):
-            raise DataError(
-                f"--data {root}: {here} is a run folder, its samples are a model's own text; move it out of the "
-                f"folder of texts"
-            )
+            why = "its samples are a model's own text; move it out of the folder of texts"
+            raise DataError(f"--data {root}: {here} is a run folder, {why}")
         for name in names:
             if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith("."):
                 files.append(SourceFile(here / name, (inside / name).as_posix()))
@@ -214,10 +208,8 @@ def check_out_dir(out_dir: Path, source: Source) -> None:
         if out in file.path.resolve().parents:
             raise DataError(f"--out {out_dir}: the text {file.path} lies in it; choose a folder of its own")
     if source.kind == "folder" and source.path is not None and source.path.resolve() in (out, *out.parents):
-        raise DataError(
-            f"--out {out_dir}: inside the folder of texts {source.path}, a later run would read its own output; "
-            f"choose another place"
-        )
+        why = "a later run would read its own output; choose another place"
+        raise DataError(f"--out {out_dir}: inside the folder of texts {source.path}, {why}")
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out_dir}: exists and is not a folder")
     if out.is_dir() and any(out.iterdir()) and not looks_prepared(out):

@@ -139,8 +139,9 @@ class TrainBatches:
 class EvalBatches:
     """A whole split: over all ranks every token but the first is a target exactly once.
 
-    All ranks get the same number of batches. What is missing in the last window and in the last batches is filled up with input 0 and target -100; a batch can
-    consist of nothing else, so sum the losses and divide by `target_tokens` instead of averaging batch means.
+    All ranks get the same number of batches. What is missing in the last window and in the last batches is filled up
+    with input 0 and target -100; a batch can consist of nothing else, so sum the losses and divide by `target_tokens`
+    instead of averaging batch means.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -21,7 +21,6 @@ from chatgot.config.run import DataConfig
 from chatgot.data.corpus import Source, check_out_dir, resolve
 from chatgot.data.prepared import (
     FORMAT_VERSION,
-    SPLITS,
     TOKENIZER_FILE,
     FileMeta,
     PreparedData,
@@ -57,8 +56,7 @@ _NOT_ASCII = bytes(range(128, 256))
 
 
 def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None = None) -> PreparedData:
-    """The prepared form of `spec`: opened if it is a prepared folder, else taken from the cache, else prepared into the
-    cache.
+    """The prepared form of `spec`: a prepared folder is opened, all else taken from or prepared into the cache.
 
     The cache is `cache_dir`, or $CHATGOT_CACHE, or ~/.cache/chatgot, folder `prepared`; its key is made of path, size
     and modification time of every file and of the settings. Processes that want the same entry wait for the one that
@@ -71,10 +69,8 @@ def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None 
     if source.kind == "prepared":
         assert source.path is not None
         data = open_prepared(source.path)
-        logger.info(
-            f"opened prepared folder {source.path}: source {data.meta.source}, {data.meta.tokenizer} vocabulary of "
-            f"{data.meta.vocab_size}"
-        )
+        what = f"source {data.meta.source}, {data.meta.tokenizer} vocabulary of {data.meta.vocab_size}"
+        logger.info(f"opened prepared folder {source.path}: {what}")
         return data
     cache = Path(cache_dir or os.environ.get("CHATGOT_CACHE") or Path.home() / ".cache" / "chatgot")
     entry = cache / "prepared" / _cache_key(source, config)
@@ -124,17 +120,13 @@ def prepare(
     block_size: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> PreparedData:
-    """Prepare a text; the same text and settings give the same bytes, and a killed run leaves no half-written folder at
-    `out_dir`.
+    """Prepare a text: the same text and settings give the same bytes, and a kill leaves no half-written `out_dir`.
 
     Args:
         spec: text file, folder of text files, built-in corpus name, or several of them.
-        out_dir: folder to write. An earlier prepared folder there is replaced; anything else that is not empty is
-            refused.
-        config: tokenizer, split and encoding.
+        out_dir: folder to write; an earlier prepared folder there is replaced, any other that is not empty is refused.
         block_size: refuse unless every split has block_size + 1 tokens.
-        tokenizer: an existing vocabulary to use instead of making one; config.unknown_characters says what to do with
-            characters it lacks.
+        tokenizer: an existing vocabulary to use; config.unknown_characters says what to do with what it lacks.
 
     Raises:
         DataError: nothing to read, not text, too short, own output, or `out_dir` cannot be written.
@@ -143,9 +135,8 @@ def prepare(
     out_dir = Path(out_dir)
     source = resolve(spec)
     if source.kind == "prepared":
-        raise DataError(
-            f"--data {source.path}: already prepared; train on it as it is, or name the text that it was made from"
-        )
+        instead = "train on it as it is, or name the text that it was made from"
+        raise DataError(f"--data {source.path}: already prepared; {instead}")
     check_out_dir(out_dir, source)
     for note in source.notes:
         logger.info(note)
@@ -161,11 +152,9 @@ def prepare(
     finally:
         if building is not None:
             shutil.rmtree(building, ignore_errors=True)
-    sizes = ", ".join(f"{name} {split.tokens:,}" for name in SPLITS if (split := meta.split(name)))
-    logger.info(
-        f"prepared {source.name}: {sizes} tokens, {meta.tokenizer} vocabulary of {meta.vocab_size}, split by "
-        f"{meta.split_by} -> {out_dir}"
-    )
+    sizes = ", ".join(f"{name} {split.tokens:,}" for name, split in meta.splits.items())
+    vocabulary = f"{meta.tokenizer} vocabulary of {meta.vocab_size}"
+    logger.info(f"prepared {source.name}: {sizes} tokens, {vocabulary}, split by {meta.split_by} -> {out_dir}")
     return open_prepared(out_dir, verify=False)
 
 
@@ -178,10 +167,8 @@ def _build(
     plan = plan_split(file_characters, config)
     for (name, end), begin in zip(plan.ends, (0, plan.train_end, plan.val_end)):
         if end - begin < 2:
-            raise DataError(
-                f"{source.name}: {plan.total} characters are too few: the {name} split has {end - begin}, at least 2 "
-                f"are needed"
-            )
+            what = f"the {name} split has {end - begin}, at least 2 are needed"
+            raise DataError(f"{source.name}: {plan.total} characters are too few: {what}")
     if given is not None:
         tokenizer = given
     elif config.tokenizer == "char":
@@ -275,10 +262,8 @@ class _Characters:
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = BpeTokenizer.train(bpe_pieces(texts), vocab_size)
-    if tokenizer.vocab_size < vocab_size:
-        logger.info(
-            f"bpe: the training text gave {tokenizer.vocab_size} tokens, data.bpe_vocab_size asked for {vocab_size}"
-        )
+    if (got := tokenizer.vocab_size) < vocab_size:
+        logger.info(f"bpe: the training text gave {got} tokens, data.bpe_vocab_size asked for {vocab_size}")
     return tokenizer
 
 
@@ -323,12 +308,8 @@ def _warn_of_repeats(meta: PreparedMeta) -> None:
         if twin != file.name and file.bytes:
             logger.warning(f"{file.name} has the same content as {twin}")
     if meta.repeated_share >= WARN_REPEATED_SHARE:
-        logger.warning(
-            f"about {meta.repeated_share:.0%} of the text repeats an earlier passage word for word; is something in it "
-            f"twice?"
-        )
+        share = f"about {meta.repeated_share:.0%} of the text"
+        logger.warning(f"{share} repeats an earlier passage word for word; is something in it twice?")
     if meta.val_in_train_share >= WARN_VAL_IN_TRAIN_SHARE:
-        logger.warning(
-            f"about {meta.val_in_train_share:.0%} of the validation text also stands in the training text; val/loss "
-            f"will look better than it is"
-        )
+        share = f"about {meta.val_in_train_share:.0%} of the validation text"
+        logger.warning(f"{share} also stands in the training text; val/loss will look better than it is")

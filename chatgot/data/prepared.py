@@ -22,7 +22,6 @@ FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 TOKENIZER_FILE = "tokenizer.json"
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,12 @@ class FileMeta:
 
 @dataclass(frozen=True)
 class SplitMeta:
-    """One split. `characters` and `bytes` (UTF-8) are of the text that its tokens decode to.
-
-    Bits per character = nats per token / ln 2 * tokens / characters, whatever the tokenizer.
-    """
+    """One split. `characters` and `bytes` (UTF-8) are of the text that its tokens decode to, `sha256` of its file."""
 
     tokens: int
     characters: int
     bytes: int
     sha256: str
-    """Of the token file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +57,6 @@ class PreparedMeta:
     tokenizer: str
     """char, byte or bpe."""
     tokenizer_sha256: str
-    """The tokenizer's fingerprint."""
     vocab_size: int
     dtype: str
     """uint8 or uint16, little-endian."""
@@ -78,9 +72,10 @@ class PreparedMeta:
     val_in_train_share: float
     """Estimated share of the validation text that also stands in the training text."""
 
-    def split(self, name: str) -> SplitMeta | None:
-        """The named split's numbers; None if there is no such split."""
-        return {"train": self.train, "val": self.val, "test": self.test}[name]
+    @property
+    def splits(self) -> dict[str, SplitMeta]:
+        """By name, in reading order."""
+        return {"train": self.train, "val": self.val} | ({"test": self.test} if self.test else {})
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class PreparedData:
             "format_version": self.meta.format_version,
             "tokenizer": self.meta.tokenizer_sha256,
             "dtype": self.meta.dtype,
-            "splits": {n: [s.tokens, s.sha256] for n in SPLITS if (s := self.meta.split(n)) is not None},
+            "splits": {name: [split.tokens, split.sha256] for name, split in self.meta.splits.items()},
         }
         return hashlib.sha256(json.dumps(defines, sort_keys=True).encode("ascii")).hexdigest()
 
@@ -132,12 +127,8 @@ def write_meta(meta: PreparedMeta, folder: Path) -> None:
 
 
 def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
-    """Open a prepared folder.
-
-    Args:
-        path: the folder.
-        verify: also read every token file and compare its sha256 (about 1 GB/s); sizes and the vocabulary are always
-            compared.
+    """Open a prepared folder. Sizes and the vocabulary are always compared with its meta.json; `verify`: the sha256 of
+    every token file, too (about 1 GB/s).
 
     Raises:
         DataError: not a prepared folder, written by another version, truncated or damaged.
@@ -175,14 +166,12 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
 
 def check_block_size(meta: PreparedMeta, max_seq_length: int) -> None:
     """Raise DataError, with both numbers, if a split is too short for one sample and its targets."""
-    for name in SPLITS:
-        split = meta.split(name)
-        if split is not None and split.tokens < max_seq_length + 1:
-            raise DataError(
-                f"{meta.source}: the {name} split has {split.tokens} tokens, one sample needs model.max_seq_length + 1 "
-                f"= {max_seq_length + 1}; use more text, a smaller max_seq_length"
-                + ("" if name == "train" else f", or a larger data.{name}_fraction")
-            )
+    for name, split in meta.splits.items():
+        if split.tokens < max_seq_length + 1:
+            needed = f"one sample needs model.max_seq_length + 1 = {max_seq_length + 1}"
+            hint = "use more text, a smaller max_seq_length"
+            hint += "" if name == "train" else f", or a larger data.{name}_fraction"
+            raise DataError(f"{meta.source}: the {name} split has {split.tokens} tokens, {needed}; {hint}")
 
 
 def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, again: str) -> np.ndarray:

@@ -72,10 +72,8 @@ class TextReader:
                         text = decoder.decode(chunk, final=not chunk)
                         text.encode("utf-8")  # some codecs let lone surrogates through
                     except UnicodeEncodeError as error:
-                        raise DataError(
-                            f"{self.path}: lone surrogate U+{ord(error.object[error.start]):04X} near byte "
-                            f"{self.bytes}: not valid text"
-                        ) from None
+                        lone = f"lone surrogate U+{ord(error.object[error.start]):04X} near byte {self.bytes}"
+                        raise DataError(f"{self.path}: {lone}: not valid text") from None
                     except UnicodeDecodeError as error:
                         raise DataError(self._describe(error, self.bytes - held + error.start)) from None
                     except UnicodeError as error:  # UTF-16 and UTF-32 without a byte order mark
@@ -122,10 +120,8 @@ def check_encoding(encoding: str) -> str:
     try:
         codec = codecs.lookup(encoding)
     except LookupError:
-        raise ConfigError(
-            f"data.encoding = {encoding!r}: unknown encoding; allowed is what Python knows (utf-8, latin-1, cp1252, "
-            f"utf-16, ...)"
-        ) from None
+        allowed = "allowed is what Python knows (utf-8, latin-1, cp1252, utf-16, ...)"
+        raise ConfigError(f"data.encoding = {encoding!r}: unknown encoding; {allowed}") from None
     if not getattr(codec, "_is_text_encoding", True) or codec.incrementaldecoder is None:
         raise ConfigError(f"data.encoding = {encoding!r}: not an encoding of text")
     return "utf-8" if codec.name == "utf-8-sig" else codec.name
@@ -155,19 +151,15 @@ def plan_split(file_characters: Sequence[int], config: DataConfig) -> SplitPlan:
     """
     val, test = config.val_fraction, config.test_fraction
     if val + test >= 1.0:
-        raise ConfigError(
-            f"data.val_fraction = {val} and data.test_fraction = {test} leave nothing for training; their sum must be "
-            f"below 1"
-        )
+        both = f"data.val_fraction = {val} and data.test_fraction = {test}"
+        raise ConfigError(f"{both} leave nothing for training; their sum must be below 1")
     total = sum(file_characters)
     train_end, val_end = int(total * (1.0 - val - test)), int(total * (1.0 - test)) if test else total
     by_position = SplitPlan("position", train_end, val_end, total)
     held_out = 2 if test else 1
     if config.split_by == "file" and len(file_characters) <= held_out:
-        raise ConfigError(
-            f"data.split_by: file needs at least {held_out + 1} text files, got {len(file_characters)}; use "
-            f"position or auto"
-        )
+        got = f"got {len(file_characters)}; use position or auto"
+        raise ConfigError(f"data.split_by: file needs at least {held_out + 1} text files, {got}")
     if config.split_by == "position" or len(file_characters) <= held_out:
         return by_position
     boundaries = list(accumulate(file_characters))[:-1]

@@ -54,11 +54,7 @@ class Tokenizer(ABC):
         """What defines the vocabulary, JSON-ready."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids. Byte sequences that are not UTF-8 (a model can write them) become U+FFFD.
-
-        Raises:
-            ValueError: an id outside the vocabulary.
-        """
+        """Text of token ids; ValueError for one outside the vocabulary. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i) for i in self._checked(ids).tolist()).decode("utf-8", errors="replace")
 
     def encode_prompt(self, text: str) -> np.ndarray:
@@ -111,10 +107,8 @@ class CharTokenizer(Tokenizer):
         if list(self.characters) != sorted(set(self.characters)):
             raise DataError("character vocabulary: the characters are not distinct and in code point order")
         if not 1 <= len(self.characters) <= MAX_VOCAB_SIZE:
-            raise DataError(
-                f"character vocabulary: {len(self.characters)} characters, allowed 1 to {MAX_VOCAB_SIZE}; use "
-                f"tokenizer: byte or bpe"
-            )
+            allowed = f"allowed 1 to {MAX_VOCAB_SIZE}; use tokenizer: byte or bpe"
+            raise DataError(f"character vocabulary: {len(self.characters)} characters, {allowed}")
         self.vocab_size = len(self.characters)
         self._code_points = np.array([ord(c) for c in self.characters], dtype="<u4")
         # code point -> id; the last entry stands for everything beyond
@@ -257,12 +251,7 @@ def read_own_json(path: Path, format_name: str, version: int, hint: str = "") ->
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.json.
-
-    Raises:
-        DataError: missing, unreadable or damaged file.
-        ConfigError: it is a bpe tokenizer and the library `tokenizers` is not installed.
-    """
+    """Read a tokenizer.json. Raises DataError for a missing or damaged one, ConfigError for bpe without its library."""
     path = Path(path)
     tree = read_own_json(path, FORMAT, FORMAT_VERSION)
     try:
@@ -270,9 +259,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if tokenizer.vocab_size != tree.get("vocab_size"):
-        raise DataError(
-            f"{path}: vocab_size = {tree.get('vocab_size')!r}, but the vocabulary has {tokenizer.vocab_size} entries"
-        )
+        claimed = tree.get("vocab_size")
+        raise DataError(f"{path}: vocab_size = {claimed!r}, but the vocabulary has {tokenizer.vocab_size} entries")
     return tokenizer
 
 
@@ -284,9 +272,8 @@ def _from_content(tree: dict[str, Any]) -> Tokenizer:
         return ByteTokenizer()
     if kind == "bpe" and isinstance(tree.get("tokenizers"), dict):
         return BpeTokenizer(tree["tokenizers"])
-    raise DataError(
-        f"kind = {kind!r}: expected char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')"
-    )
+    expected = "char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')"
+    raise DataError(f"kind = {kind!r}: expected {expected}")
 
 
 def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:
@@ -309,8 +296,6 @@ def tokenizers_library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ConfigError(
-            f"tokenizer: bpe needs the library tokenizers ({error}); pip install tokenizers, or use tokenizer: char "
-            f"or byte"
-        ) from error
+        instead = "pip install tokenizers, or use tokenizer: char or byte"
+        raise ConfigError(f"tokenizer: bpe needs the library tokenizers ({error}); {instead}") from error
     return tokenizers

@@ -89,11 +89,7 @@ class LineFile:
             logger.info(f"{self.path}: {what}; it stays, and new lines follow it")
 
     def write_line(self, record: Mapping[str, Any]) -> None:
-        """Write one line. After one that was lost, the next starts on a fresh line.
-
-        Raises:
-            ValueError: closed, or a value that JSON cannot hold.
-        """
+        """Write one line, a fresh one after one that was lost. Raises ValueError: closed, or not for JSON."""
         line = json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n"
         self._writer.attempt(lambda: self._write(line))
 
@@ -120,8 +116,7 @@ class Journal(LineFile):
         """Write one optimizer step's metrics: {"step": 250, "train/loss": 1.48, ...}; one that is None is left out.
 
         Raises:
-            ValueError: "step" is missing or not a whole number >= 0, a name that is not in METRICS, a value that is not
-                a number.
+            ValueError: "step" is not a whole number >= 0, a name is not in METRICS, a value is not a number.
         """
         step = record.get("step")
         if not isinstance(step, numbers.Integral) or isinstance(step, bool) or int(step) < 0:
@@ -155,11 +150,8 @@ class Events(LineFile):
         super().__init__(path)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write one event. Fields are JSON values (a Path is written as text).
-
-        Raises:
-            ValueError: a field named like one of the three that every event has.
-            TypeError: a value that JSON cannot hold.
+        """Write one event; a Path is written as text. Raises ValueError for a field named like one that every event
+        has, TypeError for a value that JSON cannot hold.
         """
         own = {
             "event": kind,

@@ -145,9 +145,7 @@ class _LogHandler(logging.Handler):
 def show_log(progress: Progress) -> None:
     """Print what the package logs through this progress, and no longer through an earlier one."""
     package = logging.getLogger("chatgot")
-    for handler in list(package.handlers):
-        if isinstance(handler, _LogHandler):
-            package.removeHandler(handler)
+    package.handlers = [handler for handler in package.handlers if not isinstance(handler, _LogHandler)]
     package.addHandler(_LogHandler(progress))
     package.setLevel(logging.INFO)
 

@@ -59,10 +59,8 @@ class WandbRun:
         """Open or continue the run folder's wandb run. No fault of wandb, the network or the server is raised.
 
         Args:
-            config: enabled, project, group, team. Disabled: no process is started.
-            run_dir: the run folder; the id is kept in run_dir/wandb/run_id.json, with wandb's own files beside it.
-                Steps that its metrics.jsonl has are in wandb already; trained again after a resume from an older
-                checkpoint, they are not logged a second time.
+            run_dir: keeps the id in wandb/run_id.json, with wandb's own files beside it. Steps that its metrics.jsonl
+                has are in wandb already; trained again after a resume, they are not logged a second time.
             run_config: the resolved configuration, shown by wandb.
             resumed_from_step: the checkpoint's step; None for a new start.
             init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.

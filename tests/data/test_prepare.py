@@ -81,8 +81,7 @@ def test_invariant_02_prepared_tokens_decode_to_the_text(kind, tmp_path):
     data = prepare(write(tmp_path / "t.txt", text), tmp_path / "out", config(kind, test_fraction=0.2))
     assert whole(data) == text
     for split, tokens in (("train", data.train), ("val", data.val), ("test", data.test)):
-        meta = data.meta.split(split)
-        assert meta is not None
+        meta = data.meta.splits[split]
         assert tokens is not None
         part = data.tokenizer.decode(tokens)
         assert (meta.tokens, meta.characters, meta.bytes) == (len(tokens), len(part), len(part.encode()))
