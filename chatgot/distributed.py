@@ -176,14 +176,21 @@ class ControlGroup:
 
     def on_rank_0(self, function: Callable[[], T]) -> T:
         """Rank 0 calls `function`; its value, or the ChatGoTError that it raised, reaches every rank. Collective."""
-        value, error = None, None
-        if self.rank == 0:
-            try:
-                value = function()
-            except ChatGoTError as caught:
-                error = caught
-        self.agree(error)
-        return self.from_rank_0(value)
+        return self.from_rank_0(self.on_every_rank(lambda: function() if self.rank == 0 else None))
+
+    def on_every_rank(self, function: Callable[[], T]) -> T:
+        """Every rank calls `function`; returns its own value. Collective.
+
+        Raises:
+            ChatGoTError: on all ranks, where any has raised one; see `agree`.
+        """
+        try:
+            value = function()
+        except ChatGoTError as error:
+            self.agree(error)
+            raise
+        self.agree(None)
+        return value
 
     def agree(self, error: ChatGoTError | None) -> None:
         """Raise on every rank if any rank met an error: nobody goes on alone, and nobody waits for the dead.

@@ -104,8 +104,8 @@ from pathlib import Path
 import chatgot
 json, out, config, data = sys.argv[1:]
 def interrupt():
-    metrics = Path(out, "metrics.jsonl")  # there before the run minds signals; its first line comes after
-    while not (metrics.exists() and metrics.stat().st_size):
+    metrics = Path(out, "metrics.jsonl")
+    while not metrics.exists() or not metrics.stat().st_size:
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=interrupt, daemon=True).start()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from chatgot.bench import measuring
-from chatgot.checkpoint import manifest, reading
+from chatgot.checkpoint import load, manifest
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.resume import resume
 from chatgot.checkpoint.save import Saver
@@ -88,7 +88,7 @@ def _at_once(loop: Loop, saver: Saver, folder: Path) -> dict[str, float]:
     times = {"save at once": measuring.timed(lambda: (_begin(loop, saver), saver.finish()))}
     found = _newest(saver)
     names = [name for name in manifest.listed(found.path) if name.endswith(".pt")]
-    states = {name: reading.read(found.path / name) for name in names}
+    states = {name: load.read(found.path / name) for name in names}
     sizes = [(found.path / name).stat().st_size for name in names]
     times["torch.save and fsync"] = measuring.timed(
         lambda: [_save(folder / f"raw-{n}", state) for n, state in states.items()]
@@ -99,7 +99,7 @@ def _at_once(loop: Loop, saver: Saver, folder: Path) -> dict[str, float]:
     times["hashing"] = measuring.timed(
         lambda: [manifest.measure(found.path / name) for name in manifest.listed(found.path)]
     )
-    times["torch.load"] = measuring.timed(lambda: [reading.read(folder / f"raw-{name}") for name in names])
+    times["torch.load"] = measuring.timed(lambda: [load.read(folder / f"raw-{name}") for name in names])
     times["load: verify"] = measuring.timed(lambda: find(found.folder, found.tag))
     times["load: into the engine"] = measuring.timed(lambda: resume(loop.engine.engine, found, loop.fields, loop.ranks))
     return times

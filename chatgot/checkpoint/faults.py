@@ -24,6 +24,8 @@ VARIABLE = "CHATGOT_FAULT"
 _FORM = re.compile(
     r"save:(?P<number>\d+):(?P<kind>kill9|sigstop|enospc|eio|list|delay=(?P<seconds>\d+(\.\d+)?))(:(?P<rank>\d+|all))?"
 )
+_SIGNALS = {"kill9": signal.SIGKILL, "sigstop": signal.SIGSTOP}
+_ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
 
 
 @dataclass
@@ -50,8 +52,7 @@ def arm(rank: int) -> str | None:
     text = os.environ.get(VARIABLE)
     if not text:
         return None
-    match = _FORM.fullmatch(text)
-    if match is None:
+    if (match := _FORM.fullmatch(text)) is None:
         form = "save:N:kill9|sigstop|enospc|eio|delay=SECONDS|list[:RANK|:all]"
         raise ConfigError(f"{VARIABLE}={text}: must be {form}; unset it to train")
     if match["rank"] in ("all", str(rank)) or (match["rank"] is None and rank == 0):
@@ -74,10 +75,8 @@ def operation(what: str) -> None:
         return
     if _rehearsal.kind == "delay":
         time.sleep(_rehearsal.seconds)
-    elif _rehearsal.kind == "kill9":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif _rehearsal.kind == "sigstop":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif _rehearsal.kind in ("enospc", "eio"):
-        number = errno.ENOSPC if _rehearsal.kind == "enospc" else errno.EIO
+    elif _rehearsal.kind in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[_rehearsal.kind])
+    else:
+        number = _ERRORS[_rehearsal.kind]
         raise OSError(number, f"{os.strerror(number)} (asked for by {VARIABLE})", what)

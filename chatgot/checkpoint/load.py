@@ -1,11 +1,13 @@
-"""Finding a whole checkpoint, and choosing the one to go on from. A requested resume that fails is an error, never a
-fresh start.
+"""Finding a whole checkpoint, choosing the one to go on from, and reading its files without running code. A requested
+resume that fails is an error, never a fresh start. Imports torch only to read a file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.manifest import Difference, Manifest
 from chatgot.errors import CheckpointError, ConfigError
-from chatgot.run_folder import CHECKPOINTS, LATEST
+from chatgot.run_folder import CHECKPOINTS, LATEST, REPLACED, UNFINISHED
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAG_OF_STEP = re.compile(r"step-(\d+)")
@@ -38,15 +40,41 @@ class Found:
         return self.folder / self.tag
 
 
+@dataclass(frozen=True)
+class Published:
+    """A good checkpoint."""
+
+    tag: str
+    step: int
+    sequence: int
+    """Order of publication: after a resume from an older checkpoint the newest one need not have the highest step."""
+    bytes: int
+    files: int
+    val_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a folder of checkpoints holds."""
+
+    good: tuple[Published, ...] = ()
+    """In order of publication."""
+    damaged: tuple[tuple[str, str], ...] = ()
+    """(tag, reason) of those that turned out not to be good just now; those that were known are left out."""
+    other_bytes: int = 0
+    """Of everything else that stays: damaged checkpoints, small files."""
+    leftover_bytes: int = 0
+    """Of what a save that was cut short has left, which the next one sweeps."""
+
+
 def find(folder: Path, tag: str | None = None) -> Found | None:
     """Find the named checkpoint, or the one that was published last of those that are whole; None if there is none.
 
-    Every file is compared with the manifest's size and hash before anything is loaded. `latest` is a hint for stock
-    DeepSpeed: where it disagrees with the manifests, they decide.
+    Every file is compared with the manifest's size and hash before anything is loaded. Where `latest`, which is for
+    stock DeepSpeed, disagrees with the manifests, they decide.
 
     Raises:
-        CheckpointError: the named checkpoint is missing, damaged, or not a plain name; without a name: there are
-            checkpoints, none whole.
+        CheckpointError: the named one is missing, damaged, or no plain name; without a name: none of several is whole.
     """
     if tag is not None:
         return _open(folder, tag)
@@ -122,6 +150,56 @@ def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | Non
     return notes
 
 
+def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
+    """Look at every checkpoint of a folder: its manifest, and names and sizes of its files, but not their contents.
+    Those in `damaged` are known not to be good, whatever they look like.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    good: list[Published] = []
+    bad: list[tuple[str, str]] = []
+    for tag in sorted(set(tags_in(folder)) - set(damaged)):
+        path = folder / tag
+        try:
+            if path.is_symlink():
+                raise CheckpointError("it is a symbolic link")
+            fields = manifest.read(path)
+            manifest.verify(path, fields, contents=False)
+            step, sequence, loss = int(fields["step"]), int(fields.get("sequence", 0)), fields.get("val_loss")
+            size, files = manifest.bytes_of(path, fields), len(fields["files"]) + 1
+            good.append(Published(tag, step, sequence, size, files, None if loss is None else float(loss)))
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            bad.append((tag, str(error)))
+    good.sort(key=lambda checkpoint: checkpoint.sequence)
+    replaced = [path for path in folder.glob(f"{REPLACED}*") if (folder / path.name.removeprefix(REPLACED)).exists()]
+    leftover = sum(map(_bytes_below, (*folder.glob(f"{UNFINISHED}*"), *replaced)))  # what the next save sweeps
+    other = _bytes_below(folder) - leftover - sum(checkpoint.bytes for checkpoint in good)
+    return Holdings(tuple(good), tuple(bad), other, leftover)
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum((Path(parent) / name).lstat().st_size for parent, _, names in os.walk(folder) for name in names)
+
+
+def expected_bytes(folder: Path, fields: Mapping[str, Any], estimated: int, damaged: Collection[str] = ()) -> int:
+    """Bytes of the next checkpoint, given the manifest's fields of this run: as many as the newest good one of the same
+    layout has, or else the estimate.
+
+    Raises:
+        CheckpointError: the folder cannot be looked at.
+    """
+    try:
+        good = examine(folder, damaged).good
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be looked at: {error}") from error
+    for checkpoint in reversed(good):
+        saved = manifest.read(folder / checkpoint.tag)
+        if all(saved.get(name) == fields.get(name) for name in manifest.SAME_SIZE):
+            return checkpoint.bytes
+    return estimated
+
+
 def choose(resume_from: str, out_dir: Path) -> Found | None:
     """Apply --resume_from auto|must|never|PATH[@TAG]; None means: start a new run.
 
@@ -135,10 +213,8 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
     own = out_dir / CHECKPOINTS
     if resume_from == "never":
         if tags_in(own):
-            raise ConfigError(
-                f"--resume_from never: {own} has checkpoints, and a new run would mix with them; choose another "
-                f"--out_dir or remove it"
-            )
+            why = "a new run would mix with them; choose another --out_dir or remove it"
+            raise ConfigError(f"--resume_from never: {own} has checkpoints, and {why}")
         return None
     if resume_from in ("auto", "must"):
         folder, tag = own, ""
@@ -155,10 +231,9 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
 
 
 def refuse_differences(found: Found, now: Mapping[str, Any], allowed: Collection[str] = ()) -> list[Difference]:
-    """Compare the manifest with what this run would be, before an engine is built.
+    """Compare the manifest with this run's fields, before an engine is built.
 
     Args:
-        now: the manifest's fields of this run.
         allowed: switches of train.py that were given (manifest.MUST_MATCH).
 
     Returns:
@@ -171,19 +246,63 @@ def refuse_differences(found: Found, now: Mapping[str, Any], allowed: Collection
     refused = [one for one in different if manifest.MUST_MATCH[one.field] not in allowed]
     if not refused:
         return different
-    rows = [("", "checkpoint", "this run", ""), *((d.name, d.before, d.now, _switch(d)) for d in refused)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    rows = [("", "checkpoint", "this run", "")]
+    for one in refused:
+        switch = manifest.MUST_MATCH[one.field]
+        rows.append((one.name, one.before, one.now, f"allowed by {switch}" if switch else ""))
+    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
     lines = [
-        f"  {name:{widths[0]}}  {before:{widths[1]}} | {after:{widths[2]}}  {switch}".rstrip()
-        for name, before, after, switch in rows
+        f"  {name:{first}}  {before:{second}} | {after:{third}}  {allowed_by}".rstrip()
+        for name, before, after, allowed_by in rows
     ]
-    raise CheckpointError(
-        f"{found.path}: does not fit this run:\n"
-        + "\n".join(lines)
-        + "\nGive the same settings, or start a new run in another --out_dir"
-    )
+    advice = "Give the same settings, or start a new run in another --out_dir"
+    raise CheckpointError("\n".join([f"{found.path}: does not fit this run:", *lines, advice]))
 
 
-def _switch(difference: Difference) -> str:
-    switch = manifest.MUST_MATCH[difference.field]
-    return f"allowed by {switch}" if switch else ""
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Restrict every torch.load within it, also those of DeepSpeed, which ask for the opposite (weights_only=False).
+
+    torch's own switch for that is an environment variable (torch/serialization.py, load). The classes are those that
+    DeepSpeed 0.19.8 puts into its optimizer files; none of them does anything when it is made.
+    """
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(names[0], None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Load one file of a checkpoint without running code: tensors, plain containers and a few classes, nothing else.
+
+    Its tensors are on the CPU and memory-mapped: their elements are read from the file when they are used. Only torch's
+    zip format can be mapped; with checkpoint.checkpoint_serialization = false in the JSON, DeepSpeed writes the older
+    one, which is read as a whole.
+    """
+    import torch
+
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch/serialization.py, _is_zipfile
+    with weights_only():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def explained(error: Exception) -> str:
+    """Say what went wrong, without torch's advice to load the file with weights_only=False."""
+    message = str(error)
+    if "weights_only" not in message and "Weights only" not in message:
+        return f"{type(error).__name__}: {message}"
+    name = re.search(r"(?:GLOBAL|class|function|global) ([\w.]+)", message)
+    what = f" ({name.group(1)})" if name else f": {message.splitlines()[-1]}"
+    unneeded = "a checkpoint never needs that, and loading it could run code"
+    return f"refused: it holds more than tensors and plain values{what}; {unneeded}"

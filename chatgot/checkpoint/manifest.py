@@ -37,7 +37,7 @@ SAME_SIZE = ("parameters", *MAY_CHANGE)
 """Fields that two checkpoints of the same size share."""
 
 HASHING_THREADS = 4
-"""Files that are hashed at once; hashlib lets other threads run meanwhile."""
+"""Files that are hashed at once."""
 
 
 class RunFields(TypedDict):
@@ -104,14 +104,12 @@ class ClientState(TypedDict):
 
 @dataclass(frozen=True)
 class Difference:
-    """A value of the manifest that is another one now."""
+    """A value of the manifest that is another one now, as shown: fingerprints are shortened."""
 
     field: str
-    """The field of the manifest."""
     name: str
     """The field, or field.key where it has keys."""
     before: str
-    """As shown: fingerprints are shortened."""
     now: str
 
     def __str__(self) -> str:
@@ -125,11 +123,7 @@ def parameter_fingerprint(named_shapes: Iterable[tuple[str, tuple[int, ...]]]) -
 
 
 def write(folder: Path, fields: Mapping[str, Any], before: Callable[[str], None] = lambda operation: None) -> None:
-    """Write manifest.json into a checkpoint folder and flush it to the disk. Rank 0 only, last of all files.
-
-    Args:
-        before: is called with the name of each file operation, right before it.
-    """
+    """Write manifest.json, last of a checkpoint's files, and flush it to the disk; `before` as in write_atomically."""
     said = {"format_version": FORMAT_VERSION, **fields}
     write_atomically(folder / NAME, json.dumps({**said, "sha256": _digest(said)}, indent=2), before)
 
@@ -151,22 +145,19 @@ def read(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: is a symbolic link; a checkpoint's files are its own")
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        incomplete = f"{folder}: no {NAME}: the checkpoint is incomplete, or was not written by ChatGoT"
-        raise CheckpointError(incomplete) from None
+        why = "the checkpoint is incomplete, or was not written by ChatGoT"
+        raise CheckpointError(f"{folder}: no {NAME}: {why}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
         raise CheckpointError(f"{path}: not a manifest (no format_version)")
     version = fields["format_version"]
     if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {version}, this ChatGoT reads up to {FORMAT_VERSION}; install the newer ChatGoT"
-        )
+        newer = f"this ChatGoT reads up to {FORMAT_VERSION}; install the newer ChatGoT"
+        raise CheckpointError(f"{path}: format version {version}, {newer}")
     if version < FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {version} has no hashes, so that nobody can tell whether the files are whole; "
-            f"this ChatGoT reads version {FORMAT_VERSION}"
-        )
+        why = f"so that nobody can tell whether the files are whole; this ChatGoT reads version {FORMAT_VERSION}"
+        raise CheckpointError(f"{path}: format version {version} has no hashes, {why}")
     if fields.pop("sha256", None) != _digest(fields):
         raise CheckpointError(f"{path}: damaged: its own sha256 does not fit what it says")
     return cast(Manifest, fields)
@@ -174,10 +165,8 @@ def read(folder: Path) -> Manifest:
 
 def listed(folder: Path) -> list[str]:
     """List every file below a checkpoint folder by its relative name ('/' between folders), the manifest left out."""
-    names = []
-    for parent, _, files in os.walk(folder):
-        names += [(Path(parent) / name).relative_to(folder).as_posix() for name in files]
-    return sorted(name for name in names if name != NAME)
+    paths = (Path(parent) / name for parent, _, files in os.walk(folder) for name in files)
+    return sorted({path.relative_to(folder).as_posix() for path in paths} - {NAME})
 
 
 def measure(path: Path) -> Measured:
@@ -191,14 +180,10 @@ def bytes_of(folder: Path, fields: Manifest) -> int:
 
 
 def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> None:
-    """Compare every file of a checkpoint with its manifest: names and sizes first, they cost nothing, then contents.
-
-    Args:
-        contents: whether to read the files; False compares names and sizes only.
+    """Compare every file of a checkpoint with its manifest: names and sizes first, they cost nothing, then `contents`.
 
     Raises:
-        CheckpointError: naming the first file that is missing, not listed, a link, of another size, or of other
-            contents.
+        CheckpointError: naming the first file that is missing, not listed, a link, or of another size or contents.
     """
     files = fields.get("files")
     if not isinstance(files, dict) or not files:

@@ -1,20 +1,22 @@
-"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and precision
-wrote it, and putting it into a new engine of any of these, bit for bit.
+"""A checkpoint as weights and optimizer state per parameter, whatever ZeRO stage, number of ranks, offload and
+precision wrote it: read from DeepSpeed's files by their layout.
 
 Elements stay in the memory-mapped files until somebody asks a StoredTensor for a range of them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from chatgot.checkpoint.load import Found, explained, read
 from chatgot.checkpoint.manifest import ClientState
-from chatgot.distributed import ControlGroup
-from chatgot.engine import zero_view
-from chatgot.engine.zero_view import Fragment
+from chatgot.engine.zero_view import Fragment, cut_each, cut_group, whole
 from chatgot.errors import CheckpointError
 
 MOMENTUM = "momentum_buffer"
@@ -93,8 +95,8 @@ def join(
             offset = source.offset + fragment.start - source.start
             end, ends = offset + fragment.numel, fragment.start + fragment.numel
             if offset < 0 or ends > source.start + source.numel or end > part.numel():
-                where = f"elements [{offset}, {end}) of rank {rank}'s shard, which has {part.numel()}"
-                raise ValueError(f"{fragment.name}: {where}")
+                shard = f"rank {rank}'s shard, which has {part.numel()}"
+                raise ValueError(f"{fragment.name}: elements [{offset}, {end}) of {shard}")
             pieces[fragment.name].append(Piece(fragment.start, fragment.numel, part.detach().reshape(-1), offset))
     for name, ordered in pieces.items():
         ordered.sort(key=lambda piece: piece.start)
@@ -130,9 +132,7 @@ class PortableState:
     parameters: dict[str, PortableParameter]
     """By name, each tied weight once."""
     groups: list[HyperParameters]
-    """Hyper-parameters of the optimizer's parameter groups; empty where zero_optimization.elastic_checkpoint did not
-    keep them.
-    """
+    """The optimizer's hyper-parameters; empty where zero_optimization.elastic_checkpoint did not keep them."""
     buffers: dict[str, torch.Tensor]
     tied: dict[str, str]
     """Other names of parameters in the model's state dict: name -> the parameter's."""
@@ -144,88 +144,195 @@ class PortableState:
     client_state: ClientState
 
 
-def parameter_groups(engine: Any) -> list[list[str]]:
-    """Name the parameters in every group of an optimizer without ZeRO, whose state dict numbers them; [] with ZeRO."""
-    if engine.zero_optimization():
-        return []
-    names = zero_view.parameter_names(engine)
-    return [[names[id(p)] for p in group["params"]] for group in engine.optimizer.param_groups]
+def fp32_weights(found: Found) -> dict[str, torch.Tensor]:
+    """The model's state dict in fp32 on the CPU: parameters, tied ones under each of their names, and buffers.
 
-
-def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
-    """Give a new engine the state's weights, optimizer state and counters. Collective.
-
-    The optimizer's hyper-parameters stay those of the engine.
+    Of ZeRO's files the fp32 masters are taken. Optimizer state is not read.
 
     Raises:
-        CheckpointError: on all ranks; the engine's parameters or its optimizer are not the checkpoint's, or its state
-            is not in memory.
+        CheckpointError: the files cannot be read.
     """
-    error = None
-    owned = list(zero_view.owned_pieces(engine))
+    state = read_portable(found)
+    weights = {name: parameter.weight.whole() for name, parameter in state.parameters.items()}
+    for name, buffer in state.buffers.items():
+        weights[name] = buffer.to(torch.float32 if buffer.is_floating_point() else buffer.dtype, copy=True)
+    return weights | {name: weights[original] for name, original in state.tied.items()}
+
+
+def read_portable(found: Found) -> PortableState:
+    """Open every file of a checkpoint and find each parameter's pieces in them.
+
+    Raises:
+        CheckpointError: a file is missing, cannot be read, or does not fit the others: the pieces must be all elements,
+            each once.
+    """
     try:
-        _check(engine, state)
-        if any(parameter.moments or parameter.scalars for parameter in state.parameters.values()):
-            zero_view.create_optimizer_state(engine, owned)
-            for piece in owned:
-                _write_optimizer_state(engine, piece, state)
-    except CheckpointError as caught:
-        error = caught
-    ranks.agree(error)
-    with torch.no_grad():
-        for piece in owned:
-            flat = piece.tensor.data.view(-1)
-            for f in piece.fragments:
-                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.read(f.start, f.numel)
-        for name, buffer in engine.module.named_buffers():
-            if name in state.buffers:
-                buffer.copy_(state.buffers[name])
-    zero_view.refresh_16_bit_copies(engine)
-    engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
-    engine.global_samples = state.global_samples
-    scaler = zero_view.loss_scaler(engine)
-    if scaler is not None and scaler.dynamic and state.loss_scaler is not None:
-        for key in LOSS_SCALER_FIELDS:
-            setattr(scaler, key, state.loss_scaler[key])
+        return _read_portable(found)
+    except CheckpointError:
+        raise
+    except Exception as error:  # files that nobody has checked: whatever torch and their contents raise
+        raise CheckpointError(f"{found.path}: cannot be read: {explained(error)}") from error
 
 
-def _check(engine: Any, state: PortableState) -> None:
-    shapes = zero_view.parameter_shapes(engine)
-    theirs = {name: tuple(parameter.weight.shape) for name, parameter in state.parameters.items()}
-    if shapes != theirs:
-        name = next(n for n in sorted(shapes.keys() | theirs.keys()) if shapes.get(n) != theirs.get(n))
-        raise CheckpointError(
-            f"parameter {name}: shape {theirs.get(name)} in the checkpoint, {shapes.get(name)} in this run's model"
+def _read_portable(found: Found) -> PortableState:
+    at_stage_3 = found.path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    model = read(at_stage_3 if at_stage_3.is_file() else found.path / "mp_rank_00_model_states.pt")
+    loss_scaler = None
+    if model.get("optimizer") is not None:
+        parameters, groups = _without_zero(found, model)
+    else:
+        paths, ranks = sorted(found.path.glob("*_optim_states.pt"), key=_rank), model["dp_world_size"]
+        if [_rank(path) for path in paths] != list(range(ranks)):
+            names = ", ".join(path.name for path in paths) or "none"
+            raise CheckpointError(f"{found.path}: {ranks} optimizer shards are needed, there are: {names}")
+        shards = [read(path)["optimizer_state_dict"] for path in paths]
+        base = shards[0].get("base_optimizer_state", shards[0].get("optimizer_state_dict"))
+        parameters, groups = {}, base["param_groups"] if isinstance(base, dict) else []
+        flat_tensors = _stage_3 if "fp32_flat_groups" in shards[0] else _flat_groups
+        for name, parameter in flat_tensors(model["param_shapes"], shards, groups):
+            if name in parameters:
+                raise CheckpointError(f"{found.path}: parameter {name} is there twice")
+            parameters[name] = parameter
+        scaler = shards[0].get("loss_scaler")
+        if scaler is not None and scaler.dynamic:
+            loss_scaler = {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS}
+    buffers = {name: model["module"][name] for name in model.get("buffer_names") or [] if name in model["module"]}
+    shared = model.get("shared_params")
+    return PortableState(
+        parameters=parameters,
+        groups=[{key: value for key, value in group.items() if key != "params"} for group in groups],
+        buffers=buffers,
+        tied=dict(shared) if shared is not None else _tied(model["module"], parameters, buffers),
+        global_steps=model["global_steps"],
+        skipped_steps=model["skipped_steps"],
+        global_samples=model["global_samples"],
+        loss_scaler=loss_scaler,
+        client_state=model["chatgot"],
+    )
+
+
+def _without_zero(found: Found, model: dict[str, Any]) -> tuple[dict[str, PortableParameter], list[HyperParameters]]:
+    """Stage 0: torch's own state dict. It knows parameters by number only; their names come from the client state."""
+    names = model.get("chatgot", {}).get("parameter_groups")
+    states, groups = model["optimizer"]["state"], model["optimizer"]["param_groups"]
+    if names is None or [len(members) for members in names] != [len(group["params"]) for group in groups]:
+        unnamed = (
+            "does not say which parameters its optimizer's groups hold; it can be resumed with the same settings only"
         )
-    if setting := zero_view.out_of_reach(engine):
-        raise CheckpointError(
-            f"{setting}: a checkpoint of other settings cannot be resumed into it; offload to the CPU with ratio 1 first"
-        )
+        raise CheckpointError(f"{found.path}: {unnamed}")
+    parameters = {}
+    for index, (members, group) in enumerate(zip(names, groups)):
+        for name, number in zip(members, group["params"]):
+            weight, state = model["module"][name], states.get(number, {})
+            moments = {key: stored(value, weight.shape) for key, value in state.items() if not _is_scalar(value)}
+            parameters[name] = PortableParameter(stored(weight, weight.shape), index, moments, _scalars(state, group))
+    return parameters, groups
 
 
-def _write_optimizer_state(engine: Any, piece: zero_view.Owned, state: PortableState) -> None:
-    target = engine.basic_optimizer.state[piece.tensor]
-    if not piece.fragments:
-        return  # a part that is all padding
-    if piece.group.get("use_muon") and target.get(MOMENTUM) is None:
-        target[MOMENTUM] = torch.zeros(piece.momentum_numel, dtype=torch.float32, device=piece.tensor.device)
-    kept = {key for key, value in target.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
-    for name in dict.fromkeys(f.name for f in piece.fragments):
-        saved = state.parameters[name].moments.keys()
-        if kept != saved:
-            raise CheckpointError(
-                f"parameter {name}: the checkpoint's optimizer keeps {', '.join(sorted(saved)) or 'nothing'}, "
-                f"this run's {', '.join(sorted(kept)) or 'nothing'}; give the same optimizer"
-            )
-    for key in kept:
-        flat = target[key].view(-1)
-        for f in piece.momentum if key == MOMENTUM else piece.fragments:
-            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].read(f.start, f.numel)
-    scalars = state.parameters[piece.fragments[0].name].scalars
-    for key, value in scalars.items():
-        if isinstance(target.get(key), torch.Tensor):
-            target[key].fill_(value)
-        elif key in target:
-            target[key] = type(target[key])(value)
-    if "step" in scalars and "step" in piece.group:
-        piece.group["step"] = type(piece.group["step"])(scalars["step"])
+def _tied(
+    module: dict[str, torch.Tensor], parameters: dict[str, PortableParameter], buffers: dict[str, torch.Tensor]
+) -> dict[str, str]:
+    """Find tied weights without ZeRO, where nothing lists them: the names left over, with a parameter's values."""
+    tied = {}
+    for name in module.keys() - parameters.keys() - buffers.keys():
+        copy, alike = module[name], [p for p in parameters if module[p].shape == module[name].shape]
+        same = [p for p in alike if module[p].data_ptr() == copy.data_ptr()]
+        if not (same := same or [p for p in alike if torch.equal(module[p], copy)]):
+            raise ValueError(f"{name}: no parameter of the optimizer, no buffer, and no other name of a parameter")
+        tied[name] = same[0]
+    return tied
+
+
+def _parameters(
+    shapes: dict[str, torch.Size],
+    group: tuple[int, HyperParameters],
+    cuts: list[list[Fragment]],
+    momentum_cuts: list[list[Fragment]],
+    masters: list[torch.Tensor],
+    states: list[dict[str, Any]],
+) -> Iterator[tuple[str, PortableParameter]]:
+    """Find the parameters in a flat tensor that is cut up: cuts, masters and optimizer states by rank."""
+    index, hyper_parameters = group
+    weights = join(shapes, cuts, cuts, masters)
+    moments = {}
+    for key in sorted({key for state in states for key, value in state.items() if not _is_scalar(value)}):
+        parts = [state.get(key, torch.empty(0)) for state in states]
+        moments[key] = join(shapes, cuts, momentum_cuts if key == MOMENTUM else cuts, parts)
+    scalars = _scalars(next((state for state in states if state), {}), hyper_parameters)
+    for name, weight in weights.items():
+        own = {key: tensors[name] for key, tensors in moments.items()}
+        yield name, PortableParameter(weight, index, own, dict(scalars))
+
+
+def _flat_groups(
+    shapes_of_groups: list[dict[str, torch.Size]], shards: list[dict[str, Any]], groups: list[HyperParameters]
+) -> Iterator[tuple[str, PortableParameter]]:
+    """ZeRO 1-2 and the BF16_Optimizer: one flat tensor per parameter group."""
+    for index, shapes in enumerate(shapes_of_groups):
+        masters = [shard["single_partition_of_fp32_groups"][index].detach() for shard in shards]
+        size = masters[0].numel()
+        if "zero_stage" in shards[0]:
+            size += shards[0]["group_paddings"][index]  # which those files leave out
+        numels = {name: shape.numel() for name, shape in shapes.items()}
+        paddings = (shards[0].get("param_alignment_paddings") or [[]] * (index + 1))[index]
+        cuts = [cut_group(list(numels.items()), size, rank, paddings) for rank in range(len(shards))]
+        states = [_base_state(shard, index) for shard in shards]
+        group = (index, groups[index] if groups else {})
+        yield from _parameters(shapes, group, cuts, _momentum_cuts(cuts, states, numels, size), masters, states)
+
+
+def _momentum_cuts(
+    cuts: list[list[Fragment]], states: list[dict[str, Any]], numels: dict[str, int], partition_size: int
+) -> list[list[Fragment]]:
+    """Muon's momentum is laid out like the weights with offloading or in a BF16_Optimizer, else by whole matrices."""
+    if not any(MOMENTUM in state for state in states):
+        return cuts
+    held = [state[MOMENTUM].numel() if MOMENTUM in state else 0 for state in states]
+    # Without padding, which zero_optimization.elastic_checkpoint leaves out.
+    filled = [max((f.offset + f.numel for f in cut), default=0) for cut in cuts]
+    if all(count in (partition_size, full) for count, full in zip(held, filled)):
+        return cuts
+    matrices = [whole(numels, cut) for cut in cuts]
+    if [sum(f.numel for f in cut) for cut in matrices] != held:
+        raise ValueError(f"{MOMENTUM}: {held} elements on the ranks fit no layout of {len(numels)} matrices")
+    return matrices
+
+
+def _stage_3(
+    shapes_of_groups: list[dict[str, torch.Size]], shards: list[dict[str, Any]], groups: list[HyperParameters]
+) -> Iterator[tuple[str, PortableParameter]]:
+    """ZeRO 3: one flat tensor per sub-group; `param_shapes` has one entry per sub-group too."""
+    group_of = {number: index for index, group in enumerate(groups) for number in group["params"]}
+    for number, shapes in enumerate(shapes_of_groups):
+        masters = [shard["fp32_flat_groups"][number].detach() for shard in shards]
+        numels = [(name, shape.numel()) for name, shape in shapes.items()]
+        cuts = [cut_each(numels, len(shards), rank) for rank in range(len(shards))]
+        states = [shard["optimizer_state_dict"]["state"].get(number, {}) for shard in shards]
+        group = (group_of[number], groups[group_of[number]])
+        yield from _parameters(shapes, group, cuts, cuts, masters, states)
+
+
+def _base_state(shard: dict[str, Any], group: int) -> dict[str, Any]:
+    """The optimizer's state for a flat group; zero_optimization.elastic_checkpoint stores a list instead of a dict."""
+    base = shard["base_optimizer_state"]
+    if isinstance(base, dict):
+        return base["state"].get(group, {})
+    step = shard.get("base_optimizer_state_step")
+    return {**base[group], **({} if step is None else {"step": step})}
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.dim() == 0
+
+
+def _scalars(state: dict[str, Any], group: dict[str, Any]) -> dict[str, float | int]:
+    scalars = {key: value for key, value in state.items() if _is_scalar(value)}
+    if state and "step" in group:
+        scalars.setdefault("step", group["step"])
+    plain = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in scalars.items()}
+    return {key: value for key, value in plain.items() if isinstance(value, (int, float))}
+
+
+def _rank(path: Path) -> int:
+    match = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(match[1]) if match else -1

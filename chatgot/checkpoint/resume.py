@@ -1,6 +1,4 @@
-"""Resuming a checkpoint with the same settings, through DeepSpeed's own files, or with others, parameter by
-parameter.
-"""
+"""Resuming a checkpoint: with the same settings through DeepSpeed's own load, with others parameter by parameter."""
 
 from __future__ import annotations
 
@@ -10,11 +8,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.load import Found, explained, weights_only
 from chatgot.checkpoint.manifest import MAY_CHANGE, ClientState
-from chatgot.checkpoint.portable import PortableState, write_portable
-from chatgot.checkpoint.reading import explained, read_portable, weights_only
+from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, PortableState, read_portable
 from chatgot.distributed import ControlGroup
 from chatgot.engine import zero_view
 from chatgot.errors import CheckpointError
@@ -30,11 +29,7 @@ _NOT_COMPARED = frozenset(
 
 
 def layout(deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """Name what else, besides stage, ranks and precision, decides the layout of DeepSpeed's files; for the manifest.
-
-    Args:
-        deepspeed: the resolved JSON.
-    """
+    """Name what, besides stage, ranks and precision, the resolved JSON says of the layout of DeepSpeed's files."""
     zero = deepspeed.get("zero_optimization")
     stated = {key: zero[key] for key in _LAYOUT if zero.get(key) is not None} if isinstance(zero, dict) else {}
     ratio = stated.get("offload_optimizer", {}).get("ratio", 1.0)
@@ -51,18 +46,15 @@ def refuse_layouts(found: Found, now: Mapping[str, Any]) -> None:
     """Refuse what cannot be read or filled parameter by parameter, before an engine is built.
 
     Raises:
-        CheckpointError: something of MAY_CHANGE differs, and the checkpoint or this run offloads to NVMe or a part of
-            the optimizer only.
+        CheckpointError: MAY_CHANGE differs, and either side offloads to NVMe or only a part of the optimizer.
     """
     changed = manifest.differences(found.manifest, now, MAY_CHANGE)
-    if not changed:
-        return
     for whose, fields in (("the checkpoint's run", found.manifest), ("this run", now)):
         kept = fields.get("layout") or {}
         stated = [f"zero_optimization.{key}.device = nvme" for key in _OFFLOADS if kept.get(key) == "nvme"]
         if (ratio := kept.get("offload_optimizer.ratio")) is not None:
             stated.append(f"zero_optimization.offload_optimizer.ratio = {ratio}")
-        if stated:
+        if changed and stated:
             raise CheckpointError(
                 f"{found.path}: {whose} has {stated[0]}, and such a run can be resumed with the same settings only, "
                 f"but different are {', '.join(map(str, changed))}. Resume with the checkpoint's settings; to be free "
@@ -71,10 +63,7 @@ def refuse_layouts(found: Found, now: Mapping[str, Any]) -> None:
 
 
 def resume(engine: Any, found: Found, now: Mapping[str, Any], ranks: ControlGroup) -> tuple[ClientState, list[str]]:
-    """Load a checkpoint into a new engine, whatever its MAY_CHANGE fields are. Collective.
-
-    Args:
-        now: the manifest's fields of this run.
+    """Load a checkpoint into a new engine, whatever its MAY_CHANGE fields are; `now` has those of this run. Collective.
 
     Returns:
         The client state that `Saver.begin` was given, and one line per change.
@@ -88,13 +77,7 @@ def resume(engine: Any, found: Found, now: Mapping[str, Any], ranks: ControlGrou
     if not changed:
         client_state, more = load(engine, found, ranks)
         return client_state, notes + more
-    error, state = None, None
-    try:
-        state = read_portable(found)
-    except CheckpointError as caught:
-        error = caught
-    ranks.agree(error)
-    assert state is not None
+    state = ranks.on_every_rank(lambda: read_portable(found))
     write_portable(engine, state, ranks)
     _catch_up(engine)
     notes += _hyper_parameter_changes(engine, state)
@@ -110,28 +93,25 @@ def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[ClientState, l
     DeepSpeed returns (None, None) with a warning where there is nothing to load, and its resumed optimizer has the
     checkpoint's learning rate, betas, weight decay and (ZeRO 1-2) clipping, whatever the JSON says.
 
-    Returns:
-        The client state that `Saver.begin` was given, and one line per hyper-parameter that differs from the
-        checkpoint's.
-
-    Raises:
-        CheckpointError: on all ranks, if any could not load.
+    Returns and raises what `resume` does.
     """
-    wished = [{key: value for key, value in one.items() if key != "params"} for one in engine.optimizer.param_groups]
-    error, loaded = None, None
-    try:
-        # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
-        with contextlib.redirect_stdout(io.StringIO()), weights_only():
-            path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
+
+    def deepspeed_loads() -> ClientState:
+        try:
+            # The BF16_Optimizer prints keys of the file. A checkpoint never runs code.
+            with contextlib.redirect_stdout(io.StringIO()), weights_only():
+                path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
+        except Exception as error:  # files that nobody has checked: whatever torch and DeepSpeed raise
+            raise CheckpointError(f"{found.path}: cannot be loaded: {explained(error)}") from error
         if path is None or "chatgot" not in (loaded or {}):
-            error = CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
-    except Exception as caught:  # noqa: BLE001  # files that nobody has checked: whatever torch and DeepSpeed raise
-        error = CheckpointError(f"{found.path}: cannot be loaded: {explained(caught)}")
-    ranks.agree(error)
+            raise CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
+        return loaded["chatgot"]
+
+    wished = [{key: value for key, value in one.items() if key != "params"} for one in engine.optimizer.param_groups]
+    client_state = ranks.on_every_rank(deepspeed_loads)
     notes = _reapply(engine, wished)
     _catch_up(engine)
-    assert loaded is not None
-    return loaded["chatgot"], notes
+    return client_state, notes
 
 
 def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
@@ -148,9 +128,7 @@ def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
 
 
 def _hyper_parameter_changes(engine: Any, state: PortableState) -> list[str]:
-    """One line per hyper-parameter of a parameter's group that is not the checkpoint's. Groups are matched by their
-    parameters.
-    """
+    """List hyper-parameters that are not the checkpoint's, a line for each. Groups are matched by their parameters."""
     lines: dict[str, None] = {}
     names = zero_view.parameter_names(engine)
     for group, members in zero_view.grouped_parameters(engine):
@@ -175,11 +153,11 @@ def _scheduled(engine: Any) -> set[str]:
 
 
 def _catch_up(engine: Any) -> None:
-    """Bring a new engine's scheduler, if it has one, to the step that the engine has been brought to.
+    """Bring a new engine's scheduler, if it has one, to the engine's step: it is stepped as often as the optimizer was.
 
-    It is stepped as often as the optimizer has been. Its saved state is not used: torch's schedulers keep the JSON's
-    numbers in it, so that it would undo a change of them, and go on from the optimizer's rate, which is the JSON's
-    after a resume; DeepSpeed's own set the rate only after the next step.
+    Its saved state is not used: torch's schedulers keep the JSON's numbers in it, so that it would undo a change of
+    them, and go on from the optimizer's rate, which is the JSON's after a resume; DeepSpeed's own set the rate only
+    after the next step.
     """
     if engine.lr_scheduler is None:
         return
@@ -187,3 +165,80 @@ def _catch_up(engine: Any) -> None:
         warnings.simplefilter("ignore", UserWarning)  # torch expects a step of the optimizer before
         for _ in range(engine.global_steps - engine.skipped_steps):
             engine.lr_scheduler.step()
+
+
+def parameter_groups(engine: Any) -> list[list[str]]:
+    """Name the parameters in every group of an optimizer without ZeRO, whose state dict numbers them; [] with ZeRO."""
+    if engine.zero_optimization():
+        return []
+    names = zero_view.parameter_names(engine)
+    return [[names[id(p)] for p in members] for _, members in zero_view.grouped_parameters(engine)]
+
+
+def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
+    """Give a new engine the state's weights, optimizer state and counters, but no hyper-parameters. Collective.
+
+    Raises:
+        CheckpointError: on all ranks; parameters or optimizer are not the checkpoint's, or its state is not in memory.
+    """
+    owned = list(zero_view.owned_pieces(engine))
+    ranks.on_every_rank(lambda: _write_optimizer_states(engine, owned, state))
+    with torch.no_grad():
+        for piece in owned:
+            flat = piece.tensor.data.view(-1)
+            for f in piece.fragments:
+                flat[f.offset : f.offset + f.numel] = state.parameters[f.name].weight.read(f.start, f.numel)
+        for name, buffer in engine.module.named_buffers():
+            if name in state.buffers:
+                buffer.copy_(state.buffers[name])
+    zero_view.refresh_16_bit_copies(engine)
+    engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
+    engine.global_samples = state.global_samples
+    scaler = zero_view.loss_scaler(engine)
+    if scaler is not None and scaler.dynamic and state.loss_scaler is not None:
+        for key in LOSS_SCALER_FIELDS:
+            setattr(scaler, key, state.loss_scaler[key])
+
+
+def _write_optimizer_states(engine: Any, owned: list[zero_view.Owned], state: PortableState) -> None:
+    shapes = zero_view.parameter_shapes(engine)
+    saved = {name: tuple(parameter.weight.shape) for name, parameter in state.parameters.items()}
+    for name in sorted(shapes.keys() | saved.keys()):
+        if shapes.get(name) != saved.get(name):
+            theirs = f"shape {saved.get(name)} in the checkpoint"
+            raise CheckpointError(f"parameter {name}: {theirs}, {shapes.get(name)} in this run's model")
+    if setting := zero_view.out_of_reach(engine):
+        refusal = "a checkpoint of other settings cannot be resumed into it; offload to the CPU with ratio 1 first"
+        raise CheckpointError(f"{setting}: {refusal}")
+    if any(parameter.moments or parameter.scalars for parameter in state.parameters.values()):
+        zero_view.create_optimizer_state(engine, owned)
+        for piece in owned:
+            _write_optimizer_state(engine, piece, state)
+
+
+def _write_optimizer_state(engine: Any, piece: zero_view.Owned, state: PortableState) -> None:
+    target = engine.basic_optimizer.state[piece.tensor]
+    if not piece.fragments:
+        return  # a part that is all padding
+    if piece.group.get("use_muon") and target.get(MOMENTUM) is None:
+        target[MOMENTUM] = torch.zeros(piece.momentum_numel, dtype=torch.float32, device=piece.tensor.device)
+    kept = {key for key, value in target.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
+    for name in dict.fromkeys(f.name for f in piece.fragments):
+        saved = state.parameters[name].moments.keys()
+        if kept != saved:
+            raise CheckpointError(
+                f"parameter {name}: the checkpoint's optimizer keeps {', '.join(sorted(saved)) or 'nothing'}, "
+                f"this run's {', '.join(sorted(kept)) or 'nothing'}; give the same optimizer"
+            )
+    for key in kept:
+        flat = target[key].view(-1)
+        for f in piece.momentum if key == MOMENTUM else piece.fragments:
+            flat[f.offset : f.offset + f.numel] = state.parameters[f.name].moments[key].read(f.start, f.numel)
+    scalars = state.parameters[piece.fragments[0].name].scalars
+    for key, value in scalars.items():
+        if isinstance(target.get(key), torch.Tensor):
+            target[key].fill_(value)
+        elif key in target:
+            target[key] = type(target[key])(value)
+    if "step" in scalars and "step" in piece.group:
+        piece.group["step"] = type(piece.group["step"])(scalars["step"])

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run folder are kept, and deleting the others.
+"""Which checkpoints of a run folder are kept, deleting the others, and whether there is room for the next one.
 
 A checkpoint is good as long as its manifest can be read, its files have the names and sizes that the manifest lists,
 and nobody has found their contents changed. One that is not good is never deleted: a person may want to see it. It
@@ -14,41 +14,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chatgot.checkpoint import faults, manifest
-from chatgot.checkpoint.load import tags_in
-from chatgot.checkpoint.publish import REPLACED, UNFINISHED
+from chatgot.checkpoint import faults
+from chatgot.checkpoint.load import Holdings, Published, examine
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
-from chatgot.errors import CheckpointError
+from chatgot.errors import CheckpointError, ConfigError
+from chatgot.run_folder import PRUNED
 
-PRUNED = ".pruned-"
-"""Prefix of a checkpoint that is being deleted; what could not be deleted is tried again after the next save."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """A good checkpoint, as far as retention is concerned."""
-
-    tag: str
-    step: int
-    sequence: int
-    """Order of publication: after a resume from an older checkpoint the newest one need not have the highest step."""
-    bytes: int
-    files: int
-    val_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Holdings:
-    """What a folder of checkpoints holds."""
-
-    good: tuple[Published, ...] = ()
-    """In order of publication."""
-    damaged: tuple[tuple[str, str], ...] = ()
-    """(tag, reason) of those that turned out not to be good just now; those that were known are left out."""
-    other_bytes: int = 0
-    """Of everything else that stays: damaged checkpoints, small files."""
-    leftover_bytes: int = 0
-    """Of what a save that was cut short has left, which the next one sweeps."""
+MARGIN_SHARE, MARGIN_BYTES = 0.03, 64 * 1024
+"""What a checkpoint is expected to take at most beyond its expected size: how far the estimate may be off, and what is
+no file of its own (folder entries, unfilled blocks)."""
+FILES_OF_ANY = 64
+"""Free inodes that are asked for where no checkpoint shows how many files one has."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +46,7 @@ class Pruned:
     tags: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
-    """Tags that turned out not to be good, each with a warning; pass them in from now on, and nobody hears of them
-    again.
-    """
+    """Tags that turned out not to be good, each with a warning; pass them in from now on, and no warning repeats."""
 
 
 def budget(config: CheckpointConfig) -> int | None:
@@ -89,7 +63,6 @@ def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int =
     oldest first; the newest good one never.
 
     Args:
-        good: in any order.
         other_bytes: what else is in the folder and counts for the budget.
         coming: bytes of a checkpoint that is about to be written and takes one of the keep_last places.
     """
@@ -115,100 +88,213 @@ def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int =
     return Plan({c.tag: rules[c.tag] for c in ordered if c.tag in rules}, tuple(gone), total)
 
 
-def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
-    """Look at every checkpoint of a folder: its manifest, and names and sizes of its files, but not their contents.
-
-    Args:
-        damaged: tags that are known not to be good, whatever they look like.
-
-    Raises:
-        OSError: the folder cannot be listed.
-    """
-    good: list[Published] = []
-    bad: list[tuple[str, str]] = []
-    for tag in tags_in(folder):
-        if tag in damaged:
-            continue
-        path = folder / tag
-        try:
-            if path.is_symlink():
-                raise CheckpointError("it is a symbolic link")
-            fields = manifest.read(path)
-            manifest.verify(path, fields, contents=False)
-            loss, files = fields.get("val_loss"), len(fields["files"]) + 1
-            place = int(fields["step"]), int(fields.get("sequence", 0))
-            loss = None if loss is None else float(loss)
-            good.append(Published(tag, *place, manifest.bytes_of(path, fields), files, loss))
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
-            bad.append((tag, str(error)))
-    good.sort(key=lambda checkpoint: checkpoint.sequence)
-    leftover = sum(_bytes_below(path) for path in _leftovers(folder))
-    other = _bytes_below(folder) - leftover - sum(checkpoint.bytes for checkpoint in good)
-    return Holdings(tuple(good), tuple(bad), other, leftover)
-
-
-def _leftovers(folder: Path) -> list[Path]:
-    """List what `sweep` deletes when the next save begins."""
-    replaced = [path for path in folder.glob(f"{REPLACED}*") if (folder / path.name.removeprefix(REPLACED)).exists()]
-    return [*folder.glob(f"{UNFINISHED}*"), *replaced]
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum((Path(parent) / name).lstat().st_size for parent, _, names in os.walk(folder) for name in names)
-
-
 def prune(folder: Path, config: CheckpointConfig, damaged: Collection[str] = ()) -> Pruned:
     """Delete what the rules no longer keep, and what could not be deleted earlier. Rank 0 only, after publishing.
 
-    What cannot be deleted is a warning: the new checkpoint is safe, and the old ones are tried again after the next
-    save.
+    What cannot be deleted is a warning: the new checkpoint is safe.
     """
+    leftovers: list[str] = []
     try:
-        leftovers = _delete_leftovers(folder)
+        for trash in sorted(folder.glob(f"{PRUNED}*")):
+            leftovers += _delete(trash, trash)
         holdings = examine(folder, damaged)
     except OSError as error:
         return Pruned(warnings=(f"{folder}: old checkpoints could not be deleted: {error}",))
     deleted, warnings = delete(folder, plan(holdings.good, config, holdings.other_bytes).gone)
-    return Pruned(
-        deleted, (*warnings_of(folder, holdings), *leftovers, *warnings), tuple(tag for tag, _ in holdings.damaged)
-    )
+    return _pruned(folder, holdings, deleted, leftovers + warnings)
 
 
-def delete(folder: Path, gone: Sequence[tuple[Published, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def delete(folder: Path, gone: Sequence[tuple[Published, str]]) -> tuple[list[str], list[str]]:
     """Delete checkpoints; returns their tags, and warnings of those that could not be deleted."""
     deleted, warnings = [], []
     for checkpoint, _ in gone:
-        tag, trash = checkpoint.tag, folder / f"{PRUNED}{checkpoint.tag}"
+        path, trash = folder / checkpoint.tag, folder / f"{PRUNED}{checkpoint.tag}"
         try:
-            faults.operation(f"unpublish {tag}")
-            os.rename(folder / tag, trash)  # at once unpublished, also for a reader that lists the folder meanwhile
-            deleted.append(tag)
-            faults.operation(f"delete {tag}")
-            shutil.rmtree(trash)
+            faults.operation(f"unpublish {checkpoint.tag}")
+            os.rename(path, trash)  # at once unpublished, also for a reader that lists the folder meanwhile
         except OSError as error:
-            warnings.append(_not_deleted(folder / tag, error))
-    return tuple(deleted), tuple(warnings)
+            warnings.append(_not_deleted(path, error))
+        else:
+            deleted.append(checkpoint.tag)
+            warnings += _delete(trash, path)
+    return deleted, warnings
 
 
-def _delete_leftovers(folder: Path) -> list[str]:
-    warnings = []
-    for trash in sorted(folder.glob(f"{PRUNED}*")):
-        try:
-            faults.operation(f"delete {trash.name.removeprefix(PRUNED)}")
-            shutil.rmtree(trash)
-        except OSError as error:
-            warnings.append(_not_deleted(trash, error))
-    return warnings
+def _delete(trash: Path, original: Path) -> list[str]:
+    """Delete what is unpublished already; returns a warning where that fails."""
+    try:
+        faults.operation(f"delete {trash.name.removeprefix(PRUNED)}")
+        shutil.rmtree(trash)
+    except OSError as error:
+        return [_not_deleted(original, error)]
+    return []
 
 
 def _not_deleted(path: Path, error: OSError) -> str:
     return f"{path}: the old checkpoint could not be deleted: {error}; it is tried again after the next save"
 
 
-def warnings_of(folder: Path, holdings: Holdings) -> list[str]:
-    """One line per checkpoint that turned out to be damaged."""
+def _pruned(folder: Path, holdings: Holdings, deleted: list[str], warnings: Sequence[str] = ()) -> Pruned:
+    """What was deleted, with a warning for each checkpoint that turned out to be damaged."""
+    advice = "it is not counted to those that are kept, and left where it is: look, delete it"
+    damaged = [f"checkpoint {folder / tag} is damaged: {reason}; {advice}" for tag, reason in holdings.damaged]
+    return Pruned(tuple(deleted), (*damaged, *warnings), tuple(tag for tag, _ in holdings.damaged))
+
+
+def needed(expected_bytes: int) -> int:
+    """Bytes that must be free for a checkpoint, margin included."""
+    return math.ceil(expected_bytes * (1 + MARGIN_SHARE)) + MARGIN_BYTES
+
+
+@dataclass(frozen=True)
+class Room:
+    """What must be deleted so that another checkpoint fits."""
+
+    holdings: Holdings
+    deletions: tuple[tuple[Published, str], ...]
+    free: int
+    """Bytes free now on the file system, leftovers of a save that was cut short included."""
+
+
+def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damaged: Collection[str] = ()) -> Room:
+    """Find what to delete, of what the rules would no longer keep, so that another checkpoint fits. Writes nothing.
+
+    Raises:
+        CheckpointError: it does not fit, with the numbers.
+        OSError: the folder cannot be looked at.
+    """
+    coming, limit = needed(expected_bytes), budget(config)
+    holdings = examine(folder, damaged)
+    free, inodes = _free(folder)
+    free += holdings.leftover_bytes
+    # Three more than the last one's: the folder, `latest`, the manifest's temporary file.
+    files = holdings.good[-1].files + 3 if holdings.good else FILES_OF_ANY
+    total = sum(checkpoint.bytes for checkpoint in holdings.good) + holdings.other_bytes + coming
+    gone = plan(holdings.good, config, holdings.other_bytes, coming).gone
+    lack = ""
+    for count in range(len(gone) + 1):
+        freed = sum(checkpoint.bytes for checkpoint, _ in gone[:count])
+        if free + freed < coming:
+            also = ", what may be deleted included" if gone else ""
+            lack = (
+                f"{shown(free + freed)} are free on this file system{also}; make room there, keep fewer checkpoints "
+                "(chatgot.checkpoint.keep_last, keep_best, keep_every_steps), or give an --out_dir elsewhere"
+            )
+        elif limit is not None and total - freed > limit:
+            lack = (
+                f"beside the {shown(total - freed - coming)} that may not be deleted (the newest good checkpoint, "
+                "damaged ones, other files) that is more than chatgot.checkpoint.disk_budget_gb = "
+                f"{config.disk_budget_gb:g} allows; give a larger budget, or delete what is damaged"
+            )
+        elif inodes is not None and inodes + sum(checkpoint.files for checkpoint, _ in gone[:count]) < files:
+            lack = f"{files} new files, and this file system has inodes for {inodes} only; delete files there"
+        else:
+            return Room(holdings, gone[:count], free)
+    one = f"it needs about {shown(coming)} ({shown(expected_bytes)} and a margin of 3 % and 64 KiB)"
+    untouched = "earlier checkpoints are untouched"
+    raise CheckpointError(f"{folder}: the checkpoint could not be saved: {one}, and {lack}; {untouched}")
+
+
+def make_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damaged: Collection[str] = ()) -> Pruned:
+    """Make sure, before a save writes anything, that it fits into file system and budget. Rank 0 only, nobody else
+    saving here. Deletes only what the rules would no longer keep beside it, and no more than it takes.
+
+    Raises:
+        CheckpointError: it does not fit even then, with the numbers, and nothing was deleted; or what was to go could
+            not be deleted, or gave less room than its size; or the folder cannot be looked at.
+    """
+    deleted: list[str] = []
+    refusal = f"{folder}: the checkpoint could not be saved: "
+    try:
+        first = room = find_room(folder, config, expected_bytes, damaged)
+        while room.deletions:
+            tags, failures = delete(folder, room.deletions)
+            deleted += tags
+            if failures:
+                raise CheckpointError(f"{refusal}there is no room for it, and {'; '.join(failures)}")
+            room = find_room(folder, config, expected_bytes, damaged)  # deleting may give less than the files' sizes
+    except OSError as error:
+        when = "when looking for room for it; earlier checkpoints are untouched"
+        raise CheckpointError(f"{refusal}{error}, {when}") from error
+    return _pruned(folder, first.holdings, deleted)
+
+
+def preflight(
+    folder: Path,
+    config: CheckpointConfig,
+    expected_bytes: int,
+    max_steps: int,
+    json: str,
+    damaged: Collection[str] = (),
+) -> list[str]:
+    """Compare what the rules keep with the room that there is; one line for the user, and a WARNING where it does not
+    fit. Rank 0 only; writes nothing.
+
+    Args:
+        folder: the run folder's `checkpoints`; need not exist yet.
+        json: name of the file that `config` comes from.
+
+    Raises:
+        ConfigError: the budget has no room for two: the newest one, and the next while it is written.
+        CheckpointError: not even one fits, or the folder cannot be looked at.
+    """
+    one, limit = needed(expected_bytes), budget(config)
+    two = 2 * one  # the margin of the second one holds DeepSpeed's recovery scripts, 40 kB beside the checkpoints
+    if limit is not None and limit < two:
+        raise ConfigError(
+            f"{json}: chatgot.checkpoint.disk_budget_gb = {config.disk_budget_gb:g} ({shown(limit)}): must have room "
+            f"for two checkpoints, the newest one and the next while it is written, which take about {shown(two)}; "
+            f"give at least {_rounded_up(two / 1e9)}"
+        )
+    try:
+        room = find_room(folder, config, expected_bytes, damaged)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: no checkpoint could be saved there: {error}") from error
+
+    def fitting(space: int) -> int:
+        return 0 if space < one else 1 + (space - one) // expected_bytes
+
+    every = max_steps // config.keep_every_steps if config.keep_every_steps else 0
+    at_most = kept = config.keep_last + config.keep_best + every
+    rules = f"{config.keep_last} last" + (f" + {config.keep_best} best" if config.keep_best else "")
+    if config.keep_every_steps:
+        rules += f" + every {config.keep_every_steps} steps, which is up to {every} over this run"
+    line = (
+        f"checkpoints: about {shown(expected_bytes)} each; {shown(room.free)} free in {folder}, {fitting(room.free)} "
+    )
+    line += f"fit; kept: {rules}: about {shown(kept * expected_bytes)}"
+    if limit is not None:
+        within = fitting(limit - room.holdings.other_bytes)
+        at_most = min(kept, within)
+        line += f"; disk_budget_gb = {config.disk_budget_gb:g}: {within} fit into it"
+        line += ", and it comes first" if at_most < kept else ""
+    space = room.free + sum(checkpoint.bytes for checkpoint in room.holdings.good)
+    if at_most <= fitting(space):  # the one being written is among them: room is made for it before
+        return [line]
     return [
-        f"checkpoint {folder / tag} is damaged: {reason}; it is not counted to those that are kept, and left where it "
-        "is: look, delete it"
-        for tag, reason in holdings.damaged
+        line,
+        f"WARNING: the checkpoints that are kept need {shown(at_most * expected_bytes)}, and there are {shown(space)} "
+        "for them: saves will fail; make room, or lower chatgot.checkpoint.keep_last, keep_best or keep_every_steps, "
+        "or set disk_budget_gb",
     ]
+
+
+def _rounded_up(value: float) -> str:
+    """Two digits, never below the value."""
+    digits = 1 - math.floor(math.log10(value))
+    return f"{math.ceil(value * 10**digits) / 10**digits:.{max(0, digits)}f}"
+
+
+def _free(folder: Path) -> tuple[int, int | None]:
+    """Bytes and inodes (None: not counted there) that this user may still take where a folder is, or will be."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    system = os.statvfs(place)
+    return system.f_bavail * system.f_frsize, system.f_favail if system.f_files else None
+
+
+def shown(size: float) -> str:
+    """Write a size as '168 MB' or '76.1 GB': three digits, in units of 1000 as disk_budget_gb."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= 0.9995 * factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.0f} bytes"

@@ -11,9 +11,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """Take the state of Python's, numpy's, torch's CPU and (if there is one) this rank's CUDA generator, as plain
-    containers and tensors.
-    """
+    """Take the state of Python's, numpy's, torch's CPU and CUDA generators, as plain containers and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     held = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     return {
@@ -25,7 +23,7 @@ def capture() -> dict[str, Any]:
 
 
 def fingerprint(rank: int) -> int:
-    """Hash this rank's random state and its number, so that exchanged states are noticed; 64 bits. Waits for no device."""
+    """Hash this rank's random state and number in 64 bits: exchanged states are noticed. Waits for no device."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     digest = hashlib.blake2b(repr((rank, version, gauss, name, rest)).encode(), digest_size=8)
@@ -68,11 +66,7 @@ def resume(states: list[dict[str, Any]], base: int, rank: int, world_size: int, 
 
 
 def seed(base: int, rank: int, *more: int) -> None:
-    """Seed all generators of a rank. Ranks differ, so that dropout does.
-
-    Args:
-        more: whatever else the numbers shall depend on: the step of a resume.
-    """
+    """Seed all generators from `base`, the rank, so that dropout differs, and `more`: the step of a resume."""
     mixed = int(np.random.SeedSequence([base, rank, *more]).generate_state(1, dtype=np.uint64)[0])
     random.seed(mixed)
     np.random.seed(mixed % 2**32)

@@ -1,15 +1,14 @@
-"""Saving: DeepSpeed's own files in a folder that gets its name only when every rank has written its part, hashed and on
-the disk.
+"""Saving: DeepSpeed's files in a folder that gets its name only when every rank's part of it is hashed and on the disk.
 
 A save has three parts, and all ranks leave each of them together:
 
-1. `Saver.begin`: DeepSpeed collects what is to be saved. It is written at once, or, with chatgot.checkpoint.async,
-copied to memory.
-2. Every rank writes (async), flushes and hashes its own files.
+1. `Saver.begin`: DeepSpeed collects what is to be saved, and writes it.
+2. Every rank flushes and hashes its own files.
 3. Rank 0 lists all hashes in the manifest, gives the folder its name, replaces `latest`, and prunes.
 
-With chatgot.checkpoint.async, parts 2 and 3 run in a thread of their own while training goes on; `Saver.advance` moves
-from one to the next, when no rank is busy any more. Without it they run right away, in the same order.
+With chatgot.checkpoint.async, part 1 only copies to memory, and part 2 writes. Parts 2 and 3 then run in a thread of
+their own while training goes on; `Saver.advance` moves from one to the next, when no rank is busy any more. Without it
+they run right away, in the same order.
 """
 
 from __future__ import annotations
@@ -22,18 +21,26 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from chatgot.checkpoint import faults
+from chatgot.checkpoint.load import expected_bytes
 from chatgot.checkpoint.manifest import ClientState, Measured, StateFields
-from chatgot.checkpoint.publish import UNFINISHED, check_shared, flush_and_measure, publish, sweep, tag_of
-from chatgot.checkpoint.retention import Pruned, prune
-from chatgot.checkpoint.room import expected_bytes, make_room
-from chatgot.checkpoint.snapshot import Snapshot, Snapshots, file_operations
+from chatgot.checkpoint.retention import Pruned, make_room, prune
+from chatgot.checkpoint.writing import (
+    Snapshots,
+    check_shared,
+    file_operations,
+    flush_and_measure,
+    publish,
+    sweep,
+    tag_of,
+)
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.distributed import ControlGroup
 from chatgot.engine.zero_view import first_non_finite
 from chatgot.errors import CheckpointError, NumericsError
+from chatgot.run_folder import UNFINISHED
 
 T = TypeVar("T")
 
@@ -48,22 +55,25 @@ class Saved:
     """From the start of the save until it was published and old ones were pruned."""
     stalled_seconds: float
     """Part of it during which training stood still."""
-    pruned: tuple[str, ...] = ()
+    pruned: tuple[str, ...]
     """Tags that were deleted; known on rank 0."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
     """What the user must hear; known on rank 0."""
 
 
 @dataclass
 class _Pending:
+    """A save that has begun."""
+
     step: int
     started: float
+    stalled: float
+    """Seconds during which training stood still for it."""
     fields: Mapping[str, Any]
     writing: Future[dict[str, Measured]]
     made_room: tuple[str, ...]
     """Tags that were deleted for it; known on rank 0."""
     publishing: Future[Pruned] | None = None
-    stalled: float = 0.0
 
 
 @dataclass
@@ -83,8 +93,8 @@ class Saver:
     """Tags in the folder that are known not to be whole; known on rank 0."""
     failed_step: int = 0
     """Step of the save that failed last."""
-    _unsaid: list[str] = field(default_factory=list)
-    """Warnings for the next `Saved`."""
+    _notes: list[str] = field(default_factory=list)
+    """For the next `Saved`."""
     _pending: _Pending | None = None
     _snapshots: Snapshots = field(default_factory=Snapshots)
     _thread: ThreadPoolExecutor | None = None
@@ -101,16 +111,14 @@ class Saver:
     @property
     def busy(self) -> bool:
         """Whether this rank still works on the pending save; when no rank is, `advance`."""
-        if self._pending is None:
-            return False
-        return not (self._pending.publishing or self._pending.writing).done()
+        pending = self._pending
+        return pending is not None and not (pending.publishing or pending.writing).done()
 
     def begin(self, engine: Any, client_state: ClientState, fields: StateFields) -> None:
         """Begin to save the state after the current step; when this returns, training may change it. Collective.
 
         Args:
-            client_state: what DeepSpeed does not save, under the single key "chatgot" (any other key could overwrite an
-                engine attribute).
+            client_state: what DeepSpeed does not save; under one key, because others could overwrite engine attributes.
             fields: the manifest's.
 
         Raises:
@@ -121,24 +129,26 @@ class Saver:
         if self._pending is not None:
             raise ValueError(f"the save of step {self._pending.step} is not finished")
         started, step = time.monotonic(), engine.global_steps
-        self._refuse_non_finite(engine, step)
+        if bad := first_non_finite(
+            engine
+        ):  # such a checkpoint would push one that is worth something out of the folder
+            bad = f"step {step}: {bad} has values that are not finite, and such a state is never saved"
+        self.ranks.agree(NumericsError(bad) if bad else None)
         unfinished = self.folder / f"{UNFINISHED}{tag_of(step)}"
         with self._cleared_away(step):
             made_room = self.ranks.on_rank_0(lambda: self._make_ready(fields))
             self._snapshots.reuse()
-            snapshots: list[tuple[Path, Snapshot]] | None = [] if self._thread else None
-            with file_operations(engine, snapshots, self._snapshots) as failures:
+            with file_operations(engine, self._snapshots if self._thread else None) as failures:
                 engine.save_checkpoint(
                     str(self.folder), tag=unfinished.name, client_state={"chatgot": client_state}, save_latest=False
                 )
             self.ranks.agree(_refusal(unfinished, failures[0]) if failures else None)
-        writing = self._run(lambda: self._write(unfinished, engine.checkpoint_engine, snapshots or []))
-        self._pending = _Pending(step, started, {"step": step, **fields}, writing, made_room)
-        self._pending.stalled = time.monotonic() - started
+        writing = self._run(lambda: self._write(unfinished, engine.checkpoint_engine))
+        stalled = time.monotonic() - started
+        self._pending = _Pending(step, started, stalled, {"step": step, **fields}, writing, made_room)
 
     def advance(self) -> Saved | None:
-        """Go on with the pending save, when no rank is busy; what was published, or None if there is more to do.
-        Collective.
+        """Go on with the pending save, when no rank is busy; returns what was published, or None. Collective.
 
         Raises:
             CheckpointError: on all ranks, if any could not write. Nothing is pending then, and nothing was published,
@@ -148,24 +158,20 @@ class Saver:
         began, pending = time.monotonic(), self._pending
         with self._cleared_away(pending.step):
             if pending.publishing is None:
-                gathered = self.ranks.gather(self._agreed(pending.writing))
+                gathered = self.ranks.gather(self.ranks.on_every_rank(pending.writing.result))
                 alone = self.ranks.rank == 0
                 pending.publishing = self._run(lambda: self._publish(pending, gathered) if alone else Pruned())
                 pending.stalled += time.monotonic() - began
                 return None
-            pruned = self._agreed(pending.publishing)
+            pruned = self.ranks.on_every_rank(pending.publishing.result)
         self._pending = None
-        notes, self._unsaid = (*self._unsaid, *pruned.warnings), []
-        now, tags = time.monotonic(), (*pending.made_room, *pruned.tags)
+        notes, self._notes = (*self._notes, *pruned.warnings), []
+        now, deleted = time.monotonic(), (*pending.made_room, *pruned.tags)
         stalled = pending.stalled + now - began
-        return Saved(pending.step, tag_of(pending.step), now - pending.started, stalled, tags, notes)
+        return Saved(pending.step, tag_of(pending.step), now - pending.started, stalled, deleted, notes)
 
     def finish(self) -> Saved:
-        """Wait until the pending save is published. Collective.
-
-        Raises:
-            CheckpointError: as `advance`.
-        """
+        """Wait until the pending save is published; see `advance`. Collective."""
         while (saved := self.advance()) is None:
             pass
         return saved
@@ -181,30 +187,13 @@ class Saver:
             future.set_exception(error)
         return future
 
-    def _agreed(self, future: Future[T]) -> T:
-        """Wait for this rank's result; raise on all ranks what one has met. Collective."""
-        result = error = None
-        try:
-            result = future.result()
-        except CheckpointError as caught:
-            error = caught
-        self.ranks.agree(error)
-        return cast(T, result)
-
-    def _refuse_non_finite(self, engine: Any, step: int) -> None:
-        """Such a checkpoint is worth nothing, and would push one that is worth something out of the folder."""
-        bad, error = first_non_finite(engine), None
-        if bad is not None:
-            error = NumericsError(f"step {step}: {bad} has values that are not finite, and such a state is never saved")
-        self.ranks.agree(error)
-
     def _make_ready(self, fields: StateFields) -> tuple[str, ...]:
         """Make the folder, clean it, and make room; returns tags that were deleted for it. Rank 0 only."""
         try:
             expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)
             made_room = make_room(self.folder, self.config, expected, self.damaged)
             self.damaged.update(made_room.damaged)
-            self._unsaid += made_room.warnings
+            self._notes += made_room.warnings
             faults.operation("make the folder and sweep leftovers")
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
@@ -223,14 +212,10 @@ class Saver:
                 shutil.rmtree(self.folder / f"{UNFINISHED}{tag_of(step)}", ignore_errors=True)
             raise
 
-    def _write(self, folder: Path, files: Any, snapshots: list[tuple[Path, Snapshot]]) -> dict[str, Measured]:
-        """Part 2: write, flush and hash this rank's files.
-
-        Args:
-            files: the engine's checkpoint engine, which knows how to write a state dict.
-        """
+    def _write(self, folder: Path, files: Any) -> dict[str, Measured]:
+        """Part 2: write, flush and hash this rank's files; `files` is DeepSpeed's checkpoint engine."""
         try:
-            for path, snapshot in snapshots:
+            for path, snapshot in self._snapshots.taken:
                 faults.operation(f"save {path.name}")
                 files.save(snapshot.rebuild(), str(path))
             return flush_and_measure(folder, self.ranks.rank, self.ranks.world_size)
@@ -256,6 +241,5 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = f" ({shutil.disk_usage(path.parent).free / 2**30:.2f} GiB free)"
-    return CheckpointError(
-        f"{path}: the checkpoint could not be saved: {error}{free}; earlier checkpoints are untouched"
-    )
+    untouched = "earlier checkpoints are untouched"
+    return CheckpointError(f"{path}: the checkpoint could not be saved: {error}{free}; {untouched}")

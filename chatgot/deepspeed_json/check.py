@@ -1,7 +1,7 @@
 """`chatgot check`: everything that is to be said about a DeepSpeed JSON, without a GPU and without importing torch.
 
-The rules are train.py's own (resolve.resolve); this module only gathers and prints: findings, and every value in use with
-where it comes from.
+The rules are train.py's own (resolve.resolve); this module only gathers and prints: findings, and every value in
+use with where it comes from.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check(
     facts: DeviceFacts,
     n_params: int | None = None,
 ) -> Report:
-    """Hold a DeepSpeed JSON against every rule; see `resolve` for the arguments. Nothing is raised about its content."""
+    """Hold a DeepSpeed JSON against every rule; see `resolve` for the arguments. Its content raises nothing."""
     try:
         path = str(find_json(path))
         document = read_document(Path(path))

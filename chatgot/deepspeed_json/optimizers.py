@@ -1,4 +1,4 @@
-"""The optimizer and the scheduler: which one DeepSpeed builds, what it takes, where it can work, and the state it keeps."""
+"""The optimizer and the scheduler: what DeepSpeed builds, what it takes, where it can work, and the state it keeps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """When DeepSpeed reads a key at all: the ZeRO stages, switches and other keys without which it does nothing.
 
-Source: where deepspeed/runtime/engine.py hands each value on (_configure_zero_optimizer and its neighbours), and who uses
-it there.
+Source: where deepspeed/runtime/engine.py hands each value on (_configure_zero_optimizer and its neighbours), and who
+uses it there.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def shown_value(value: Any) -> str:
 
 
 def note_idle(values: Values, findings: Findings) -> None:
-    """Note sections that are off, keys that nothing reads, and deprecated ones. A default that is stated harms nobody."""
+    """Note sections that are off, keys that nothing reads, and deprecated ones. A stated default harms nobody."""
     off: dict[str, list[str]] = {}
     for dotted in values.given:
         node, section, name, value = (

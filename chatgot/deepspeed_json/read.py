@@ -1,4 +1,4 @@
-"""Read a DeepSpeed JSON from disk: its values as DeepSpeed reads them, the place of every key, syntax errors at the spot.
+"""Read a DeepSpeed JSON from disk: its values as DeepSpeed reads them, and the place of every key and syntax error.
 
 hjson, which DeepSpeed uses, gives the values; it allows comments, unquoted keys, trailing commas and more, which is
 remarked on. It forgets where things stood, so `_Finder` looks for the places by itself.

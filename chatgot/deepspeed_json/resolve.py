@@ -1,5 +1,5 @@
-"""Resolve a DeepSpeed JSON: hold it against the schema and all rules, fill in every "auto" and missing number, and split
-it into its two readers' parts.
+"""Resolve a DeepSpeed JSON: hold it against the schema and all rules, fill in every "auto" and missing number, and
+split it into its two readers' parts.
 
 DeepSpeed gets what the file states, value for value, plus what was derived; ChatGoT gets the "chatgot" and "wandb"
 sections. train.py reads and resolves once, and completes the result when it knows the model's size and the micro-batch.

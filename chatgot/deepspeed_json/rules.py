@@ -1,4 +1,4 @@
-"""The table of rules about a DeepSpeed JSON: what DeepSpeed 0.19.8 refuses late, does wrongly or drops in silence (errors),
+"""The table of rules about a DeepSpeed JSON: what DeepSpeed refuses late, does wrongly or drops in silence (errors),
 what is legal and yet wrong or unwise (warnings), and what is good to know (notes).
 
 train.py, `chatgot check` and `check --explain` all take them from here. A row: keys, condition, message, source.
@@ -122,10 +122,12 @@ RULES: tuple[Rule, ...] = (
     accepts("pipeline.grad_partitioned", _PARALLEL, True),
     accepts("sequence_parallel_size", _PARALLEL, 1),
     accepts("use_data_before_expert_parallelism", _NO_EXPERTS, False, None),
-    accepts("managed_gradient_accumulation", "not supported by ChatGoT, whose loop leaves accumulation to DeepSpeed", True),
+    accepts("managed_gradient_accumulation",
+            "not supported by ChatGoT, whose loop leaves accumulation to DeepSpeed", True),
     accepts("disable_allgather", "DeepSpeed reads this key and does nothing; delete it", False, None),
-    accepts("checkpoint.load_universal", "not supported by ChatGoT yet: left in a file it makes every later restart load "
-            "the old universal checkpoint again", False, None),
+    accepts("checkpoint.load_universal",
+            "not supported by ChatGoT yet: left in a file it makes every later restart load the old universal "
+            "checkpoint again", False, None),
     accepts("checkpoint.writer",
             "not supported by ChatGoT: DeepSpeed cannot read back what these writers wrote under torch >= 2.6"),
     accepts("checkpoint.use_node_local_storage",
@@ -147,8 +149,9 @@ RULES: tuple[Rule, ...] = (
           "bf16 is not supported on this device ({device}); use {supported}", device=True),
     error("fp16.enabled", lambda s, on: on and not s.facts.fp16 and {"device": s.device, "supported": _supported(s)},
           "fp16 is not supported on this device ({device}); use {supported}", device=True),
-    error("bf16.enabled fp16.enabled", lambda s, on: on and s.stage == 0, "16-bit training at ZeRO stage 0 starts wrongly "
-          "(DeepSpeed takes one optimizer step before training); set zero_optimization.stage = 1, also on one GPU",
+    error("bf16.enabled fp16.enabled", lambda s, on: on and s.stage == 0,
+          "16-bit training at ZeRO stage 0 starts wrongly (DeepSpeed takes one optimizer step before training); "
+          "set zero_optimization.stage = 1, also on one GPU",
           "fp16/unfused_optimizer.py: a step with zero gradients when the wrapper of stage 0 starts"),
     *(error("torch_autocast.enabled", lambda s, on, name=name: on and s.v[f"{name}.enabled"],
             f"{name}.enabled is true too; autocast keeps fp32 parameters, {name} casts them: enable one of them")
@@ -159,7 +162,8 @@ RULES: tuple[Rule, ...] = (
             and not getattr(s.facts, name) and {"device": s.device},
             f"{name} is not supported on this device ({{device}})", device=True) for name in ("bf16", "fp16")),
     error("torch_autocast.dtype", lambda s, dtype: s.v.torch_autocast.enabled and dtype in FP16_NAMES and s.stage,
-          "works at ZeRO stage 0 only: the others clip gradients still multiplied by the loss scale; use fp16, or bfloat16"),
+          "works at ZeRO stage 0 only: the others clip gradients still multiplied by the loss scale; use fp16, or "
+          "bfloat16"),
     error("torch_autocast.enabled", lambda s, on: on and s.v.zero_optimization.zero_quantized_weights,
           "does not work with zero_optimization.zero_quantized_weights",
           "runtime/torch_autocast.py, _validate_auto_cast_settings"),
@@ -167,7 +171,8 @@ RULES: tuple[Rule, ...] = (
           and {"precision": s.precision}, 'must equal the training precision, "{precision}"; or leave it out'),
     error("data_types.grad_accum_dtype", lambda s, dtype: dtype is not None and s.stage == 0
           and dtype not in _NAMES[s.precision] and {"precision": s.precision},
-          'must be "{precision}" at ZeRO stage 0; set zero_optimization.stage >= 1', "engine.py, _do_optimizer_sanity_check"),
+          'must be "{precision}" at ZeRO stage 0; set zero_optimization.stage >= 1',
+          "engine.py, _do_optimizer_sanity_check"),
     error("data_types.keep_in_fp32_modules", lambda s, patterns: not (patterns == "auto" or isinstance(patterns, list)),
           'expected "auto" or a list of name patterns'),
     error("bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states fp16.fp16_master_weights_and_grads",
@@ -181,8 +186,9 @@ RULES: tuple[Rule, ...] = (
     error("fp16.loss_scale_window fp16.min_loss_scale", lambda s, value: s.v.fp16.enabled
           and s.v.fp16.loss_scale == 0 and value <= 0, "must be > 0 with dynamic loss scaling (fp16.loss_scale = 0)",
           "runtime/precision_config.py, _validate_dynamic_loss_scale_params"),
-    warning("data_types.grad_accum_dtype", lambda s, dtype: s.v.bf16.enabled is True and dtype is None and s.batch is not None
-            and s.batch.accumulation > _ACCUMULATION_THAT_ROUNDS and {"accumulation": s.batch.accumulation},
+    warning("data_types.grad_accum_dtype", lambda s, dtype: s.v.bf16.enabled is True and dtype is None
+            and s.batch is not None and s.batch.accumulation > _ACCUMULATION_THAT_ROUNDS
+            and {"accumulation": s.batch.accumulation},
             '{accumulation} micro batches are summed in bf16, which rounds; set data_types.grad_accum_dtype = "fp32"',
             absent=True, late=True),
     note("bf16.bf16_master_weights_and_grads", lambda s, on: on,
@@ -207,9 +213,12 @@ RULES: tuple[Rule, ...] = (
           lambda s, on: not on and s.v.zero_optimization.offload_optimizer.device != "none",
           "false does not work with optimizer offload"),
     error("zero_optimization.compute_grad_norm", lambda s, on: not on and s.stage == 1 and s.v.bf16.enabled
-          and s.v.data_types.grad_accum_dtype in FP32_NAMES, "false does not work with bf16, fp32 accumulation and stage 1"),
-    error("zero_optimization.elastic_checkpoint", lambda s, on: on and s.stage == 3, "stage 3 no longer has it; delete it"),
-    error("zero_optimization.zero_hpz_partition_size", lambda s, size: size > 1 and s.ranks % size and {"ranks": s.ranks},
+          and s.v.data_types.grad_accum_dtype in FP32_NAMES,
+          "false does not work with bf16, fp32 accumulation and stage 1"),
+    error("zero_optimization.elastic_checkpoint", lambda s, on: on and s.stage == 3,
+          "stage 3 no longer has it; delete it"),
+    error("zero_optimization.zero_hpz_partition_size",
+          lambda s, size: size > 1 and s.ranks % size and {"ranks": s.ranks},
           "must divide the number of ranks, {ranks}"),
     error("data_parallel_size", lambda s, size: size is not None and size != s.ranks and {"ranks": s.ranks},
           "must be the number of ranks, {ranks}; or leave it out"),
@@ -241,7 +250,8 @@ RULES: tuple[Rule, ...] = (
     warning("gradient_allreduce_op", lambda s, op: op == "sum" and s.ranks > 1 and {"ranks": s.ranks},
             "gradients, their norm and what is clipped are {ranks} times those of the mean"),
     warning("zero_optimization.overlap_comm", lambda s, on: on and s.stage in (1, 2) and {"stage": s.stage},
-            "races were reported at ZeRO stage {stage} (DeepSpeed #8061, #5545), with NaN or slow divergence; false is safer"),
+            "races were reported at ZeRO stage {stage} (DeepSpeed #8061, #5545), with NaN or slow divergence; "
+            "false is safer"),
     note("zero_optimization.stage", lambda s, stage: stage == 3 and _is_alone(s),
          "one rank has nobody to share with: stage 3 costs time and saves no memory here"),
     *(note(f"{_ZERO}.{name}", lambda s, _, name=name: _bucket(s, f"{_ZERO}.{name}"),
@@ -279,14 +289,15 @@ RULES: tuple[Rule, ...] = (
     # Optimizer and scheduler; optimizers.py holds their arguments against what they take.
     note("optimizer.type", lambda s, _: s.optimizer == "muon" and s.stage and s.v.gradient_clipping > 0
          and {"stage": s.stage, "norm": f"{s.v.gradient_clipping:g}"},
-         "stock DeepSpeed at ZeRO stage {stage} would clip Muon's orthogonalised updates to gradient_clipping = {norm}, "
-         "which stops it from learning; ChatGoT clips the AdamW groups only"),
+         "stock DeepSpeed at ZeRO stage {stage} would clip Muon's orthogonalised updates to "
+         "gradient_clipping = {norm}, which stops it from learning; ChatGoT clips the AdamW groups only"),
     note("optimizer.type", lambda s, _: s.optimizer == "adam" and "adam_w_mode" not in s.arguments,
          "DeepSpeed means AdamW by it (decoupled weight decay) unless adam_w_mode is false"),
     note("optimizer.params.lr", lambda s, _: _no_lr(s), "is not stated: the default is {lr}", absent=True),
     warning("scheduler.type", lambda s, kind: kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
             and {"peak": " and never reaches the peak" if kind == "WarmupCosineLR" else ""},
-            "spends its first two steps at a learning rate of 0{peak} (measured with 0.19.8); chatgot.schedule does neither"),
+            "spends its first two steps at a learning rate of 0{peak} (measured with 0.19.8); chatgot.schedule "
+            "does neither"),
 
     # What is looked at, and what is not stated.
     note("wall_clock_breakdown memory_breakdown flops_profiler.enabled comms_logger.enabled", lambda s, on: on,

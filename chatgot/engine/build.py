@@ -83,6 +83,8 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
             )
     if is_muon(config):
         notes += _spare_muon_the_compilers(given, device)
+    if device.type == "cpu":
+        guards.run_muon_uncompiled()
     guards.quiet_memory_report(config.deepspeed)
     guards.forget_autocast()
     own = None if optimizer is not None else cast(Any, groups)  # annotated as a Module, takes groups
@@ -109,7 +111,6 @@ def _spare_muon_the_compilers(given: dict[str, Any], device: torch.device) -> li
             "needs a compiler"
         )
     if device.type == "cpu":
-        guards.run_muon_uncompiled()
         notes.append("Muon: not compiled on a CPU, where compiling takes longer than it saves")
     return notes
 

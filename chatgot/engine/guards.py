@@ -204,12 +204,19 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
 
 def run_muon_uncompiled() -> None:
     """Leave Muon's Newton-Schulz iteration to eager PyTorch: on a CPU, where torch.compile needs a C++ compiler and
-    about a minute.
+    about a minute. Call before every initialize.
 
     DeepSpeed decorates its functions while the module is imported (zero/muon/original_muon.py), and every ZeRO engine
-    imports it.
+    imports it, whatever its optimizer. Decorating alone loads torch's compiler, 3 s of a start, so that nothing is
+    decorated here if this is the first import.
     """
-    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+    from deepspeed.runtime import compiler
+
+    compile, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+    finally:
+        compiler.compile = compile
 
     for module in (original_muon, muon_optimizer):
         for name, value in list(vars(module).items()):

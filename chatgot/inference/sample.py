@@ -13,7 +13,7 @@ import torch
 
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from chatgot.deepspeed_json.fields import read_section

@@ -107,11 +107,11 @@ class _Pending:
 
 
 KnownLoss = tuple[int, float]
-"""A step and its loss as in its digest, on every rank."""
+"""A step and its loss, on every rank."""
 
 
 class Proof:
-    """Digests every step. Every rank has one; rank 0 writes the digests and compares them.
+    """Digests every step. Every rank has one; rank 0, which has journal and overlap, writes and compares the digests.
 
     Reading a loss right after its step would make the CPU wait for a GPU: there it is copied away behind the step's
     kernels, and its digest follows one step later. `flush` catches up.
@@ -125,12 +125,6 @@ class Proof:
         setup_id: str = "",
         overlap: Overlap | None = None,
     ) -> None:
-        """
-        Args:
-            journal: rank 0's, where digests are written.
-            setup_id: of the setup of this start.
-            overlap: rank 0's, after a resume.
-        """
         self.overlap = overlap
         self.lags = device.type == "cuda"
         """Whether a digest follows one step after its own."""
@@ -145,12 +139,10 @@ class Proof:
         self._rng = rng.fingerprint(self._ranks.rank)
 
     def end_step(self, trained: TrainedStep, flags: Sequence[bool]) -> tuple[tuple[bool, ...], KnownLoss | None]:
-        """Write what is known after an optimizer step, and share `flags` (see ControlGroup.any). The one collective of
-        a step.
+        """Write what is known after an optimizer step, and share `flags`. The one collective of a step.
 
         Returns:
-            For each flag, whether any rank raised it; and the loss that has become known: this step's, or on a GPU that
-            of the step before.
+            ControlGroup.any of the flags, and the loss that has become known: on a GPU that of the step before.
         """
         pending: _Pending | None = _Pending(trained, self._rng)
         if self.lags:
@@ -177,15 +169,9 @@ class Proof:
         raised, (loss_sum, *halves) = self._ranks.exchange(flags, sums)
         loss = loss_sum / self._ranks.world_size
         if self._journal is not None:
-            now = Digest(
-                batch=_hex(halves[0], halves[1]),
-                loss=loss,
-                grad_norm=None if norm is None else float(norm),
-                lr=trained.lr,
-                rng=_hex(halves[2], halves[3]),
-                setup=self._setup_id,
-                offset=trained.offset,
-            )
+            batch, random_state = _hex(*halves[:2]), _hex(*halves[2:])
+            norm = None if norm is None else float(norm)
+            now = Digest(batch, loss, norm, trained.lr, random_state, self._setup_id, trained.offset)
             self._journal.digest(trained.step, now.to_json())
             if self.overlap is not None:
                 self.overlap.step(trained.step, now)
@@ -198,8 +184,7 @@ class Overlap:
     def __init__(self, from_step: int, now: Setup, known: History, event: Callable[..., None], offset: int = 0) -> None:
         """
         Args:
-            known: the digests after `from_step` of the run that the checkpoint belongs to, read before this start
-                writes its own.
+            known: the digests after `from_step` of the checkpoint's run, read before this start writes its own.
             event: writes to events.jsonl.
             offset: of the digests that follow. Steps trained after a rollback, of which the checkpoint does not know,
                 are other batches.
@@ -213,8 +198,7 @@ class Overlap:
         self._terms = {name: digest.terms(known.setups.get(name), now) for name in setups}
         self._used: dict[str, digest.Terms] = {}
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
-        follow = f"{len(known.digests)} journaled steps follow the checkpoint, and"
-        why = None
+        follow, why = f"{len(known.digests)} journaled steps follow the checkpoint, and", None
         if not known.digests:
             why = "the journal ends at the checkpoint"
         elif not self.expected:
@@ -240,33 +224,24 @@ class Overlap:
         """Compare a step that has been trained (again)."""
         if not self._open:
             return
-        journal = self.expected.get(step)
-        if journal is not None:
+        expected = len(self.expected)
+        if (journal := self.expected.get(step)) is not None:
             terms = self._used[journal.setup] = self._terms[journal.setup]
-            difference = digest.first_difference(journal, now, terms, step - self.from_step)
-            if difference is not None:
-                self._differs(step, difference)
+            if difference := digest.first_difference(journal, now, terms, step - self.from_step):
+                self.difference = (step, difference)
+                self._close("resume_differs", step=step, **vars(difference))
+                repeated = f"{self.compared} of {expected} journaled steps repeated, compared {self.compares}"
+                logger.warning(f"resume differs at step {step}: {difference} ({repeated}); training goes on")
                 return
             self.compared += 1
         if step >= max(self.expected):
-            self._verified()
-
-    def _differs(self, step: int, difference: digest.Difference) -> None:
-        self.difference = (step, difference)
-        self._close("resume_differs", step=step, **vars(difference))
-        logger.warning(
-            f"resume differs at step {step}: {difference} ({self.compared} of {len(self.expected)} journaled steps "
-            f"repeated, compared {self.compares}); training goes on"
-        )
-
-    def _verified(self) -> None:
-        self._close("resume_verified")
-        how = "repeat the journal bit for bit" if self.exact else f"repeat the journal ({self.compares})"
-        steps = f"steps {min(self.expected)}..{max(self.expected)}"
-        logger.info(f"resume verified {self.compared}/{len(self.expected)}: {steps} {how}")
+            self._close("resume_verified")
+            how = "repeat the journal bit for bit" if self.exact else f"repeat the journal ({self.compares})"
+            steps = f"steps {min(self.expected)}..{max(self.expected)}"
+            logger.info(f"resume verified {self.compared}/{expected}: {steps} {how}")
 
     def end(self, why: str) -> None:
-        """No more steps follow; if some were still to be compared, say so."""
+        """Say so if no more steps follow and some were still to be compared."""
         if not self._open:
             return
         self._close("resume_verified", ended_first=True)
@@ -275,15 +250,8 @@ class Overlap:
 
     def _close(self, kind: str, **fields: Any) -> None:
         self._open = False
-        self._event(
-            kind,
-            **fields,
-            from_step=self.from_step,
-            steps=self.compared,
-            of=len(self.expected),
-            exact=self.exact,
-            compares=self.compares,
-        )
+        fields |= {"from_step": self.from_step, "steps": self.compared, "of": len(self.expected)}
+        self._event(kind, **fields, exact=self.exact, compares=self.compares)
 
 
 def _describe(terms: dict[str, digest.Terms]) -> str:

@@ -6,6 +6,7 @@ written with repr, which gives back the same bits, so a loss of the journal *is*
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -32,9 +33,7 @@ class Digest:
     """What identifies one optimizer step."""
 
     batch: str
-    """16 hex digits: the samples (index and tokens) that were fed to the model, whatever ranks, micro batch and
-    accumulation are.
-    """
+    """16 hex digits: the samples (index and tokens) that were fed to the model, however they were spread."""
     loss: float
     """Nats per token, mean over ranks in fp64 of each rank's fp32 loss."""
     grad_norm: float | None
@@ -56,14 +55,6 @@ class Digest:
             tree.pop("offset")
         return tree
 
-    @staticmethod
-    def from_json(tree: Any) -> Digest | None:
-        """Read what `to_json` wrote; None for what is no digest."""
-        try:
-            return _DIGEST.validate_python(tree)
-        except ValidationError:
-            return None
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -72,9 +63,7 @@ class Setup:
     id: str
     """8 hex digits over all of it. Equal ids: equal numbers, bit for bit (where the device is deterministic)."""
     numbers: str
-    """8 hex digits over the settings that are meant to change the numbers: rates, clipping, data, seed, length of the
-    schedule.
-    """
+    """8 hex digits over the settings that are meant to change the numbers: rates, clipping, data, seed, schedule."""
     batches: str
     """8 hex digits over what decides which batch a step sees: data, seed, batch size, length of a sample."""
     dropout: bool
@@ -89,16 +78,14 @@ class Setup:
         """As the event stores it."""
         return asdict(self)
 
-    @staticmethod
-    def from_json(tree: Any) -> Setup | None:
-        """Read what `to_json` wrote; None for what is no setup (an event of an earlier ChatGoT)."""
-        try:
-            return _SETUP.validate_python(tree)
-        except ValidationError:
-            return None
-
 
 _DIGEST, _SETUP = TypeAdapter(Digest), TypeAdapter(Setup)
+
+
+def read_digest(tree: Any) -> Digest | None:
+    """Read what `Digest.to_json` wrote; None for what is no digest."""
+    with contextlib.suppress(ValidationError):
+        return _DIGEST.validate_python(tree)
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ class Terms:
         return not self.why
 
     def describe(self) -> str:
-        """'batch and lr; loss and grad_norm within a relative 1e-05 per step: world_size: 2 -> 1'"""
+        """Say it: 'batch and lr; loss and grad_norm within a relative 1e-05 per step, because world_size: 2 -> 1'."""
         if self.exact:
             return "bit for bit"
         parts = [" and ".join(self.exactly) or "nothing"]
@@ -159,12 +146,8 @@ def terms(before: Setup | None, now: Setup | None) -> Terms:
     if not changed:
         if now.deterministic and before.deterministic:
             return Terms(EVERYTHING)
-        return Terms(
-            ("batch", "rng", "lr"),
-            ("loss", "grad_norm"),
-            tolerance,
-            "this device's kernels do not repeat their own roundings",
-        )
+        why = "this device's kernels do not repeat their own roundings"
+        return Terms(("batch", "rng", "lr"), ("loss", "grad_norm"), tolerance, why)
     named = [f"{key}: {before.topology.get(key)} -> {now.topology.get(key)}" for key in changed if key != "layout"]
     why = ", ".join(named) or "engine settings that change roundings are others"
     if now.dropout and any(key in changed for key in _SHAPES_DROPOUT):
@@ -174,17 +157,12 @@ def terms(before: Setup | None, now: Setup | None) -> Terms:
 
 
 def first_difference(journal: Digest, now: Digest, by: Terms, steps: int) -> Difference | None:
-    """Compare two digests of one step, `steps` steps after the checkpoint from which it was trained again.
-
-    Returns:
-        The first field that differs.
-    """
+    """Compare two digests of one step, `steps` steps after the checkpoint; returns the first field that differs."""
     allowed = min(by.tolerance * steps, LARGEST_TOLERANCE)
     for name in EVERYTHING:
         before, after = getattr(journal, name), getattr(now, name)
-        if (name in by.exactly and repr(before) != repr(after)) or (
-            name in by.nearly and not _near(before, after, allowed)
-        ):
+        unequal = name in by.exactly and repr(before) != repr(after)
+        if unequal or (name in by.nearly and not _near(before, after, allowed)):
             return Difference(name, before, after)
     return None
 
@@ -212,12 +190,16 @@ def history(run: Path, after: int = 0) -> History:
         if record is None or not isinstance(step := record.get("step"), int):
             continue
         branch.go_to(step)
-        if step > after and (digest := Digest.from_json(record.get("digest"))) is not None:
+        if step > after and (digest := read_digest(record.get("digest"))) is not None:
             branch.by_step[step] = digest
     return History(dict(sorted(branch.by_step.items())), setups(read_lines(run / run_folder.EVENTS)))
 
 
 def setups(events: Iterable[Mapping[str, Any] | None]) -> dict[str, Setup]:
     """Collect the setups of the `started` and `resumed` events, by id."""
-    known = (Setup.from_json(event["setup"]) for event in events if event is not None and "setup" in event)
-    return {setup.id: setup for setup in known if setup is not None}
+    known: list[Setup] = []
+    for event in events:
+        if event is not None and "setup" in event:
+            with contextlib.suppress(ValidationError):  # an event of an earlier ChatGoT
+                known.append(_SETUP.validate_python(event["setup"]))
+    return {setup.id: setup for setup in known}

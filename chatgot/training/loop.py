@@ -14,8 +14,7 @@ import torch
 
 from chatgot.checkpoint import rng
 from chatgot.checkpoint.manifest import ClientState, RunFields, StateFields
-from chatgot.checkpoint.portable import parameter_groups
-from chatgot.checkpoint.resume import resume
+from chatgot.checkpoint.resume import parameter_groups, resume
 from chatgot.config.run import RunConfig
 from chatgot.data.loader import EvalBatches, TrainBatches
 from chatgot.data.prepared import PreparedData

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import load, manifest
-from chatgot.checkpoint.load import Found
+from chatgot.checkpoint.load import Found, expected_bytes
 from chatgot.checkpoint.manifest import Difference, RunFields
-from chatgot.checkpoint.publish import take_back
 from chatgot.checkpoint.resume import layout, refuse_layouts
-from chatgot.checkpoint.room import expected_bytes, preflight
+from chatgot.checkpoint.retention import preflight
 from chatgot.checkpoint.save import Saver
+from chatgot.checkpoint.writing import take_back
 from chatgot.config.run import RunConfig
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size

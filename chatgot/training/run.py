@@ -10,10 +10,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint import faults, rng, room
+from chatgot.checkpoint import faults, rng
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.resume import CHANGED, resume
 from chatgot.checkpoint.save import Saver
+from chatgot.checkpoint.writing import estimate
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
@@ -200,7 +201,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     within = resumed is not None and own.is_dir() and resumed.folder.samefile(own)
     damaged = set(resumed.damaged) if resumed is not None and within else set()
     saver_config = engine.config.chatgot.checkpoint
-    saver = Saver(own, saver_config, ranks, estimated_bytes=room.estimate(engine.engine, ranks), damaged=damaged)
+    saver = Saver(own, saver_config, ranks, estimated_bytes=estimate(engine.engine, ranks), damaged=damaged)
     step, max_steps = engine.engine.global_steps, config.train.max_steps
     disk_notes = preparation.check_disk(saver, fields, engine.config, max_steps) if step < max_steps else []
     records, proof = open_records(

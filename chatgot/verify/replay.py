@@ -30,12 +30,10 @@ _ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointE
 
 
 def replay(run: Path, steps: int, tag: str | None = None) -> bool:
-    """Resume the run in a temporary folder, train `steps` steps and compare their digests with the journal's.
+    """Resume the run in a temporary folder, train `steps` steps and compare their digests with the journal's; returns
+    whether they are the same.
 
-    Prints what came of it; returns whether they are the same.
-
-    The ranks are as many as trained the journaled steps, started by launch/run; one, within a tolerance, where there
-    are too few GPUs.
+    The ranks are as many as trained the journaled steps; one, within a tolerance, where there are too few GPUs.
 
     Args:
         tag: the checkpoint to start from; default: the oldest with `steps` journaled steps after it, or else with most.
@@ -44,7 +42,7 @@ def replay(run: Path, steps: int, tag: str | None = None) -> bool:
         ConfigError: not a run folder, or no journaled step follows the checkpoint.
         DataError: the text is not there any more, or is another one.
         CheckpointError: the checkpoint is missing or damaged.
-        ChatGoTError: whatever else the training refuses.
+        ChatGoTError: the training refuses something else.
     """
     run_folder.check(run)
     known = digest.history(run)
@@ -59,20 +57,16 @@ def replay(run: Path, steps: int, tag: str | None = None) -> bool:
     environment = _environment(setup)
     gpus = len(visible_gpus(environment))
     if 0 < gpus < ranks:
-        print(
-            f"replay: {ranks} ranks trained these steps, and this machine has {gpus} GPU(s): one rank, compared "
-            f"within a tolerance"
-        )
+        here = f"this machine has {gpus} GPU(s): one rank, compared within a tolerance"
+        print(f"replay: {ranks} ranks trained these steps, and {here}")
         ranks = 1
     with tempfile.TemporaryDirectory(prefix="chatgot-replay-") as folder:
-        task = {"steps": steps, "data": data, "deterministic": setup is not None and setup.deterministic}
-        result = _train(run, found, task, ranks, environment, Path(folder))
+        task = {"steps": steps, "deterministic": setup is not None and setup.deterministic}
+        result = _train(run, found, data, task, ranks, environment, Path(folder))
     span = f"steps {step + 1}..{step + steps} after {found.tag}"
     if result["difference"] is not None:
-        print(
-            f"replay differs at {result['difference']} ({result['compared']} of {steps} steps repeated, compared "
-            f"{result['compares']})"
-        )
+        repeated = f"{result['compared']} of {steps} steps repeated, compared {result['compares']}"
+        print(f"replay differs at {result['difference']} ({repeated})")
         return False
     if not result["compares_anything"]:
         print(f"replay: {span} cannot be compared: {result['compares']}")
@@ -88,14 +82,18 @@ def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Fou
     for name in tags_in(folder):
         with contextlib.suppress(CheckpointError):  # chatgot verify has named it
             manifests[name] = manifest.read(folder / name)
-    if tag is None:
+    if tag is not None:
+        order = [tag]
+    else:
         # The steps after a checkpoint are its own only if no resume or rollback has gone back behind it since.
         follow = {
-            name: _following(known, one["step"]) for name, one in manifests.items() if not _left_behind(one, manifests)
+            name: _following(known, one["step"])
+            for name, one in manifests.items()
+            if not any(
+                other["sequence"] > one["sequence"] and other["step"] < one["step"] for other in manifests.values()
+            )
         }
         order = sorted(follow, key=lambda name: (-min(follow[name], steps), manifests[name]["step"]))
-    else:
-        order = [tag]
     for name in order:
         try:
             found = find(folder, name)
@@ -105,15 +103,11 @@ def _choose(run: Path, known: History, steps: int, tag: str | None) -> tuple[Fou
             continue
         if found is not None and (count := _following(known, found.manifest["step"])):
             return found, count
+    which = f"checkpoint {tag}" if tag is not None else "a whole checkpoint"
     raise ConfigError(
-        f"{run}: no journaled step follows {f'checkpoint {tag}' if tag is not None else 'a whole checkpoint'}, so that "
-        "there is nothing to compare a replay with; name an earlier one with --tag, or keep more "
-        "(chatgot.checkpoint.keep_last)"
+        f"{run}: no journaled step follows {which}, so that there is nothing to compare a replay with; name an earlier "
+        "one with --tag, or keep more (chatgot.checkpoint.keep_last)"
     )
-
-
-def _left_behind(one: manifest.Manifest, manifests: dict[str, manifest.Manifest]) -> bool:
-    return any(other["sequence"] > one["sequence"] and other["step"] < one["step"] for other in manifests.values())
 
 
 def _following(known: History, step: int) -> int:
@@ -137,10 +131,9 @@ def _data(run: Path, found: Found) -> str:
         spec = str(elsewhere)
     data = prepare_cached(spec, load_run_config(str(run / run_folder.RUN)).data)
     if data.fingerprint != found.manifest["data"]:
-        raise DataError(
-            f"--data {spec}: is not the data that {run} was trained on (fingerprint {data.fingerprint[:12]}…, the "
-            f"checkpoint has {str(found.manifest['data'])[:12]}…), so that its steps cannot be trained again"
-        )
+        prints = f"fingerprint {data.fingerprint[:12]}…, the checkpoint has {found.manifest['data'][:12]}…"
+        why = f"is not the data that {run} was trained on ({prints}), so that its steps cannot be trained again"
+        raise DataError(f"--data {spec}: {why}")
     return spec
 
 
@@ -157,7 +150,7 @@ def _environment(setup: Setup | None) -> dict[str, str]:
 
 
 def _train(
-    run: Path, found: Found, task: dict[str, Any], ranks: int, environment: dict[str, str], folder: Path
+    run: Path, found: Found, data: str, task: dict[str, Any], ranks: int, environment: dict[str, str], folder: Path
 ) -> dict[str, Any]:
     """Let `ranks` processes train in `folder`; returns what `_rank` reports."""
     tree = {name: value for name, value in run_folder.read(run, run_folder.DS_CONFIG).items() if name not in OUTSIDE}
@@ -168,31 +161,25 @@ def _train(
         if isinstance(offload, dict) and offload.get("nvme_path"):
             offload["nvme_path"] = str(folder / "nvme")  # the run itself may be using its own
     (folder / run_folder.DS_CONFIG).write_text(json.dumps(tree), encoding="utf-8")
-    task = {
-        **task,
+    arguments = {
         "deepspeed_config": str(folder / run_folder.DS_CONFIG),
         "config": str((run / run_folder.RUN).resolve()),
-        "out_dir": str(folder / "run"),
+        "data": data,
         "resume_from": f"{run.resolve()}@{found.tag}",
-        "result": str(folder / "result.json"),
     }
+    task = {**task, "arguments": arguments, "out_dir": str(folder / "run"), "result": str(folder / "result.json")}
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
     start = "import sys; from chatgot.launcher import main; sys.exit(main(sys.argv[1:]))"
-    launch = [sys.executable, "-c", start, "--nproc", str(ranks), "--script", __file__]
-    command = [*launch, "--", str(folder / "task.json")]
+    launch = [sys.executable, "-c", start, "--nproc", str(ranks), "--script", __file__, "--", str(folder / "task.json")]
     with open(folder / "log.txt", "w+", encoding="utf-8", errors="replace") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(launch, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
         log.seek(0)
         said = log.read()
     if done.returncode:
-        raise _error(done.returncode, said, run, found)
+        refusal = said.rpartition("\nchatgot: ")[2].strip() if "\nchatgot: " in said else said[-2000:].strip()
+        why = f"the replay from {found.tag} could not be trained (exit {done.returncode}): {refusal}"
+        raise _ERRORS.get(done.returncode, MachineError)(f"{run}: {why}")
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def _error(code: int, said: str, run: Path, found: Found) -> ChatGoTError:
-    refusal = said.rpartition("\nchatgot: ")[2].strip() if "\nchatgot: " in said else said[-2000:].strip()
-    kind = _ERRORS.get(code, MachineError)
-    return kind(f"{run}: the replay from {found.tag} could not be trained (exit {code}): {refusal}")
 
 
 def _rank(task: dict[str, Any]) -> None:
@@ -203,13 +190,7 @@ def _rank(task: dict[str, Any]) -> None:
 
     if task["deterministic"] and torch.cuda.is_available():  # as the journal's steps were; a CPU needs no asking
         torch.use_deterministic_algorithms(True)
-    arguments = TrainArguments(
-        deepspeed_config=task["deepspeed_config"],
-        out_dir=Path(task["out_dir"]),
-        config=task["config"],
-        data=task["data"],
-        resume_from=task["resume_from"],
-    )
+    arguments = TrainArguments(**task["arguments"], out_dir=Path(task["out_dir"]))
     loop = prepare_run(arguments, find_place())
     for _ in range(task["steps"]):
         loop.advance()

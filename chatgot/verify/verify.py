@@ -13,7 +13,7 @@ from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.errors import CheckpointError
 from chatgot.observe.journal import Branch, read_journal, read_lines
 from chatgot.proof import digest
-from chatgot.proof.digest import Digest, Setup
+from chatgot.proof.digest import Digest, Setup, read_digest
 
 
 def verify(run: Path, tag: str | None = None) -> bool:
@@ -57,7 +57,6 @@ def _checkpoints(folder: Path, tags: list[str]) -> tuple[list[Found], list[str]]
     for tag in tags:
         try:
             checkpoint = find(folder, tag)
-            assert checkpoint is not None
         except CheckpointError as error:
             if (folder / tag).exists():
                 problems.append(str(error))
@@ -65,10 +64,11 @@ def _checkpoints(folder: Path, tags: list[str]) -> tuple[list[Found], list[str]]
             else:
                 print(f"checkpoint {tag}: deleted by the run meanwhile")
             continue
+        assert checkpoint is not None
         whole.append(checkpoint)
-        files = checkpoint.manifest["files"]
+        files, step = checkpoint.manifest["files"], checkpoint.manifest["step"]
         size = sum(file["bytes"] for file in files.values())
-        print(f"checkpoint {tag}: whole, {len(files)} file(s), {size / 1e6:.1f} MB, step {checkpoint.manifest['step']}")
+        print(f"checkpoint {tag}: whole, {len(files)} file(s), {size / 1e6:.1f} MB, step {step}")
     return whole, problems
 
 
@@ -86,10 +86,8 @@ def _latest(folder: Path, whole: list[Found], newest: Found | None) -> list[str]
     if named == newest.tag:
         print(f"latest: {named}")
     elif any(named == checkpoint.tag for checkpoint in whole):
-        print(
-            f"note: latest is {named}, and {newest.tag} is newer: the run was killed in between, or is saving now; a "
-            f"resume takes {newest.tag}"
-        )
+        why = "the run was killed in between, or is saving now"
+        print(f"note: latest is {named}, and {newest.tag} is newer: {why}; a resume takes {newest.tag}")
     else:
         return [f"{path}: names {named!r}, which is no whole checkpoint; the newest is {newest.tag}"]
     return []
@@ -100,6 +98,8 @@ class JournalCheck:
     """Reads metrics.jsonl and events.jsonl of a run folder and checks that they hang together."""
 
     run: Path
+    path: Path = field(init=False)
+    """Of metrics.jsonl."""
     digests: dict[int, Digest] = field(default_factory=dict)
     """Of the run as it stands, by step."""
     problems: list[str] = field(default_factory=list)
@@ -110,10 +110,8 @@ class JournalCheck:
     """Whether all of them were compared bit for bit."""
     _differs: bool = False
 
-    @property
-    def path(self) -> Path:
-        """Of metrics.jsonl."""
-        return self.run / run_folder.METRICS
+    def __post_init__(self) -> None:
+        self.path = self.run / run_folder.METRICS
 
     def describe(self) -> str:
         """Say on one line what the journal has."""
@@ -135,9 +133,9 @@ class JournalCheck:
             self.notes.append(f"steps up to {first - 1} were trained by an earlier ChatGoT, which wrote no digests")
         for event in events:
             if event.get("event") == "rolled_back":
+                samples = f"{event.get('samples')} samples from {event.get('first_sample')} on were left out"
                 self.notes.append(
-                    f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; "
-                    f"{event.get('samples')} samples from {event.get('first_sample')} on were left out"
+                    f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; {samples}"
                 )
         self._read_metrics(digest.setups(events), restarts=max(len(starts) - 1, 0))
         missing = [step for step in range(first, max(self.digests, default=0)) if step not in self.digests]
@@ -156,7 +154,7 @@ class JournalCheck:
             if record is None or not isinstance(step := record.get("step"), int):
                 broken += 1
                 continue
-            now = Digest.from_json(record["digest"]) if "digest" in record else None
+            now = read_digest(record["digest"]) if "digest" in record else None
             if "digest" in record and now is None:
                 self.problems.append(f"{self.path}: the digest of step {step} cannot be read")
             if (left := branch.go_to(step, once=now is not None)) is not None:
@@ -170,14 +168,17 @@ class JournalCheck:
                 if step in given_up:
                     self._compare(step, given_up.pop(step), now, setups, resumed_at)
         self.digests = branch.by_step
-        self._check_tokens(tokens.by_step)
+        for (before, fewer), (after, more) in itertools.pairwise(sorted(tokens.by_step.items())):
+            if more <= fewer:
+                what = f"{fewer} at step {before}, {more} at step {after}"
+                self.problems.append(f"{self.path}: data/tokens does not grow: {what}")
+                break
         if broken:
             ending = "the last line was cut off by a kill; " if torn_end else ""
             self.notes.append(f"{self.path}: {ending}{broken} broken line(s) in all, after {restarts} restart(s)")
         if broken > restarts + torn_end:
-            self.problems.append(
-                f"{self.path}: {broken} broken lines, and a kill leaves one at most: somebody else changed the file"
-            )
+            why = "a kill leaves one at most: somebody else changed the file"
+            self.problems.append(f"{self.path}: {broken} broken lines, and {why}")
 
     def _compare(self, step: int, before: Digest, now: Digest, setups: dict[str, Setup], resumed_at: int) -> None:
         """Compare a step with the same step of a past that was given up; only the first difference is a problem."""
@@ -189,19 +190,8 @@ class JournalCheck:
         difference = digest.first_difference(before, now, terms, step - resumed_at)
         if difference is not None and not self._differs:
             self._differs = True
-            self.problems.append(
-                f"{self.path}: step {step} was trained again after a resume, and differs: {difference} (compared "
-                f"{terms.describe()})"
-            )
-
-    def _check_tokens(self, tokens: dict[int, int]) -> None:
-        for before, after in itertools.pairwise(sorted(tokens)):
-            if tokens[after] <= tokens[before]:
-                self.problems.append(
-                    f"{self.path}: data/tokens does not grow: {tokens[before]} at step {before}, {tokens[after]} at "
-                    f"step {after}"
-                )
-                return
+            what = f"differs: {difference} (compared {terms.describe()})"
+            self.problems.append(f"{self.path}: step {step} was trained again after a resume, and {what}")
 
 
 def _ranges(steps: list[int]) -> str:

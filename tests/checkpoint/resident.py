@@ -12,7 +12,7 @@ import deepspeed  # noqa: F401 - so that its import is not counted
 import torch
 
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import read_portable
+from chatgot.checkpoint.portable import read_portable
 
 
 def resident() -> int:

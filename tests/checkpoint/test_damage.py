@@ -14,7 +14,7 @@ import torch
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.errors import CheckpointError
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
-from chatgot.checkpoint.retention import PRUNED
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.errors import CheckpointError
+from chatgot.run_folder import PRUNED
 from chatgot.training import run
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
 from tests.training import in_process

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from chatgot.checkpoint import save as save_module
-from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
-from chatgot.checkpoint.retention import examine
-from chatgot.checkpoint.room import make_room
+from chatgot.checkpoint.load import examine, find
+from chatgot.checkpoint.portable import fp32_weights
+from chatgot.checkpoint.retention import make_room
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
 from tests.checkpoint.full_disk_ranks import fill

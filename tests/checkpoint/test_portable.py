@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatgot.checkpoint import reading
+from chatgot.checkpoint import load
 from chatgot.checkpoint.load import Found, find
-from chatgot.checkpoint.portable import StoredTensor, join, stored
-from chatgot.checkpoint.reading import fp32_weights, read_portable
+from chatgot.checkpoint.portable import StoredTensor, fp32_weights, join, read_portable, stored
 from chatgot.engine.zero_view import Fragment
 from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml
 from tests.training import in_process
@@ -53,7 +52,7 @@ def test_weights_are_those_of_zero_to_fp32(stage, precision, tied, tmp_path, tex
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     found = trained(tmp_path, text_file, stage, precision, model={"tie_embeddings": tied})
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), reading.weights_only():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), load.weights_only():
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(found.folder), tag=found.tag)
     ours = fp32_weights(found)
     assert theirs is not None

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatgot.checkpoint import manifest, retention
-from chatgot.checkpoint.retention import Published, examine, plan, prune
-from chatgot.checkpoint.room import find_room, make_room, needed, shown
+from chatgot.checkpoint.load import Published, examine
+from chatgot.checkpoint.retention import find_room, make_room, needed, plan, prune, shown
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
 from tests.support import engine_json, write_json, write_run_yaml

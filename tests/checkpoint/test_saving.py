@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatgot.checkpoint import manifest
-from chatgot.checkpoint import publish as publish_module
-from chatgot.checkpoint.load import find
-from chatgot.checkpoint.publish import tag_of, take_back, writer
-from chatgot.checkpoint.retention import examine, prune
+from chatgot.checkpoint import manifest, writing
+from chatgot.checkpoint.load import examine, find
+from chatgot.checkpoint.retention import prune
+from chatgot.checkpoint.writing import tag_of, take_back, writer
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
 from chatgot.training import run
@@ -261,13 +260,13 @@ def test_every_file_has_one_rank_that_answers_for_it(name, rank):
 
 
 def test_ranks_that_do_not_share_a_file_system_are_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish_module, "VISIBLE_WITHIN_S", 0.0)
+    monkeypatch.setattr(writing, "VISIBLE_WITHIN_S", 0.0)
     (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"weights")
-    one: publish_module.Measured = {"bytes": 7, "sha256": ""}
+    one: writing.Measured = {"bytes": 7, "sha256": ""}
     hashed = [{"mp_rank_00_model_states.pt": one}, {"zero_pp_rank_1_mp_rank_00_optim_states.pt": one}]
     with pytest.raises(CheckpointError, match=r"rank 1 wrote zero_pp_rank_1_.*do not share this file system"):
-        publish_module.check_shared(tmp_path, hashed)
+        writing.check_shared(tmp_path, hashed)
     (tmp_path / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"1")
-    publish_module.check_shared(tmp_path, hashed)
+    writing.check_shared(tmp_path, hashed)
     with pytest.raises(CheckpointError, match="nobody has written"):
-        publish_module.check_shared(tmp_path, hashed[:1])
+        writing.check_shared(tmp_path, hashed[:1])

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.programs.plain import plain_losses
 from tests.support import run_ranks
 
-STEPS = 30
+STEPS = 20
 BATCH = 8
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 

@@ -47,6 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if HERE not in item.path.parents:  # pytest asks every conftest.py for every test here
+        return (yield)
     item.stash[FIGURES] = {}
     REPORT.begin(_name(item))
     faulthandler.dump_traceback_later(SECONDS_PER_TEST, exit=True, file=item.config.stash[STDERR])

@@ -13,7 +13,7 @@ import torch
 
 from chatgot import cli
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.data.loader import EvalBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.inference.sample import SampleArguments, load_run, sample

@@ -62,14 +62,14 @@ def on_signal(number: int, frame: object) -> None:
 if verb in ("save", "deaf", "linger", "linger_once", "memory_late"):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, on_signal)
+with (marks / f"starts.{rank}").open("a") as ports:
+    ports.write(os.environ["MASTER_PORT"] + "\n")
 mark(
     "start",
     json.dumps(
         {"pid": os.getpid(), "argv": sys.argv, "env": dict(os.environ), "blocked": len(signal.pthread_sigmask(0, []))}
     ),
 )
-with (marks / f"starts.{rank}").open("a") as ports:
-    ports.write(os.environ["MASTER_PORT"] + "\n")
 if verb == "exit":
     sys.exit(int(value))
 marked("start", world)

@@ -208,7 +208,7 @@ def test_a_server_that_never_answers_means_offline_under_the_same_id(tmp_path, e
             "WANDB_API_KEY": "k" * 40,
             "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
         }
-        lines = train(online, tmp_path / "run", range(1, 4), init_timeout=6)
+        lines = train(online, tmp_path / "run", range(1, 4), init_timeout=10)
     assert lines[1].startswith("trained offline")
     ids, history = read_offline_history(tmp_path / "run")
     assert ids == {json.loads((tmp_path / "run/wandb/run_id.json").read_text())["id"]}

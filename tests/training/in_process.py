@@ -14,7 +14,7 @@ import torch
 from chatgot import cli
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.distributed import find_place
 from chatgot.observe.journal import read_journal
 from chatgot.training import run

@@ -20,8 +20,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from chatgot.checkpoint import manifest, rng
 from chatgot.checkpoint import resume as resuming
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.portable import StoredTensor, parameter_groups, stored
-from chatgot.checkpoint.reading import read_portable
+from chatgot.checkpoint.portable import StoredTensor, read_portable, stored
+from chatgot.checkpoint.resume import parameter_groups
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
@@ -37,7 +37,7 @@ from chatgot.training.schedule import factor
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, present
 
-STEPS, MORE = 3, 20
+STEPS, MORE = 3, 10
 
 
 def start(

@@ -18,7 +18,7 @@ import torch
 
 from chatgot.checkpoint import rng
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.cli import train_parser
 from chatgot.data.loader import TrainBatches
 from chatgot.distributed import find_place

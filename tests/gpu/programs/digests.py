@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from chatgot.checkpoint.load import find
-from chatgot.checkpoint.reading import fp32_weights
+from chatgot.checkpoint.portable import fp32_weights
 from chatgot.training.loop import Loop
 
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from chatgot.checkpoint.snapshot import Snapshots
+from chatgot.checkpoint.writing import Snapshots
 
 
 def state() -> dict:

@@ -1,0 +1,335 @@
+"""Writing a save: DeepSpeed's files, at once or copied to memory first, flushed and hashed; then the renames that give
+their folder its name, which a kill between any two of them cannot spoil.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatgot.checkpoint import faults, manifest
+from chatgot.checkpoint.manifest import Measured
+from chatgot.deepspeed_json.optimizers import optimizer_states
+from chatgot.distributed import ControlGroup
+from chatgot.engine import guards
+from chatgot.engine.zero_view import owned_pieces
+from chatgot.errors import CheckpointError
+from chatgot.files import sync, write_atomically
+from chatgot.run_folder import LATEST, REPLACED, UNFINISHED
+
+VISIBLE_WITHIN_S = 60.0
+"""How long rank 0 waits until a file of another machine shows up in its own listing (NFS keeps listings a while)."""
+
+_FP32 = 4
+_PER_FILE, _PER_TENSOR, _PER_RNG = 8_000, 300, 15_000
+"""Bytes, measured: a file's pickled structure (6 to 8 thousand), a tensor's zip record beside its data, one rank's
+random state in the client state."""
+
+
+def estimate(engine: Any, ranks: ControlGroup) -> int:
+    """Estimate the bytes of a checkpoint of this engine, its manifest left out. Collective.
+
+    Measured, in bytes per parameter with Adam: stage 0 4 + 8; stages 1 and 2 4 + 12 in fp32 and 2 + 12 in bf16 and
+    fp16; stage 3 12. That is: the module as it is (stages 0 to 2, once, tied weights once; at stage 3 its parameters
+    are placeholders), the optimizer's fp32 weights (with ZeRO, also where the module is fp32 itself) and its moments
+    in fp32; together over all ranks, however many. At stages 1 and 2 each rank keeps Muon's moment whole for a matrix
+    on its border.
+    """
+    zero, stage_3 = engine.zero_optimization(), engine.zero_optimization_stage() == 3
+    own = 0
+    for piece in owned_pieces(engine):
+        numel = sum(fragment.numel for fragment in piece.fragments)  # without padding
+        states = optimizer_states(type(engine.basic_optimizer).__name__, piece.group)
+        if piece.group.get("use_muon"):
+            moments = sum(fragment.numel for fragment in piece.momentum)
+        else:
+            moments = states.elements((numel,) if zero else tuple(piece.tensor.shape))
+        own += _FP32 * (numel * zero + moments) + _PER_TENSOR * (zero + states.tensors + states.scalars)
+    optimizer = sum(_PER_FILE + part for part in ranks.gather(own)) if zero else own
+    saved = engine.module.state_dict().keys()
+    parameters = list(engine.module.parameters())
+    tensors = [buffer for name, buffer in engine.module.named_buffers() if name in saved]
+    module = _PER_FILE + _PER_TENSOR * (len(tensors) + len(parameters)) + _PER_RNG * ranks.world_size
+    if not stage_3:
+        tensors += parameters
+    module += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return optimizer + module * (ranks.world_size if stage_3 else 1)
+
+
+@contextlib.contextmanager
+def file_operations(engine: Any, snapshots: Snapshots | None) -> Iterator[list[OSError | RuntimeError]]:
+    """Let this rank's file operations note their failure instead of raising it (see guards.file_operations), and take
+    `snapshots`, if given, of what is to be written. torch.save reports a full disk as a RuntimeError.
+    """
+    failures: list[OSError | RuntimeError] = []
+
+    def noted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            try:
+                paths = [Path(value).name for value in (*args, *kwargs.values()) if isinstance(value, (str, Path))]
+                faults.operation(" ".join([operation.__name__.strip("_"), *paths]))
+                return operation(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        return attempt
+
+    def copied(state_dict: Any, path: str) -> None:
+        assert snapshots is not None
+        try:
+            snapshots.taken.append((Path(path), snapshots.take(state_dict)))
+        except (RuntimeError, ValueError) as error:  # no memory for the copy
+            failures.append(RuntimeError(f"no copy for saving in the background (chatgot.checkpoint.async): {error}"))
+
+    with guards.file_operations(
+        engine, lambda name, theirs: copied if name == "save" and snapshots is not None else noted(theirs)
+    ):
+        yield failures
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state dict as it was."""
+
+    graph: bytes
+    """Everything but the tensors, pickled, with numbers in their places."""
+    tensors: tuple[torch.Tensor, ...]
+    """On the CPU. Tensors that shared memory share it here too, so that torch.save writes it once, as it would have."""
+
+    def rebuild(self) -> Any:
+        """The state dict."""
+        return _Unpickler(self.graph, self.tensors).load()
+
+
+class Snapshots:
+    """Takes snapshots, the next one into the memory of the one before: memory that has been written to once is several
+    times faster.
+
+    On CUDA that memory is pinned. It is as large as what this rank saves, and is kept until the end of the run.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[Path, Snapshot]] = []
+        """By the file that each is to be written to."""
+        self._buffers: list[torch.Tensor] = []
+        self._used = 0
+
+    def reuse(self) -> None:
+        """Forget the snapshots taken so far."""
+        self.taken.clear()
+        del self._buffers[self._used :]  # the layout of what is saved has changed
+        self._used = 0
+
+    def take(self, state: Any) -> Snapshot:
+        """Copy a state dict. Work that was queued on a device is waited for.
+
+        Raises:
+            ValueError: a tensor in it is not dense.
+        """
+        copies: dict[int, torch.Tensor] = {}
+        tensors: list[torch.Tensor] = []
+        queued = False
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal queued
+            storage = tensor.untyped_storage()
+            key = storage._cdata  # what torch.save knows a storage by
+            if key not in copies:
+                whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+                on_cuda = storage.device.type == "cuda"
+                copies[key] = self._buffer(whole.numel(), pinned=on_cuda)
+                copies[key].copy_(whole, non_blocking=True)
+                queued = queued or on_cuda
+            return torch.empty(0, dtype=tensor.dtype).set_(
+                copies[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+            )
+
+        def keep(tensor: torch.Tensor) -> int:
+            if tensor.layout != torch.strided or tensor.is_quantized:
+                kind = f"a {tensor.layout} tensor of {tensor.dtype}"
+                raise ValueError(f"{kind} cannot be copied for saving in the background")
+            tensors.append(_like(copied(tensor.detach()), tensor))
+            return len(tensors) - 1
+
+        file = io.BytesIO()
+        _Pickler(file, keep).dump(state)
+        if queued:
+            torch.cuda.synchronize()
+        return Snapshot(file.getvalue(), tuple(tensors))
+
+    def _buffer(self, size: int, pinned: bool) -> torch.Tensor:
+        index, self._used = self._used, self._used + 1
+        if index < len(self._buffers):
+            buffer = self._buffers[index]
+            if buffer.numel() == size and buffer.is_pinned() == pinned:
+                return buffer
+        fresh = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and size > 0)
+        self._buffers[index : index + 1] = [fresh]
+        return fresh
+
+
+def _like(copy: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """`copy` with what torch.save writes of a tensor besides its values; DeepSpeed marks some with a number (ds_id)."""
+    if isinstance(original, torch.nn.Parameter):
+        copy = torch.nn.Parameter(copy, requires_grad=original.requires_grad)
+    copy.requires_grad_(original.requires_grad)
+    for name, value in vars(original).items():
+        setattr(copy, name, value)
+    return copy
+
+
+class _Pickler(pickle.Pickler):
+    """Gives each tensor to `keep`, once, and writes the number that it returns."""
+
+    def __init__(self, file: io.BytesIO, keep: Callable[[torch.Tensor], int]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._keep = keep
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        if id(obj) not in self._numbers:
+            self._numbers[id(obj)] = self._keep(obj)
+        return self._numbers[id(obj)]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, graph: bytes, tensors: tuple[torch.Tensor, ...]) -> None:
+        super().__init__(io.BytesIO(graph))
+        self._tensors = tensors
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        return self._tensors[pid]
+
+
+def tag_of(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def writer(name: str) -> int:
+    """Tell which rank wrote a file, by DeepSpeed's naming (engine.py, _get_zero_ckpt_name and the NVMe copies)."""
+    match = re.search(r"(?:^|/)(?:\w*_)?zero_pp_rank_(\d+)_", name) or re.match(r"offloaded_tensors/rank(\d+)/", name)
+    return int(match[1]) if match else 0  # all others are rank 0's
+
+
+def flush_and_measure(folder: Path, rank: int, world_size: int) -> dict[str, Measured]:
+    """Flush and hash the files that a rank wrote, by name.
+
+    Raises:
+        OSError: one cannot be flushed or read.
+    """
+    own = {}
+    for name in manifest.listed(folder):
+        if writer(name) % world_size == rank:
+            faults.operation(f"flush and hash {name}")
+            with ThreadPoolExecutor(1) as thread:  # hashed out of the page cache while the disk still writes it
+                flushed = thread.submit(sync, folder / name)
+                own[name] = manifest.measure(folder / name)
+                flushed.result()
+    return own
+
+
+def check_shared(folder: Path, gathered: list[dict[str, Measured]]) -> None:
+    """Wait until rank 0 sees exactly the files that all ranks together have hashed, VISIBLE_WITHIN_S at most.
+
+    Args:
+        gathered: the files of every rank.
+
+    Raises:
+        CheckpointError: it does not: the ranks do not share the file system, or somebody else writes there.
+    """
+    until = time.monotonic() + VISIBLE_WITHIN_S
+    hashed = {name for part in gathered for name in part}
+    while hashed - (seen := set(manifest.listed(folder))) and time.monotonic() < until:
+        time.sleep(0.5)
+    for rank, part in enumerate(gathered):
+        if unseen := sorted(part.keys() - seen):
+            raise CheckpointError(
+                f"{folder}: rank {rank} wrote {unseen[0]}, and rank 0 does not see it: the ranks do not share this "
+                "file system; give an --out_dir on a file system that all machines share"
+            )
+    if unhashed := sorted(seen - hashed):
+        raise CheckpointError(f"{folder}: nobody has written {unhashed[0]}: another program writes into this folder")
+
+
+def sweep(folder: Path) -> None:
+    """Clear up after a save that was cut short, while nobody else saves here."""
+    take_back(folder)
+    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{REPLACED}*")):
+        shutil.rmtree(leftover)
+    for leftover in folder.glob(f".{LATEST}.tmp-*"):
+        leftover.unlink()
+
+
+def take_back(folder: Path) -> None:
+    """Give a checkpoint that made way for another one of its step the name back, if the other one never got it."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        original = replaced.with_name(replaced.name.removeprefix(REPLACED))
+        if not original.exists():
+            os.rename(replaced, original)
+            sync(folder)
+
+
+def next_sequence(folder: Path) -> int:
+    """Choose the next one's place in the order of publication."""
+    newest = 0
+    for path in folder.glob(f"*/{manifest.NAME}"):
+        with contextlib.suppress(CheckpointError):  # a damaged one is reported where checkpoints are chosen
+            newest = max(newest, int(manifest.read(path.parent).get("sequence", 0)))
+    return newest + 1
+
+
+def publish(folder: Path, tag: str, fields: Mapping[str, Any], gathered: list[dict[str, Measured]]) -> None:
+    """List all files in the manifest of the unfinished checkpoint, give it its name, and point `latest` to it.
+
+    Args:
+        fields: the manifest's, without sequence and files.
+        gathered: the files of every rank.
+
+    Raises:
+        OSError: it is published, if only the flush after the rename or `latest` failed.
+    """
+    unfinished = folder / f"{UNFINISHED}{tag}"
+    files = dict(sorted((name, measured) for part in gathered for name, measured in part.items()))
+    for parent in sorted({(unfinished / name).parent for name in files} - {unfinished}):
+        sync(parent)
+    sequence = next_sequence(folder)
+    manifest.write(unfinished, {**fields, "sequence": sequence, "files": files}, faults.operation)
+    _rename(unfinished, folder / tag)
+    write_atomically(folder / LATEST, tag, faults.operation)
+
+
+def _rename(unfinished: Path, final: Path) -> None:
+    """Publish. One that exists already (the same step, saved again) makes way first, never written into. A kill between
+    the two renames leaves it as REPLACED, from where `take_back` fetches it.
+    """
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        faults.operation(f"move the earlier {final.name} away")
+        os.rename(final, replaced)
+    faults.operation(f"publish {final.name}")
+    try:
+        os.rename(unfinished, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    faults.operation("flush the folder of checkpoints")
+    sync(final.parent)
+    if replaced.exists():
+        faults.operation(f"delete the earlier {final.name}")
+        shutil.rmtree(replaced)
