@@ -68,7 +68,7 @@ def _measure(method: Any, text: str, out: str) -> dict[str, float]:
     """CPU and wall seconds of one method after its imports, and the process's peak memory."""
     from chatgot.config.run import DataConfig
     from chatgot.data.prepare import prepare
-    from chatgot.observe.memory import peak_memory_gib
+    from chatgot.observe.meters import peak_memory_gib
 
     cpu, wall = time.process_time(), time.perf_counter()
     if method == "list comprehension":

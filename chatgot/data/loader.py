@@ -24,7 +24,7 @@ class DataOrder:
     Windows are blocks of T + 1 tokens at stride T, so an epoch shows no target twice; each epoch starts at another
     offset in [0, T), so that block edges move. Within an epoch the blocks come in a keyed pseudo-random order without
     replacement: a Feistel network over the next power of four, walked until it lands inside (Black & Rogaway 2002,
-        "Ciphers with arbitrary finite domains").
+    "Ciphers with arbitrary finite domains").
     """
 
     def __init__(self, n_tokens: int, block_size: int, seed: int) -> None:
@@ -50,6 +50,7 @@ class DataOrder:
         return (blocks * np.uint64(self.block_size) + offsets).astype(np.int64).reshape(indices.shape)
 
     def _permute(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """The block of each slot of an epoch, both (n,) uint64 and below samples_per_epoch."""
         blocks = self._feistel(slots, keys)
         outside = np.flatnonzero(blocks >= self.samples_per_epoch)
         while outside.size:  # at most four values for each inside one, so this ends soon
@@ -89,10 +90,8 @@ class TrainBatches:
         """Raises ValueError if the sizes do not divide, or rank or order do not fit."""
         across = micro_batch_size * world_size
         if across < 1 or global_batch_size < 1 or global_batch_size % across:
-            raise ValueError(
-                f"global batch {global_batch_size} is not a multiple of micro batch {micro_batch_size} x {world_size} "
-                f"ranks"
-            )
+            sizes = f"micro batch {micro_batch_size} x {world_size} ranks"
+            raise ValueError(f"global batch {global_batch_size} is not a multiple of {sizes}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if len(tokens) != order.n_tokens:
@@ -102,9 +101,9 @@ class TrainBatches:
         self.block_size = order.block_size
         self.tokens_per_step = global_batch_size * order.block_size
         """Tokens of one optimizer step, over all ranks."""
-        self._micro_batch_size = micro_batch_size
         self.order = order
-        self._windows = _windows(tokens, order.block_size + 1)
+        # every window as a view (n, T + 1); indexing it with starts copies whole rows
+        self._windows = np.lib.stride_tricks.sliding_window_view(tokens, order.block_size + 1)
         slots = np.arange(global_batch_size, dtype=np.int64).reshape(self.accumulation, world_size, micro_batch_size)
         self._slots = np.ascontiguousarray(slots[:, rank]).reshape(-1)
 
@@ -118,26 +117,31 @@ class TrainBatches:
 
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
         """The micro-batches of the step of samples first_sample .. first_sample + global_batch_size - 1."""
-        starts = self.order.starts(self.indices(first_sample)).reshape(self.accumulation, self._micro_batch_size)
+        starts = self.order.starts(self.indices(first_sample)).reshape(self.accumulation, -1)
         for rows in starts:
             samples = torch.from_numpy(self._windows[rows].astype(np.int64))  # (B, T + 1)
             yield samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
 
     def batch_hash(self, first_sample: int) -> int:
-        """The 64-bit hashes of this rank's samples of a step, added modulo 2**64.
+        """The 64-bit hashes of this rank's samples (index and tokens) of a step, added modulo 2**64.
 
         Added over the ranks it is the global batch's, whatever the number of ranks, micro batch and accumulation.
         """
         indices = self.indices(first_sample)
-        return _hash_samples(indices, self._windows[self.order.starts(indices)])
+        total = 0
+        for index, window in zip(indices.tolist(), self._windows[self.order.starts(indices)]):
+            digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8)
+            digest.update(window.tobytes())
+            total += int.from_bytes(digest.digest(), "little")
+        return total % 2**64
 
 
 class EvalBatches:
-    """A whole split, every token but the first exactly once as a target over all ranks. All ranks get the same number
-    of batches.
+    """A whole split: over all ranks every token but the first is a target exactly once.
 
-    What is missing in the last window and in the last batches is filled up with input 0 and target -100; a batch can
-    consist of nothing else, so sum the losses and divide by `target_tokens` instead of averaging batch means.
+    All ranks get the same number of batches. What is missing in the last window and in the last batches is filled up
+    with input 0 and target -100; a batch can consist of nothing else, so sum the losses and divide by `target_tokens`
+    instead of averaging batch means.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int, world_size: int) -> None:
@@ -160,29 +164,12 @@ class EvalBatches:
         return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
+        shape = (self._batch_size, self._block_size)
         batch_tokens = self._batch_size * self._block_size
         for i in range(self._batches):
             begin = (i * self._world_size + self._rank) * batch_tokens
             span = np.asarray(self._tokens[begin : begin + batch_tokens + 1], dtype=np.int64)
-            targets = max(len(span) - 1, 0)
-            input_ids = np.zeros(batch_tokens, np.int64)
-            wanted = np.full(batch_tokens, IGNORE_INDEX, np.int64)
-            input_ids[:targets] = span[:targets]
-            wanted[:targets] = span[1:]
-            shape = (self._batch_size, self._block_size)
-            yield torch.from_numpy(input_ids.reshape(shape)), torch.from_numpy(wanted.reshape(shape))
-
-
-def _hash_samples(indices: np.ndarray, windows: np.ndarray) -> int:
-    """Sum modulo 2**64 of a hash of each sample's global index (n,) and its tokens (n, T + 1)."""
-    total = 0
-    for index, window in zip(indices.tolist(), windows):
-        digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8)
-        digest.update(window.tobytes())
-        total += int.from_bytes(digest.digest(), "little")
-    return total % 2**64
-
-
-def _windows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """All windows (len(tokens) - length + 1, length) as a view; indexing it with starts copies whole rows."""
-    return np.lib.stride_tricks.sliding_window_view(tokens, length)
+            missing = (0, batch_tokens - len(span[1:]))
+            input_ids = np.pad(span[:-1], missing).reshape(shape)
+            targets = np.pad(span[1:], missing, constant_values=IGNORE_INDEX).reshape(shape)
+            yield torch.from_numpy(input_ids), torch.from_numpy(targets)

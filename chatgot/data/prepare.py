@@ -1,39 +1,47 @@
-"""Text -> tokens on disk, in bounded memory: one pass to check and collect characters, one to encode."""
+"""Text -> tokens on disk, in bounded memory: one pass to check and collect characters, one to encode. The same text is
+tokenized once on a machine, whatever runs use it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
-
 from chatgot.config.run import DataConfig
-from chatgot.data.corpus import FILE_END, Source, SourceFile, check_out_dir, resolve
+from chatgot.data.corpus import Source, check_out_dir, resolve
 from chatgot.data.prepared import (
-    FORMAT,
     FORMAT_VERSION,
-    SPLITS,
     TOKENIZER_FILE,
     FileMeta,
     PreparedData,
     PreparedMeta,
     SplitMeta,
-    check_split_size,
+    check_block_size,
     open_prepared,
     publish,
     token_file,
     write_meta,
 )
-from chatgot.data.reading import TextReader, check_encoding
+from chatgot.data.reading import SplitPlan, TextReader, check_encoding, plan_split, split_pieces
 from chatgot.data.repeats import RepeatDetector
-from chatgot.data.split import SplitPlan, plan_split, split_pieces
-from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, bpe_pieces, describe_unknown
+from chatgot.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    bpe_pieces,
+    describe_unknown,
+    tokenizers_library,
+)
 from chatgot.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +54,63 @@ _ASCII = bytes(range(128))
 _NOT_ASCII = bytes(range(128, 256))
 
 
+def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None = None) -> PreparedData:
+    """The prepared form of `spec`: a prepared folder is opened, all else taken from or prepared into the cache.
+
+    The cache is `cache_dir`, or $CHATGOT_CACHE, or ~/.cache/chatgot, folder `prepared`; its key is made of path, size
+    and modification time of every file and of the settings. Processes that want the same entry wait for the one that
+    makes it; a damaged entry is made anew.
+
+    Raises:
+        DataError, ConfigError: as `prepare` and `open_prepared`.
+    """
+    source = resolve(spec)
+    if source.kind == "prepared":
+        assert source.path is not None
+        data = open_prepared(source.path)
+        what = f"source {data.meta.source}, {data.meta.tokenizer} vocabulary of {data.meta.vocab_size}"
+        logger.info(f"opened prepared folder {source.path}: {what}")
+        return data
+    cache = Path(cache_dir or os.environ.get("CHATGOT_CACHE") or Path.home() / ".cache" / "chatgot")
+    entry = cache / "prepared" / _cache_key(source, config)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with entry.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when this process ends, however it ends
+            for left_by_a_kill in entry.parent.glob(f".{entry.name}.tmp-*"):
+                shutil.rmtree(left_by_a_kill)
+            if entry.exists():
+                try:
+                    data = open_prepared(entry)
+                    logger.info(f"{source.name}: prepared earlier, taken from {entry}")
+                    return data
+                except DataError as error:
+                    logger.warning(f"the cached copy is damaged and is made anew: {error}")
+                    shutil.rmtree(entry)
+            return prepare(spec, entry, config)
+    except OSError as error:
+        raise DataError(f"{entry}: the cache cannot be used: {error}; set CHATGOT_CACHE to another folder") from error
+
+
+def _cache_key(source: Source, config: DataConfig) -> str:
+    """32 hex digits that change with the files (path, size, modification time), the settings and the format."""
+    settings = config.model_dump()
+    del settings["unknown_characters"]  # a vocabulary made from the text lacks none
+    if config.tokenizer == "bpe":
+        settings["tokenizers"] = tokenizers_library().__version__
+    else:
+        del settings["bpe_vocab_size"]
+    files = []
+    for file in source.files:
+        try:
+            status = file.path.stat()
+        except OSError as error:
+            raise DataError(f"{file.path}: cannot be read: {error.strerror or error}") from error
+        files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
+    key = json.dumps([FORMAT_VERSION, source.name, files, settings], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
 def prepare(
     spec: Spec,
     out_dir: Path | str,
@@ -54,17 +119,13 @@ def prepare(
     block_size: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> PreparedData:
-    """Prepare a text; the same text and settings give the same bytes, and a killed run leaves no half-written folder at
-    `out_dir`.
+    """Prepare a text: the same text and settings give the same bytes, and a kill leaves no half-written `out_dir`.
 
     Args:
         spec: text file, folder of text files, built-in corpus name, or several of them.
-        out_dir: folder to write. An earlier prepared folder there is replaced; anything else that is not empty is
-            refused.
-        config: tokenizer, split and encoding.
+        out_dir: folder to write; an earlier prepared folder there is replaced, any other that is not empty is refused.
         block_size: refuse unless every split has block_size + 1 tokens.
-        tokenizer: an existing vocabulary to use instead of making one; config.unknown_characters says what to do with
-            characters it lacks.
+        tokenizer: an existing vocabulary to use; config.unknown_characters says what to do with what it lacks.
 
     Raises:
         DataError: nothing to read, not text, too short, own output, or `out_dir` cannot be written.
@@ -73,78 +134,64 @@ def prepare(
     out_dir = Path(out_dir)
     source = resolve(spec)
     if source.kind == "prepared":
-        raise DataError(
-            f"--data {source.path}: already prepared; train on it as it is, or name the text that it was made from"
-        )
+        instead = "train on it as it is, or name the text that it was made from"
+        raise DataError(f"--data {source.path}: already prepared; {instead}")
     check_out_dir(out_dir, source)
     for note in source.notes:
         logger.info(note)
+    building = None
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
-    except OSError as error:
-        raise DataError(f"{out_dir}: cannot be written: {error.strerror or error}") from error
-    try:
         meta = _build(source, building, config, block_size, tokenizer)
         building.chmod(0o755)  # mkdtemp gives 0700
         publish(building, out_dir)
     except OSError as error:
         raise DataError(f"{out_dir}: cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-    sizes = ", ".join(f"{name} {split.tokens:,}" for name in SPLITS if (split := meta.split(name)))
-    logger.info(
-        f"prepared {source.name}: {sizes} tokens, {meta.tokenizer} vocabulary of {meta.vocab_size}, split by "
-        f"{meta.split_by} -> {out_dir}"
-    )
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
+    sizes = ", ".join(f"{name} {split.tokens:,}" for name, split in meta.splits.items())
+    vocabulary = f"{meta.tokenizer} vocabulary of {meta.vocab_size}"
+    logger.info(f"prepared {source.name}: {sizes} tokens, {vocabulary}, split by {meta.split_by} -> {out_dir}")
     return open_prepared(out_dir, verify=False)
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What the first pass found."""
-
-    files: tuple[FileMeta, ...]
-    file_characters: tuple[int, ...]
-    characters: tuple[str, ...]
 
 
 def _build(
     source: Source, folder: Path, config: DataConfig, block_size: int | None, given: Tokenizer | None
 ) -> PreparedMeta:
     encoding = check_encoding(config.encoding)
-    scan = _scan(source, encoding)
-    plan = plan_split(scan.file_characters, config)
+    files, file_characters, characters = _scan(source, encoding)
+    hashes = [file.sha256 for file in files]
+    plan = plan_split(file_characters, config)
     for (name, end), begin in zip(plan.ends, (0, plan.train_end, plan.val_end)):
         if end - begin < 2:
-            raise DataError(
-                f"{source.name}: {plan.total} characters are too few: the {name} split has {end - begin}, at least 2 "
-                f"are needed"
-            )
-    pieces = _unchanged_text(source, encoding, scan)
-    tokenizer = given or _make_tokenizer(scan, plan, config, source, encoding)
-    unknown = tokenizer.unknown("".join(scan.characters)) if isinstance(tokenizer, CharTokenizer) else []
+            what = f"the {name} split has {end - begin}, at least 2 are needed"
+            raise DataError(f"{source.name}: {plan.total} characters are too few: {what}")
+    if given is not None:
+        tokenizer = given
+    elif config.tokenizer == "char":
+        tokenizer = CharTokenizer(characters)
+    elif config.tokenizer == "byte":
+        tokenizer = ByteTokenizer()
+    else:
+        pieces = split_pieces(source.text(encoding, hashes), plan)
+        tokenizer = _train_bpe((text for name, text in pieces if name == "train"), config.bpe_vocab_size)
+    unknown = tokenizer.unknown("".join(characters)) if isinstance(tokenizer, CharTokenizer) else []
     if unknown and config.unknown_characters == "error":
+        times = sum(text.count(character) for text in source.text(encoding, hashes) for character in unknown)
         raise DataError(
-            f"{source.name}: {describe_unknown(unknown, tokenizer)}; they stand {_count(source, encoding, unknown):,} "
-            f"times in the text; "
-            f"set data.unknown_characters: skip to leave them out, or make a new vocabulary"
+            f"{source.name}: {describe_unknown(unknown, tokenizer)}; they stand {times:,} times in the text; set "
+            f"data.unknown_characters: skip to leave them out, or make a new vocabulary"
         )
     repeats = RepeatDetector()
-    splits, skipped = _encode(pieces, plan, tokenizer, unknown, repeats, folder)
+    splits = _encode(source.text(encoding, hashes), plan, tokenizer, unknown, repeats, folder)
+    skipped = plan.total - sum(split.characters for split in splits.values())
     if skipped:
         logger.warning(f"left out {skipped:,} characters: {describe_unknown(unknown, tokenizer)}")
-    for name, split in splits.items():
-        check_split_size(source.name, name, split.tokens, block_size if block_size is not None else 1)
-    repeated = round(repeats.repeated_share(), 4)
-    leaked = round(repeats.val_in_train_share(), 4)
-    _warn_of_repeats(scan, repeated, leaked)
-    tokenizer.save(folder / TOKENIZER_FILE)
     meta = PreparedMeta(
-        format=FORMAT,
-        format_version=FORMAT_VERSION,
         source=source.name,
-        files=scan.files,
+        files=files,
         encoding=encoding,
         tokenizer=tokenizer.kind,
         tokenizer_sha256=tokenizer.fingerprint,
@@ -155,35 +202,33 @@ def _build(
         val=splits["val"],
         test=splits.get("test"),
         skipped_characters=skipped,
-        repeated_share=repeated,
-        val_in_train_share=leaked,
+        repeated_share=round(repeats.repeated_share(), 4),
+        val_in_train_share=round(repeats.val_in_train_share(), 4),
     )
+    check_block_size(meta, 1 if block_size is None else block_size)
+    _warn_of_repeats(meta)
+    tokenizer.save(folder / TOKENIZER_FILE)
     write_meta(meta, folder)
     return meta
 
 
-def _scan(source: Source, encoding: str) -> _Scan:
-    """First pass: is it text, how long is it, which characters."""
+def _scan(source: Source, encoding: str) -> tuple[tuple[FileMeta, ...], list[int], list[str]]:
+    """First pass: returns the files, the characters that each adds to the text, and the distinct characters."""
     files: list[FileMeta] = []
     lengths: list[int] = []
     seen = _Characters()
-    boms, crlf_files, crlf, empty = 0, 0, 0, []
+    boms = crlf_files = crlf = 0
     for file in source.files:
         reader = TextReader(file.path, encoding)
         length = 0
-        for text in reader:
+        for text in source.pieces(reader):
             length += len(text)
             seen.add(text.encode("utf-8"))
-        if length and _file_end(source):
-            length += len(FILE_END)
-            seen.add(FILE_END.encode("ascii"))
         files.append(FileMeta(file.name, reader.bytes, reader.sha256))
         lengths.append(length)
         boms += reader.had_bom
         crlf += reader.crlf
         crlf_files += reader.crlf > 0
-        if not length:
-            empty.append(file.name)
         if reader.nul:
             logger.warning(f"{file.path}: {reader.nul:,} NUL characters; is it really a text file?")
     if not sum(lengths):
@@ -192,12 +237,10 @@ def _scan(source: Source, encoding: str) -> _Scan:
         logger.info(f"byte order mark removed ({boms} file{'s' * (boms > 1)})")
     if crlf:
         logger.info(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
-    if empty:
-        logger.warning(
-            f"{len(empty)} empty file{'s' * (len(empty) > 1)} left out: "
-            f"{', '.join(empty[:5])}{', ...' * (len(empty) > 5)}"
-        )
-    return _Scan(tuple(files), tuple(lengths), seen.sorted())
+    if empty := [file.name for file, length in zip(source.files, lengths) if not length]:
+        names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
+        logger.warning(f"{len(empty)} empty file{'s' * (len(empty) > 1)} left out: {names}")
+    return tuple(files), lengths, seen.sorted()
 
 
 class _Characters:
@@ -208,125 +251,64 @@ class _Characters:
         self._others: set[str] = set()
 
     def add(self, raw: bytes) -> None:
-        new = raw.translate(None, self._ascii + _NOT_ASCII)
-        if new:
-            self._ascii += bytes(set(new))
+        self._ascii += bytes(set(raw.translate(None, self._ascii + _NOT_ASCII)))
         if not raw.isascii():
             self._others.update(raw.translate(None, _ASCII).decode("utf-8"))
 
-    def sorted(self) -> tuple[str, ...]:
-        return tuple(sorted(self._others.union(self._ascii.decode("ascii"))))
+    def sorted(self) -> list[str]:
+        return sorted(self._others.union(self._ascii.decode("ascii")))
 
 
-def _text(source: Source, encoding: str) -> Iterator[str]:
-    """The whole text in pieces: every file, and FILE_END after each where there are several."""
-    for file in source.files:
-        yield from _file_text(source, file, TextReader(file.path, encoding))
-
-
-def _unchanged_text(source: Source, encoding: str, scan: _Scan) -> Iterator[str]:
-    """Like `_text`; raises DataError if a file is not what the first pass saw."""
-    for file, found in zip(source.files, scan.files):
-        reader = TextReader(file.path, encoding)
-        yield from _file_text(source, file, reader)
-        if reader.sha256 != found.sha256:
-            raise DataError(f"{file.path}: changed while it was being prepared; try again when nothing writes to it")
-
-
-def _file_text(source: Source, file: SourceFile, reader: TextReader) -> Iterator[str]:
-    empty = True
-    for text in reader:
-        empty = False
-        yield text
-    if not empty and _file_end(source):
-        yield FILE_END
-
-
-def _file_end(source: Source) -> bool:
-    return len(source.files) > 1
-
-
-def _make_tokenizer(scan: _Scan, plan: SplitPlan, config: DataConfig, source: Source, encoding: str) -> Tokenizer:
-    if config.tokenizer == "char":
-        return CharTokenizer(scan.characters)
-    if config.tokenizer == "byte":
-        return ByteTokenizer()
-    train = (text for name, text in split_pieces(_text(source, encoding), plan) if name == "train")
-    tokenizer = BpeTokenizer.train(bpe_pieces(train), config.bpe_vocab_size)
-    if tokenizer.vocab_size < config.bpe_vocab_size:
-        logger.info(
-            f"bpe: the training text gave {tokenizer.vocab_size} tokens, data.bpe_vocab_size asked for "
-            f"{config.bpe_vocab_size}"
-        )
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = BpeTokenizer.train(bpe_pieces(texts), vocab_size)
+    if (got := tokenizer.vocab_size) < vocab_size:
+        logger.info(f"bpe: the training text gave {got} tokens, data.bpe_vocab_size asked for {vocab_size}")
     return tokenizer
 
 
 def _encode(
-    pieces: Iterable[str],
+    text: Iterable[str],
     plan: SplitPlan,
     tokenizer: Tokenizer,
     unknown: Sequence[str],
     repeats: RepeatDetector,
     folder: Path,
-) -> tuple[dict[str, SplitMeta], int]:
-    """Second pass: write the token files. Returns each split's numbers, and how many characters were left out."""
+) -> dict[str, SplitMeta]:
+    """Second pass: write the token files, without the characters that are `unknown`; returns each split's numbers."""
     splits: dict[str, SplitMeta] = {}
-    skipped = 0
-    without_unknown = str.maketrans(dict.fromkeys(unknown))
-    stream = split_pieces(pieces, plan)
-    held = next(stream, None)
-    for name, _ in plan.ends:
-
-        def of_this_split(name: str = name) -> Iterator[str]:
-            nonlocal held, skipped
-            while held is not None and held[0] == name:
-                text = held[1]
-                if unknown:
-                    kept = text.translate(without_unknown)
-                    skipped += len(text) - len(kept)
-                    text = kept
-                if text:
-                    yield text
-                held = next(stream, None)
-
+    without_unknown = str.maketrans("", "", "".join(unknown))
+    for name, parts in groupby(split_pieces(text, plan), key=itemgetter(0)):
+        pieces = (piece.translate(without_unknown) if unknown else piece for _, piece in parts)
         tokens = characters = size = 0
         digest = hashlib.sha256()
         with (folder / token_file(name)).open("wb") as file:
-            for text in bpe_pieces(of_this_split()) if tokenizer.kind == "bpe" else of_this_split():
+            for piece in bpe_pieces(pieces) if tokenizer.kind == "bpe" else pieces:
                 try:
-                    ids = np.ascontiguousarray(tokenizer.encode(text))
+                    ids = tokenizer.encode(piece)
                 except DataError as error:  # the first pass has seen to it that every character is known
                     raise DataError(f"the text changed while it was being prepared: {error}") from error
+                raw = piece.encode("utf-8")
                 file.write(ids.data)
                 digest.update(ids.data)
-                raw = text.encode("utf-8")
                 repeats.feed(raw, name)
                 tokens += len(ids)
-                characters += len(text)
+                characters += len(piece)
                 size += len(raw)
             file.flush()
             os.fsync(file.fileno())
         splits[name] = SplitMeta(tokens, characters, size, digest.hexdigest())
-    return splits, skipped
+    return splits
 
 
-def _count(source: Source, encoding: str, characters: Sequence[str]) -> int:
-    without = str.maketrans(dict.fromkeys(characters))
-    return sum(len(text) - len(text.translate(without)) for text in _text(source, encoding))
-
-
-def _warn_of_repeats(scan: _Scan, repeated: float, leaked: float) -> None:
+def _warn_of_repeats(meta: PreparedMeta) -> None:
     first_with: dict[str, str] = {}
-    for file in scan.files:
+    for file in meta.files:
         twin = first_with.setdefault(file.sha256, file.name)
         if twin != file.name and file.bytes:
             logger.warning(f"{file.name} has the same content as {twin}")
-    if repeated >= WARN_REPEATED_SHARE:
-        logger.warning(
-            f"about {repeated:.0%} of the text repeats an earlier passage word for word; is something in it twice?"
-        )
-    if leaked >= WARN_VAL_IN_TRAIN_SHARE:
-        logger.warning(
-            f"about {leaked:.0%} of the validation text also stands in the training text; val/loss will look "
-            f"better than it is"
-        )
+    if meta.repeated_share >= WARN_REPEATED_SHARE:
+        share = f"about {meta.repeated_share:.0%} of the text"
+        logger.warning(f"{share} repeats an earlier passage word for word; is something in it twice?")
+    if meta.val_in_train_share >= WARN_VAL_IN_TRAIN_SHARE:
+        share = f"about {meta.val_in_train_share:.0%} of the validation text"
+        logger.warning(f"{share} also stands in the training text; val/loss will look better than it is")

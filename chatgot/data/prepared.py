@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
 from chatgot.errors import DataError
 from chatgot.files import sha256
 
@@ -22,7 +22,6 @@ FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 TOKENIZER_FILE = "tokenizer.json"
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -36,33 +35,28 @@ class FileMeta:
 
 @dataclass(frozen=True)
 class SplitMeta:
-    """One split. `characters` and `bytes` (UTF-8) are of the text that its tokens decode to.
-
-    Bits per character = nats per token / ln 2 * tokens / characters, whatever the tokenizer.
-    """
+    """One split. `characters` and `bytes` (UTF-8) are of the text that its tokens decode to, `sha256` of its file."""
 
     tokens: int
     characters: int
     bytes: int
     sha256: str
-    """Of the token file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedMeta:
     """The contents of meta.json."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # read strictly
 
-    format: str
-    format_version: int
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
     source: str
     files: tuple[FileMeta, ...]
     encoding: str
     tokenizer: str
     """char, byte or bpe."""
     tokenizer_sha256: str
-    """The tokenizer's fingerprint."""
     vocab_size: int
     dtype: str
     """uint8 or uint16, little-endian."""
@@ -78,9 +72,10 @@ class PreparedMeta:
     val_in_train_share: float
     """Estimated share of the validation text that also stands in the training text."""
 
-    def split(self, name: str) -> SplitMeta | None:
-        """The named split's numbers; None if there is no such split."""
-        return {"train": self.train, "val": self.val, "test": self.test}[name]
+    @property
+    def splits(self) -> dict[str, SplitMeta]:
+        """By name, in reading order."""
+        return {"train": self.train, "val": self.val} | ({"test": self.test} if self.test else {})
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class PreparedData:
             "format_version": self.meta.format_version,
             "tokenizer": self.meta.tokenizer_sha256,
             "dtype": self.meta.dtype,
-            "splits": {n: [s.tokens, s.sha256] for n in SPLITS if (s := self.meta.split(n)) is not None},
+            "splits": {name: [split.tokens, split.sha256] for name, split in self.meta.splits.items()},
         }
         return hashlib.sha256(json.dumps(defines, sort_keys=True).encode("ascii")).hexdigest()
 
@@ -132,23 +127,26 @@ def write_meta(meta: PreparedMeta, folder: Path) -> None:
 
 
 def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
-    """Open a prepared folder.
-
-    Args:
-        path: the folder.
-        verify: also read every token file and compare its sha256 (about 1 GB/s); sizes and the vocabulary are always
-            compared.
+    """Open a prepared folder. Sizes and the vocabulary are always compared with its meta.json; `verify`: the sha256 of
+    every token file, too (about 1 GB/s).
 
     Raises:
         DataError: not a prepared folder, written by another version, truncated or damaged.
         ConfigError: a bpe vocabulary without the library `tokenizers`.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such prepared folder")
-    meta = _read_meta(path)
-    tokenizer = load_tokenizer(path / TOKENIZER_FILE)
+    file = path / META_FILE
+    if not file.is_file():
+        what = f"not a prepared folder, {META_FILE} is missing" if path.is_dir() else "no such prepared folder"
+        raise DataError(f"{path}: {what}; prepare the text again")
+    tree = read_own_json(file, FORMAT, FORMAT_VERSION, "; prepare the text again")
+    try:
+        meta = TypeAdapter(PreparedMeta).validate_python(tree)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
     again = f"prepare the text again (source: {meta.source})"
+    tokenizer = load_tokenizer(path / TOKENIZER_FILE)
     if tokenizer.fingerprint != meta.tokenizer_sha256:
         raise DataError(
             f"{path / TOKENIZER_FILE}: sha256 of the vocabulary is {tokenizer.fingerprint}, meta.json says "
@@ -156,62 +154,24 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
         )
     if tokenizer.vocab_size != meta.vocab_size or tokenizer.dtype.name != meta.dtype:
         raise DataError(
-            f"{path / META_FILE}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its "
-            f"tokenizer.json; {again}"
+            f"{file}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its tokenizer.json; {again}"
         )
-    arrays: dict[str, np.ndarray | None] = {}
-    for name in SPLITS:
-        split = meta.split(name)
-        arrays[name] = (
-            None if split is None else _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
-        )
-    train, val = arrays["train"], arrays["val"]
-    assert train is not None  # meta.json has both
-    assert val is not None
-    return PreparedData(path, tokenizer, meta, train, val, arrays["test"])
+
+    def tokens(name: str, split: SplitMeta) -> np.ndarray:
+        return _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
+
+    train, val, test = tokens("train", meta.train), tokens("val", meta.val), meta.test and tokens("test", meta.test)
+    return PreparedData(path, tokenizer, meta, train, val, test)
 
 
-def check_block_size(prepared: PreparedData, max_seq_length: int) -> None:
+def check_block_size(meta: PreparedMeta, max_seq_length: int) -> None:
     """Raise DataError, with both numbers, if a split is too short for one sample and its targets."""
-    for name in SPLITS:
-        split = prepared.meta.split(name)
-        if split is not None:
-            check_split_size(prepared.meta.source, name, split.tokens, max_seq_length)
-
-
-def check_split_size(source: str, split: str, tokens: int, max_seq_length: int) -> None:
-    """See `check_block_size`."""
-    if tokens < max_seq_length + 1:
-        raise DataError(
-            f"{source}: the {split} split has {tokens} tokens, one sample needs model.max_seq_length + 1 = "
-            f"{max_seq_length + 1}; "
-            f"use more text, a smaller max_seq_length"
-            + ("" if split == "train" else f", or a larger data.{split}_fraction")
-        )
-
-
-def _read_meta(path: Path) -> PreparedMeta:
-    file = path / META_FILE
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: not a prepared folder, {META_FILE} is missing; prepare the text again") from None
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file}: cannot be read, the prepared folder is damaged: {error}; prepare the text again"
-        ) from error
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise DataError(f"{file}: not a {FORMAT} folder")
-    if tree.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{file}: format_version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}; prepare the "
-            f"text again"
-        )
-    try:
-        return TypeAdapter(PreparedMeta).validate_python(tree)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
+    for name, split in meta.splits.items():
+        if split.tokens < max_seq_length + 1:
+            needed = f"one sample needs model.max_seq_length + 1 = {max_seq_length + 1}"
+            hint = "use more text, a smaller max_seq_length"
+            hint += "" if name == "train" else f", or a larger data.{name}_fraction"
+            raise DataError(f"{meta.source}: the {name} split has {split.tokens} tokens, {needed}; {hint}")
 
 
 def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, again: str) -> np.ndarray:
@@ -231,10 +191,8 @@ def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, ag
 
 def publish(building: Path, out_dir: Path) -> None:
     """Put the finished folder in its place; what was there stays whole until then."""
+    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
     if out_dir.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
         os.replace(out_dir, old)
-        os.replace(building, out_dir)
-        shutil.rmtree(old)
-    else:
-        os.replace(building, out_dir)
+    os.replace(building, out_dir)
+    shutil.rmtree(old)

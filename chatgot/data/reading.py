@@ -1,4 +1,6 @@
-"""Text files as a stream of decoded pieces in bounded memory, with exact byte offsets for what cannot be decoded."""
+"""A text as a stream of pieces in bounded memory: decoded, with exact byte offsets for what cannot be, and cut into
+training, validation and test, which are contiguous parts in reading order, before any windowing.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,23 @@ import codecs
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
+from chatgot.config.run import DataConfig
 from chatgot.errors import ConfigError, DataError
 
 CHUNK_BYTES = 1 << 20
 
+AUTO_TOLERANCE = 0.2
+"""split_by: auto cuts at file boundaries if each held-out part is within this share of its wished size."""
+
 
 class TextReader:
-    """Iterating yields the text of one file: BOM stripped, CRLF turned into LF, everything else as it is.
+    """Iterating once yields the text of one file: BOM stripped, CRLF turned into LF, everything else as it is.
 
     After the iteration `bytes`, `sha256` (of the file as it lies on disk), `had_bom`, `crlf` and `nul` (how many) are
     set.
@@ -24,26 +33,21 @@ class TextReader:
     def __init__(self, path: Path, encoding: str = "utf-8", chunk_bytes: int = CHUNK_BYTES) -> None:
         self.path = path
         self.encoding = check_encoding(encoding)
-        self.bytes = 0
+        self.bytes = self.crlf = self.nul = 0
         self.sha256 = ""
         self.had_bom = False
-        self.crlf = 0
-        self.nul = 0
         self._chunk_bytes = chunk_bytes
 
     def __iter__(self) -> Iterator[str]:
         """Raises DataError: not a regular file, unreadable, or not of the encoding (with the offset in the file)."""
-        self.bytes, self.had_bom, self.crlf, self.nul = 0, False, 0, 0
         digest = hashlib.sha256()
         at_start, held = True, ""  # held: a carriage return whose line feed may open the next chunk
         for text in self._decoded(digest):
             if at_start and text:
                 at_start = False
-                if text[0] == "\ufeff":
-                    self.had_bom = True
-                    text = text[1:]
-            text = held + text
-            held = ""
+                self.had_bom = text[0] == "\ufeff"
+                text = text.removeprefix("\ufeff")
+            text, held = held + text, ""
             if "\r" in text:
                 if text.endswith("\r"):
                     text, held = text[:-1], "\r"
@@ -68,10 +72,8 @@ class TextReader:
                         text = decoder.decode(chunk, final=not chunk)
                         text.encode("utf-8")  # some codecs let lone surrogates through
                     except UnicodeEncodeError as error:
-                        raise DataError(
-                            f"{self.path}: lone surrogate U+{ord(error.object[error.start]):04X} near byte "
-                            f"{self.bytes}: not valid text"
-                        ) from None
+                        lone = f"lone surrogate U+{ord(error.object[error.start]):04X} near byte {self.bytes}"
+                        raise DataError(f"{self.path}: {lone}: not valid text") from None
                     except UnicodeDecodeError as error:
                         raise DataError(self._describe(error, self.bytes - held + error.start)) from None
                     except UnicodeError as error:  # UTF-16 and UTF-32 without a byte order mark
@@ -93,25 +95,24 @@ class TextReader:
 
 def open_regular(path: Path):
     """Open a regular file for reading. Raises DataError, without waiting, for FIFOs, devices, sockets and folders."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DataError(f"{path}: {describe_mode(mode)}, not a regular file; save the text in a file first")
+        raise DataError(not_regular(path, mode))
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def describe_mode(mode: int) -> str:
-    """'a FIFO', 'a character device', ..."""
+def not_regular(what: object, mode: int) -> str:
+    """Say which special file something is."""
     kinds = {
         stat.S_IFIFO: "a FIFO",
         stat.S_IFCHR: "a character device",
         stat.S_IFBLK: "a block device",
         stat.S_IFSOCK: "a socket",
         stat.S_IFDIR: "a folder",
-        stat.S_IFREG: "a regular file",
     }
-    return kinds.get(stat.S_IFMT(mode), "a special file")
+    kind = kinds.get(stat.S_IFMT(mode), "a special file")
+    return f"{what}: {kind}, not a regular file; save the text in a file first"
 
 
 def check_encoding(encoding: str) -> str:
@@ -119,10 +120,68 @@ def check_encoding(encoding: str) -> str:
     try:
         codec = codecs.lookup(encoding)
     except LookupError:
-        raise ConfigError(
-            f"data.encoding = {encoding!r}: unknown encoding; allowed is what Python knows (utf-8, latin-1, cp1252, "
-            f"utf-16, ...)"
-        ) from None
+        allowed = "allowed is what Python knows (utf-8, latin-1, cp1252, utf-16, ...)"
+        raise ConfigError(f"data.encoding = {encoding!r}: unknown encoding; {allowed}") from None
     if not getattr(codec, "_is_text_encoding", True) or codec.incrementaldecoder is None:
         raise ConfigError(f"data.encoding = {encoding!r}: not an encoding of text")
     return "utf-8" if codec.name == "utf-8-sig" else codec.name
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Character positions in the whole text: train [0, train_end), val [train_end, val_end), test [val_end, total)."""
+
+    split_by: Literal["position", "file"]
+    train_end: int
+    val_end: int
+    total: int
+
+    @property
+    def ends(self) -> list[tuple[str, int]]:
+        """Name and end of every split that is not empty by intention, in order."""
+        ends = [("train", self.train_end), ("val", self.val_end)]
+        return ends if self.val_end == self.total else [*ends, ("test", self.total)]
+
+
+def plan_split(file_characters: Sequence[int], config: DataConfig) -> SplitPlan:
+    """Choose the cuts of a whole text, to which each file adds `file_characters`.
+
+    Raises:
+        ConfigError: nothing left for training, or split_by: file with too few files.
+    """
+    val, test = config.val_fraction, config.test_fraction
+    if val + test >= 1.0:
+        both = f"data.val_fraction = {val} and data.test_fraction = {test}"
+        raise ConfigError(f"{both} leave nothing for training; their sum must be below 1")
+    total = sum(file_characters)
+    train_end, val_end = int(total * (1.0 - val - test)), int(total * (1.0 - test)) if test else total
+    by_position = SplitPlan("position", train_end, val_end, total)
+    held_out = 2 if test else 1
+    if config.split_by == "file" and len(file_characters) <= held_out:
+        got = f"got {len(file_characters)}; use position or auto"
+        raise ConfigError(f"data.split_by: file needs at least {held_out + 1} text files, {got}")
+    if config.split_by == "position" or len(file_characters) <= held_out:
+        return by_position
+    boundaries = list(accumulate(file_characters))[:-1]
+    val_end = min(boundaries[1:], key=lambda b: abs(b - by_position.val_end)) if test else total
+    train_end = min((b for b in boundaries if b < val_end), key=lambda b: abs(b - by_position.train_end))
+    by_file = SplitPlan("file", train_end, val_end, total)
+    wished, got = ((plan.val_end - plan.train_end, plan.total - plan.val_end) for plan in (by_position, by_file))
+    close = all(abs(g - w) <= AUTO_TOLERANCE * w for w, g in zip(wished, got))
+    return by_file if config.split_by == "file" or close else by_position
+
+
+def split_pieces(pieces: Iterable[str], plan: SplitPlan) -> Iterator[tuple[str, str]]:
+    """Cut a stream of text at the plan's positions: yields (split name, text). The last split takes the rest."""
+    names, ends = zip(*plan.ends)
+    current = position = 0
+    for piece in pieces:
+        while current + 1 < len(names) and position + len(piece) > ends[current]:
+            head, piece = piece[: ends[current] - position], piece[ends[current] - position :]
+            if head:
+                yield names[current], head
+            position = ends[current]
+            current += 1
+        if piece:
+            yield names[current], piece
+            position += len(piece)

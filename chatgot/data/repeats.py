@@ -16,9 +16,8 @@ _FIRST_RATE = 16
 """At first one byte position in 16 is sampled."""
 _BATCH_BYTES = 1 << 19
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_WEIGHTS = np.array(
-    [pow(int(_MULTIPLIER), 2 * j + 3, 1 << 64) for j in range(PASSAGE_BYTES // 8)], dtype=np.uint64
-)  # all odd
+# all odd
+_WEIGHTS = np.array([pow(int(_MULTIPLIER), 2 * j + 3, 1 << 64) for j in range(PASSAGE_BYTES // 8)], dtype=np.uint64)
 
 
 class RepeatDetector:
@@ -29,12 +28,9 @@ class RepeatDetector:
         self._threshold = np.uint64((1 << 64) // _FIRST_RATE)
         self._split = ""
         self._pending = bytearray()
-        self._new: list[
-            np.ndarray
-            # (2 + splits, n) columns of samples not yet merged: passage hash, anchor hash, count in train, val, rest
-        ] = []
-        self._new_samples = 0
+        # (5, n) uint64, one column a sample: passage hash, anchor hash, and how many in train, val and the rest
         self._known = np.empty((5, 0), np.uint64)
+        self._new: list[np.ndarray] = []  # not yet merged
 
     def feed(self, chunk: bytes, split: str) -> None:
         """Take the next bytes, of any number, of the split 'train', 'val' or another."""
@@ -68,12 +64,13 @@ class RepeatDetector:
             anchors = words[: (starts - offset + 7) // 8] * _MULTIPLIER
             at = np.flatnonzero(anchors < self._threshold)
             samples = np.zeros((5, len(at)), np.uint64)
-            samples[0] = _hash_passages(words, at)
+            for j, weight in enumerate(_WEIGHTS):
+                word = words[at + j]
+                samples[0] += (word ^ (word >> np.uint64(29))) * weight
             samples[1] = anchors[at]
             samples[column] = 1
             self._new.append(samples)
-            self._new_samples += len(at)
-        if self._new_samples > self._max_samples:
+        if sum(samples.shape[1] for samples in self._new) > self._max_samples:
             self._merge()
         del self._pending[:starts]
 
@@ -83,24 +80,14 @@ class RepeatDetector:
 
     def _merge(self) -> None:
         samples = np.concatenate([self._known, *self._new], axis=1)
-        self._new, self._new_samples = [], 0
+        self._new = []
         while True:
             _, first, which = np.unique(samples[0], return_index=True, return_inverse=True)
             merged = samples[:, first]
             for column in (2, 3, 4):
-                merged[column] = np.bincount(which.reshape(-1), weights=samples[column], minlength=len(first)).astype(
-                    np.uint64
-                )
+                merged[column] = np.bincount(which.reshape(-1), samples[column], len(first)).astype(np.uint64)
             if len(first) <= self._max_samples:
                 break
             self._threshold //= np.uint64(2)
             samples = merged[:, merged[1] < self._threshold]
         self._known = merged
-
-
-def _hash_passages(words: np.ndarray, at: np.ndarray) -> np.ndarray:
-    total = np.zeros(len(at), np.uint64)
-    for j, weight in enumerate(_WEIGHTS):
-        word = words[at + j]
-        total += (word ^ (word >> np.uint64(29))) * weight
-    return total

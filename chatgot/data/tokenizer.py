@@ -54,11 +54,7 @@ class Tokenizer(ABC):
         """What defines the vocabulary, JSON-ready."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids. Byte sequences that are not UTF-8 (a model can write them) become U+FFFD.
-
-        Raises:
-            ValueError: an id outside the vocabulary.
-        """
+        """Text of token ids; ValueError for one outside the vocabulary. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i) for i in self._checked(ids).tolist()).decode("utf-8", errors="replace")
 
     def encode_prompt(self, text: str) -> np.ndarray:
@@ -68,10 +64,6 @@ class Tokenizer(ABC):
         except UnicodeEncodeError as error:
             raise ConfigError(f"prompt {text!a}: not valid text at character {error.start}: {error.reason}") from None
         return self.encode(text)
-
-    def stream(self) -> StreamDecoder:
-        """A decoder for printing tokens one by one."""
-        return StreamDecoder(self)
 
     def save(self, path: Path | str) -> None:
         """Write the complete tokenizer as human-readable JSON."""
@@ -109,29 +101,22 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: Iterable[str]) -> None:
         """Raises DataError unless `characters` are 1 to 65536 single, distinct characters in code point order."""
         self.characters = tuple(characters)
-        bad = next(
-            (c for c in self.characters if not isinstance(c, str) or len(c) != 1 or 0xD800 <= ord(c) <= 0xDFFF), None
-        )
-        if bad is not None:
-            raise DataError(f"character vocabulary: {bad!r} is not a single character")
+        for c in self.characters:
+            if not isinstance(c, str) or len(c) != 1 or 0xD800 <= ord(c) <= 0xDFFF:
+                raise DataError(f"character vocabulary: {c!r} is not a single character")
         if list(self.characters) != sorted(set(self.characters)):
             raise DataError("character vocabulary: the characters are not distinct and in code point order")
         if not 1 <= len(self.characters) <= MAX_VOCAB_SIZE:
-            raise DataError(
-                f"character vocabulary: {len(self.characters)} characters, allowed 1 to {MAX_VOCAB_SIZE}; use "
-                f"tokenizer: byte or bpe"
-            )
+            allowed = f"allowed 1 to {MAX_VOCAB_SIZE}; use tokenizer: byte or bpe"
+            raise DataError(f"character vocabulary: {len(self.characters)} characters, {allowed}")
         self.vocab_size = len(self.characters)
         self._code_points = np.array([ord(c) for c in self.characters], dtype="<u4")
-        last = int(self._code_points[-1])
-        self._ids = np.full(
-            last + 2, self.vocab_size, dtype=np.uint32
-        )  # code point -> id; the last entry stands for everything beyond
+        # code point -> id; the last entry stands for everything beyond
+        self._ids = np.full(int(self._code_points[-1]) + 2, self.vocab_size, dtype=np.uint32)
         self._ids[self._code_points] = np.arange(self.vocab_size, dtype=np.uint32)
-        self._known_ascii = bytes(ord(c) for c in self.characters if c.isascii())
-        self._ascii_table = bytes(
-            self._known_ascii.find(i) % 256 for i in range(256)
-        )  # ASCII sorts first, so its ids fit a byte
+        self._known_ascii = "".join(c for c in self.characters if c.isascii()).encode("ascii")
+        # ASCII sorts first, so its ids fit a byte
+        self._ascii_table = bytes(self._known_ascii.find(i) % 256 for i in range(256))
 
     def encode(self, text: str) -> np.ndarray:
         if text.isascii():
@@ -140,15 +125,14 @@ class CharTokenizer(Tokenizer):
                 raise DataError(describe_unknown(self.unknown(text), self))
             ids = np.frombuffer(raw.translate(self._ascii_table), dtype=np.uint8)
             return ids.astype(self.dtype, copy=False)
-        code_points = _code_points(text)
+        code_points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
         ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
         if int(ids.max()) == self.vocab_size:
             raise DataError(describe_unknown(self.unknown(text), self))
         return ids.astype(self.dtype)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        unknown = self.unknown(text)
-        if unknown:
+        if unknown := self.unknown(text):
             raise ConfigError(f"prompt: {describe_unknown(unknown, self)}")
         return self.encode(text)
 
@@ -192,8 +176,8 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, definition: dict[str, Any]) -> None:
         """`definition`: the library's own JSON. Raises DataError if it is refused, ConfigError without the library."""
-        library = _tokenizers_library()
         self._definition = definition
+        library = tokenizers_library()
         try:
             self._bpe = library.Tokenizer.from_str(json.dumps(definition))
         except Exception as error:  # the library raises a bare Exception for what it cannot read
@@ -201,20 +185,17 @@ class BpeTokenizer(Tokenizer):
         vocabulary: dict[str, int] = self._bpe.get_vocab()
         self.vocab_size = len(vocabulary)
         byte_of = _byte_level_alphabet()
-        if sorted(vocabulary.values()) != list(range(self.vocab_size)) or not set().union(*vocabulary) <= set(
-            byte_of
-        ) <= set(vocabulary):
+        spelled = set().union(*vocabulary) <= byte_of.keys() <= vocabulary.keys()
+        if sorted(vocabulary.values()) != list(range(self.vocab_size)) or not spelled:
             raise DataError("bpe tokenizer: not a byte-level vocabulary with ids from 0")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise DataError(f"bpe tokenizer: vocabulary of {self.vocab_size}, allowed up to {MAX_VOCAB_SIZE}")
-        self._bytes = [
-            bytes(byte_of[c] for c in token) for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])
-        ]
+        self._bytes = [bytes(byte_of[c] for c in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
         """Learn at most `vocab_size` tokens (256 bytes included); memory grows with the distinct words of `texts`."""
-        library = _tokenizers_library()
+        library = tokenizers_library()
         bpe = library.Tokenizer(library.models.BPE())
         bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         bpe.decoder = library.decoders.ByteLevel()
@@ -254,32 +235,32 @@ def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.json.
-
-    Raises:
-        DataError: missing, unreadable or damaged file.
-        ConfigError: it is a bpe tokenizer and the library `tokenizers` is not installed.
-    """
-    path = Path(path)
+def read_own_json(path: Path, format_name: str, version: int, hint: str = "") -> dict[str, Any]:
+    """Read a JSON file that has `format` and `format_version`. Raises DataError, whose message ends with the hint."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such tokenizer file") from None
+        raise DataError(f"{path}: no such file{hint}") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the tokenizer cannot be read: {error}") from error
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise DataError(f"{path}: not a {FORMAT} file")
-    if tree.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version {tree.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+        raise DataError(f"{path}: cannot be read: {error}{hint}") from error
+    if not isinstance(tree, dict) or tree.get("format") != format_name:
+        raise DataError(f"{path}: not a file of the format {format_name}{hint}")
+    if tree.get("format_version") != version:
+        raise DataError(f"{path}: format_version {tree.get('format_version')!r}, this program reads {version}{hint}")
+    return tree
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Read a tokenizer.json. Raises DataError for a missing or damaged one, ConfigError for bpe without its library."""
+    path = Path(path)
+    tree = read_own_json(path, FORMAT, FORMAT_VERSION)
     try:
         tokenizer = _from_content(tree)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if tokenizer.vocab_size != tree.get("vocab_size"):
-        raise DataError(
-            f"{path}: vocab_size = {tree.get('vocab_size')!r}, but the vocabulary has {tokenizer.vocab_size} entries"
-        )
+        claimed = tree.get("vocab_size")
+        raise DataError(f"{path}: vocab_size = {claimed!r}, but the vocabulary has {tokenizer.vocab_size} entries")
     return tokenizer
 
 
@@ -291,9 +272,8 @@ def _from_content(tree: dict[str, Any]) -> Tokenizer:
         return ByteTokenizer()
     if kind == "bpe" and isinstance(tree.get("tokenizers"), dict):
         return BpeTokenizer(tree["tokenizers"])
-    raise DataError(
-        f"kind = {kind!r}: expected char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')"
-    )
+    expected = "char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')"
+    raise DataError(f"kind = {kind!r}: expected {expected}")
 
 
 def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:
@@ -304,10 +284,6 @@ def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:
     return f"{len(characters)} {noun} not in the vocabulary of {tokenizer.vocab_size}: {named}{more}"
 
 
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-
-
 def _byte_level_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte (GPT-2's encoder.py, bytes_to_unicode)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -315,16 +291,11 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-def _tokenizers_library() -> Any:
+def tokenizers_library() -> Any:
+    """The library `tokenizers`, imported where bpe needs it. Raises ConfigError without it."""
     try:
         import tokenizers
-        import tokenizers.decoders
-        import tokenizers.models
-        import tokenizers.pre_tokenizers
-        import tokenizers.trainers
     except ImportError as error:
-        raise ConfigError(
-            f"tokenizer: bpe needs the library tokenizers ({error}); pip install tokenizers, or use tokenizer: char "
-            f"or byte"
-        ) from error
+        instead = "pip install tokenizers, or use tokenizer: char or byte"
+        raise ConfigError(f"tokenizer: bpe needs the library tokenizers ({error}); {instead}") from error
     return tokenizers

@@ -15,7 +15,7 @@ import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.config.run import ModelConfig
-from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from chatgot.deepspeed_json.fields import read_section
 from chatgot.errors import CheckpointError, ConfigError
 from chatgot.model.generate import generate
@@ -57,11 +57,8 @@ class LoadedModel(NamedTuple):
         num_samples: int = 1,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """The prompt with each of `num_samples` continuations, drawn as one batch.
-
-        Args:
-            temperature: 0 is greedy.
-            on_token: called with (sample, token) as tokens are drawn.
+        """Draw `num_samples` continuations as one batch; returns the prompt with each. Temperature 0 is greedy;
+        `on_token` is called with (sample, token) as tokens are drawn.
 
         Raises:
             ConfigError: a prompt with unseen characters, or a setting out of range.
@@ -92,10 +89,8 @@ class LoadedModel(NamedTuple):
 
 
 def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedModel:
-    """Read model and tokenizer of a run folder from its newest or the named checkpoint.
-
-    Args:
-        device: cpu, cuda, or auto: cuda where there is one.
+    """Read model and tokenizer of a run folder from its newest or the named checkpoint, onto cpu, cuda or auto: cuda
+    where there is one.
 
     Raises:
         CheckpointError: not a run folder, no complete checkpoint in it, or files that cannot be read.
@@ -109,29 +104,22 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedM
     os.environ.setdefault("DS_ACCELERATOR", here)
     checkpoint = find(run / run_folder.CHECKPOINTS, tag)
     if checkpoint is None:
-        raise CheckpointError(
-            f"{run}: no complete checkpoint in {run / run_folder.CHECKPOINTS}; is it a run folder of train.py?"
-        )
+        where = run / run_folder.CHECKPOINTS
+        raise CheckpointError(f"{run}: no complete checkpoint in {where}; is it a run folder of train.py?")
     for note in checkpoint.notes:
         print(f"WARNING: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(run / run_folder.TOKENIZER)
     if tokenizer.fingerprint != checkpoint.manifest["tokenizer"]:
-        raise CheckpointError(
-            f"{run / run_folder.TOKENIZER} is not the tokenizer that {checkpoint.path} was trained with (fingerprints "
-            f"differ)"
-        )
-    shape = dict(checkpoint.manifest["model"])
-    vocab_size = shape.pop("vocab_size")
-    model = GPT(
-        read_section(ModelConfig, shape, lambda key: f"{checkpoint.path}: "),
-        vocab_size,
-    )
+        what = f"the tokenizer that {checkpoint.path} was trained with (fingerprints differ)"
+        raise CheckpointError(f"{run / run_folder.TOKENIZER} is not {what}")
+    fields = dict(checkpoint.manifest["model"])
+    vocab_size = fields.pop("vocab_size")
+    model = GPT(read_section(ModelConfig, fields, lambda key: f"{checkpoint.path}: "), vocab_size)
     try:
         model.load_state_dict(fp32_weights(checkpoint), strict=True)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: the weights do not fit the model in its manifest: {error}"
-        ) from error
+        what = "the weights do not fit the model in its manifest"
+        raise CheckpointError(f"{checkpoint.path}: {what}: {error}") from error
     return LoadedModel(model.to(here if device == "auto" else device).eval(), tokenizer)
 
 
@@ -146,7 +134,7 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     """
     out: TextIO = sys.stdout if to is None else to
     loaded = load_run(arguments.run, arguments.tag, arguments.device)
-    decoder = loaded.tokenizer.stream()
+    decoder = StreamDecoder(loaded.tokenizer)
     before = arguments.prompt  # written with the first token, when every setting has been accepted
 
     def stream(row: int, token: int) -> None:

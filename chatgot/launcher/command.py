@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -31,11 +31,10 @@ from chatgot.errors import (
     ConfigError,
     MachineError,
 )
-from chatgot.launcher.hostfile import read_hostfile
 from chatgot.launcher.supervisor import Supervisor, say
 
-_REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
-NEVER_RESTARTED = (EXIT_DONE, *_REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
+REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
+NEVER_RESTARTED = (EXIT_DONE, *REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
 """A refusal would refuse again, and an interruption was asked for."""
 GRACE_SECONDS = 60.0
 ATTEMPT = "CHATGOT_ATTEMPT"
@@ -77,13 +76,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    processes = "processes (default: auto: one per visible GPU, or one)"
-    add("--nproc", type=_process_count, metavar="N|auto", help=processes)
+    nproc = _at_least(1, "neither auto nor a number of processes from 1 on", auto=True)
+    add("--nproc", type=nproc, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)")
     add("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
-    port = "port of the rendezvous (default: a free one, or 29500 with --hostfile)"
-    add("--master_port", type=_port, metavar="P", help=port)
-    restarts = "start again after a crash, K times at most (default: 0)"
-    add("--max_restarts", type=_restart_count, metavar="K", help=restarts)
+    port = _at_least(1, "not a port: 1 to 65535, or leave it out for a free one", high=65535)
+    rendezvous = "port of the rendezvous (default: a free one, or 29500 with --hostfile)"
+    add("--master_port", type=port, metavar="P", help=rendezvous)
+    restarts = _at_least(0, "not a number of restarts from 0 on")
+    add("--max_restarts", type=restarts, metavar="K", help="start again after a crash, K times at most (default: 0)")
     grace = f"seconds that ranks have to save and end after a signal (default: {GRACE_SECONDS:g})"
     add("--grace", type=_seconds, metavar="S", help=grace)
     add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
@@ -91,22 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(text: str, what: str, low: int, high: float = math.inf) -> int:
-    if not text.isdecimal() or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is {what}")
-    return int(text)
+def _at_least(low: int, otherwise: str, high: float = math.inf, auto: bool = False) -> Callable[[str], int | None]:
+    """Make a parser of whole numbers from `low` to `high`, and of "auto", which is None, where that is allowed."""
 
+    def number(text: str) -> int | None:
+        if auto and text == "auto":
+            return None
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is {otherwise}")
+        return int(text)
 
-def _process_count(text: str) -> int | None:
-    return None if text == "auto" else _number(text, "neither auto nor a number of processes from 1 on", 1)
-
-
-def _port(text: str) -> int:
-    return _number(text, "not a port: 1 to 65535, or leave it out for a free one", 1, 65535)
-
-
-def _restart_count(text: str) -> int:
-    return _number(text, "not a number of restarts from 0 on", 0)
+    return number
 
 
 def _seconds(text: str) -> float:
@@ -148,6 +143,29 @@ def _exec_deepspeed(arguments: argparse.Namespace, command: Sequence[str]) -> in
     _exec([*runner, *program], os.environ)
 
 
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots of each host; ConfigError with the line number. DeepSpeed's own expression takes `slots=4x` for 4."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile {path}: cannot be read as text: {error}") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if match is None or int(match[2]) == 0:
+            form = "`host slots=N` with N from 1 on, as in `worker-1 slots=8`"
+            raise ConfigError(f"{path}:{number}: {text!r} is not of the form {form}")
+        if match[1] in hosts:
+            raise ConfigError(f"{path}:{number}: host {match[1]!r} is listed twice; give its slots on one line")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"{path}: no hosts in it; write one `host slots=N` per line")
+    return hosts
+
+
 def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
     """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
 
@@ -167,14 +185,12 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
 def rendezvous_port(wanted: int | None) -> int:
     """Return `wanted` if it can be bound, else raise MachineError; find a free port for None."""
     with socket.socket() as probe:
-        # a port in TIME_WAIT is free for torch's TCPStore too
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT is free for torch's TCPStore, too
         try:
             probe.bind(("", wanted or 0))
         except OSError as error:
-            raise MachineError(
-                f"--master_port {wanted}: {error.strerror}; name another, or leave it out for a free one"
-            ) from error
+            hint = "name another, or leave it out for a free one"
+            raise MachineError(f"--master_port {wanted}: {error.strerror}; {hint}") from error
         return probe.getsockname()[1]
 
 
@@ -195,7 +211,7 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup, a closed terminal stops nothing
         stops.add(signal.SIGHUP)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the ranks' exit codes
-    # until this process ends: the supervisor waits for them
+    # blocked until this process ends: the supervisor waits for them
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})
     restart = 0
     while True:
@@ -203,11 +219,9 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         port = rendezvous_port(arguments.master_port)
         environ = {**os.environ, ATTEMPT: attempt}
         environments = [rank_environment(environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
+        ranks, threads = "ranks" if nproc > 1 else "rank", environments[0]["OMP_NUM_THREADS"]
         where = f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
-        say(
-            f"{nproc} {'ranks' if nproc > 1 else 'rank'} on {where}, "
-            f"OMP_NUM_THREADS={environments[0]['OMP_NUM_THREADS']}, port {port}"
-        )
+        say(f"{nproc} {ranks} on {where}, OMP_NUM_THREADS={threads}, port {port}")
         supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, _out_dir(command)))
         code = supervisor.run(command, environments)
         if supervisor.stopping or signal.sigpending() & stops:

@@ -110,7 +110,7 @@ class Supervisor:
             self._kill_at = time.monotonic() + self.grace
 
     def _collect(self) -> None:
-        """Note the ranks that ended. Of several at once, one that a signal ended is the likelier cause and goes first."""
+        """Note the ranks that ended. Of several at once, one ended by a signal is the likelier cause and goes first."""
         ended: list[tuple[bool, Rank]] = []
         for rank in self._alive():
             rank.exit_code = rank.process.poll()

@@ -34,9 +34,7 @@ METRICS = (
     "mem/peak_gib",
     "data/tokens",
 )
-"""Every metric name there is. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over
-ranks.
-"""
+"""Every metric name. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over ranks."""
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """How JSON, which has no words for them, is given numbers that are not finite."""
@@ -87,17 +85,11 @@ class LineFile:
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             self._writer.attempt(lambda: self._write(b"\n"))
-            logger.info(
-                f"{self.path}: the last line was cut off (the run was killed while it was written); it stays, and new "
-                "lines follow it"
-            )
+            what = "the last line was cut off (the run was killed while it was written)"
+            logger.info(f"{self.path}: {what}; it stays, and new lines follow it")
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line. After one that was lost, the next starts on a fresh line.
-
-        Raises:
-            ValueError: closed, or a value that JSON cannot hold.
-        """
+    def write_line(self, record: Mapping[str, Any]) -> None:
+        """Write one line, a fresh one after one that was lost. Raises ValueError: closed, or not for JSON."""
         line = json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n"
         self._writer.attempt(lambda: self._write(line))
 
@@ -117,20 +109,14 @@ class LineFile:
             self._fd = None
 
 
-class Journal:
+class Journal(LineFile):
     """Writes metrics.jsonl. Rank 0 owns it."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self._lines = LineFile(path)
-        self.close = self._lines.close
-
     def append(self, record: Mapping[str, SupportsFloat | None]) -> None:
-        """Write the metrics of one optimizer step: {"step": 250, "train/loss": 1.48, ...}. A metric that is None is
-        left out.
+        """Write one optimizer step's metrics: {"step": 250, "train/loss": 1.48, ...}; one that is None is left out.
 
         Raises:
-            ValueError: "step" is missing or not a whole number >= 0, a name that is not in METRICS, a value that is not
-                a number.
+            ValueError: "step" is not a whole number >= 0, a name is not in METRICS, a value is not a number.
         """
         step = record.get("step")
         if not isinstance(step, numbers.Integral) or isinstance(step, bool) or int(step) < 0:
@@ -144,14 +130,14 @@ class Journal:
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise ValueError(f"metric {name} = {value!r}: expected a number")
             line[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
-        self._lines.append(line)
+        self.write_line(line)
 
     def digest(self, step: int, digest: Mapping[str, Any]) -> None:
         """Write the digest of one optimizer step (proof.digest.Digest.to_json), on a line of its own."""
-        self._lines.append({"step": int(step), "digest": digest})
+        self.write_line({"step": int(step), "digest": digest})
 
 
-class Events:
+class Events(LineFile):
     """Writes events.jsonl: started, resumed, saved, skipped step, preempted, finished, ... Rank 0 owns it.
 
     `time` is UTC for people; `seconds_since_start` counts from this object's construction on the monotonic clock,
@@ -161,15 +147,11 @@ class Events:
     def __init__(self, path: str | os.PathLike, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._start = clock()
-        self._lines = LineFile(path)
-        self.close = self._lines.close
+        super().__init__(path)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write one event. Fields are JSON values (a Path is written as text).
-
-        Raises:
-            ValueError: a field named like one of the three that every event has.
-            TypeError: a value that JSON cannot hold.
+        """Write one event; a Path is written as text. Raises ValueError for a field named like one that every event
+        has, TypeError for a value that JSON cannot hold.
         """
         own = {
             "event": kind,
@@ -178,14 +160,12 @@ class Events:
         }
         if clash := own.keys() & fields.keys():
             raise ValueError(f"event {kind!r}: the fields {sorted(clash)} are every event's own")
-        self._lines.append({**own, **fields})
+        self.write_line({**own, **fields})
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
-    """Read a metrics.jsonl or events.jsonl record by record, in the order of writing; None for a broken line.
-
-    A broken line is one that a kill cut off (or that a power cut filled with zeros). A file that does not exist has no
-    lines.
+    """Read a metrics.jsonl or events.jsonl record by record, in the order of writing; a missing file has none. None
+    stands for a broken line, which a kill cut off (or a power cut filled with zeros).
     """
     if not Path(path).exists():
         return
@@ -224,10 +204,8 @@ class Branch(Generic[T]):
         self._last = -1
 
     def go_to(self, step: int, once: bool = False) -> dict[int, T] | None:
-        """Follow the run to `step`; returns what is given up if it goes back there, None if it goes on.
-
-        Args:
-            once: a step has one value, so that a second one means going back, too.
+        """Follow the run to `step`; returns what is given up if it goes back there, None if it goes on. `once`: a step
+        has one value, so that a second one means going back, too.
         """
         back = step < self._last or (once and step in self.by_step)
         self._last = step
@@ -239,9 +217,8 @@ class Branch(Generic[T]):
 
 
 def newest_step(path: str | os.PathLike) -> int | None:
-    """Find the highest step whose metrics were ever logged, given-up pasts included; None: there is none.
-
-    This is what a dashboard that cannot forget has already seen; digests are not sent there.
+    """Find the highest step whose metrics were ever logged, given-up pasts included, as a dashboard that cannot forget
+    has seen them; None: there is none.
     """
     steps = (record["step"] for record in read_lines(path) if record is not None and "digest" not in record)
     return max(steps, default=None)

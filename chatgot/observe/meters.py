@@ -1,14 +1,23 @@
-"""What training costs: tokens per second, milliseconds per step, time to go, model FLOPs utilization."""
+"""What training costs: tokens per second, time to go, model FLOPs utilization, and memory. Imports no torch unless a
+CUDA device's memory is asked for.
+"""
 
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chatgot.devices import Precision, peak_flops
+
+if TYPE_CHECKING:
+    import torch
 
 _EMA_DECAY_PER_STEP = 0.99
 
@@ -126,11 +135,77 @@ class Mfu:
 
     def __init__(self, flops_per_token: float, device_name: str, dtype: Precision, n_devices: int) -> None:
         self._flops_per_token = flops_per_token
-        peak = peak_flops(device_name, dtype)
-        self._peak = peak * n_devices if peak else None
-        if self._peak is None:
+        self._peak = (peak_flops(device_name, dtype) or 0.0) * n_devices
+        if not self._peak:
             logger.info(f"perf/mfu is left out: the {dtype} peak of {device_name!r} is not known")
 
     def __call__(self, tokens_per_sec: float) -> float | None:
         """A share of the peak (0.4 = 40 %), or None where the peak is unknown. tokens_per_sec counts all ranks."""
         return self._flops_per_token * tokens_per_sec / self._peak if self._peak else None
+
+
+def available_bytes(device: torch.device) -> int:
+    """Measure what this process could take now, above what it has."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    bounds = [_kib("/proc/meminfo", "MemAvailable"), *_left_in_cgroup()]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        bounds.append(limit - _status("VmSize"))
+    return max(min(bounds), 0)
+
+
+def peak_bytes(device: torch.device, available_before: int) -> dict[str, int]:
+    """Measure the most memory that was in use, and the limit: {"peak_bytes", "limit_bytes"}; `available_before` is what
+    `available_bytes` said at the start.
+    """
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+        return {"peak_bytes": others + torch.cuda.max_memory_reserved(device), "limit_bytes": total}
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit - _status("VmPeak") < available_before:
+        return {"peak_bytes": _status("VmPeak"), "limit_bytes": limit}
+    used = _status("VmHWM")
+    return {"peak_bytes": used, "limit_bytes": used + min(available_bytes(device), available_before)}
+
+
+def peak_memory_gib(device_kind: str) -> float:
+    """Measure the most memory that this rank has held, in GiB: tensors on the CUDA device, else the resident set."""
+    if device_kind == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform != "linux":  # ru_maxrss on Linux is handed down through fork and exec, the launcher's peak included
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
+    return _status("VmHWM") / 2**30
+
+
+def _left_in_cgroup() -> list[int]:
+    """Bytes left in this process's cgroup (version 2, or version 1's memory controller); nothing without a limit."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            allowed = Path(limit).read_text().strip()
+            taken = int(Path(used).read_text())
+        except OSError:
+            continue
+        return [] if allowed == "max" or int(allowed) >= 2**60 else [int(allowed) - taken]
+    return []
+
+
+def _status(name: str) -> int:
+    return _kib("/proc/self/status", name)
+
+
+def _kib(path: str, name: str) -> int:
+    """Bytes of the line 'name:  1234 kB'."""
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -42,13 +44,15 @@ class Progress:
         self._stream: TextIO | None = stream if enabled else None
         if enabled and self._stream is None:
             self._go_quiet("there is no standard output")
-        self._on_terminal = bool(self._stream) and self._isatty()
+        self._on_terminal = False
+        with self._quiet_if_gone():
+            self._on_terminal = self._stream is not None and self._stream.isatty()
 
     def step(self, step: int) -> None:
         """Optimizer step `step` is done: moves the bar. Prints nothing in a log."""
         if self._stream is None or not self._on_terminal or self._closed:
             return
-        try:
+        with self._quiet_if_gone():
             if self._bar is None:
                 sized = os.get_terminal_size(self._stream.fileno()).columns > 0
                 self._bar = _Bar(
@@ -64,8 +68,6 @@ class Progress:
                     nrows=None if sized else 24,
                 )
             self._bar.update(step - self._bar.n)
-        except (OSError, ValueError) as error:
-            self._go_quiet(str(error))
 
     def line(self, step: int, metrics: Mapping[str, float | int | None], eta_seconds: float | None = None) -> None:
         """Show a step's metrics (names of observe.journal.METRICS): beside the bar, or as one line in a log."""
@@ -75,45 +77,42 @@ class Progress:
         if self._on_terminal and not self._closed:
             self.step(step)
             if self._bar is not None:
-                try:
+                with self._quiet_if_gone():
                     self._bar.set_postfix_str(" | ".join(parts))
-                except (OSError, ValueError) as error:
-                    self._go_quiet(str(error))
         else:
             self.say(" | ".join([f"step {step}/{self.max_steps}", *parts]))
 
     def say(self, message: str) -> None:
-        """Print one message above the bar, or as a line."""
+        """Print one message above the bar, or as a line. Characters that the terminal lacks are escaped."""
         if self._stream is None:
             return
         try:
-            if self._bar is not None:
-                self._bar.write(message, file=self._stream)
-            else:
-                self._stream.write(message + "\n")
-            self._stream.flush()
-        except UnicodeEncodeError:  # a terminal that cannot show é or ’: the characters it lacks are escaped, not lost
+            with self._quiet_if_gone():
+                if self._bar is not None:
+                    self._bar.write(message, file=self._stream)
+                else:
+                    self._stream.write(message + "\n")
+                self._stream.flush()
+        except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             self.say(message.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError) as error:  # ValueError: the stream object itself is closed
-            self._go_quiet(str(error))
 
     def close(self) -> None:
         """Leave the bar as it stands. Messages may follow as plain lines."""
         self._closed = True
         bar, self._bar = self._bar, None
         if bar is not None and self._stream is not None:
-            try:
+            with self._quiet_if_gone():
                 bar.close()
-            except (OSError, ValueError) as error:
-                self._go_quiet(str(error))
 
-    def _isatty(self) -> bool:
+    @contextmanager
+    def _quiet_if_gone(self) -> Iterator[None]:
         try:
-            return bool(self._stream and self._stream.isatty())
-        except ValueError as error:
+            yield
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: the stream object itself is closed
             self._go_quiet(str(error))
-            return False
 
     def _go_quiet(self, reason: str) -> None:
         stream, self._stream = self._stream, None
@@ -146,17 +145,13 @@ class _LogHandler(logging.Handler):
 def show_log(progress: Progress) -> None:
     """Print what the package logs through this progress, and no longer through an earlier one."""
     package = logging.getLogger("chatgot")
-    for handler in list(package.handlers):
-        if isinstance(handler, _LogHandler):
-            package.removeHandler(handler)
+    package.handlers = [handler for handler in package.handlers if not isinstance(handler, _LogHandler)]
     package.addHandler(_LogHandler(progress))
     package.setLevel(logging.INFO)
 
 
 def describe(metrics: Mapping[str, float | int | None]) -> list[str]:
-    """Metrics as the parts of a progress line: ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...]. Absent ones are left
-    out.
-    """
+    """The metrics that there are as parts of a progress line: ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...]."""
     formats: dict[str, Callable[[float], str]] = {
         "train/loss": lambda v: f"loss {v:.4f}",
         "val/loss": lambda v: f"val {v:.4f} nats",
@@ -176,7 +171,7 @@ def describe(metrics: Mapping[str, float | int | None]) -> list[str]:
 
 def human_seconds(seconds: float) -> str:
     """0.4 -> '0s', 192 -> '3m12s', 3700 -> '1h01m', 180000 -> '2d02h'. Not a number or infinite: '?'."""
-    if seconds != seconds or seconds in (float("inf"), float("-inf")):
+    if not math.isfinite(seconds):
         return "?"
     if seconds < 0:
         return "-" + human_seconds(-seconds)
@@ -192,7 +187,7 @@ def human_seconds(seconds: float) -> str:
 
 def human_count(count: float) -> str:
     """950 -> '950', 41234 -> '41.2k', 1.5e6 -> '1.50M', 2.3e9 -> '2.30B', 4e12 -> '4.00T'."""
-    if count != count or count in (float("inf"), float("-inf")):
+    if not math.isfinite(count):
         return "?"
     if abs(count) < 999.5:
         return f"{count:.0f}" if abs(count) >= 10 or count == int(count) else f"{count:.1f}"
@@ -200,5 +195,4 @@ def human_count(count: float) -> str:
         count /= 1000
         if abs(count) < 999.5 or unit == "T":
             break
-    digits = 1 if unit == "k" and abs(count) >= 10 else 2 if abs(count) < 10 else 1
-    return f"{count:.{digits}f}{unit}"
+    return f"{count:.{2 if abs(count) < 10 else 1}f}{unit}"

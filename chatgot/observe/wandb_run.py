@@ -56,14 +56,11 @@ class WandbRun:
         init_timeout: float = 30.0,
         finish_timeout: float = 60.0,
     ) -> WandbRun:
-        """Open or continue the run folder's wandb run. Raises nothing that is wandb's, the network's or the server's
-        fault.
+        """Open or continue the run folder's wandb run. No fault of wandb, the network or the server is raised.
 
         Args:
-            config: enabled, project, group, team. Disabled: no process is started.
-            run_dir: the run folder; the id is kept in run_dir/wandb/run_id.json, with wandb's own files beside it.
-                Steps that its metrics.jsonl has are in wandb already; trained again after a resume from an older
-                checkpoint, they are not logged a second time.
+            run_dir: keeps the id in wandb/run_id.json, with wandb's own files beside it. Steps that its metrics.jsonl
+                has are in wandb already; trained again after a resume, they are not logged a second time.
             run_config: the resolved configuration, shown by wandb.
             resumed_from_step: the checkpoint's step; None for a new start.
             init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.
@@ -110,20 +107,15 @@ class WandbRun:
             self._worker = worker
             because = ready["offline_because"]
             self.mode = "offline" if because else "online"
-            what = f"wandb: {'run' if known else 'new run'} {self.id} {'goes on, ' if known else ''}{self.mode}"
-            logger.info(
-                f"{what} ({because}); upload later: wandb sync {folder}/offline-run-*"
-                if because
-                else f"{what}: {ready['url']}"
-            )
+            what = f"run {self.id} goes on, {self.mode}" if known else f"new run {self.id} {self.mode}"
+            more = f" ({because}); upload later: wandb sync {folder}/offline-run-*" if because else f": {ready['url']}"
+            logger.info(f"wandb: {what}{more}")
             return self
         self._off(str(failure))
         return self
 
     def log(self, metrics: Mapping[str, float | int | None], step: int) -> None:
-        """Send a step's metrics; calls for the same step become one record, which wandb sees when the next step comes.
-        Never blocks.
-        """
+        """Send a step's metrics. Never blocks. A step's calls are one record, sent when the next step comes."""
         self._send(step, {name: value for name, value in metrics.items() if value is not None and name != "step"}, {})
 
     def log_text(self, name: str, text: str, step: int) -> None:
@@ -151,7 +143,6 @@ class WandbRun:
         if self._worker is None or step <= self._last_step:
             return
         try:
-            self._worker.check()
             self._worker.send({"step": step, "metrics": metrics, "texts": texts})
         except _WorkerError as error:
             self._worker = None
@@ -171,27 +162,19 @@ class _Worker:
 
     def __init__(self, job: Mapping[str, Any], folder: Path) -> None:
         self.folder = folder
-        reading, writing = os.pipe()
-        try:
-            with open(folder / "worker.log", "ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "chatgot.observe.wandb_worker", str(writing)],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(writing,),
-                    env={**os.environ, "PYTHONPATH": python_path()},
-                    start_new_session=True,  # a Ctrl-C on the terminal is for the training
-                )
-        except OSError:
-            os.close(reading)
-            raise
-        finally:
-            os.close(writing)
+        with open(folder / "worker.log", "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "chatgot.observe.wandb_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": python_path()},
+                start_new_session=True,  # a Ctrl-C on the terminal is for the training
+            )
         self._replies: queue.Queue[dict[str, Any]] = queue.Queue()
         self._lines: queue.Queue[bytes | None] = queue.Queue(maxsize=_QUEUED_LINES)
         self._threads = [
-            threading.Thread(target=self._read, args=(reading,), name="wandb-replies", daemon=True),
+            threading.Thread(target=self._read, name="wandb-replies", daemon=True),
             threading.Thread(target=self._write, name="wandb-lines", daemon=True),
         ]
         for thread in self._threads:
@@ -199,32 +182,19 @@ class _Worker:
         self.send(job)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Queue one message.
-
-        Raises:
-            _WorkerError: the process has not read for a long time.
+        """Log the warnings that have come in, and queue one message. Raises _WorkerError: the process has reported a
+        failure, has ended, or has not read for a long time.
         """
+        while not self._replies.empty():
+            self._handle(self._replies.get())
         try:
             self._lines.put_nowait(json.dumps(message, default=str).encode("ascii") + b"\n")
         except queue.Full:
             self.kill()
             raise _WorkerError(f"it has not taken the last {_QUEUED_LINES} records") from None
 
-    def check(self) -> None:
-        """Log the warnings that have come in.
-
-        Raises:
-            _WorkerError: the process has reported a failure or has ended.
-        """
-        while not self._replies.empty():
-            self._handle(self._replies.get())
-
     def wait(self, kind: str, seconds: float) -> Any:
-        """Wait for the reply `kind` and return its value.
-
-        Raises:
-            _WorkerError: the process failed instead, or `seconds` are over.
-        """
+        """Wait for the reply `kind`; returns its value. Raises _WorkerError: the process failed, or time is over."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -254,8 +224,9 @@ class _Worker:
         if "warning" in reply:
             logger.info(f"wandb: {reply['warning']}")
 
-    def _read(self, descriptor: int) -> None:
-        with os.fdopen(descriptor, "rb") as replies:
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as replies:
             for line in replies:
                 if line.endswith(b"\n"):  # else it was killed while it wrote
                     self._replies.put(json.loads(line))

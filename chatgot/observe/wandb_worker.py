@@ -5,8 +5,8 @@ process cannot go offline with it, and holds the interpreter's exit for another 
 is one kill away. It also outlives a killed training just long enough to hand over what it was given.
 
 Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics", "texts"}..., then
-{"exit_code"} or the end of input, which means that the training is gone. Out, on the descriptor named by the only
-argument: {"ready": {...}} or {"failed": why}; {"warning": text}; {"finished": true}.
+{"exit_code"} or the end of input, which means that the training is gone. Out, on what was standard output before it
+became worker.log: {"ready": {...}} or {"failed": why}; {"warning": text}; {"finished": true}.
 """
 
 from __future__ import annotations
@@ -21,34 +21,22 @@ import socket
 import sys
 import threading
 import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 STEP = "train/step"
-"""The step axis of every chart. wandb's own step counter is not used, because it drops what is out of order without a
-word.
-"""
+"""The step axis of every chart. wandb's own step counter is not used: it silently drops what is out of order."""
 
 _REACH_SECONDS = 3.0
 _TRAINING_IS_GONE = 1
 
 
-class _Replies:
-    """Writes to the training process, which may be gone: then nothing is written."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._file: TextIO | None = os.fdopen(descriptor, "w", encoding="ascii")
-        self._lock = threading.Lock()
-
-    def send(self, **reply: Any) -> None:
-        with self._lock:
-            if self._file is None:
-                return
-            try:
-                self._file.write(json.dumps(reply) + "\n")
-                self._file.flush()
-            except BrokenPipeError:
-                self._file = None
+def _reply(descriptor: int, **message: Any) -> None:
+    with suppress(BrokenPipeError):  # the training is gone
+        os.write(descriptor, json.dumps(message).encode("ascii") + b"\n")
 
 
 class _Stderr:
@@ -56,9 +44,9 @@ class _Stderr:
 
     encoding = "utf-8"
 
-    def __init__(self, log: TextIO, replies: _Replies) -> None:
+    def __init__(self, log: TextIO, reply: Callable[..., None]) -> None:
         self._log = log
-        self._replies = replies
+        self._reply = reply
         self._line = ""
 
     def write(self, text: str) -> int:
@@ -67,7 +55,7 @@ class _Stderr:
         for line in lines:
             plain = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
             if re.match(r"wandb: (WARNING|ERROR) ", plain):
-                self._replies.send(warning=plain.removeprefix("wandb: "))
+                self._reply(warning=plain.removeprefix("wandb: "))
         return len(text)
 
     def flush(self) -> None:
@@ -84,26 +72,27 @@ def main() -> None:
     """Run one wandb run from the first line of standard input to its end."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the training gets them too, and decides
         signal.signal(ignored, signal.SIG_IGN)
-    replies = _Replies(int(sys.argv[1]))
-    sys.stderr = _Stderr(sys.stderr, replies)
+    reply = partial(_reply, os.dup(1))
+    os.dup2(2, 1)
+    sys.stderr = _Stderr(sys.stderr, reply)
     job = json.loads(sys.stdin.buffer.readline())
     try:
-        wandb, run = _open(job, replies)
+        wandb, run = _open(job, reply)
         exit_code = _feed(wandb, run)
         bound = threading.Timer(job["finish_timeout"], os._exit, args=(1,))
         bound.daemon = True
         bound.start()
         run.finish(exit_code=exit_code)
-        replies.send(finished=True)
+        reply(finished=True)
         exit_status = 0
     except Exception as error:  # noqa: BLE001  whatever wandb raises, the training hears of it and goes on
-        replies.send(failed=describe(error))
+        reply(failed=describe(error))
         exit_status = 1
     sys.stderr.flush()
     os._exit(exit_status)  # the run is closed; wandb's exit hook would only wait, seconds where the server is silent
 
 
-def _open(job: dict[str, Any], replies: _Replies) -> tuple[Any, Any]:
+def _open(job: dict[str, Any], reply: Callable[..., None]) -> tuple[Any, Any]:
     import wandb
 
     settings = wandb.setup().settings
@@ -133,7 +122,7 @@ def _open(job: dict[str, Any], replies: _Replies) -> tuple[Any, Any]:
     )
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP)
-    replies.send(ready={"offline_because": offline_because, "url": None if offline_because else run.url})
+    reply(ready={"offline_because": offline_because, "url": None if offline_because else run.url})
     return wandb, run
 
 
@@ -152,10 +141,9 @@ def _feed(wandb: Any, run: Any) -> int:
         if pending and pending[STEP] != message["step"]:
             run.log(pending)
             pending = {}
-        texts = {
-            name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False) for name, text in message["texts"].items()
-        }
-        pending = {STEP: message["step"], **pending, **message["metrics"], **texts}
+        pending = {STEP: message["step"], **pending, **message["metrics"]}
+        for name, text in message["texts"].items():
+            pending[name] = wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
     if pending:
         run.log(pending)
     return exit_code

@@ -22,8 +22,7 @@ from chatgot.distributed import ControlGroup
 from chatgot.engine.optimizer import schedule_factor
 from chatgot.engine.step import TrainingEngine, mean_over_ranks
 from chatgot.errors import NumericsError
-from chatgot.observe.memory import peak_memory_gib
-from chatgot.observe.meters import Mfu, Throughput
+from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.proof.compare import KnownLoss, Proof, TrainedStep
 from chatgot.training import evaluation
 from chatgot.training.divergence import Guard, describe_skip, stopped

@@ -17,7 +17,7 @@ from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
 from chatgot.engine.zero_view import live_model_states
 from chatgot.errors import ChatGoTError
-from chatgot.observe.memory import peak_memory_gib
+from chatgot.observe.meters import peak_memory_gib
 from chatgot.plan.estimate import Estimate
 from chatgot.plan.states import STATES
 from chatgot.training.records import Records

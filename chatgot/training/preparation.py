@@ -17,7 +17,7 @@ from chatgot.checkpoint.manifest import ClientState, Difference, RunFields
 from chatgot.checkpoint.resume import CHANGED, layout, refuse_layouts, resume
 from chatgot.checkpoint.writing import take_back
 from chatgot.config.run import RunConfig
-from chatgot.data.cache import prepare_cached
+from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup, Place
@@ -70,7 +70,7 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
         if (place.local_rank == 0) == turn and error is None:
             try:
                 data = prepare_cached(spec, config.data)
-                check_block_size(data, config.model.max_seq_length)
+                check_block_size(data.meta, config.model.max_seq_length)
             except ChatGoTError as caught:
                 error = caught
         if patient is not None:

@@ -195,12 +195,12 @@ def measure(task: Task) -> dict[str, Any]:
     from chatgot.checkpoint import rng
     from chatgot.engine.build import build, join
     from chatgot.model.gpt import GPT
-    from chatgot.observe import memory
+    from chatgot.observe import meters
 
     place, facts = find_place(), device_facts()
     model_config, config = read_task(task, place.world_size, facts)
     device = join(place, facts.kind)
-    free_before = memory.available_bytes(device)
+    free_before = meters.available_bytes(device)
     model = GPT(model_config, task.vocab_size)
     rng.seed(0, place.rank)
     model.init_weights(0)
@@ -214,7 +214,7 @@ def measure(task: Task) -> dict[str, Any]:
         float(loss)  # waits for the device
     seconds = (time.perf_counter() - began) / max(task.steps - 1, 1)
     tokens = config.train_batch_size * model_config.max_seq_length
-    return {**memory.peak(device, free_before), "tokens_per_sec": tokens / seconds}
+    return {**meters.peak_bytes(device, free_before), "tokens_per_sec": tokens / seconds}
 
 
 def main(path: str) -> int:

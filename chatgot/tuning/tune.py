@@ -18,7 +18,7 @@ from typing import Any
 
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
-from chatgot.data.cache import prepare_cached
+from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.read import apply_overrides, plain_copy, read_document
@@ -94,7 +94,7 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
     total = _total(tree, arguments, facts)
     tree = {**tree, TOTAL: total}
     data = prepare_cached(arguments.data, config.data)
-    check_block_size(data, config.model.max_seq_length)
+    check_block_size(data.meta, config.model.max_seq_length)
     model, vocab_size = config.model.model_dump(), data.tokenizer.vocab_size
     probes = Probes(device_of_machine(facts), tuple(range(world_size)), world_size, arguments.margin)
     if program is not None:

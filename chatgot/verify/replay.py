@@ -122,7 +122,7 @@ def _following(known: History, step: int) -> int:
 def _data(run: Path, found: Found) -> str:
     """Find the text of the run, and see that it gives the same tokens; returns its spec."""
     from chatgot.config.run import load_run_config
-    from chatgot.data.cache import prepare_cached
+    from chatgot.data.prepare import prepare_cached
 
     environ = run_folder.read(run, run_folder.ENVIRONMENT)
     spec = str(environ.get("data", {}).get("spec"))

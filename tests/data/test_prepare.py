@@ -19,9 +19,8 @@ import pytest
 
 from chatgot.config.run import DataConfig
 from chatgot.data import reading
-from chatgot.data.cache import prepare_cached
 from chatgot.data.corpus import FILE_END
-from chatgot.data.prepare import prepare
+from chatgot.data.prepare import prepare, prepare_cached
 from chatgot.data.prepared import check_block_size, open_prepared
 from chatgot.data.tokenizer import CharTokenizer
 from chatgot.errors import ConfigError, DataError
@@ -82,8 +81,7 @@ def test_invariant_02_prepared_tokens_decode_to_the_text(kind, tmp_path):
     data = prepare(write(tmp_path / "t.txt", text), tmp_path / "out", config(kind, test_fraction=0.2))
     assert whole(data) == text
     for split, tokens in (("train", data.train), ("val", data.val), ("test", data.test)):
-        meta = data.meta.split(split)
-        assert meta is not None
+        meta = data.meta.splits[split]
         assert tokens is not None
         part = data.tokenizer.decode(tokens)
         assert (meta.tokens, meta.characters, meta.bytes) == (len(tokens), len(part), len(part.encode()))
@@ -254,7 +252,7 @@ def test_text_shorter_than_a_block_is_refused_with_both_numbers(tmp_path):
         prepare(path, tmp_path / "out", config(), block_size=100)
     data = prepare(path, tmp_path / "out", config(), block_size=99)
     with pytest.raises(DataError, match=r"val split has 100 tokens, .* = 101; .*data.val_fraction"):
-        check_block_size(data, 100)
+        check_block_size(data.meta, 100)
     with pytest.raises(DataError, match="3 characters are too few"):
         prepare(write(tmp_path / "three.txt", "abc"), tmp_path / "out3", config())
 
@@ -422,7 +420,7 @@ def test_two_processes_share_one_preparation_and_a_kill_leaves_nothing(tmp_path)
     path = write(tmp_path / "t.txt", prose(20000))
     code = f"""
         import logging, sys
-        from chatgot.data.cache import prepare_cached
+        from chatgot.data.prepare import prepare_cached
         from chatgot.config.run import DataConfig
         logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
         print(prepare_cached({path!r}, DataConfig(), {str(tmp_path / "cache")!r}).fingerprint)

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from chatgot.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+)
 from chatgot.errors import ConfigError, DataError
 
 ROUGH = "The night is dark…\n\tJon said: ‘né à Ravenna’ – “ēā”, \r lone, \0 nul, 🐉 dragon, é as e\u0301, \u2028 \ufeff end  \n\n"
@@ -41,7 +48,7 @@ def test_invariant_02_decode_of_encode_is_the_text(kind):
 def test_invariant_02_any_text_survives(text, kind):
     tokenizer = make(kind, text + "x")
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    decoder = tokenizer.stream()
+    decoder = StreamDecoder(tokenizer)
     assert "".join([decoder.push(i) for i in tokenizer.encode(text)]) + decoder.flush() == text
 
 
@@ -96,7 +103,7 @@ def test_prompt_that_is_not_unicode_is_refused():
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_stream_gives_a_character_when_its_last_byte_comes(kind):
     tokenizer = make(kind, "plain")
-    decoder = tokenizer.stream()
+    decoder = StreamDecoder(tokenizer)
     pieces = [decoder.push(i) for i in tokenizer.encode("a🐉")]
     assert pieces[0] == "a"
     assert pieces[1:] == ["", "", "", "🐉"]

@@ -12,8 +12,7 @@ import pytest
 
 from chatgot.errors import ConfigError
 from chatgot.launcher import main
-from chatgot.launcher.command import rendezvous_port
-from chatgot.launcher.hostfile import read_hostfile
+from chatgot.launcher.command import read_hostfile, rendezvous_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = Path(__file__).resolve().parent / "program.py"
