@@ -9,7 +9,7 @@ EXIT_CHECKPOINT = 4
 EXIT_NUMERICS = 5
 EXIT_ENVIRONMENT = 6
 EXIT_INTERRUPTED = 75
-"""Interrupted and saved, or the micro-batch was made smaller: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+"""Interrupted and saved, or the micro-batch was made smaller: run the same command again (EX_TEMPFAIL of sysexits)."""
 EXIT_SECOND_INTERRUPT = 130
 
 

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 SUITES = {
     "train": "the whole program against a plain PyTorch loop of the same model, interleaved",
-    "checkpoint": "saving and loading against torch.save and the disk, and the stall of training, at once and in the background",
-    "act_ckpt": "activation checkpointing: bytes kept for backward, peak memory and step time of every way to recompute, interleaved",
+    "checkpoint": "saving and loading against torch.save and the disk, and the stall of training",
+    "act_ckpt": "activation checkpointing: bytes kept for backward, peak memory and step time of every way",
     "plan": "the memory that `chatgot plan` predicts against the memory that runs take, on a grid of configurations",
     "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
 }

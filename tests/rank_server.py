@@ -1,8 +1,8 @@
 """A process that has imported torch and DeepSpeed and forks ranks: imports are nine tenths of a small rank's time.
 
 tests.support.run_ranks starts one per test process and writes a line of JSON per launch to its stdin. A rank is a
-process of its own as ever, with its own arguments, environment, output files and process group; nothing of torch has run
-before it is forked, and it ends as a Python process does.
+process of its own as ever, with its own arguments, environment, output files and process group; nothing of torch
+has run before it is forked, and it ends as a Python process does.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _rehearsal: Rehearsal | None = None
 
 
 def arm(rank: int) -> str | None:
-    """Read CHATGOT_FAULT (ConfigError: it has another form) and begin to count; returns a note if a fault is planned."""
+    """Read CHATGOT_FAULT (ConfigError: it has another form) and begin to count; returns a note if one is planned."""
     global _rehearsal
     _rehearsal = None
     text = os.environ.get(VARIABLE)

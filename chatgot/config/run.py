@@ -182,7 +182,7 @@ def build_run_config(
 
 
 def _parse(text: str) -> tuple[Any, dict[str, int]]:
-    """Parse YAML, and find the line of each section and key. A key given twice is an error, which YAML loaders allow."""
+    """Parse YAML, and find the line of each section and key. A key given twice is an error here."""
     import yaml
 
     lines: dict[str, int] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# ------------------------------------------------------------------------------------------- gradients of an engine
+# --- gradients of an engine ---
 
 
 def install(engine: Any, muon: bool, on_overflow: Callable[[], None]) -> Stage0Gradients | None:
@@ -166,7 +166,7 @@ def tell_overflow(optimizer: Any, call: Callable[[], None]) -> None:
     setattr(optimizer, name, ours)
 
 
-# ------------------------------------------------------------------------------------------------ the whole process
+# --- the whole process ---
 
 
 def skip_shared_memory_op() -> None:
@@ -227,7 +227,7 @@ def forget_autocast() -> None:
     torch_autocast.TORCH_AUTOCAST_DTYPE = None
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# --- checkpoints ---
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# ------------------------------------------------------------------------------- pieces of parameters in flat tensors
+# --- pieces of parameters in flat tensors ---
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
 
 
-# ------------------------------------------------------------------------------------------- filling a new engine
+# --- filling a new engine ---
 
 
 def out_of_reach(engine: Any) -> str | None:
@@ -194,7 +194,7 @@ def loss_scale(engine: Any) -> float:
     return float(engine.optimizer.loss_scale if scaler is None else scaler.get_scale())
 
 
-# ------------------------------------------------------------------------------------------ what an engine holds
+# --- what an engine holds ---
 
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """fp32 weights that ZeRO 1-2, ZeRO 3 and the BF16_Optimizer step."""

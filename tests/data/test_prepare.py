@@ -68,7 +68,8 @@ def test_invariant_01_same_text_gives_same_bytes(kind, tmp_path):
     code = f"""
         from chatgot.data.prepare import prepare
         from chatgot.config.run import DataConfig
-        prepare({str(tmp_path / "b" / "book.txt")!r}, {str(tmp_path / "out2")!r}, DataConfig(tokenizer={kind!r}, bpe_vocab_size=300))
+        config = DataConfig(tokenizer={kind!r}, bpe_vocab_size=300)
+        prepare({str(tmp_path / "b" / "book.txt")!r}, {str(tmp_path / "out2")!r}, config)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")

@@ -20,7 +20,7 @@ from chatgot.data.tokenizer import (
 )
 from chatgot.errors import ConfigError, DataError
 
-ROUGH = "The night is dark…\n\tJon said: ‘né à Ravenna’ – “ēā”, \r lone, \0 nul, 🐉 dragon, é as e\u0301, \u2028 \ufeff end  \n\n"
+ROUGH = "The night is dark…\n\tJon said: ‘né à Ravenna’ – “ēā”, \r lone, \0 nul, 🐉 dragon, é as e\u0301, \u2028 \ufeff end  \n\n"  # noqa: E501
 ENGLISH = "the night is dark and full of terrors, the night is long and the wall is cold\n" * 30
 
 
@@ -128,10 +128,10 @@ def test_ids_outside_the_vocabulary_are_refused():
         '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "word"}',
         '{"format": "chatgot-tokenizer", "format_version": 9, "kind": "byte", "vocab_size": 256}',
         '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "byte", "vocab_size": 255}',
-        '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "char", "vocab_size": 2, "characters": ["b", "a"]}',
-        '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "char", "vocab_size": 2, "characters": ["a", "bc"]}',
+        '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "char", "vocab_size": 2, "characters": ["b", "a"]}',  # noqa: E501
+        '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "char", "vocab_size": 2, "characters": ["a", "bc"]}',  # noqa: E501
         '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "char", "vocab_size": 1, "characters": [7]}',
-        '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "bpe", "vocab_size": 1, "tokenizers": {"model": 1}}',
+        '{"format": "chatgot-tokenizer", "format_version": 1, "kind": "bpe", "vocab_size": 1, "tokenizers": {"model": 1}}',  # noqa: E501
     ],
 )
 def test_damaged_tokenizer_file_is_a_data_error_that_names_it(text, tmp_path):

@@ -2,10 +2,10 @@
 
     python -m tests.deepspeed_json.generate_keys
 
-Sections that DeepSpeed reads with pydantic models get their keys, defaults, ranges and deprecations from the models; what
-DeepSpeed does not say (descriptions, choices, what ChatGoT resolves, what a key does to a run's numbers) is kept from the
-file as it stands. A key that is new arrives without a description, and one that is gone leaves. The other sections have no
-model: test_schema_contract.py names what moved in them.
+Sections that DeepSpeed reads with pydantic models get their keys, defaults, ranges and deprecations from the models;
+what DeepSpeed does not say (descriptions, choices, what ChatGoT resolves, what a key does to a run's numbers) is kept
+from the file as it stands. A key that is new arrives without a description, and one that is gone leaves. The other
+sections have no model: test_schema_contract.py names what moved in them.
 """
 
 from __future__ import annotations

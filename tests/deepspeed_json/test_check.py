@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return run
 
 
-# -------------------------------------------------------------------------------------------------------------------------- the program
+# --- the program ---
 
 
 def test_clean_file_ends_with_0_and_broken_one_with_2(run, write) -> None:
@@ -162,7 +162,7 @@ def test_warnings_and_notes_reach_the_run(read) -> None:
     assert [note.partition(": ")[0] for note in config.notes][-2:] == ["warning", "note"]
 
 
-# ------------------------------------------------------------------------------------------------------------ the
+# --- the ---
 # effective configuration
 
 
@@ -259,7 +259,7 @@ def test_values_of_a_broken_file_are_shown_as_far_as_they_go(write) -> None:
     assert "gradient_accumulation_steps" in found
 
 
-# ------------------------------------------------------------------------------------------------------------------------- explanations
+# --- explanations ---
 
 
 def test_every_key_has_an_explanation() -> None:

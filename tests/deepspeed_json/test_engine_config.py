@@ -24,7 +24,7 @@ from tests.deepspeed_json.conftest import (
     with_keys,
 )
 
-# ------------------------------------------------------------------------------------------------------------------------- the file
+# --- the file ---
 
 
 def test_missing_file_folder_and_empty_file_are_named(tmp_path: Path, refused) -> None:
@@ -80,7 +80,7 @@ def test_encodings(read, refused) -> None:
 
 def test_key_given_twice_is_named_with_its_section(refused) -> None:
     lines = refused(
-        '{"train_batch_size": 1, "bf16": {"enabled": true, "enabled": false}, "train_batch_size": 2, "a": [{"b": 1, "b": 1}]}'
+        '{"train_batch_size": 1, "bf16": {"enabled": true, "enabled": false}, "train_batch_size": 2, "a": [{"b": 1, "b": 1}]}'  # noqa: E501
     )
     assert lines[:3] == [
         "ds.json: bf16.enabled: given twice in bf16; keep one of them",
@@ -89,7 +89,7 @@ def test_key_given_twice_is_named_with_its_section(refused) -> None:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---
 # unknown keys, types
 
 
@@ -265,7 +265,7 @@ def test_all_problems_come_in_one_message(refused) -> None:
     assert all(line.startswith("ds.json: ") for line in lines)
 
 
-# -------------------------------------------------------------------------------------------------------------------
+# ---
 # optimizer, scheduler
 
 
@@ -342,7 +342,7 @@ def test_stock_scheduler_is_kept_but_not_beside_ours(read, refused) -> None:
     assert "keep one of them" in line
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- batch
+# --- batch ---
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_too_few_batch_numbers_are_refused(refused) -> None:
     assert "give two of" in refused({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4})[0]
 
 
-# --------------------------------------------------------------------------------------------------------------------------- precision
+# --- precision ---
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,7 @@ def test_fp16_autocast_is_refused_where_deepspeed_clips_scaled_gradients(refused
     assert "stage 0 only" in said
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- ZeRO
+# --- ZeRO ---
 
 
 def test_buckets_follow_the_model(read) -> None:
@@ -659,7 +659,7 @@ def test_what_is_switched_off_is_accepted(read) -> None:
     assert read(off).precision == "fp32"
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ---
 # activation checkpointing
 
 
@@ -724,7 +724,7 @@ def test_refinement_without_the_section_is_refused(refused) -> None:
     assert "does nothing without the DeepSpeed section" in line
 
 
-# -------------------------------------------------------------------------------------------------------------------
+# ---
 # what comes of it
 
 

@@ -1,5 +1,5 @@
-"""The reader of DeepSpeed JSONs: what hjson accepts is read with its values, we know where everything stood, and no text
-makes the finder of places fail or change a value.
+"""The reader of DeepSpeed JSONs: what hjson accepts is read with its values, we know where everything stood, and no
+text makes the finder of places fail or change a value.
 """
 
 from __future__ import annotations

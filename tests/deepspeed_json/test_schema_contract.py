@@ -43,7 +43,7 @@ from tests.deepspeed_json.conftest import (
 TYPED = {name: node for name, node in schema.NODES.items() if isinstance(node, Section) and node.typed}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---
 # pydantic sections
 
 
@@ -151,7 +151,7 @@ def test_typed_values_are_read_as_pydantic_reads_them(dotted: str, field: str) -
             assert ours == theirs, f"{dotted} = {value!r}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- plain getters
+# --- plain getters ---
 
 
 class Remembering(dict):
@@ -286,7 +286,7 @@ def test_names_of_types_modes_and_levels_are_deepspeeds() -> None:
     assert set(level.choices) == set(log_levels)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---
 # optimizers, schedulers
 
 
@@ -370,7 +370,7 @@ def test_no_scheduler_is_forgotten() -> None:
     assert theirs - set(schema.SCHEDULER_PARAMS) - set(optimizers.REFUSED_SCHEDULERS) - {"LRScheduler"} == set()
 
 
-# ------------------------------------------------------------------------------------------------------------- what we
+# --- what we ---
 # accept, they accept
 
 

@@ -1,4 +1,4 @@
-"""A rank that runs out of memory stores a smaller micro-batch, ends the run with 75, and the next start goes on with it.
+"""A rank that runs out of memory stores a smaller micro-batch and ends the run with 75; the next start goes on with it.
 
 The launchers are real; memory runs out where tests/distributed/programs/short_of_memory.py raises what torch raises.
 """

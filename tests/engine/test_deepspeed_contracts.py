@@ -75,7 +75,7 @@ def parse(**keys: Any) -> Any:
     return DeepSpeedConfig({"train_batch_size": 1, **keys})
 
 
-# -------------------------------------------------------------------------------------------------------------------
+# ---
 # configuration
 
 
@@ -129,7 +129,7 @@ def test_schedulers_start_at_rate_zero():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ start and
+# --- start and ---
 # environment
 
 
@@ -209,7 +209,7 @@ def test_autocast_outlives_its_engine():
     engine.destroy()
 
 
-# -------------------------------------------------------------------------------------------------------- activation
+# --- activation ---
 # checkpointing
 
 
@@ -276,7 +276,7 @@ def test_recomputation_forgets_autocast(checkpointing):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---
 # gradients
 
 
@@ -398,7 +398,7 @@ def test_muon_is_compiled_at_import():
         assert not hasattr(function, "_torchdynamo_orig_callable"), f"{function} is compiled in spite of the guard"
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ---
 # checkpoints
 
 

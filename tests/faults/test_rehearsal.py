@@ -19,7 +19,10 @@ from tests.training.in_process import argv, contents, events, series, tags
 OPERATIONS = 17
 """Of one save of one rank at stage 1."""
 PUBLISH = 13
-PROGRAM = "from chatgot.checkpoint import faults; faults.arm({rank}); [faults.operation('x') for _ in range(3)]; print('went on')"
+PROGRAM = (
+    "from chatgot.checkpoint import faults; faults.arm({rank}); "
+    "[faults.operation('x') for _ in range(3)]; print('went on')"
+)
 
 
 def suffer(fault: str, rank: int = 0) -> subprocess.Popen:

@@ -68,7 +68,8 @@ def pytest_runtest_makereport(
         if report.outcome == "skipped":
             message = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         elif report.outcome == "failed":
-            message = f"{report.when}: {call.excinfo.exconly()[:4000] if call.excinfo is not None else report.longreprtext[-4000:]}"
+            said = call.excinfo.exconly()[:4000] if call.excinfo is not None else report.longreprtext[-4000:]
+            message = f"{report.when}: {said}"
         figures = item.stash[FIGURES]
         if machine.KIND == "cuda" and report.outcome != "skipped":
             figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -137,7 +137,8 @@ def test_refusals(words, message, capsys, monkeypatch):
 
 
 def test_the_command_needs_no_torch():
-    program = "import sys; sys.argv[1:] = ['plan', '--sweep', '--config', 'gpt2_small']\nfrom chatgot.cli import main\ntry:\n    main()\n"
+    program = "import sys; sys.argv[1:] = ['plan', '--sweep', '--config', 'gpt2_small']\n"
+    program += "from chatgot.cli import main\ntry:\n    main()\n"
     program += "finally:\n    assert not {'torch', 'deepspeed', 'numpy'} & sys.modules.keys()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

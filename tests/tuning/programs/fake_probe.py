@@ -1,7 +1,7 @@
 """Ends as a rank of a probe can end, without training anything: memory allows rank 0 nine samples and rank 1 three.
 
-What rank 1 does beyond that is its first argument: 'killed', 'told' or 'broken'; 'fits' and 'environment': memory allows
-everything; 'environment' writes its environment into the folder SEEN.
+What rank 1 does beyond that is its first argument: 'killed', 'told' or 'broken'; 'fits' and 'environment': memory
+allows everything; 'environment' writes its environment into the folder SEEN.
 """
 
 import json
