@@ -92,7 +92,7 @@ def test_texts_that_cannot_be_trained_on_are_refused(capsys, files, tmp_path):
     check(capsys, argv(**{**files, "data": tmp_path / "none.txt"}), 3, "none.txt")
     check(capsys, argv(**{**files, "data": "war_of_the_roses"}), 3, "war_of_the_roses", "wars_of_the_roses")
     check(capsys, argv(**{**files, "data": empty}), 3, "empty.txt", "empty")
-    check(capsys, argv(**{**files, "data": short}), 3, "max_seq_length")
+    check(capsys, [*argv(**{**files, "data": short}), "data.val_fraction=0.1"], 3, "max_seq_length")
     check(capsys, argv(**{**files, "data": broken}), 3, "broken.txt", "5000")
     assert not files["out"].exists()
 
