@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
 
-Effect = Literal["batches", "numbers", "rounding", "nothing"]
-"""batches: other samples, and so other numbers. numbers: the same samples, other numbers. rounding: the same
-mathematics, other roundings. nothing: every bit stays.
-"""
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.key_types import Effect
 
-_BEGINNINGS: dict[Effect, tuple[str, ...]] = {
-    "batches": ("data", "train.seed", "model.max_seq_length", "ds.train_batch_size"),
-    "rounding": (
-        "ds.train_micro_batch_size_per_gpu",
-        "ds.gradient_accumulation_steps",
-        "ds.zero_",
-        "ds.bf16",
-        "ds.fp16",
-        "ds.torch_autocast",
-        "ds.data_types",
-        "ds.communication_data_type",
-        "ds.prescale_gradients",
-        "ds.gradient_predivide_factor",
-        "ds.activation_checkpointing",
-        "ds.chatgot.activation_checkpointing",
-        "ds.chatgot.compile",
-        "ds.optimizer.params.torch_adam",
-        "ds.optimizer.params.fused",
-    ),
-    "nothing": (
-        "train.log_every",
-        "train.eval_every",
-        "train.sample_",
-        "ds.chatgot.checkpoint",
-        "ds.chatgot.guard",
-        "ds.wandb",
-        "ds.tensorboard",
-        "ds.csv_monitor",
-        "ds.comet",
-        "ds.steps_per_print",
-        "ds.wall_clock_breakdown",
-        "ds.memory_breakdown",
-        "ds.dump_state",
-        "ds.timers",
-        "ds.flops_profiler",
-        "ds.comms_logger",
-        "ds.checkpoint",
-        "ds.aio",
-    ),
+_OURS: dict[Effect, str] = {
+    "batches": "data train.seed model.max_seq_length",
+    "rounding": "ds.chatgot.activation_checkpointing ds.chatgot.compile ds.optimizer.params.torch_adam "
+    "ds.optimizer.params.fused",
+    "nothing": "ds.chatgot.checkpoint ds.chatgot.guard train.log_every train.eval_every train.sample_every "
+    "train.sample_prompts train.sample_max_new_tokens train.sample_temperature train.sample_top_k train.sample_seed "
+    "train.sample_stop",
 }
+"""Settings outside DeepSpeed's own keys, which have theirs in the schema; what stands for a section holds inside it."""
+_EFFECTS = {name: effect for effect, names in _OURS.items() for name in names.split()}
 
 
 def effect(name: str) -> Effect:
@@ -57,7 +25,10 @@ def effect(name: str) -> Effect:
 
     A line of run_folder.changed_settings will do, too: it begins with the name.
     """
-    for kind, beginnings in _BEGINNINGS.items():
-        if name.startswith(beginnings):
-            return kind
-    return "numbers"
+    begins = re.match(r"[\w.]+", name)
+    dotted = around = begins.group() if begins else name
+    while around:
+        if around in _EFFECTS:
+            return _EFFECTS[around]
+        around = around.rpartition(".")[0]
+    return schema.effect(dotted.removeprefix("ds.")) if dotted.startswith("ds.") else "numbers"

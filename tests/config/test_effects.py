@@ -14,14 +14,13 @@ EFFECTS = {
     "batches": "data model.max_seq_length train.seed ds.train_batch_size",
     "numbers": """
         model train.max_steps
-        ds.allgather_size ds.autotuning ds.bfloat16 ds.chatgot ds.compile ds.data_efficiency ds.data_parallel_size
-        ds.dataloader_drop_last ds.datastates_ckpt ds.disable_allgather ds.disable_python_gc ds.expert_parallel
-        ds.gradient_allreduce_op ds.gradient_clipping ds.hybrid_engine ds.log_level ds.managed_gradient_accumulation
-        ds.optimizer ds.pipeline ds.scheduler ds.seq_parallel_communication_data_type ds.sequence_parallel_size
-        ds.tensor_parallel ds.use_data_before_expert_parallelism ds.vocabulary_size ds.weight_quantization
+        ds.allgather_size ds.chatgot ds.compile ds.data_efficiency ds.data_parallel_size ds.datastates_ckpt
+        ds.expert_parallel ds.gradient_allreduce_op ds.gradient_clipping ds.hybrid_engine
+        ds.managed_gradient_accumulation ds.optimizer ds.pipeline ds.scheduler ds.seq_parallel_communication_data_type
+        ds.sequence_parallel_size ds.tensor_parallel ds.use_data_before_expert_parallelism ds.weight_quantization
         """,
     "rounding": """
-        ds.activation_checkpointing ds.bf16 ds.chatgot.activation_checkpointing ds.chatgot.compile
+        ds.activation_checkpointing ds.bf16 ds.bfloat16 ds.chatgot.activation_checkpointing ds.chatgot.compile
         ds.communication_data_type ds.data_types ds.fp16 ds.gradient_accumulation_steps ds.gradient_predivide_factor
         ds.optimizer.params.fused ds.optimizer.params.torch_adam ds.prescale_gradients ds.torch_autocast
         ds.train_micro_batch_size_per_gpu ds.zero_allow_untested_optimizer ds.zero_force_ds_cpu_optimizer
@@ -30,9 +29,10 @@ EFFECTS = {
     "nothing": """
         train.eval_every train.log_every train.sample_every train.sample_max_new_tokens train.sample_prompts
         train.sample_seed train.sample_stop train.sample_temperature train.sample_top_k
-        ds.aio ds.chatgot.checkpoint ds.chatgot.guard ds.checkpoint ds.comet ds.comms_logger ds.csv_monitor
-        ds.dump_state ds.flops_profiler ds.memory_breakdown ds.steps_per_print ds.tensorboard ds.timers ds.wandb
-        ds.wall_clock_breakdown
+        ds.aio ds.autotuning ds.chatgot.checkpoint ds.chatgot.guard ds.checkpoint ds.comet ds.comms_logger
+        ds.csv_monitor ds.dataloader_drop_last ds.disable_allgather ds.disable_python_gc ds.dump_state
+        ds.flops_profiler ds.log_level ds.memory_breakdown ds.steps_per_print ds.tensorboard ds.timers
+        ds.vocabulary_size ds.wandb ds.wall_clock_breakdown
         """,
 }
 """Keys and sections; what stands for a section holds for what is in it, unless the key has its own entry."""
