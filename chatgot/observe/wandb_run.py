@@ -228,7 +228,7 @@ class _Worker:
         assert self._process.stdout is not None
         with self._process.stdout as replies:
             for line in replies:
-                if line.endswith(b"\n"):  # else it was killed while it wrote
+                if line.startswith(b"{") and line.endswith(b"}\n"):  # else it was killed, or a sitecustomize prints
                     self._replies.put(json.loads(line))
         self._replies.put({"failed": f"its process has ended (see {self.folder / 'worker.log'})"})
 
