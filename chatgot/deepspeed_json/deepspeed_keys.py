@@ -758,13 +758,31 @@ class Root(Group):
     """The JSON file."""
 
     train_batch_size: int | str | None = key(
-        "int", None, "Samples per optimizer step, over all ranks.", null=True, low=1, auto=True, effect="batches"
+        "int",
+        None,
+        "Samples per optimizer step, over all ranks: the micro batch x accumulation x ranks, two of which give the third.",
+        null=True,
+        low=1,
+        auto=True,
+        effect="batches",
     )
     train_micro_batch_size_per_gpu: int | str | None = key(
-        "int", None, "Samples per rank and forward pass.", null=True, low=1, auto=True, effect="rounding"
+        "int",
+        None,
+        "Samples per rank and forward pass: activation memory grows with it, what is learned stays if train_batch_size does.",
+        null=True,
+        low=1,
+        auto=True,
+        effect="rounding",
     )
     gradient_accumulation_steps: int | str | None = key(
-        "int", None, "Forward passes per optimizer step.", null=True, low=1, auto=True, effect="rounding"
+        "int",
+        None,
+        "Forward passes per optimizer step: train_batch_size / (train_micro_batch_size_per_gpu x ranks).",
+        null=True,
+        low=1,
+        auto=True,
+        effect="rounding",
     )
     managed_gradient_accumulation: bool = key("flag", True, "DeepSpeed counts micro-batches.")
     optimizer: Optimizer = section(Optimizer)

@@ -25,10 +25,8 @@ def explain(key: str) -> str:
         ConfigError: no such key, with the nearest one, or several with this last part.
     """
     dotted = _find(key)
-    paragraphs = "\n".join(
-        textwrap.fill(part, _WIDTH, initial_indent="  ", subsequent_indent="  ") for part in sentences(dotted)
-    )
-    return f"{dotted}\n{paragraphs}"
+    paragraphs = [line for part in sentences(dotted) for line in part.splitlines()]
+    return "\n".join([dotted, *(textwrap.fill(f"  {one}", _WIDTH, subsequent_indent="    ") for one in paragraphs)])
 
 
 def explained_keys() -> list[str]:
@@ -42,7 +40,7 @@ def explained_keys() -> list[str]:
 
 
 def sentences(dotted: str) -> tuple[str, str, str]:
-    """What a key does; its default and what is allowed; what it interacts with."""
+    """What a key does; its default and what is allowed; what it interacts with, a line for each."""
     owner, _, name = dotted.rpartition(".")
     if owner in _OWNERS:
         return _argument(owner, name)
@@ -74,7 +72,7 @@ def _relations(dotted: str) -> str:
     if dotted in NEVER:
         said.append(f"It never changes a run of ChatGoT: {NEVER[dotted]}.")
     said += rules_about(RULES, dotted)
-    return " ".join(said) or _inherited(dotted)
+    return "\n".join(said) or _inherited(dotted)
 
 
 def _inherited(dotted: str) -> str:
@@ -101,7 +99,12 @@ def _argument(where: str, name: str) -> tuple[str, str, str]:
     return (
         first.help,
         f"Default {' or '.join(defaults)}, by the {where.partition('.')[0]}; allowed: {first.allowed()}.{required}",
-        f"Taken by {', '.join(names)}; any other {where.partition('.')[0]} fails on it.",
+        "\n".join(
+            [
+                f"Taken by {', '.join(names)}; any other {where.partition('.')[0]} fails on it.",
+                *rules_about(RULES, f"{where}.{name}"),
+            ]
+        ),
     )
 
 
@@ -119,7 +122,7 @@ def _fields(cls: type[Settings] = ChatGoTSection, where: str = "chatgot") -> dic
     explanations: dict[str, tuple[str, str, str]] = {}
     for key, field in keys_of(cls).items():
         dotted = f"{where}.{key}"
-        relation = " ".join(rules_about(RULES, dotted)) or "DeepSpeed never sees it."
+        relation = "\n".join(rules_about(RULES, dotted)) or "DeepSpeed never sees it."
         nested = nested_class(field)
         if nested is not None:
             does = f"{(nested.__doc__ or '').strip()} {field.description or ''}".strip()

@@ -8,11 +8,10 @@ from math import prod
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.findings import ABSENT, Findings, meant
+from chatgot.deepspeed_json.rule_types import Rule, Subject, error, note, warning
 from chatgot.deepspeed_json.schema import Key
-from chatgot.deepspeed_json.values import Values, read_arguments
-from chatgot.devices import DeviceFacts
+from chatgot.deepspeed_json.values import Values, given_arguments, is_offloaded, read_arguments
 
 DEEPSPEED_OPTIMIZERS = ("adam", "adamw", "adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
 TORCH_OPTIMIZERS = tuple(n.removeprefix("torch.") for n in schema.OPTIMIZER_PARAMS if n.startswith("torch."))
@@ -50,19 +49,6 @@ def optimizer_arguments(kind: str, params: dict[str, Any], offloaded: bool) -> s
     return name if name in DEEPSPEED_OPTIMIZERS else f"torch.{kind}"
 
 
-def is_offloaded(values: Values) -> bool:
-    """Whether the optimizer state lives outside the device."""
-    zero = values.zero_optimization
-    return zero.offload_optimizer.device != "none" or bool(zero.cpu_offload)
-
-
-def given_arguments(tree: dict[str, Any], section: str) -> dict[str, Any]:
-    """The params of the optimizer or scheduler section; empty where there are none, or no mapping."""
-    parent = tree.get(section)
-    params = parent.get("params") if isinstance(parent, dict) else None
-    return params if isinstance(params, dict) else {}
-
-
 def known_arguments(values: Values, tree: dict[str, Any], section: str) -> dict[str, Key]:
     """What the optimizer or scheduler of this configuration takes; empty for one that nobody knows."""
     kind = values[f"{section}.type"]
@@ -74,8 +60,8 @@ def known_arguments(values: Values, tree: dict[str, Any], section: str) -> dict[
     return schema.OPTIMIZER_PARAMS.get(variant, {})
 
 
-def check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, findings: Findings) -> None:
-    """Note what is wrong with the optimizer's type, its arguments, and where the other keys put it."""
+def check_optimizer(values: Values, tree: dict[str, Any], findings: Findings) -> None:
+    """Note what is wrong with the optimizer's type and arguments."""
     if "optimizer" not in tree and not any(finding.suggestion == "optimizer" for finding in findings.all):
         findings.error("optimizer", ABSENT, "must be given: without it there is nothing to train with")
     kind = values.optimizer.type
@@ -90,8 +76,8 @@ def check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, fi
         why = "unknown optimizer, DeepSpeed fails when it builds it"
         findings.error(key, kind, why, allowed="one of " + ", ".join(known), suggestion=meant(kind, known))
         return
-    params, stage, offloaded = given_arguments(tree, "optimizer"), values.zero_optimization.stage, is_offloaded(values)
-    variant = optimizer_arguments(kind, params, offloaded)
+    params = given_arguments(tree, "optimizer")
+    variant = optimizer_arguments(kind, params, is_offloaded(values))
     elsewhere = {"max_grad_norm": "DeepSpeed clips by the top-level key gradient_clipping"}
     if variant in ("adam/fused", "adam/cpu"):
         advice = 'torch.optim.AdamW takes it: add "torch_adam": true'
@@ -99,45 +85,12 @@ def check_optimizer(values: Values, tree: dict[str, Any], facts: DeviceFacts, fi
     makers = {"adam/fused": "DeepSpeed's fused ", "adam/cpu": "DeepSpeed's CPU ", "adam/torch": "torch's "}
     owner = makers.get(variant, "") + kind
     read_arguments(params, schema.OPTIMIZER_PARAMS[variant], owner, "optimizer.params", findings, elsewhere)
-    if name not in ZERO_TESTED_OPTIMIZERS and stage > 0 and not values.zero_allow_untested_optimizer:
-        why = "DeepSpeed did not test it with ZeRO; add zero_allow_untested_optimizer = true to use it"
-        findings.error(key, kind, why)
-    if name in CUDA_OPTIMIZERS and variant != "lion/cpu" and facts.kind == "cpu":
-        why, level = "its kernel exists for CUDA only; use AdamW", "error"
-        if not facts.certain:
-            why, level = f"{why} (seen from this machine; --device says what the run will have)", "warning"
-        findings.add(level, key, kind, why)
-    if name == "lamb" and offloaded:
-        why = "its kernel cannot step on offloaded state; use AdamW, or offload_optimizer.device = none"
-        findings.error(key, kind, why)
-    if name == "lamb" and values.fp16.loss_scale != 0:
-        scale = values.fp16.loss_scale
-        findings.error(values.name("fp16.loss_scale"), scale, "lamb needs dynamic loss scaling; set 0")
-    if variant == "adam/fused" and params.get("amsgrad") is True:
-        why = 'DeepSpeed\'s fused Adam does not have it; add "torch_adam": true'
-        findings.error("optimizer.params.amsgrad", True, why)
-    if variant == "adam/torch" and params.get("fused") and params.get("foreach"):
-        findings.error("optimizer.params.foreach", True, "torch takes fused or foreach, not both")
-    if name == "adamw" and params.get("adam_w_mode") is False:
-        why = 'DeepSpeed ignores it for AdamW; set optimizer.type = "Adam"'
-        findings.error("optimizer.params.adam_w_mode", False, why)
-    if name == "muon":
-        if stage == 3 and values.zero_optimization.reduce_scatter:  # zero/stage3.py
-            findings.error(key, kind, "Muon at ZeRO stage 3 needs zero_optimization.reduce_scatter = false")
-        if offloaded:
-            why = "Muon does not work with optimizer offload; use AdamW, or offload_optimizer.device = none"
-            findings.error(key, kind, why)
-        if params.get("per_head_muon"):
-            findings.error("optimizer.params.per_head_muon", True, "needs a transformers model; delete it")
 
 
-def check_scheduler(values: Values, tree: dict[str, Any], chatgot: ChatGoTSection, findings: Findings) -> None:
-    """Note what is wrong with the stock scheduler's type and arguments, and what else moves the learning rate."""
+def check_scheduler(values: Values, tree: dict[str, Any], findings: Findings) -> None:
+    """Note what is wrong with the stock scheduler's type and arguments."""
     if "scheduler" not in values:
         return
-    if chatgot.schedule is not None:
-        why = "chatgot.schedule stands here too, and both would move the lr; keep one of them"
-        findings.error("scheduler", tree["scheduler"], why)
     kind, key = values.scheduler.type, "scheduler.type"
     if not isinstance(kind, str):
         return
@@ -153,6 +106,65 @@ def check_scheduler(values: Values, tree: dict[str, Any], chatgot: ChatGoTSectio
     else:
         params = given_arguments(tree, "scheduler")
         read_arguments(params, schema.SCHEDULER_PARAMS[kind], kind, "scheduler.params", findings, {})
+
+
+def _variant(s: Subject) -> str:
+    return optimizer_arguments(str(s.v.optimizer.type), s.arguments, s.offloaded)
+
+
+def _is_untested(s: Subject) -> bool:
+    kind = s.v.optimizer.type
+    built = s.optimizer in DEEPSPEED_OPTIMIZERS or kind in TORCH_OPTIMIZERS
+    return built and not {s.optimizer, kind} & {*REFUSED_OPTIMIZERS, *ZERO_TESTED_OPTIMIZERS}
+
+
+def _no_lr(s: Subject) -> dict[str, str] | None:
+    if not s.optimizer or {"lr", "muon_lr", "adam_lr"} & set(s.arguments):
+        return None
+    node = schema.OPTIMIZER_PARAMS.get(_variant(s), {}).get("lr")
+    return {"lr": f"{node.default:g}" if node is not None and node.default else "the optimizer's own"}
+
+
+# fmt: off
+RULES: tuple[Rule, ...] = (
+    error("optimizer.type", lambda s, _: s.stage > 0 and not s.v.zero_allow_untested_optimizer and _is_untested(s),
+          "DeepSpeed did not test it with ZeRO; add zero_allow_untested_optimizer = true to use it"),
+    error("optimizer.type", lambda s, _: s.optimizer in CUDA_OPTIMIZERS and _variant(s) != "lion/cpu"
+          and s.facts.kind == "cpu", "its kernel exists for CUDA only; use AdamW", device=True),
+    error("optimizer.type", lambda s, _: s.optimizer == "lamb" and s.offloaded, "its kernel cannot step on offloaded "
+          "state; use AdamW, or zero_optimization.offload_optimizer.device = none"),
+    error("fp16.loss_scale", lambda s, scale: s.optimizer == "lamb" and scale != 0,
+          "lamb needs dynamic loss scaling; set 0"),
+    error("optimizer.params.amsgrad", lambda s, _: _variant(s) == "adam/fused" and s.arguments.get("amsgrad") is True
+          and {"value": True}, 'DeepSpeed\'s fused Adam does not have it; add "torch_adam": true'),
+    error("optimizer.params.foreach", lambda s, _: _variant(s) == "adam/torch" and s.arguments.get("fused")
+          and s.arguments.get("foreach") and {"value": True}, "torch takes fused or foreach, not both"),
+    error("optimizer.params.adam_w_mode", lambda s, _: s.optimizer == "adamw"
+          and s.arguments.get("adam_w_mode") is False and {"value": False},
+          'DeepSpeed ignores it for AdamW; set optimizer.type = "Adam"'),
+    error("optimizer.type", lambda s, _: s.optimizer == "muon" and s.stage == 3
+          and s.v.zero_optimization.reduce_scatter,
+          "Muon at ZeRO stage 3 needs zero_optimization.reduce_scatter = false", "zero/stage3.py"),
+    error("optimizer.type", lambda s, _: s.optimizer == "muon" and s.offloaded, "Muon does not work with optimizer "
+          "offload; use AdamW, or zero_optimization.offload_optimizer.device = none"),
+    error("optimizer.params.per_head_muon", lambda s, _: s.optimizer == "muon" and s.arguments.get("per_head_muon")
+          and {"value": True}, "needs a transformers model; delete it"),
+    note("optimizer.type", lambda s, _: s.optimizer == "muon" and s.stage and s.v.gradient_clipping > 0
+         and {"stage": s.stage, "norm": f"{s.v.gradient_clipping:g}"},
+         "stock DeepSpeed at ZeRO stage {stage} would clip Muon's orthogonalised updates to "
+         "gradient_clipping = {norm}, which stops it from learning; ChatGoT clips the AdamW groups only"),
+    note("optimizer.type", lambda s, _: s.optimizer == "adam" and "adam_w_mode" not in s.arguments,
+         "DeepSpeed means AdamW by it (decoupled weight decay) unless adam_w_mode is false"),
+    note("optimizer.params.lr", lambda s, _: _no_lr(s), "is not stated: the default is {lr}", absent=True),
+    error("scheduler", lambda s, on: on and s.chatgot.schedule is not None and {"value": s.tree["scheduler"]},
+          "chatgot.schedule stands here too, and both would move the lr; keep one of them"),
+    warning("scheduler.type", lambda s, kind: kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+            and {"peak": " and never reaches the peak" if kind == "WarmupCosineLR" else ""},
+            "spends its first two steps at a learning rate of 0{peak} (measured with 0.19.8); chatgot.schedule "
+            "does neither"),
+)
+"""The rows of rules.RULES about optimizers and schedulers."""
+# fmt: on
 
 
 @dataclass(frozen=True)

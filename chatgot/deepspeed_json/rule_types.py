@@ -10,8 +10,7 @@ from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.batch import Batch
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.findings import ABSENT, Findings, Level
-from chatgot.deepspeed_json.optimizers import given_arguments, is_offloaded
-from chatgot.deepspeed_json.values import Values
+from chatgot.deepspeed_json.values import Values, given_arguments, is_offloaded
 from chatgot.devices import DeviceFacts
 
 RECOMPUTATION_OF_DEEPSPEED = (
@@ -153,7 +152,7 @@ def rules_about(rules: tuple[Rule, ...], dotted: str) -> Iterator[str]:
     yield from (f"{words[rule.level]}: {rule.text()}." for rule in own)
     for rule in rules:
         if rule not in own and any(word.strip("();,:") == dotted for word in rule.text().split()):
-            yield f"{rule.keys.split()[0]}: {rule.text()}."
+            yield f"See {rule.keys.split()[0]}: {rule.text()}."
 
 
 def _value(subject: Subject, dotted: str) -> Any:

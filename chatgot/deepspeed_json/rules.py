@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.optimizers import optimizer_arguments
+from chatgot.deepspeed_json import optimizers
 from chatgot.deepspeed_json.reach import STAGES
 from chatgot.deepspeed_json.rule_types import (
     RECOMPUTATION_OF_DEEPSPEED,
@@ -78,14 +77,6 @@ def _refinement(s: Subject) -> Any:
     """The section chatgot.activation_checkpointing as given."""
     chatgot = s.tree.get("chatgot")
     return chatgot.get(_RECOMPUTATION) if isinstance(chatgot, dict) else None
-
-
-def _no_lr(s: Subject) -> dict[str, str] | None:
-    if not s.optimizer or {"lr", "muon_lr", "adam_lr"} & set(s.arguments):
-        return None
-    variant = optimizer_arguments(str(s.v.optimizer.type), s.arguments, s.offloaded)
-    node = schema.OPTIMIZER_PARAMS.get(variant, {}).get("lr")
-    return {"lr": f"{node.default:g}" if node is not None and node.default else "the optimizer's own"}
 
 
 def _supported(s: Subject) -> str:
@@ -286,18 +277,7 @@ RULES: tuple[Rule, ...] = (
           "does nothing without chatgot.compile.enabled = true; add it"),
     error("compile.deepcompile", lambda s, on: on and s.stage == 0, "needs ZeRO stage 1, 2 or 3"),
 
-    # Optimizer and scheduler; optimizers.py holds their arguments against what they take.
-    note("optimizer.type", lambda s, _: s.optimizer == "muon" and s.stage and s.v.gradient_clipping > 0
-         and {"stage": s.stage, "norm": f"{s.v.gradient_clipping:g}"},
-         "stock DeepSpeed at ZeRO stage {stage} would clip Muon's orthogonalised updates to "
-         "gradient_clipping = {norm}, which stops it from learning; ChatGoT clips the AdamW groups only"),
-    note("optimizer.type", lambda s, _: s.optimizer == "adam" and "adam_w_mode" not in s.arguments,
-         "DeepSpeed means AdamW by it (decoupled weight decay) unless adam_w_mode is false"),
-    note("optimizer.params.lr", lambda s, _: _no_lr(s), "is not stated: the default is {lr}", absent=True),
-    warning("scheduler.type", lambda s, kind: kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-            and {"peak": " and never reaches the peak" if kind == "WarmupCosineLR" else ""},
-            "spends its first two steps at a learning rate of 0{peak} (measured with 0.19.8); chatgot.schedule "
-            "does neither"),
+    *optimizers.RULES,
 
     # What is looked at, and what is not stated.
     note("wall_clock_breakdown memory_breakdown flops_profiler.enabled comms_logger.enabled", lambda s, on: on,

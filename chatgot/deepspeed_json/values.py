@@ -187,3 +187,16 @@ def read_arguments(
     for key, node in known.items():
         if node.required and key not in params:
             findings.error(f"{where}.{key}", ABSENT, f"must be given for {owner}: {node.allowed()}")
+
+
+def is_offloaded(values: Values) -> bool:
+    """Whether the optimizer state lives outside the device."""
+    zero = values.zero_optimization
+    return zero.offload_optimizer.device != "none" or bool(zero.cpu_offload)
+
+
+def given_arguments(tree: dict[str, Any], section: str) -> dict[str, Any]:
+    """The params of the optimizer or scheduler section; empty where there are none, or no mapping."""
+    parent = tree.get(section)
+    params = parent.get("params") if isinstance(parent, dict) else None
+    return params if isinstance(params, dict) else {}

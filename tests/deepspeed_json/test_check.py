@@ -280,8 +280,9 @@ def test_explanation_names_default_values_and_relations() -> None:
         "zero_optimization.overlap_comm",
         "  Reduce gradients during backward; null: only at stage 3.",
         "  Default null; allowed: true or false or null.",
-        "  DeepSpeed reads it at ZeRO stages 1, 2, 3 only. May be warned of: races were reported at ZeRO stage <stage>",
-        "  (DeepSpeed #8061, #5545), with NaN or slow divergence; false is safer.",
+        "  DeepSpeed reads it at ZeRO stages 1, 2, 3 only.",
+        "  May be warned of: races were reported at ZeRO stage <stage> (DeepSpeed #8061, #5545), with NaN or slow",
+        "    divergence; false is safer.",
     ]
     assert explain("overlap_comm") == text
     assert "ZeRO stage 3 only" in explain("stage3_max_live_parameters")
@@ -290,6 +291,8 @@ def test_explanation_names_default_values_and_relations() -> None:
     assert shown(0.01) in explain("optimizer.params.min_coeff")
     assert "Optimizer steps between saves" in explain("chatgot.checkpoint.every_steps")
     assert explain("bfloat16") == explain("bf16")
+    assert "Muon does not work with optimizer offload" in explain("optimizer.type")
+    assert "See optimizer.type: DeepSpeed did not test it with ZeRO" in explain("zero_allow_untested_optimizer")
 
 
 @pytest.mark.parametrize(
