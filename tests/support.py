@@ -51,13 +51,17 @@ def write_text(path: Path, characters: int = 20_000, seed: int = 0) -> Path:
     return path
 
 
+VAL_FRACTION = 0.02
+"""Of write_run_yaml; every run ends with a pass over it."""
+
+
 def write_run_yaml(path: Path, *, model: dict[str, Any] | None = None, **train: Any) -> Path:
     """A run YAML with the tiny model."""
     import yaml
 
     tree = {
         "model": {**TINY_MODEL, **(model or {})},
-        "data": {"val_fraction": 0.02},  # every run ends with a pass over it
+        "data": {"val_fraction": VAL_FRACTION},
         "train": {
             "max_steps": 6,
             "log_every": 1,

@@ -121,11 +121,11 @@ def test_run_that_diverges_still_publishes_what_it_was_saving(tmp_path, text_fil
     gate, out = held_back(loop), tmp_path / "out"
     train = loop.engine.train_step
 
-    def diverge(batches):
+    def diverge(batches, **more):
         if loop.step == 3:
             gate.set()
             raise NumericsError("diverged")
-        return train(batches)
+        return train(batches, **more)
 
     monkeypatch.setattr(loop.engine, "train_step", diverge)
     with pytest.raises(NumericsError):

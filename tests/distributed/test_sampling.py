@@ -15,7 +15,7 @@ import torch
 
 from chatgot.data.loader import EvalBatches
 from chatgot.inference.sample import SampleArguments, load_run, sample
-from tests.support import TINY_MODEL, engine_json, run_ranks, write_json, write_run_yaml
+from tests.support import TINY_MODEL, VAL_FRACTION, engine_json, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, series
 
@@ -105,7 +105,7 @@ def test_weights_of_two_ranks_load_in_one_process(stage, precision, folder, text
     run = folder / f"{precision}-{stage}"
     model, tokenizer = load_run(run, device="cpu")
     text = text_file.read_text(encoding="utf-8")
-    val = tokenizer.encode(text[int(0.9 * len(text)) :])
+    val = tokenizer.encode(text[int((1 - VAL_FRACTION) * len(text)) :])
     nats = tokens = 0.0
     with torch.no_grad():
         for input_ids, targets in EvalBatches(np.asarray(val), TINY_MODEL["max_seq_length"], 64, 0, 1):
