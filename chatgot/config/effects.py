@@ -16,7 +16,7 @@ _OURS: dict[Effect, str] = {
     "train.sample_stop",
 }
 """Settings outside DeepSpeed's own keys, which have theirs in the schema; what stands for a section holds inside it."""
-_EFFECTS = {name: effect for effect, names in _OURS.items() for name in names.split()}
+_EFFECTS: dict[str, Effect] = {name: effect for effect, names in _OURS.items() for name in names.split()}
 
 
 def effect(name: str) -> Effect:
