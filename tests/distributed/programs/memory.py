@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import json
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,14 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> dict[st
 
     def look() -> None:
         found.update(live_model_states(engine.engine))
-        gc.collect()  # engines are cyclic: the former case's may still be there
-        after = live_storages()
-        found["all"] = sum(size for pointer, (size, _) in after.items() if pointer not in before and size >= LARGE)
+        counted = sum(found.values())
+        for _ in range(20):  # another thread may be about to let go of the bucket that it has just reduced
+            gc.collect()  # engines are cyclic: the former case's may still be there
+            after = live_storages()
+            found["all"] = sum(size for pointer, (size, _) in after.items() if pointer not in before and size >= LARGE)
+            if found["all"] <= counted:
+                break
+            time.sleep(0.05)
 
     generator = torch.Generator().manual_seed(place.rank)
     for step in range(2):
