@@ -27,7 +27,7 @@ LONG = (
     "tests/faults",
     "tests/tuning",
     "tests/plan/test_peak.py",
-    "tests/checkpoint/test_room.py",
+    "tests/checkpoint/test_estimate.py",
     "tests/distributed",
     "tests/checkpoint",
     "tests/training",

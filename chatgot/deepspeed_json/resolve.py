@@ -7,14 +7,13 @@ sections. train.py reads and resolves once, and completes the result when it kno
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.deepspeed_json import machine, schema
-from chatgot.deepspeed_json.batch import Batch, resolve_batch
+from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, Batch, resolve_batch
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import read_fields
 from chatgot.deepspeed_json.findings import Finding, Findings
@@ -79,6 +78,12 @@ class EngineConfig:
     """The warnings and notes."""
     source: dict[str, Any] = field(compare=False, repr=False)
     """The JSON as read, overrides not applied."""
+
+    def with_micro_batch(self, micro_batch: int, world_size: int) -> EngineConfig:
+        """The same settings with another micro-batch and the accumulation that goes with it; the global batch stays."""
+        accumulation = self.train_batch_size // (micro_batch * world_size)
+        deepspeed = {**self.deepspeed, MICRO: micro_batch, ACCUMULATION: accumulation}
+        return dataclasses.replace(self, micro_batch_size=micro_batch, accumulation=accumulation, deepspeed=deepspeed)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal
@@ -221,7 +226,7 @@ def build_engine_config(
     n_params: int | None = None,
 ) -> EngineConfig:
     """The same from a parsed JSON; `name` is the file's name in messages."""
-    resolved = resolve(Document(copy.deepcopy(tree), name), overrides, world_size=world_size, facts=facts)
+    resolved = resolve(Document(tree, name), overrides, world_size=world_size, facts=facts)
     return resolved.complete(n_params).engine_config()
 
 

@@ -101,9 +101,9 @@ class Rule:
     """Whether the model's size or the batch must be known."""
 
     def text(self) -> str:
-        """The message with its names in angle brackets where values will stand."""
+        """The message with names in angle brackets where values will stand, and its source."""
         plain = self.why.replace("{{}}", "a section").replace("{peak}", "").replace("{waste}", "")
-        return plain.replace("{", "<").replace("}", ">")
+        return plain.replace("{", "<").replace("}", ">") + (f" ({self.source})" if self.source else "")
 
 
 def error(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:

@@ -60,13 +60,10 @@ def spellings(section: Section) -> dict[str, str]:
     return {**{name: name for name in section.keys}, **aliases}
 
 
-_ALIASES = {node.alias: name for name, node in ROOT.keys.items() if node.alias}
-
-
 def effect(dotted: str) -> Effect:
     """What another value of a key, or of an argument below it, does to a run's numbers."""
     top, _, rest = dotted.partition(".")
-    dotted = f"{_ALIASES.get(top, top)}.{rest}".rstrip(".")
+    dotted = f"{spellings(ROOT).get(top, top)}.{rest}".rstrip(".")
     while dotted:
         node = NODES.get(dotted)
         if node is not None and node.effect is not None:

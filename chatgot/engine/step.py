@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.engine import guards, zero_view
 from chatgot.engine.optimizer import is_muon
@@ -77,7 +75,7 @@ class TrainingEngine:
         """DeepSpeed's step: counts the micro-batch, and updates the weights after the last one."""
         try:
             self.engine.step()
-        except Exception as error:
+        except Exception as error:  # DeepSpeed raises a bare one (fp16/loss_scaler.py); all others go on
             if "Current loss scale already at minimum" not in str(error):
                 raise
             raise NumericsError(
@@ -103,10 +101,7 @@ class TrainingEngine:
         if hasattr(engine.optimizer, "gradient_accumulation_steps"):
             engine.optimizer.gradient_accumulation_steps = accumulation
         engine.micro_steps = 0
-        given = {**self.config.deepspeed, MICRO: micro_batch, ACCUMULATION: accumulation}
-        self.config = dataclasses.replace(
-            self.config, deepspeed=given, micro_batch_size=micro_batch, accumulation=accumulation
-        )
+        self.config = self.config.with_micro_batch(micro_batch, engine.dp_world_size)
 
     def set_learning_rate(self, factor: float) -> None:
         """Learning rate of the coming step: the JSON's, of each group, times `factor`."""

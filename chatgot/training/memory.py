@@ -84,7 +84,7 @@ def with_stored_micro_batch(config: EngineConfig, out_dir: Path, ranks: ControlG
         return config, []
     smaller, reason = stored
     note = f"micro-batch {smaller}, accumulation {per_rank // smaller}: {reason}; {_OVERRULED}"
-    return micro_batch.with_micro_batch(config, smaller, ranks.world_size), [note]
+    return config.with_micro_batch(smaller, ranks.world_size), [note]
 
 
 def use_micro_batch_of(state: ClientState, engine: TrainingEngine, json_micro_batch: int, world_size: int) -> list[str]:

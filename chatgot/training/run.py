@@ -108,7 +108,7 @@ def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | No
     """
     try:
         return _prepared(arguments, place, progress)
-    except BaseException:
+    except BaseException:  # whatever ends it, an interrupt too: the folder is free again
         if place.rank == 0:
             run_folder.release_lock(arguments.out_dir)
         raise

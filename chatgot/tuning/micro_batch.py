@@ -80,13 +80,6 @@ def largest_divisor(per_rank: int, limit: int) -> int:
     return next(size for size in range(min(limit, per_rank), 0, -1) if per_rank % size == 0)
 
 
-def with_micro_batch(config: EngineConfig, micro: int, world_size: int) -> EngineConfig:
-    """The same settings with another micro-batch and the accumulation that goes with it."""
-    accumulation = config.train_batch_size // (micro * world_size)
-    deepspeed = {**config.deepspeed, MICRO: micro, ACCUMULATION: accumulation}
-    return dataclasses.replace(config, micro_batch_size=micro, accumulation=accumulation, deepspeed=deepspeed)
-
-
 def shrink(
     out_dir: Path,
     config: EngineConfig,

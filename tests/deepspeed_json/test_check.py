@@ -162,8 +162,7 @@ def test_warnings_and_notes_reach_the_run(read) -> None:
     assert [note.partition(": ")[0] for note in config.notes][-2:] == ["warning", "note"]
 
 
-# --- the ---
-# effective configuration
+# --- the effective configuration ---
 
 
 def sources(path: Path, overrides: dict[str, Any] | None = None, **more: Any) -> dict[str, Effective]:

@@ -43,8 +43,7 @@ from tests.deepspeed_json.conftest import (
 TYPED = {name: node for name, node in schema.NODES.items() if isinstance(node, Section) and node.typed}
 
 
-# ---
-# pydantic sections
+# --- pydantic sections ---
 
 
 @pytest.mark.parametrize("name", TYPED)
@@ -286,8 +285,7 @@ def test_names_of_types_modes_and_levels_are_deepspeeds() -> None:
     assert set(level.choices) == set(log_levels)
 
 
-# ---
-# optimizers, schedulers
+# --- optimizers, schedulers ---
 
 
 def arguments(function: Any, but: tuple[str, ...]) -> set[str]:
@@ -370,8 +368,7 @@ def test_no_scheduler_is_forgotten() -> None:
     assert theirs - set(schema.SCHEDULER_PARAMS) - set(optimizers.REFUSED_SCHEDULERS) - {"LRScheduler"} == set()
 
 
-# --- what we ---
-# accept, they accept
+# --- what we accept, they accept ---
 
 
 @pytest.mark.parametrize(

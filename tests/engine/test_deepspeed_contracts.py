@@ -75,8 +75,7 @@ def parse(**keys: Any) -> Any:
     return DeepSpeedConfig({"train_batch_size": 1, **keys})
 
 
-# ---
-# configuration
+# --- configuration ---
 
 
 def test_unknown_top_level_keys_are_accepted():
@@ -129,8 +128,7 @@ def test_schedulers_start_at_rate_zero():
     )
 
 
-# --- start and ---
-# environment
+# --- start and environment ---
 
 
 def test_plain_python_needs_mpi4py():
@@ -209,8 +207,7 @@ def test_autocast_outlives_its_engine():
     engine.destroy()
 
 
-# --- activation ---
-# checkpointing
+# --- activation checkpointing ---
 
 
 @pytest.fixture
@@ -276,8 +273,7 @@ def test_recomputation_forgets_autocast(checkpointing):
     )
 
 
-# ---
-# gradients
+# --- gradients ---
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
@@ -398,8 +394,7 @@ def test_muon_is_compiled_at_import():
         assert not hasattr(function, "_torchdynamo_orig_callable"), f"{function} is compiled in spite of the guard"
 
 
-# ---
-# checkpoints
+# --- checkpoints ---
 
 
 def test_latest_is_written_before_the_other_ranks_are_done():

@@ -183,6 +183,16 @@ def test_disabled_means_no_process_and_no_file(tmp_path, environment, mode, enab
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_what_a_sitecustomize_prints_is_no_reply_of_the_worker(tmp_path, environment):
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    (noise / "sitecustomize.py").write_text("import sys\nprint('module load cuda', flush=True)\n")
+    noisy = {**environment, "PYTHONPATH": os.pathsep.join((str(noise), environment["PYTHONPATH"]))}
+    lines = train(noisy, tmp_path / "run", range(1, 11))
+    assert lines[0] == "module load cuda"
+    assert lines[-2].startswith("trained offline")
+
+
 def test_the_training_process_never_imports_wandb(tmp_path, environment):
     lines = train({**environment, "WANDB_MODE": "offline"}, tmp_path / "run", range(1, 3))
     assert "offline (WANDB_MODE=offline)" in lines[0]

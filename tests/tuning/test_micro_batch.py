@@ -12,7 +12,7 @@ from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.errors import EXIT_INTERRUPTED, MachineError, RunAgainError
 from chatgot.tuning import micro_batch
-from chatgot.tuning.micro_batch import Stored, largest_divisor, shrink, stored, with_micro_batch
+from chatgot.tuning.micro_batch import Stored, largest_divisor, shrink, stored
 from tests.support import engine_json
 
 PER_RANK = 12
@@ -54,7 +54,7 @@ def test_half_or_the_next_divisor_below_is_stored_for_the_same_json(before, afte
     micro, reason = stored(tmp_path, before, PER_RANK) or pytest.fail("nothing stored")
     assert micro == after
     assert reason == f"memory ran out with {before} (step 7, the backward pass)"
-    now = with_micro_batch(config, micro, 2)
+    now = config.with_micro_batch(micro, 2)
     assert (now.train_batch_size, now.micro_batch_size * now.accumulation * 2) == (24, 24)
     assert stored(tmp_path, before + 1, PER_RANK) is None, "another value in the JSON overrules what is stored"
     assert stored(tmp_path, "auto", PER_RANK) is None

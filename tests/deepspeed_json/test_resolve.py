@@ -89,8 +89,7 @@ def test_key_given_twice_is_named_with_its_section(refused) -> None:
     ]
 
 
-# ---
-# unknown keys, types
+# --- unknown keys, types ---
 
 
 @pytest.mark.parametrize(
@@ -265,8 +264,7 @@ def test_all_problems_come_in_one_message(refused) -> None:
     assert all(line.startswith("ds.json: ") for line in lines)
 
 
-# ---
-# optimizer, scheduler
+# --- optimizer, scheduler ---
 
 
 @pytest.mark.parametrize("kind", ["Adam", "ADAMW", "adagrad", "Lamb", "Lion", "SGD", "NAdam", "RMSprop", "Adafactor"])
@@ -659,8 +657,7 @@ def test_what_is_switched_off_is_accepted(read) -> None:
     assert read(off).precision == "fp32"
 
 
-# ---
-# activation checkpointing
+# --- activation checkpointing ---
 
 
 def test_presence_of_the_section_turns_recomputation_on(read) -> None:
@@ -724,8 +721,7 @@ def test_refinement_without_the_section_is_refused(refused) -> None:
     assert "does nothing without the DeepSpeed section" in line
 
 
-# ---
-# what comes of it
+# --- what comes of it ---
 
 
 def test_wandb_is_ours_and_not_deepspeeds(read) -> None:
