@@ -18,7 +18,7 @@ from chatgot.errors import CheckpointError, ConfigError
 from chatgot.run_folder import CHECKPOINTS, LATEST, REPLACED, UNFINISHED
 
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TAG_OF_STEP = re.compile(r"step-(\d+)")
+_TAG_OF_STEP = re.compile(r"step-(\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,21 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
     if tag is not None:
         return _open(folder, tag)
     damaged: list[tuple[str, int | None, str]] = []
-    candidates: list[tuple[int, int, str]] = []
+    candidates: list[tuple[int, int, bool, str]] = []
     for name in tags_in(folder):
         try:
             fields = _manifest(folder / name)
-            candidates.append((int(fields["sequence"]), int(fields["step"]), name))
+            step = int(fields["step"])
+            candidates.append((int(fields["sequence"]), step, step == _step_of(name), name))  # before its copies
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
-            match = _TAG_OF_STEP.fullmatch(name)
-            damaged.append((name, int(match[1]) if match else None, str(error)))
-    for _, step, name in sorted(candidates, reverse=True):
+            damaged.append((name, _step_of(name), str(error)))
+    for _, step, _, name in sorted(candidates, reverse=True):
         try:
             whole = _open(folder, name)
         except CheckpointError as error:
             damaged.append((name, step, str(error)))
             continue
-        notes = tuple(_notes(folder, name, step, damaged))
+        notes = (*whole.notes, *_notes(folder, name, step, damaged))
         return Found(folder, name, whole.manifest, notes, tuple(lost for lost, _, _ in damaged))
     if damaged:
         raise CheckpointError(f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged))
@@ -106,6 +106,12 @@ def tags_in(folder: Path) -> list[str]:
         return []
     names = [one.name for one in folder.iterdir() if TAG.fullmatch(one.name) and (one.is_dir() or one.is_symlink())]
     return sorted(name for name in names if _TAG_OF_STEP.fullmatch(name) or (folder / name / manifest.NAME).is_file())
+
+
+def _step_of(tag: str) -> int | None:
+    """The step that a tag of ours names."""
+    match = _TAG_OF_STEP.fullmatch(tag)
+    return int(match[1]) if match else None
 
 
 def _manifest(path: Path) -> Manifest:
@@ -126,10 +132,10 @@ def _open(folder: Path, tag: str) -> Found:
         raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags_in(folder)) or 'none'})")
     fields = _manifest(path)
     try:
-        manifest.verify(path, fields)
+        strays = manifest.verify(path, fields)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
-    return Found(folder, tag, fields)
+    return Found(folder, tag, fields, tuple(f"{path / one}: is not in the manifest, and is not read" for one in strays))
 
 
 def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | None, str]]) -> list[str]:
@@ -152,7 +158,8 @@ def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | Non
 
 def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
     """Look at every checkpoint of a folder: its manifest, and names and sizes of its files, but not their contents.
-    Those in `damaged` are known not to be good, whatever they look like.
+    Those in `damaged` are known not to be good, whatever they look like; those whose name is not that of their step
+    are a person's, and left alone.
     """
     good: list[Published] = []
     bad: list[tuple[str, str]] = []
@@ -164,6 +171,8 @@ def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
             fields = manifest.read(path)
             manifest.verify(path, fields, contents=False)
             step, sequence, loss = int(fields["step"]), int(fields.get("sequence", 0)), fields.get("val_loss")
+            if _step_of(tag) != step:
+                continue  # renamed or copied by somebody who wants to keep it
             size, files = manifest.bytes_of(path, fields), len(fields["files"]) + 1
             good.append(Published(tag, step, sequence, size, files, None if loss is None else float(loss)))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:

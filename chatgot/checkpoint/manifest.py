@@ -160,8 +160,10 @@ def read(folder: Path) -> Manifest:
 
 
 def listed(folder: Path) -> list[str]:
-    """List every file below a checkpoint folder by its relative name ('/' between folders), the manifest left out."""
-    paths = (Path(parent) / name for parent, _, files in os.walk(folder) for name in files)
+    """List every file below a checkpoint folder by its relative name ('/' between folders). Left out are the manifest,
+    and hidden files, which systems leave anywhere (.DS_Store, .nfs0001).
+    """
+    paths = (Path(parent) / name for parent, _, files in os.walk(folder) for name in files if not name.startswith("."))
     return sorted({path.relative_to(folder).as_posix() for path in paths} - {NAME})
 
 
@@ -175,11 +177,15 @@ def bytes_of(folder: Path, fields: Manifest) -> int:
     return sum(file["bytes"] for file in fields["files"].values()) + (folder / NAME).lstat().st_size
 
 
-def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> None:
+def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> list[str]:
     """Compare every file of a checkpoint with its manifest: names and sizes first, they cost nothing, then `contents`.
 
+    Returns:
+        Files that are not listed and that nothing reads.
+
     Raises:
-        CheckpointError: naming the first file that is missing, not listed, a link, or of another size or contents.
+        CheckpointError: naming the first file that is missing, a link, of another size or contents, or not listed
+            although DeepSpeed, which looks for *.pt, could read it.
     """
     files = fields.get("files")
     if not isinstance(files, dict) or not files:
@@ -199,10 +205,11 @@ def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> No
             raise CheckpointError(f"file {name}: is not a regular file")
         if status.st_size != expected["bytes"]:
             raise CheckpointError(f"file {name}: has {status.st_size} bytes, not {expected['bytes']}")
-    if unlisted := sorted(present - files.keys()):
-        raise CheckpointError(f"file {unlisted[0]}: is not in the manifest")
+    strays = sorted(present - files.keys())
+    if readable := [name for name in strays if name.endswith(".pt")]:
+        raise CheckpointError(f"file {readable[0]}: is not in the manifest")
     if not contents:
-        return
+        return strays
     executor = ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="hash")
     try:
         measured = [(name, executor.submit(measure, folder / name)) for name in files]
@@ -216,6 +223,7 @@ def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> No
                 raise CheckpointError(f"file {name}: {changed}")
     finally:
         executor.shutdown(cancel_futures=True)
+    return strays
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], fields: Iterable[str]) -> list[Difference]:

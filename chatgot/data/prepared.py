@@ -93,7 +93,7 @@ class PreparedData:
     def fingerprint(self) -> str:
         """sha256 over the vocabulary and all tokens: equal data, equal fingerprint, wherever the folder lies."""
         defines = {
-            "format_version": self.meta.format_version,
+            "format_version": 1,  # of the first runs' files: in a later format, the same tokens are the same data
             "tokenizer": self.meta.tokenizer_sha256,
             "dtype": self.meta.dtype,
             "splits": {name: [split.tokens, split.sha256] for name, split in self.meta.splits.items()},

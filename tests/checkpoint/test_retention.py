@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatgot.checkpoint import manifest, retention
-from chatgot.checkpoint.load import Published, examine
+from chatgot.checkpoint.load import Published, examine, find
 from chatgot.checkpoint.retention import find_room, make_room, needed, plan, prune, shown
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
@@ -127,6 +128,37 @@ def test_damaged_checkpoints_count_for_the_budget_and_stay(tmp_path):
     assert f"checkpoint {tmp_path / tags[1]} is damaged: {tmp_path / tags[1]}: no manifest.json" in warning
     assert sorted(path.name for path in tmp_path.iterdir()) == tags[1:]
     assert prune(tmp_path, config, damaged={tags[1], tags[3]}) == retention.Pruned()
+
+
+def test_what_a_person_renamed_or_copied_to_keep_is_never_deleted(tmp_path):
+    tags = [write(tmp_path, step, 1_000_000) for step in range(1, 7)]
+    shutil.copytree(tmp_path / tags[0], tmp_path / "before-the-spike")
+    shutil.copytree(tmp_path / tags[1], tmp_path / "step-00000099")
+    os.rename(tmp_path / tags[2], tmp_path / "good")
+    config = CheckpointConfig(keep_last=2, keep_best=0, disk_budget_gb=gb(9 * 10**6))
+    assert prune(tmp_path, config).tags == (tags[0], tags[1], tags[3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before-the-spike", "good", *tags[4:], "step-00000099"]
+    found = find(tmp_path)
+    assert found is not None
+    assert (found.tag, found.notes) == (tags[5], ())
+    shutil.copytree(tmp_path / tags[5], tmp_path / "z")
+    again = find(tmp_path)
+    assert again is not None
+    assert again.tag == tags[5], "a copy has the same place in the order"
+
+
+def test_files_that_a_system_leaves_in_a_checkpoint_are_no_damage(tmp_path):
+    tag = write(tmp_path, 1, 1_000)
+    for name in (".DS_Store", ".nfs00000001", "._weights"):
+        (tmp_path / tag / name).write_bytes(b"x")
+    found = find(tmp_path)
+    assert found is not None
+    assert found.notes == ()
+    (tmp_path / tag / "notes.txt").write_bytes(b"the good one")
+    found = find(tmp_path)
+    assert found is not None
+    assert found.notes == (f"{tmp_path / tag / 'notes.txt'}: is not in the manifest, and is not read",)
+    assert [checkpoint.tag for checkpoint in examine(tmp_path).good] == [tag]
 
 
 def test_what_a_save_has_left_unfinished_is_no_hindrance_because_it_is_swept(tmp_path):
