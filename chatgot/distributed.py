@@ -5,6 +5,8 @@ torch is imported only when a ControlGroup is made.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import socket
@@ -158,6 +160,22 @@ class ControlGroup:
         box = [value]
         self._dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def first_difference(self, facts: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Compare what is to be the same on all ranks, by its hash. Collective.
+
+        Returns:
+            The first name that another rank has with another value than rank 0, and both values and hosts; else None.
+        """
+        own = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
+        if len(set(self.gather(hashlib.sha256(json.dumps(own).encode()).hexdigest()))) == 1:
+            return None
+        (host, first), *others = self.gather((socket.gethostname(), own))
+        for name in dict.fromkeys(name for facts in (first, *(theirs for _, theirs in others)) for name in facts):
+            for rank, (elsewhere, theirs) in enumerate(others, 1):
+                if (ours := first.get(name, "absent")) != (other := theirs.get(name, "absent")):
+                    return name, f"{ours[:200]} on rank 0 ({host}), {other[:200]} on rank {rank} ({elsewhere})"
+        return None
 
     def barrier(self) -> None:
         """Wait for every rank. Collective."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import logging
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
@@ -19,13 +21,15 @@ from chatgot.checkpoint.writing import take_back
 from chatgot.config.run import RunConfig
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
-from chatgot.deepspeed_json.resolve import EngineConfig
+from chatgot.deepspeed_json.resolve import EngineConfig, Resolved
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
 from chatgot.engine.optimizer import state_kind
 from chatgot.engine.step import TrainingEngine
-from chatgot.errors import ChatGoTError, DataError
+from chatgot.errors import ChatGoTError, ConfigError, DataError, MachineError
 from chatgot.model.gpt import GPT
+from chatgot.run_folder import flattened
+from chatgot.version import code_hash
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,7 @@ class Resumed:
 
 
 def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup) -> PreparedData:
-    """Rank 0 of every machine prepares, the others wait as long as it takes; all must end with the same tokens.
+    """Rank 0 of every machine prepares, the others wait as long as it takes; see `refuse_unlike_ranks`.
 
     Raises:
         DataError, ConfigError: on all ranks; see `prepare_cached`.
@@ -77,10 +81,30 @@ def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup
             dist.barrier(group=patient)
     ranks.agree(error)
     assert data is not None
-    if len(fingerprints := sorted(set(ranks.gather(data.fingerprint)))) > 1:
-        what = f"the ranks see different data (fingerprints {fingerprints})"
-        raise DataError(f"--data {spec}: {what}; give every machine the same files")
     return data
+
+
+def refuse_unlike_ranks(config: RunConfig, resolved: Resolved, data: PreparedData, ranks: ControlGroup) -> None:
+    """Compare what all ranks must have in common, once and before they depend on it. Collective.
+
+    Raises:
+        MachineError, ConfigError, DataError: on all ranks; code or packages, settings, or data are not the same.
+    """
+    used = {"python": platform.python_version(), "numpy": numpy.__version__, **versions(), "code": code_hash()}
+    derived = {name: one.value for name, one in resolved.derived.items()}
+    settings = flattened(config.to_dict()) | flattened(resolved.subject.tree, "ds.") | flattened(derived, "ds.")
+    facts = {f"version of {name}": value for name, value in used.items()}
+    facts |= {name: value for name, value in settings.items() if not name.endswith(".nvme_path")}
+    facts["data fingerprint"] = data.fingerprint
+    if (difference := ranks.first_difference(facts)) is None:
+        return
+    name, values = difference
+    unlike = f"the ranks would not train the same run: {name} is {values}"
+    if name.startswith("version of "):
+        raise MachineError(f"{unlike}; install the same on every machine")
+    if name == "data fingerprint":
+        raise DataError(f"{unlike}; give every machine the same files (--data)")
+    raise ConfigError(f"{unlike}; start every rank with the same --config, --deepspeed_config and overrides")
 
 
 def identity(

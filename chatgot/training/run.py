@@ -129,6 +129,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         logger.info(rehearsal)
 
     data = preparation.prepare_data(arguments.data, config, place, ranks)
+    preparation.refuse_unlike_ranks(config, resolved, data, ranks)
     vocab_size, block = data.tokenizer.vocab_size, config.model.max_seq_length
     n_params = count_parameters(config.model, vocab_size)
     answer = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml, write_text
+from tests.support import ROOT, engine_json, environment, run_ranks, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv, contents, refused
 
@@ -205,3 +206,26 @@ def test_process_prints_one_message_on_stderr_and_nothing_on_stdout(files):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("chatgot: override model.n_layer=3: no such key")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "torch", "code", "said"),
+    [
+        ([[], ["ds.optimizer.params.lr=1.0"]], None, 2, "ds.optimizer.params.lr is 0.003 on rank 0 ({}), 1.0 on rank"),
+        ([["train.seed=5"], []], None, 2, "train.seed is 5 on rank 0 ({}), 1337 on rank 1 ({})"),
+        ([[], ["ds.fp16.enabled=false"]], None, 2, "ds.fp16.enabled is absent on rank 0 ({}), false on rank 1 ({})"),
+        ([[], ["--data", "OTHER"]], None, 3, "data fingerprint is "),
+        ([[], []], ["2.13.0", "2.12.0"], 6, 'version of torch is "2.13.0" on rank 0 ({}), "2.12.0" on rank 1 ({})'),
+    ],
+    ids=["rate", "seed", "key", "data", "torch"],
+)
+def test_ranks_that_would_not_train_the_same_run_are_refused(more, torch, code, said, files, tmp_path):
+    other = str(write_text(tmp_path / "other.txt", seed=1))
+    plan = {"argv": argv(**files), "more": [[other if word == "OTHER" else word for word in one] for one in more]}
+    plan = json.loads(json.dumps(plan | ({"torch": torch} if torch else {}), default=str))
+    done = run_ranks(["-m", "tests.distributed.programs.unlike", json.dumps(plan)], 2, timeout=120, check=False)
+    assert [rank.returncode for rank in done] == [code, code], [rank.stderr for rank in done]
+    message = f"the ranks would not train the same run: {said.replace('{}', socket.gethostname())}"
+    assert message in done[0].stderr
+    assert "Traceback" not in done[0].stderr + done[1].stderr
+    assert not files["out"].exists()
