@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,26 +25,40 @@ from chatgot.training.records import Records
 logger = logging.getLogger(__name__)
 
 FAILURES = 3
-"""Saves in a row that must fail before the run ends."""
+"""Saves in a row that must fail before the run ends, spread over chatgot.checkpoint.every_minutes at least."""
+RETRY_MINUTES = 2.0
+"""What they are spread over where the JSON does not save by time. They are tried again at the usual steps then."""
 
 
 class Saving:
     """The saves of one run: in the background if chatgot.checkpoint.async says so. Every rank has one."""
 
-    def __init__(self, saver: Saver, records: Records) -> None:
+    def __init__(self, saver: Saver, records: Records, clock: Callable[[], float] = time.monotonic) -> None:
         self.saver = saver
         self._records = records
-        self._last = time.monotonic()
+        self._clock = clock
+        self._last = clock()
+        """When the last save ended, well or not."""
         self._failures = 0
+        self._first_failure = 0.0
+        """When the first of them ended."""
 
     def minutes_over(self) -> bool:
-        """Whether chatgot.checkpoint.every_minutes have passed since the last save, by rank 0's clock."""
+        """Whether it is time for the next save, by rank 0's clock, none being under way.
+
+        That is chatgot.checkpoint.every_minutes after the last one ended, a third of that after the first failure and
+        two thirds after the second one: a disk that is full for a moment ends no run.
+        """
         minutes = self.saver.config.every_minutes
-        return minutes is not None and self.saver.ranks.rank == 0 and time.monotonic() - self._last >= 60 * minutes
+        if minutes is None or self.saver.pending or self.saver.ranks.rank != 0:
+            return False
+        return self._clock() - self._last >= 60 * minutes * self._share
 
     def due(self, step: int, minutes_over: bool, improved: bool) -> bool:
         """Whether the state after this step is to be saved. The same on all ranks if the arguments are."""
         config = self.saver.config
+        if self._failures and config.every_minutes is not None:
+            return minutes_over
         by_step = config.every_steps is not None and step % config.every_steps == 0
         return by_step or minutes_over or (improved and config.keep_best > 0)
 
@@ -54,7 +69,7 @@ class Saving:
             must: wait for it, and let a failure end the run: it is the last chance.
 
         Raises:
-            CheckpointError: it failed, and it must not, or two before it have failed too.
+            CheckpointError: it failed, and it must not, or saves have failed for too long.
             NumericsError: a value is not finite; nothing was written.
         """
         self.finish()
@@ -63,7 +78,6 @@ class Saving:
         except CheckpointError as error:
             self._failed(error, must)
             return
-        self._last = time.monotonic()
         if must or not self.saver.config.async_:
             self.finish(must)
 
@@ -82,16 +96,28 @@ class Saving:
             self._failed(error, must)
 
     def _failed(self, error: CheckpointError, must: bool) -> None:
+        self._last = self._clock()
+        self._first_failure = self._first_failure if self._failures else self._last
         self._failures += 1
         self._records.event("save_failed", step=self.saver.failed_step, error=str(error), in_a_row=self._failures)
-        if must or self._failures >= FAILURES:
+        minutes = self.saver.config.every_minutes
+        spread = self._last - self._first_failure >= 60 * (RETRY_MINUTES if minutes is None else minutes)
+        if must or self.saver.ranks.from_rank_0(self._failures >= FAILURES and spread):
             raise error
-        logger.warning(f"{error}; training goes on, the next save will try again")
+        then = "the next save will try again"
+        if minutes is not None:
+            then = f"it is tried again in {60 * minutes * self._share:.3g} s"
+        logger.warning(f"{error}; training goes on, {then}")
+
+    @property
+    def _share(self) -> float:
+        """How much of every_minutes lies between the last save and the next, so that FAILURES fill it."""
+        return min(self._failures, FAILURES - 1) / FAILURES if self._failures else 1.0
 
     def _published(self, saved: Saved | None) -> None:
         if saved is None:
             return
-        self._failures = 0
+        self._last, self._failures = self._clock(), 0
         for note in saved.notes:
             logger.warning(note)
         times = {"seconds": round(saved.seconds, 3), "stalled_seconds": round(saved.stalled_seconds, 3)}

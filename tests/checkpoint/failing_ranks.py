@@ -14,7 +14,7 @@ from pathlib import Path
 
 from chatgot.distributed import find_place
 from chatgot.errors import ChatGoTError
-from chatgot.training import run
+from chatgot.training import run, saving
 from chatgot.training.loop import Loop
 from tests.training.in_process import arguments
 
@@ -24,7 +24,7 @@ UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 def main() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     place = find_place()
-    save = Loop.save
+    save, saving.RETRY_MINUTES = Loop.save, 0.0  # three failures in a row end a run, whenever they come
     fail_at: set[int] = set()
 
     def save_with_a_full_disk(self: Loop, must: bool = False) -> None:

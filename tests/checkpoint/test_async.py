@@ -13,7 +13,7 @@ from chatgot.checkpoint import load, manifest
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.writing import Snapshot, Snapshots
 from chatgot.errors import CheckpointError, NumericsError
-from chatgot.training import run
+from chatgot.training import run, saving
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, contents, events, series, tags
@@ -157,7 +157,8 @@ def test_failed_save_is_of_the_step_that_it_saved_and_the_next_one_tries_again(t
     assert not list((out / "checkpoints").glob(".*"))
 
 
-def test_third_failure_in_a_row_ends_the_run(tmp_path, text_file):
+def test_third_failure_in_a_row_ends_the_run(tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(saving, "RETRY_MINUTES", 0.0)
     loop = in_process.prepare([*command(tmp_path, text_file), "train.max_steps=20"])
     files = loop.engine.engine.checkpoint_engine
 

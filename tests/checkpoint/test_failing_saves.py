@@ -97,7 +97,9 @@ def test_part_that_does_not_load_on_one_rank_is_refused_by_both(two_ranks, launc
 
 def test_a_file_in_the_way_is_reported_and_the_next_save_tries_again(tmp_path, text_file, capsys):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=6)
-    engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 2}}))
+    engine = write_json(
+        tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 2, "every_minutes": None}})
+    )
     out = tmp_path / "out"
     out.mkdir()
     (out / "checkpoints").write_text("in the way")

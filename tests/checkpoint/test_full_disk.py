@@ -15,6 +15,7 @@ from chatgot.checkpoint.portable import fp32_weights
 from chatgot.checkpoint.retention import make_room
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.errors import CheckpointError
+from chatgot.training import saving
 from tests.checkpoint.full_disk_ranks import fill
 from tests.checkpoint.small_disk import needs_small_disk, small_disk
 from tests.support import engine_json, run_ranks, write_json, write_run_yaml
@@ -98,7 +99,8 @@ def test_disk_that_fills_up_in_the_middle_of_a_save_leaves_nothing_of_it(
 
 
 @needs_small_disk
-def test_third_refused_save_in_a_row_ends_the_run_with_4(tmp_path, text_file, request):
+def test_third_refused_save_in_a_row_ends_the_run_with_4(tmp_path, text_file, request, monkeypatch):
+    monkeypatch.setattr(saving, "RETRY_MINUTES", 0.0)
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=20)
     engine = write_json(tmp_path / "engine.json", engine_json(1, chatgot=SAVING))
     out = tmp_path / "out"
