@@ -100,6 +100,8 @@ class ClientState(TypedDict):
     rng: list[dict[str, Any]]
     """`rng.capture` of every rank."""
     parameter_groups: list[list[str]]
+    grad_scaler: dict[str, float] | None
+    """`zero_view.autocast_scale`; older checkpoints have none."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def resume(engine: Any, found: Found, now: Mapping[str, Any], ranks: ControlGrou
     notes = [f"{CHANGED}{one}" for one in (*changed, *announced)]
     if not changed:
         client_state, more = load(engine, found, ranks)
-        return client_state, notes + more
+        return client_state, [*notes, *more, *_restore_autocast_scale(engine, client_state)]
     state = ranks.on_every_rank(lambda: read_portable(found))
     write_portable(engine, state, ranks)
     _catch_up(engine)
@@ -82,7 +82,17 @@ def resume(engine: Any, found: Found, now: Mapping[str, Any], ranks: ControlGrou
     scaler = zero_view.loss_scaler(engine)
     if scaler is not None and scaler.dynamic and state.loss_scaler is None:
         notes.append(f"fp16: the checkpoint has no loss scale; starting with {scaler.cur_scale:g}")
-    return state.client_state, notes
+    return state.client_state, [*notes, *_restore_autocast_scale(engine, state.client_state)]
+
+
+def _restore_autocast_scale(engine: Any, state: ClientState) -> list[str]:
+    """Put back the loss scale of torch_autocast in float16; returns a note where the checkpoint has none."""
+    scaler, saved = zero_view.autocast_scaler(engine), state.get("grad_scaler")
+    if scaler is not None and saved is not None:
+        scaler.load_state_dict({**scaler.state_dict(), **saved})
+    elif scaler is not None:
+        return [f"torch_autocast: the checkpoint has no loss scale; starting with {scaler.get_scale():g}"]
+    return []
 
 
 def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[ClientState, list[str]]:

@@ -187,11 +187,22 @@ def loss_scaler(engine: Any) -> Any:
     return getattr(engine.optimizer, "loss_scaler", None)
 
 
+def autocast_scaler(engine: Any) -> Any:
+    """torch_autocast's GradScaler in float16, which DeepSpeed's checkpoints leave out; None where there is none."""
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return scaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+
+
 def loss_scale(engine: Any) -> float:
     """fp16's loss scale, also that of torch_autocast's GradScaler."""
-    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    scaler = scaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    scaler = autocast_scaler(engine)
     return float(engine.optimizer.loss_scale if scaler is None else scaler.get_scale())
+
+
+def autocast_scale(engine: Any) -> dict[str, float] | None:
+    """What changes of torch_autocast's GradScaler while it trains; None where there is none."""
+    scaler = autocast_scaler(engine)
+    return None if scaler is None else {key: scaler.state_dict()[key] for key in ("scale", "_growth_tracker")}
 
 
 # --- what an engine holds ---

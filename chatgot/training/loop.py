@@ -21,6 +21,7 @@ from chatgot.data.prepared import PreparedData
 from chatgot.distributed import ControlGroup
 from chatgot.engine.optimizer import schedule_factor
 from chatgot.engine.step import TrainingEngine, mean_over_ranks
+from chatgot.engine.zero_view import autocast_scale
 from chatgot.errors import NumericsError
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.proof.compare import KnownLoss, Proof, TrainedStep
@@ -152,6 +153,7 @@ class Loop:
             "micro_batch": {"json": self.json_micro_batch, "used": self.engine.config.micro_batch_size},
             "rng": self.ranks.gather(rng.capture()),
             "parameter_groups": parameter_groups(self.engine.engine),
+            "grad_scaler": autocast_scale(self.engine.engine),
         }
 
     def _train_step(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from chatgot.training import run
 from tests.support import engine_json, write_json, write_run_yaml
@@ -221,3 +222,21 @@ def test_run_left_before_its_first_checkpoint_starts_again(tmp_path, text_file, 
     again = series(tmp_path / "out", "train/loss")
     assert sorted(again) == [1, 2, 3, 4]
     assert {step: again[step] for step in first} == first
+
+
+def test_loss_scale_of_float16_autocast_is_the_checkpoints(tmp_path, text_file, capsys, monkeypatch):
+    """DeepSpeed's checkpoints leave out torch's GradScaler: the scale, and the good steps since it changed."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)  # slow on this CPU, but it does
+    saving = {"checkpoint": {"every_steps": 3, "every_minutes": None, "keep_best": 0}}
+    autocast = {"enabled": True, "dtype": "float16"}
+    engine = write_json(tmp_path / "engine.json", engine_json(chatgot=saving, torch_autocast=autocast))
+    line = argv(engine, tmp_path / "out", write_run_yaml(tmp_path / "run.yaml", max_steps=6), text_file)
+    loop = in_process.prepare(line)
+    scaler = loop.engine.engine.torch_autocast_z0_gradscaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 512.0, "_growth_tracker": 1994})
+    for step in loop.steps():
+        if step == 5:
+            break
+    assert in_process.train(line) == 0
+    assert series(tmp_path / "out", "optim/loss_scale") == dict.fromkeys(range(1, 6), 512.0) | {6: 1024.0}
+    assert "resume verified 2/2: steps 4..5 repeat the journal bit for bit" in capsys.readouterr().out
