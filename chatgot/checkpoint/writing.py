@@ -80,6 +80,8 @@ def file_operations(engine: Any, snapshots: Snapshots | None) -> Iterator[list[O
                 paths = [Path(value).name for value in (*args, *kwargs.values()) if isinstance(value, (str, Path))]
                 faults.operation(" ".join([operation.__name__.strip("_"), *paths]))
                 return operation(*args, **kwargs)
+            except shutil.Error as error:  # of copytree: a list of all files that could not be copied
+                failures.append(OSError("{1}: {2}".format(*error.args[0][0])))
             except (OSError, RuntimeError) as error:
                 failures.append(error)
 

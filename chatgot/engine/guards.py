@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -233,17 +234,20 @@ def forget_autocast() -> None:
 @contextlib.contextmanager
 def file_operations(engine: Any, replace: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Within it a save's file operations on this rank are `replace(name, theirs)`; names: save, makedirs,
-    _copy_recovery_script.
+    _copy_recovery_script, and copytree, which DeepSpeed imports when it copies what it offloads to NVMe.
 
     DeepSpeed meets the other ranks in a barrier after it has written (engine.py, save_checkpoint): a rank whose disk is
     full would raise before it, and leave them waiting until the process group's timeout.
     """
     files = engine.checkpoint_engine
     patched = [(files, "save"), (files, "makedirs"), (engine, "_copy_recovery_script")]
+    copytree = shutil.copytree
     for owner, name in patched:
         setattr(owner, name, replace(name, getattr(owner, name)))
+    shutil.copytree = replace("copytree", copytree)
     try:
         yield
     finally:
+        shutil.copytree = copytree
         for owner, name in patched:
             delattr(owner, name)

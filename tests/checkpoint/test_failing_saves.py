@@ -33,6 +33,11 @@ def launched(tmp_path_factory, text_file) -> tuple[Path, list[dict[str, int]]]:
         for name, steps in RUNS.items():
             out = folder / f"{name} {stage}"
             plan.append({"name": out.name, "argv": in_process.argv(engine, out, config, text_file), "fail_at": steps})
+    (folder / "swap").mkdir()
+    (folder / "swap" / "moments.tensor.swp").write_bytes(bytes(100_000))
+    out = folder / "nvme 3"
+    argv = in_process.argv(folder / "engine3.json", out, config, text_file)
+    plan.append({"name": out.name, "argv": argv, "fail_at": [2], "nvme": str(folder / "swap")})
     (folder / "plan.json").write_text(json.dumps(plan))
     run_ranks(["-m", "tests.checkpoint.failing_ranks", str(folder / "plan.json"), str(folder / "result")], 2)
     return folder, [json.loads((folder / f"result.{rank}").read_text()) for rank in range(2)]
@@ -54,6 +59,20 @@ def test_invariant_14_latest_changes_only_after_all_ranks_wrote(two_ranks):
     assert "rank 1" in in_process.events(out, "save_failed")[0]["error"]
     assert sorted(in_process.series(out, "train/loss")) == list(range(1, 11))
     assert not list((out / "checkpoints").glob(".*")), "what was left unfinished is swept at the next save"
+
+
+def test_copy_of_what_is_on_nvme_that_fails_on_one_rank_is_shared(launched):
+    """DeepSpeed's own copytree, between its files and its barrier."""
+    folder, codes = launched
+    out = folder / "nvme 3"
+    assert [code["nvme 3"] for code in codes] == [0, 0]
+    assert in_process.tags(out) == [4, 6, 8, 10]
+    [failed] = in_process.events(out, "save_failed")
+    assert failed["step"] == 2
+    assert "rank 1" in failed["error"]
+    for rank in range(2):
+        copied = out / "checkpoints" / "step-00000004" / "offloaded_tensors" / f"rank{rank:02d}" / "moments.tensor.swp"
+        assert copied.stat().st_size == 100_000
 
 
 def test_third_failure_in_a_row_ends_every_rank_with_4(two_ranks):
