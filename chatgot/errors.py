@@ -13,6 +13,12 @@ EXIT_INTERRUPTED = 75
 EXIT_SECOND_INTERRUPT = 130
 
 
+def quoted(value: object) -> str:
+    """Show a value that came from a file, 200 characters of it at most."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 class ChatGoTError(Exception):
     """A refusal for the user: one message, no traceback unless --debug, and the process ends with `exit_code`."""
 
@@ -35,6 +41,10 @@ class CheckpointError(ChatGoTError):
     """A checkpoint cannot be written, or a requested one cannot be loaded (exit 4)."""
 
     exit_code = EXIT_CHECKPOINT
+
+
+class FolderMovedError(CheckpointError):
+    """The run folder does not lie where it lay (exit 4): to try again would make another one."""
 
 
 class NumericsError(ChatGoTError):

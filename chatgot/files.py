@@ -16,7 +16,8 @@ def write_atomically(path: Path, text: str, before: Callable[[str], None] = lamb
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     before(f"write a new {path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # of a process that had this number; or a link, which is not to be followed
+    with open(temporary, "x", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

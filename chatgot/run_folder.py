@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
 import socket
+import stat
 import sys
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from chatgot.errors import ConfigError
+from chatgot.errors import ConfigError, FolderMovedError
 from chatgot.files import write_atomically
 
 RUN = "run.yaml"
@@ -42,6 +45,55 @@ LOCK = ".lock"
 """Held by the run that writes here."""
 
 
+LARGEST = 1 << 20
+"""Bytes of a run.yaml, ds_config.json or environment.json that are read; a larger one is refused."""
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> int:
+    """Open a file of a run folder; returns its descriptor. Never waits.
+
+    Args:
+        follow: take a symbolic link, which the files of a folder from elsewhere must not be.
+
+    Raises:
+        OSError: also where it is a link, or no regular file.
+    """
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        file = os.open(path.name, flags, 0o644, dir_fd=folder)
+    except OSError as error:
+        why = "is a symbolic link, which is not followed here" if error.errno == errno.ELOOP else error.strerror
+        raise OSError(error.errno, why, str(path)) from None
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return file
+
+
+def read_bytes(path: Path, largest: int = LARGEST, follow: bool = False) -> bytes:
+    """Read a file of a run folder as a whole; OSError: also where it has more than `largest` bytes, see `open_file`."""
+    with open(open_file(path, follow=follow), "rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"has more than the {largest} bytes that such a file may have", str(path))
+    return data
+
+
+def linked_folders(folder: Path) -> list[str]:
+    """Say which folders of a run folder are links; ConfigError: the owner of such a link is not that of its target."""
+    notes = []
+    for path in (folder / CHECKPOINTS, folder / SAMPLES, folder / WANDB):
+        if path.is_symlink() and path.exists():
+            if path.lstat().st_uid != path.stat().st_uid:
+                why = "its owner and that of the folder are not the same; put a folder of your own there"
+                raise ConfigError(f"{path}: is a symbolic link to {path.resolve()} and not followed: {why}")
+            notes.append(f"{path} is a symbolic link to {path.resolve()}, and is followed")
+    return notes
+
+
 class Tokenizer(Protocol):
     """What `write_settings` asks of a tokenizer."""
 
@@ -57,7 +109,8 @@ def check_writable(folder: Path) -> None:
     try:
         made = _make(folder)
         probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
+        probe.unlink(missing_ok=True)
+        probe.touch(exist_ok=False)
         probe.unlink()
         for path in made:
             path.rmdir()
@@ -115,9 +168,11 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
     path = folder / name
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode("utf-8")
+        if path.suffix == ".yaml" and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has a YAML alias, and train.py writes none")
         tree = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} cannot be read: it holds no mapping")
@@ -157,62 +212,122 @@ def describe(run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
     return lines
 
 
-_held: dict[str, tuple[int, list[Path]]] = {}
-"""By real path: the lock's descriptor, and the folders that were made for it, the deepest first. Runs of one process
-follow each other, so one that was abandoned does not block the next."""
+@dataclass
+class _Held:
+    """A run folder that a run of this process writes into."""
+
+    lock: int
+    """Descriptor of the file LOCK."""
+    folder: int
+    """Descriptor of the folder, wherever it is moved."""
+    made: list[Path]
+    """The folders that were made for it, the deepest first."""
+
+
+_held: dict[str, _Held] = {}
+"""By absolute path. Runs of one process follow each other, so one that was abandoned does not block the next."""
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What file systems without flock answer (Lustre mounted without it, some NFS)."""
 
 
 def acquire_lock(folder: Path) -> str | None:
     """Take the lock of a run folder, which is made if need be. Rank 0 only.
 
     Returns:
-        A note where a process that is gone had held it.
+        A note where a process that is gone had held it, or where the file system has no locks.
 
     Raises:
         ConfigError: another run holds it, or the folder cannot be written to.
     """
-    key = os.path.realpath(folder)
-    if key in _held:
+    if moved_to(folder) is not None:
+        release_lock(folder)
+    if _key(folder) is not None:
         return None
-    path = folder / LOCK
+    path, note = folder / LOCK, None
     try:
         made = _make(folder)
+        here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error}") from error
+    try:
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = open_file(path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _holder(file)
                 os.close(file)
+                os.close(here)
                 raise ConfigError(
                     f"--out_dir {folder}: another run is writing there: {holder} ({path}); "
                     "wait for it, stop it, or choose another --out_dir"
                 ) from None
-            except OSError:
-                os.close(file)
-                raise
-            if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(file)
+                    raise
+                alone = "see to it that no other run writes there"
+                note = f"{path}: this file system has no locks ({error}); {alone} (left there: {_holder(file) or '-'})"
                 break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(LOCK, dir_fd=here, follow_symlinks=False)):
+                    break
             os.close(file)  # its holder deleted it between our open and our lock
-        left_by = _holder(file)
+        if note is None and (left_by := _holder(file)):
+            note = f"{path}: was left by a run that is gone ({left_by}); taken over"
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}).encode(), 0)
     except OSError as error:
+        os.close(here)
         raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error}") from error
-    _held[key] = (file, made)
-    return f"{path}: was left by a run that is gone ({left_by}); taken over" if left_by else None
+    _held[os.path.abspath(folder)] = _Held(file, here, made)
+    return note
 
 
 def release_lock(folder: Path) -> None:
     """Delete the lock if it is held, and the folders that were made for it if they are still empty."""
-    descriptor, made = _held.pop(os.path.realpath(folder), (None, []))
-    if descriptor is None:
+    if (key := _key(folder)) is None:
         return
-    with contextlib.suppress(OSError):  # the folder may be gone or read-only: closing the file ends the lock anyway
-        (folder / LOCK).unlink()
+    made = [] if moved_to(folder) else _held[key].made  # else what has these names now is not ours
+    held = _held.pop(key)
+    with contextlib.suppress(OSError):  # the folder may be read-only: closing the file ends the lock anyway
+        os.unlink(LOCK, dir_fd=held.folder)
         for path in made:
             path.rmdir()
-    os.close(descriptor)
+    os.close(held.lock)
+    os.close(held.folder)
+
+
+def moved_to(folder: Path) -> str | None:
+    """Where the folder is that this process locked under this name, if another one or none has that name now."""
+    held = _held.get(os.path.abspath(folder))
+    if held is None:
+        return None
+    try:
+        if os.path.samestat(os.stat(folder), os.fstat(held.folder)):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError:
+        return None  # not to be seen at the moment
+    return os.readlink(f"/proc/self/fd/{held.folder}")
+
+
+def check_in_place(folder: Path) -> None:
+    """Raises FolderMovedError where the run folder was moved, renamed, unmounted or deleted since it was locked."""
+    if (now := moved_to(folder)) is not None:
+        why = f"is not the folder any more that this run writes into, which is {now} now"
+        raise FolderMovedError(f"{folder}: {why}; nothing was written under the old name; go on with --out_dir {now}")
+
+
+def _key(folder: Path) -> str | None:
+    """The name under which a folder is held."""
+    if (key := os.path.abspath(folder)) in _held:
+        return key
+    with contextlib.suppress(OSError):
+        there = os.stat(folder)
+        return next((key for key, one in _held.items() if os.path.samestat(os.fstat(one.folder), there)), None)
+    return None
 
 
 def _holder(file: int) -> str:

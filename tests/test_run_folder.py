@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import socket
@@ -15,9 +16,10 @@ import yaml
 
 from chatgot import run_folder
 from chatgot.data.tokenizer import load_tokenizer
-from chatgot.errors import ConfigError
+from chatgot.errors import ConfigError, FolderMovedError
 from chatgot.observe.journal import METRICS, read_journal
 from chatgot.run_folder import changed_settings, check_writable, flattened
+from chatgot.training import run
 from tests.support import ROOT, engine_json, environment, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, contents, events, series
@@ -236,3 +238,43 @@ def test_lock_with_unreadable_text_is_taken_over_too(tmp_path):
     run_folder.release_lock(tmp_path)
     assert note is not None
     assert "junk" in note
+
+
+@pytest.mark.parametrize("then", ["nothing", "a folder"])
+@pytest.mark.parametrize("every_minutes", [None, 30])
+def test_run_folder_that_is_moved_ends_the_run_at_the_next_step_and_is_never_made_again(
+    words, tmp_path, text_file, then, every_minutes
+):
+    out, moved = tmp_path / "out", tmp_path / "elsewhere" / "out"
+    saving = {"checkpoint": {"every_steps": None, "every_minutes": every_minutes, "keep_best": 0}}
+    write_json(tmp_path / "engine.json", engine_json(micro=2, chatgot=saving))
+    loop = in_process.prepare([*words, "train.max_steps=9", "train.sample_every=4"])
+    steps = loop.steps()
+    assert [next(steps) for _ in range(2)] == [1, 2]
+    moved.parent.mkdir()
+    out.rename(moved)
+    if then == "a folder":
+        out.mkdir()
+    with in_process.cpu_environment(), pytest.raises(FolderMovedError) as refusal:
+        run.finish(loop)
+    assert refusal.value.exit_code == 4
+    assert str(refusal.value).startswith(f"{out}: is not the folder any more")
+    assert f"go on with --out_dir {moved}" in str(refusal.value)
+    assert out.exists() == (then == "a folder")
+    assert not out.exists() or not list(out.iterdir())
+    assert [event["event"] for event in events(moved)][-2:] == ["save_failed", "failed"]
+    assert sorted(series(moved, "train/loss")) == [1, 2, 3]
+    assert not (moved / ".lock").exists()
+    assert in_process.train(argv(tmp_path / "engine.json", moved, tmp_path / "run.yaml", text_file)) == 0
+
+
+def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    def no_locks(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    note = run_folder.acquire_lock(tmp_path / "out")
+    assert note is not None
+    assert "this file system has no locks" in note
+    run_folder.release_lock(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

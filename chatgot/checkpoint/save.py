@@ -40,7 +40,7 @@ from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.distributed import ControlGroup
 from chatgot.engine.zero_view import first_non_finite
 from chatgot.errors import CheckpointError, NumericsError
-from chatgot.run_folder import UNFINISHED
+from chatgot.run_folder import UNFINISHED, check_in_place
 
 T = TypeVar("T")
 
@@ -181,6 +181,7 @@ class Saver:
 
     def _make_ready(self, fields: StateFields) -> tuple[str, ...]:
         """Make the folder, clean it, and make room; returns tags that were deleted for it. Rank 0 only."""
+        check_in_place(self.folder.parent)
         try:
             expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)
             made_room = make_room(self.folder, self.config, expected, self.damaged)

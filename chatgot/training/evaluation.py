@@ -16,6 +16,7 @@ from chatgot.data.prepared import PreparedData
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.distributed import ControlGroup
 from chatgot.errors import ConfigError
+from chatgot.files import write_atomically
 from chatgot.model.generate import generate
 
 Sample = tuple[str, str]
@@ -96,4 +97,4 @@ def draw(
 def write_samples(path: Path, text: str) -> None:
     """Write the file, and its folder if need be. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text)

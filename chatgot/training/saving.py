@@ -19,7 +19,8 @@ from chatgot.checkpoint.save import Saved, Saver
 from chatgot.checkpoint.writing import estimate
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
-from chatgot.errors import EXIT_SECOND_INTERRUPT, CheckpointError
+from chatgot.errors import EXIT_SECOND_INTERRUPT, CheckpointError, FolderMovedError
+from chatgot.run_folder import moved_to
 from chatgot.training.records import Records
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,11 @@ class Saving:
         """Whether it is time for the next save, by rank 0's clock, none being under way.
 
         That is chatgot.checkpoint.every_minutes after the last one ended, a third of that after the first failure and
-        two thirds after the second one: a disk that is full for a moment ends no run.
+        two thirds after the second one: a disk that is full for a moment ends no run. It is also time once the run
+        folder is not where it was, which the save then refuses on all ranks.
         """
+        if self.saver.ranks.rank == 0 and moved_to(self.saver.folder.parent) is not None:
+            return True
         minutes = self.saver.config.every_minutes
         if minutes is None or self.saver.pending or self.saver.ranks.rank != 0:
             return False
@@ -102,7 +106,11 @@ class Saving:
         self._records.event("save_failed", step=self.saver.failed_step, error=str(error), in_a_row=self._failures)
         minutes = self.saver.config.every_minutes
         spread = self._last - self._first_failure >= 60 * (RETRY_MINUTES if minutes is None else minutes)
-        if must or self.saver.ranks.from_rank_0(self._failures >= FAILURES and spread):
+        if (
+            must
+            or isinstance(error, FolderMovedError)
+            or self.saver.ranks.from_rank_0(self._failures >= FAILURES and spread)
+        ):
             raise error
         then = "the next save will try again"
         if minutes is not None:
