@@ -95,7 +95,7 @@ def load(path: str | PathLike[str], tag: str | None = None, device: str = "auto"
 
 
 def train(
-    deepspeed_config: str | PathLike[str],
+    deepspeed_config: str | PathLike[str] | None,
     out_dir: str | PathLike[str],
     config: str | PathLike[str] = "tiny",
     data: str | PathLike[str] = "wars_of_the_roses",
@@ -108,7 +108,7 @@ def train(
     """Train in this process, as `python launch/train.py` does with the same arguments; returns the finished run.
 
     Args:
-        deepspeed_config: a JSON, or the name of a shipped one (`chatgot configs`).
+        deepspeed_config: a JSON, or the name of a shipped one (`chatgot configs`); None: the device decides.
         config: a preset's name (`chatgot presets`), or a run YAML.
         overrides: {"train.max_steps": 200, "ds.optimizer.params.lr": 3e-4}, or the same as texts, "KEY=VALUE".
 
@@ -116,12 +116,15 @@ def train(
         RunAgainError: a signal interrupted the run, which is saved, or memory ran out: the same call goes on.
         ChatGoTError: every other refusal; its exit_code is the command's.
     """
-    from chatgot.deepspeed_json.read import find_json
+    from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
+
+    texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else ()
+    named = refuse_wrong_settings(str(config), deepspeed_config, texts or tuple(overrides), str(data), Path(out_dir))
+    settle_environment()
     from chatgot.training.run import TrainArguments
     from chatgot.training.run import train as run
 
-    texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else ()
-    arguments = TrainArguments(str(find_json(deepspeed_config)), Path(out_dir), str(config), str(data), resume_from)
+    arguments = TrainArguments(named, Path(out_dir), str(config), str(data), resume_from)
     arguments = replace(arguments, allow_data_change=allow_data_change, allow_batch_change=allow_batch_change)
     if run(replace(arguments, overrides=tuple(texts or overrides), run_name=run_name)) == EXIT_INTERRUPTED:
         raise RunAgainError(f"{out_dir}: interrupted and saved; the same call goes on")

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, ChatGoTError, MachineError
+from chatgot.deepspeed_json.findings import meant
+from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, ChatGoTError, CheckpointError, MachineError
+from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
 from chatgot.version import __version__
 
 T = TypeVar("T")
 Add = Callable[..., argparse.Action]
 """`add_argument` of a parser."""
 
-TRAIN_EPILOG = """overrides follow the flags and edit the one home of a key:
+TRAIN_EPILOG = """overrides stand anywhere among the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
   ds.optimizer.params.lr=3e-4  ds.chatgot.checkpoint.keep_last=5  the DeepSpeed JSON
 
@@ -27,11 +30,43 @@ exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 numerics, 
 saved, or the micro-batch made smaller because memory ran out: run the same command again"""
 
 
-class _RankParser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """Takes KEY=VALUE anywhere among the flags, where it has an argument `overrides`; has --version."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._followed_by_value: set[str] = set()
+        self._takes_overrides = False
+        super().__init__(*args, **kwargs)
+        super().add_argument("--version", action="version", version=f"chatgot {__version__}")
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """Add it, and note what the splitting has to know."""
+        action = super().add_argument(*args, **kwargs)
+        self._takes_overrides = self._takes_overrides or action.dest == "overrides"
+        if action.nargs is None:
+            self._followed_by_value.update(action.option_strings)
+        return action
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take overrides out, and parse the rest, positional arguments too anywhere among the flags."""
+        words, overrides, before = list(sys.argv[1:] if args is None else args), [], ""
+        if self._takes_overrides:
+            given, words = words, []
+            for word in given:
+                is_one = re.match(r"[A-Za-z_][\w.]*=", word) and before not in self._followed_by_value
+                (overrides if is_one and not Path(word).exists() else words).append(word)
+                before = word
+        found = self.parse_intermixed_args(words, namespace)
+        if self._takes_overrides:
+            found.overrides = [*(found.overrides or ()), *overrides]
+        return found
+
+
+class _RankParser(_Parser):
     """Every rank refuses a wrong command line, and rank 0 says why."""
 
     def error(self, message: str) -> NoReturn:
-        if os.environ.get("RANK", "0") != "0":
+        if not _on_rank_0():
             sys.exit(EXIT_CONFIG)
         super().error(message)
 
@@ -45,8 +80,8 @@ def train_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    how = "how it is run: a DeepSpeed JSON, or the name of a shipped one (chatgot configs)"
-    add("--deepspeed_config", required=True, metavar="NAME|JSON", help=how)
+    how = "how it is run: a DeepSpeed JSON, or the name of a shipped one (chatgot configs; default: by the device)"
+    add("--deepspeed_config", metavar="NAME|JSON", help=how)
     _config(add, "what is trained: a preset (chatgot presets) or a run YAML")
     text = "a text file, a folder of them, a prepared folder, or a built-in corpus (default: wars_of_the_roses)"
     add("--data", default="wars_of_the_roses", metavar="SPEC", help=text)
@@ -66,20 +101,25 @@ def train_parser() -> argparse.ArgumentParser:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """launch/train.py: train, and end the process with the exit code of the run."""
+    _train(sys.argv[1:] if argv is None else argv, own_process=argv is None)
+
+
+def _train(argv: Sequence[str], own_process: bool) -> NoReturn:
     arguments = train_parser().parse_args(argv)
 
     def program() -> NoReturn:
-        from chatgot.deepspeed_json.read import find_json
+        if own_process:
+            settle_environment(start_again=True)
+        json = _given(refuse_wrong_settings, arguments)
         from chatgot.training.run import TrainArguments, leave
         from chatgot.training.run import train as run
 
-        json = str(find_json(arguments.deepspeed_config))
         code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json))
         leave()
         sys.exit(code)
 
     code = guarded(program, arguments.debug)  # returns after a refusal only
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
         # The process group is still joined, and destroying it needs all ranks. Torn down by the interpreter while
         # others go away, gloo's threads abort it (SIGABRT) in place of the exit code, and NCCL waits for them.
         sys.stdout.flush()
@@ -90,21 +130,31 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The `chatgot` command."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["help"]:
+    own_process, argv = argv is None, list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv[0] == "help":
         argv = [*argv[1:2], "--help"]
-    if argv[:1] == ["train"]:
-        train(argv[1:])
-    arguments = _parser().parse_args(argv or ["--help"])
+    if argv[0] == "train":
+        _train(argv[1:], own_process)
+    parser, commands = _parser()
+    if argv[0] not in commands:
+        if argv[0][:1] == "-":
+            parser.parse_known_args(argv)
+        close = meant(argv[0], (*commands, "help"))
+        hint = f"; did you mean '{close}'?" if close else ""
+        parser.error(f"{argv[0]}: no such command{hint} (there are: {', '.join(commands)})")
+    arguments = commands[argv[0]].parse_args(argv[1:])
+    if own_process and argv[0] in ("sample", "verify", "tune"):
+        settle_environment(start_again=True)
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
+    """Make the parser that shows what there is, and those of the commands."""
     what = "Train a GPT on your own text with DeepSpeed, and use it."
     more = "chatgot help COMMAND says more about one of them."
     parser = argparse.ArgumentParser(prog="chatgot", description=what, epilog=more)
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
@@ -143,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab_size", type=_count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
     add("--world_size", type=_count, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides, as for train.py")
+    _overrides(add)
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
     add("--effective", action="store_true", help="print every value in use and where it comes from")
     add("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
@@ -154,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     _config(add, "what is trained: a preset or a run YAML")
     add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="h200", metavar="NAME|BYTES", help="h200, rtx4090, ..., cpu, or 24GiB (default: h200)")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="overrides, as for train.py")
+    _overrides(add)
     add("--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)")
     add("--sweep", action="store_true", help="a table of all JSONs that ship, or of those in the folder given")
     add("--format", default="text", choices=("text", "json"), help="json: for programs, in bytes")
@@ -176,11 +226,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command("presets", _presets, "list the models that ship, for --config")
     command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
-    return parser
+    return parser, commands.choices
 
 
 def _config(add: Add, what: str) -> None:
     add("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
+
+
+def _overrides(add: Add) -> None:
+    what = "overrides, as for train.py; they may stand without --set too"
+    add("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help=what)
 
 
 def _count(text: str) -> int:
@@ -208,14 +263,15 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from chatgot.data.prepare import prepare
 
     _show_log()
-    texts = [text for text in arguments.text if "=" not in text or Path(text).exists()]
-    overrides, _ = parse_overrides([text for text in arguments.text if text not in texts])
-    config = load_run_config(arguments.config, overrides)
-    prepared = prepare(texts, arguments.out, config.data, block_size=config.model.max_seq_length)
+    config = load_run_config(arguments.config, parse_overrides(arguments.overrides)[0])
+    prepared = prepare(arguments.text, arguments.out, config.data, block_size=config.model.max_seq_length)
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    if not arguments.run.is_dir():
+        what = "no such folder, and no complete checkpoint"
+        raise CheckpointError(f"{arguments.run}: {what}; give the --out_dir of a run")
     from chatgot.inference.sample import SampleArguments, sample
 
     sample(_given(SampleArguments, arguments))
@@ -237,7 +293,7 @@ def _check(arguments: argparse.Namespace) -> int:
         raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")
     run_overrides, ds_overrides, refused, n_params = {}, {}, (), None
     try:
-        run_overrides, ds_overrides = parse_overrides(arguments.set)
+        run_overrides, ds_overrides = parse_overrides(arguments.overrides)
     except ConfigError as error:
         refused = check.findings_of(error, "--set")
     try:
@@ -307,6 +363,10 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
+def _on_rank_0() -> bool:
+    return (os.environ.get("RANK") or "0") == "0"
+
+
 def guarded(program: Callable[[], int | None], debug: bool) -> int:
     """Run `program`, which returns its exit code or nothing; a refusal becomes one message on rank 0 and its code."""
     try:
@@ -314,7 +374,7 @@ def guarded(program: Callable[[], int | None], debug: bool) -> int:
     except ChatGoTError as error:
         if debug:
             traceback.print_exc()
-        elif os.environ.get("RANK", "0") == "0" or isinstance(error, MachineError):
+        elif _on_rank_0() or isinstance(error, MachineError):
             print(f"chatgot: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)

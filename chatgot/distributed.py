@@ -48,6 +48,9 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
     Raises:
         MachineError: some of the variables are set and others are missing, or one is not a number.
     """
+    for name in _VARIABLES:
+        if environ.get(name) == "":
+            del environ[name]  # set but empty is as if unset
     if "RANK" in environ or "WORLD_SIZE" in environ:
         if "LOCAL_RANK" not in environ and local_rank is not None and local_rank >= 0:
             environ["LOCAL_RANK"] = str(local_rank)

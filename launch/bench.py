@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
+from chatgot.version import __version__
+
 SUITES = {
     "train": "the whole program against a plain PyTorch loop of the same model, interleaved",
     "checkpoint": "saving and loading against torch.save and the disk, and the stall of training",
@@ -23,6 +25,7 @@ def main() -> None:
         + "; ".join(f"{name}: {what}" for name, what in SUITES.items())
         + ". What follows belongs to the suite.",
     )
+    parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     parser.add_argument("--suite", required=True, choices=list(SUITES))
     arguments, rest = parser.parse_known_args()
     suite = importlib.import_module(f"chatgot.bench.{arguments.suite}")

@@ -131,4 +131,4 @@ def test_two_ranks_train_from_python(arguments: dict[str, Any], tmp_path: Path) 
     command += [words[0], str(tmp_path / "run"), *words[1:]]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("True\n") == 2
+    assert done.stdout.count("True") == 2  # two processes write to it

@@ -211,3 +211,50 @@ def test_prepare_takes_overrides_among_its_texts(tmp_path: Path, text_file, caps
     assert exit_code(cli.main, "prepare", str(tmp_path / "none.txt"), "--out", str(tmp_path / "p")) == 3
     assert exit_code(cli.main, "prepare", str(text_file), "data.tokeniser=byte", "--out", str(tmp_path / "p")) == 2
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_overrides_stand_anywhere_among_the_flags(place: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def words(*flags: list[str]) -> list[str]:
+        return [
+            word
+            for flag in (*flags[:place], ["data.tokenizer=byte", "model.n_layers=2"], *flags[place:])
+            for word in flag
+        ]
+
+    asked = cli.train_parser().parse_args(words(["--out_dir", "a=b"], ["--allow_data_change"], ["--run_name", "lr=3"]))
+    assert asked.overrides == ["data.tokenizer=byte", "model.n_layers=2"]
+    assert (asked.out_dir, asked.run_name, asked.allow_data_change) == (Path("a=b"), "lr=3", True)
+    both = cli.train_parser().parse_args(["train.seed=1", "--out_dir", "a", "nonsense", "--debug", "train.log_every=2"])
+    assert sorted(both.overrides) == ["nonsense", "train.log_every=2", "train.seed=1"]
+    assert exit_code(cli.main, "check", *words(["bf16_zero1"], ["--config", "tiny"], ["--device", "cuda"])) == 0
+    assert "nothing to say" in capsys.readouterr().out
+    assert (
+        exit_code(cli.main, "plan", *words(["bf16_zero1"], ["--set", "train.max_steps=5"], ["--format", "json"])) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 256
+    refused = ["--micro_batches", "1", "2", "data.tokeniser=byte"]
+    assert exit_code(cli.main, "tune", "fp32_zero0", *refused, "--steps", "1") == 2
+    assert "did you mean 'data.tokenizer'" in capsys.readouterr().err
+
+
+def test_prepare_takes_overrides_after_its_flags_and_a_text_with_an_equals_sign(tmp_path: Path, text_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.b=c").write_bytes(text_file.read_bytes())
+    assert exit_code(cli.main, "prepare", str(text_file), "--out", "p", "data.tokenizer=byte", "a.b=c") == 0
+    assert '"byte"' in (tmp_path / "p" / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "chatgot"])
+def test_every_program_says_its_version(name: str) -> None:
+    path, words = PROGRAMS[name]
+    start = [path] if path else ["-c", "from chatgot.cli import main; main()", *words]
+    done = subprocess.run(
+        [sys.executable, *start, "--version"], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"chatgot {__version__}\n", "")
+
+
+def test_a_misspelled_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(cli.main, "smaple", "runs/a") == 2
+    assert "smaple: no such command; did you mean 'sample'?" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from typing import Any
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.findings import ABSENT, ConfigRefusal, Finding, Findings, Mark
+from chatgot.devices import DeviceFacts
 from chatgot.errors import ConfigError
 
 
@@ -314,6 +315,13 @@ def find_json(name_or_path: str | os.PathLike[str]) -> Path:
         f"{path}: no such file, and no DeepSpeed JSON of that name ships{hint} "
         f"(`chatgot configs` lists: {', '.join(shipped)})"
     )
+
+
+def default_json(facts: DeviceFacts, ranks: int) -> Path:
+    """Choose the shipped JSON for a run that names none, by its device and number of ranks."""
+    if facts.kind == "cpu":
+        return shipped_jsons()["fp32_zero0_muon"]
+    return shipped_jsons()["fp16_zero2" if not facts.bf16 else "bf16_zero1" if ranks == 1 else "bf16_zero2"]
 
 
 def shipped_table() -> list[tuple[str, str, str, str]]:

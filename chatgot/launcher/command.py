@@ -32,6 +32,7 @@ from chatgot.errors import (
     MachineError,
 )
 from chatgot.launcher.supervisor import Supervisor, say
+from chatgot.version import __version__
 
 REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
 NEVER_RESTARTED = (EXIT_DONE, *REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
@@ -56,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     arguments, unknown = parser.parse_known_args(argv[:split])
     if unknown:
         parser.error(f"{' '.join(unknown)}: not an option of launch/run; the arguments of train.py come after --")
+    if split == len(argv) and arguments.script is None:
+        parser.print_help(sys.stderr)
+        parser.exit(EXIT_CONFIG, "launch/run: the arguments of train.py are missing; they come after --\n")
     try:
         command = [_interpreter(arguments.python), _script(arguments.script), *argv[split + 1 :]]
         if arguments.hostfile is not None:
@@ -76,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"chatgot {__version__}")
     nproc = _at_least(1, "neither auto nor a number of processes from 1 on", auto=True)
     add("--nproc", type=nproc, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)")
     add("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
@@ -166,8 +171,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
-    """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
+def thread_defaults(environ: Mapping[str, str], nproc: int, on_gpu: bool) -> dict[str, str]:
+    """Choose thread and allocator settings of each of `nproc` ranks of this machine, for where the user has none.
 
     glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are
     4 to 14 % faster. libgomp's threads spin for each other; where another program takes a core, spinning less makes a
@@ -178,7 +183,13 @@ def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: in
         defaults |= {"MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_MMAP_THRESHOLD_": "10000000000"}
         if "OMP_WAIT_POLICY" not in environ:
             defaults["GOMP_SPINCOUNT"] = "10000"
+    return defaults
+
+
+def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
+    """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
+    defaults = thread_defaults(environ, nproc, on_gpu)
     return {**defaults, **environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}}
 
 

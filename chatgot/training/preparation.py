@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 class TrainArguments:
     """The command line of train.py: *which run* is this."""
 
-    deepspeed_config: str
+    deepspeed_config: str | None
+    """None: the device decides."""
     out_dir: Path
     config: str = "tiny"
     data: str = "wars_of_the_roses"

@@ -13,7 +13,7 @@ from chatgot.checkpoint import faults, rng
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
-from chatgot.deepspeed_json.read import read_document
+from chatgot.deepspeed_json.read import default_json, read_document
 from chatgot.deepspeed_json.resolve import EngineConfig, resolve
 from chatgot.devices import device_facts, device_of_machine, is_out_of_memory, matmul_precision
 from chatgot.distributed import ControlGroup, Place, find_place
@@ -118,13 +118,17 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
     facts, world_size = device_facts(), place.world_size
-    document = read_document(Path(arguments.deepspeed_config))
+    named = arguments.deepspeed_config
+    document = read_document(Path(named) if named else default_json(facts, world_size))
     resolved = resolve(document, ds_overrides, world_size=world_size, facts=facts)
     resolved.findings.refuse()  # before anything expensive
     device = join(place, facts.kind)
     ranks = ControlGroup()
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
     show_log(progress)
+    if named is None:
+        why = f"chosen for {facts.name or facts.kind} and {world_size} rank(s)"
+        logger.info(f"--deepspeed_config is not given: {document.name}, {why}")
     if rehearsal := faults.arm(place.rank):
         logger.info(rehearsal)
 

@@ -365,3 +365,10 @@ def test_a_given_python_runs_the_ranks(launch: Launch, tmp_path: Path) -> None:
     code, errors = launch.run(options=("--nproc", "2", "--python", str(other)))
     assert code == 0, errors
     assert launch.started(1)["env"]["FROM_OTHER_PYTHON"] == "1"
+
+
+def test_alone_it_shows_its_own_usage() -> None:
+    done = subprocess.run([sys.executable, "launch/run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: launch/run [options] -- <train.py arguments>")
+    assert done.stderr.endswith("the arguments of train.py are missing; they come after --\n")

@@ -1,0 +1,67 @@
+"""What every program does before it imports torch: settle threads and allocator, and refuse what is wrong already."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import chatgot.run_folder as run_folder
+from chatgot.devices import assumed_device
+from chatgot.distributed import find_place
+from chatgot.launcher.command import thread_defaults
+
+
+def settle_environment(start_again: bool = False) -> None:
+    """Set what `launch/run` sets for its ranks, threads, spinning and the allocator, unless the user has set it.
+
+    Args:
+        start_again: replace this process by the same command, because the allocator reads its variables at its start.
+    """
+    if "torch" in sys.modules:
+        return  # too late: its threads have been made
+    here = next((os.environ[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), "1")
+    ranks = int(here) if here.isdecimal() else 1
+    defaults = thread_defaults(os.environ, max(1, ranks), assumed_device("auto").kind == "cuda")
+    missing = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(missing)
+    if start_again and sys.executable and any(name.startswith("MALLOC_") for name in missing):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def refuse_wrong_settings(
+    config: str,
+    deepspeed_config: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+    data: str,
+    out_dir: Path,
+    local_rank: int | None = None,
+) -> str | None:
+    """Check the arguments of train.py as far as that goes without torch, on every rank alike; the run checks them again
+    with the device known.
+
+    Returns:
+        The path of the JSON, where one was named.
+
+    Raises:
+        ChatGoTError: what training would refuse before its first step.
+    """
+    from chatgot.config.overrides import parse_overrides
+    from chatgot.config.run import load_run_config
+    from chatgot.data import corpus
+    from chatgot.data.reading import check_encoding
+    from chatgot.deepspeed_json.read import default_json, find_json, read_document
+    from chatgot.deepspeed_json.resolve import resolve
+
+    run_overrides, ds_overrides = parse_overrides(overrides)
+    run = load_run_config(config, run_overrides)
+    place, facts = find_place(local_rank, dict(os.environ)), assumed_device("auto")
+    named = None if deepspeed_config is None else find_json(deepspeed_config)
+    document = read_document(named or default_json(facts, place.world_size))
+    resolve(document, ds_overrides, world_size=place.world_size, facts=facts).findings.refuse()
+    check_encoding(run.data.encoding)
+    if place.world_size == 1:  # with several ranks rank 0 looks, and tells the others
+        run_folder.check_writable(out_dir)
+        corpus.resolve(data)
+    return None if named is None else str(named)

@@ -1,0 +1,109 @@
+"""What every program does before torch: threads and allocator, and refusals of a wrong configuration."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatgot.distributed import find_place
+from tests.support import ROOT, engine_json, environment, write_json, write_text
+
+CHATGOT = ["-c", "from chatgot.cli import main; main()"]
+SETTINGS = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
+def starts_of(words: list[str], folder: Path, **given: str) -> list[dict[str, str]]:
+    """SETTINGS as every interpreter of this command had them at its start."""
+    log = folder / "starts.jsonl"
+    had = f"{{n: os.environ[n] for n in {SETTINGS!r} if n in os.environ}}"
+    note = f"import json, os\nprint(json.dumps({had}), file=open({str(log)!r}, 'a'))\n"
+    (folder / "sitecustomize.py").write_text(note)
+    own = {name: value for name, value in environment(**given).items() if name not in SETTINGS or name in given}
+    own["PYTHONPATH"] = f"{folder}:{ROOT}"
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (2, 4), done.stderr
+    assert "Traceback" not in done.stderr
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [str(ROOT / "launch" / "train.py"), "--out_dir", "run", "train.max_stepz=1"],
+        [*CHATGOT, "train", "--out_dir", "run", "train.max_stepz=1"],
+        [*CHATGOT, "sample", "nowhere"],
+        [*CHATGOT, "verify", "nowhere"],
+        [*CHATGOT, "tune", "nowhere.json"],
+    ],
+    ids=["train.py", "train", "sample", "verify", "tune"],
+)
+def test_every_program_that_computes_has_the_settings_of_launch_run(words: list[str], tmp_path: Path) -> None:
+    first, second = starts_of(words, tmp_path)
+    assert first == {}
+    assert int(second["OMP_NUM_THREADS"]) >= 1
+    assert second["GOMP_SPINCOUNT"] == "10000"
+    assert int(second["MALLOC_TRIM_THRESHOLD_"]) == int(second["MALLOC_MMAP_THRESHOLD_"]) == 10**10
+
+
+def test_what_the_user_has_set_stays_and_nothing_starts_twice_for_it(tmp_path: Path) -> None:
+    words = [str(ROOT / "launch" / "train.py"), "--out_dir", "run", "train.max_stepz=1"]
+    mine = dict.fromkeys(SETTINGS, "7")
+    assert starts_of(words, tmp_path, **mine) == [mine]
+
+
+REFUSED = {
+    "an override": (["train.max_step=1"], "did you mean 'train.max_steps'"),
+    "a value": (["model.d_model=many"], "override model.d_model"),
+    "a preset": (["--config", "tinny"], "did you mean 'tiny'"),
+    "the JSON": (["--deepspeed_config", "wrong.json"], "did you mean 'gradient_clipping'"),
+    "its name": (["--deepspeed_config", "bf16_zero22"], "did you mean 'bf16_zero2'"),
+    "a batch": (["ds.train_micro_batch_size_per_gpu=7"], "train_micro_batch_size_per_gpu"),
+    "an encoding": (["data.encoding=utf-9"], "unknown encoding"),
+    "the text": (["--data", "my_bock.txt"], "did you mean 'my_book.txt'"),
+    "the run folder": (["--out_dir", "my_book.txt"], "--out_dir my_book.txt"),
+    "a launcher's variable": ([], "MASTER_PORT = 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("entry", ["train", "api"])
+def test_a_wrong_configuration_is_refused_before_torch_is_imported(case: str, entry: str, tmp_path: Path) -> None:
+    words, said = REFUSED[case]
+    write_json(tmp_path / "wrong.json", engine_json(gradient_cliping=1.0))
+    write_text(tmp_path / "my_book.txt")
+    given = {"--data": "my_book.txt", "--out_dir": "run"} | dict(zip(words[::2], words[1::2], strict=False))
+    overrides = [word for word in words if "=" in word]
+    if entry == "train":
+        flags = [word for pair in given.items() if "=" not in pair[0] for word in pair]
+        call = f"from chatgot import cli\ncli.train({[*flags, *overrides]!r})"
+    else:
+        arguments = {name.removeprefix("--"): value for name, value in given.items() if "=" not in name}
+        arguments.setdefault("deepspeed_config", "fp32_zero0_muon")
+        call = f"import chatgot\nchatgot.train(**{arguments!r}, overrides={overrides!r})"
+    program = f"""
+import atexit, sys
+atexit.register(lambda: print([name for name in ("torch", "deepspeed") if name in sys.modules]))
+{call}
+"""
+    port = {"MASTER_PORT": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if "variable" in case else {}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(**port),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert done.stdout == "[]\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_variable_that_is_empty_is_as_if_unset() -> None:
+    place = find_place(None, {"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": ""})
+    assert (place.rank, place.world_size, place.launcher) == (0, 1, "python")
