@@ -222,7 +222,8 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
     if resume_from in ("auto", "must"):
         folder, tag = own, ""
     else:
-        path_text, _, tag = resume_from.partition("@")
+        whole = "@" not in resume_from or Path(resume_from).is_dir()
+        path_text, tag = (resume_from, "") if whole else resume_from.rsplit("@", 1)
         folder = Path(path_text)
         folder = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
         if not folder.is_dir():

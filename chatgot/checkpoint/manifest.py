@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,12 +12,18 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any, cast, get_type_hints
 
-from chatgot.errors import CheckpointError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
+
+from chatgot.errors import CheckpointError, quoted
 from chatgot.files import sha256, write_atomically
+from chatgot.run_folder import read_bytes
 
 NAME = "manifest.json"
+LARGEST = 64 << 20
+"""Bytes of a manifest that are read: 200 for each file, of which a rank has one or two."""
 FORMAT_VERSION = 2
 
 MUST_MATCH: dict[str, str | None] = {
@@ -38,6 +45,9 @@ SAME_SIZE = ("parameters", *MAY_CHANGE)
 
 HASHING_THREADS = 4
 """Files that are hashed at once."""
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class RunFields(TypedDict):
@@ -72,7 +82,7 @@ class StateFields(RunFields):
 class Measured(TypedDict):
     """A file of a checkpoint."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -80,8 +90,8 @@ class Manifest(StateFields):
     """All fields of manifest.json but its own sha256."""
 
     format_version: int
-    step: int
-    sequence: int
+    step: Count
+    sequence: Count
     """Order of publication in this folder: a run can go back, so the steps do not tell it."""
     files: dict[str, Measured]
     """By relative name, with '/' between folders."""
@@ -139,9 +149,7 @@ def read(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint folder; CheckpointError: missing, unreadable, damaged, or of another format."""
     path = folder / NAME
     try:
-        if path.is_symlink():
-            raise CheckpointError(f"{path}: is a symbolic link; a checkpoint's files are its own")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_bytes(path, LARGEST))
     except FileNotFoundError:
         why = "the checkpoint is incomplete, or was not written by ChatGoT"
         raise CheckpointError(f"{folder}: no {NAME}: {why}") from None
@@ -152,13 +160,28 @@ def read(folder: Path) -> Manifest:
     version = fields["format_version"]
     if version > FORMAT_VERSION:
         newer = f"this ChatGoT reads up to {FORMAT_VERSION}; install the newer ChatGoT"
-        raise CheckpointError(f"{path}: format version {version}, {newer}")
+        raise CheckpointError(f"{path}: format version {quoted(version)}, {newer}")
     if version < FORMAT_VERSION:
         why = f"so that nobody can tell whether the files are whole; this ChatGoT reads version {FORMAT_VERSION}"
-        raise CheckpointError(f"{path}: format version {version} has no hashes, {why}")
+        raise CheckpointError(f"{path}: format version {quoted(version)} has no hashes, {why}")
     if fields.pop("sha256", None) != _digest(fields):
         raise CheckpointError(f"{path}: damaged: its own sha256 does not fit what it says")
+    try:
+        _checked()(**fields)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        where, value = ".".join(map(str, wrong["loc"])), wrong["input"]
+        raise CheckpointError(f"{path}: {quoted(where)}: {wrong['msg']}, got {quoted(value)}") from error
     return cast(Manifest, fields)
+
+
+@functools.cache
+def _checked() -> type[BaseModel]:
+    """The types of a manifest's fields. All but those that every one has had are optional, and others may be there."""
+    hints = get_type_hints(Manifest, include_extras=True)
+    always = ("step", "sequence", "files")
+    fields: dict[str, Any] = {name: (hint, ... if name in always else None) for name, hint in hints.items()}
+    return create_model("Checked", __config__=ConfigDict(strict=True, protected_namespaces=()), **fields)
 
 
 def listed(folder: Path) -> list[str]:

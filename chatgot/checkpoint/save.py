@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +97,8 @@ class Saver:
     _notes: list[str] = field(default_factory=list)
     """For the next `Saved`."""
     _pending: _Pending | None = None
+    _unfinished: Path | None = None
+    """The folder of the save that began last, until it has a tag for a name."""
     _snapshots: Snapshots = field(default_factory=Snapshots)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
@@ -130,9 +133,9 @@ class Saver:
         ):  # such a checkpoint would push one that is worth something out of the folder
             bad = f"step {step}: {bad} has values that are not finite, and such a state is never saved"
         self.ranks.agree(NumericsError(bad) if bad else None)
-        unfinished = self.folder / f"{UNFINISHED}{tag_of(step)}"
         with self._cleared_away(step):
-            made_room = self.ranks.on_rank_0(lambda: self._make_ready(fields))
+            made_room, name = self.ranks.on_rank_0(lambda: self._make_ready(fields, step))
+            self._unfinished = unfinished = self.folder / name
             self._snapshots.reuse()
             with file_operations(engine, self._snapshots if self.config.async_ else None) as failures:
                 engine.save_checkpoint(
@@ -179,8 +182,10 @@ class Saver:
             wait([future])
         return future
 
-    def _make_ready(self, fields: StateFields) -> tuple[str, ...]:
-        """Make the folder, clean it, and make room; returns tags that were deleted for it. Rank 0 only."""
+    def _make_ready(self, fields: StateFields, step: int) -> tuple[tuple[str, ...], str]:
+        """Make the folder, clean it, and make room; returns tags that were deleted for it, and the name of what is to
+        be written, which is never another writer's. Rank 0 only.
+        """
         check_in_place(self.folder.parent)
         try:
             expected = expected_bytes(self.folder, fields, self.estimated_bytes, self.damaged)
@@ -189,10 +194,10 @@ class Saver:
             self._notes += made_room.warnings
             faults.operation("make the folder and sweep leftovers")
             self.folder.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder)
+            self._notes += sweep(self.folder)
         except OSError as error:
             raise _refusal(self.folder, error) from error
-        return made_room.tags
+        return made_room.tags, f"{UNFINISHED}{tag_of(step)}-{secrets.token_hex(4)}"
 
     @contextlib.contextmanager
     def _cleared_away(self, step: int) -> Iterator[None]:
@@ -201,8 +206,8 @@ class Saver:
             yield
         except CheckpointError:
             self._pending, self.failed_step = None, step
-            if self.ranks.rank == 0:
-                shutil.rmtree(self.folder / f"{UNFINISHED}{tag_of(step)}", ignore_errors=True)
+            if self.ranks.rank == 0 and self._unfinished is not None:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
             raise
 
     def _write(self, folder: Path, files: Any) -> dict[str, Measured]:
@@ -218,15 +223,16 @@ class Saver:
     def _publish(self, pending: _Pending, gathered: list[dict[str, Measured]]) -> Pruned:
         """Part 3: publish, and prune. Rank 0 only."""
         tag = tag_of(pending.step)
+        assert self._unfinished is not None
         try:
-            check_shared(self.folder / f"{UNFINISHED}{tag}", gathered)
-            publish(self.folder, tag, pending.fields, gathered)
+            check_shared(self._unfinished, gathered)
+            notes = publish(self._unfinished, tag, pending.fields, gathered)
         except OSError as error:
             raise _refusal(self.folder / tag, error) from error
         self.damaged.discard(tag)
         pruned = prune(self.folder, self.config, self.damaged)
         self.damaged.update(pruned.damaged)
-        return pruned
+        return replace(pruned, warnings=(*notes, *pruned.warnings))
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

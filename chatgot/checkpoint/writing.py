@@ -249,13 +249,17 @@ def check_shared(folder: Path, gathered: list[dict[str, Measured]]) -> None:
         raise CheckpointError(f"{folder}: nobody has written {unhashed[0]}: another program writes into this folder")
 
 
-def sweep(folder: Path) -> None:
-    """Clear up after a save that was cut short, while nobody else saves here."""
+def sweep(folder: Path) -> list[str]:
+    """Clear up after a save that was cut short, while nobody else saves here; returns a warning for what stays."""
     take_back(folder)
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{REPLACED}*")):
-        shutil.rmtree(leftover)
-    for leftover in folder.glob(f".{LATEST}.tmp-*"):
-        leftover.unlink()
+    notes = []
+    for pattern in (f"{UNFINISHED}*", f"{REPLACED}*", f".{LATEST}.tmp-*"):
+        for leftover in folder.glob(pattern):
+            try:
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+            except OSError as error:
+                notes.append(f"{leftover}: cannot be deleted: {error}; it does no harm there")
+    return notes
 
 
 def take_back(folder: Path) -> None:
@@ -272,12 +276,13 @@ def next_sequence(folder: Path) -> int:
     newest = 0
     for path in folder.glob(f"*/{manifest.NAME}"):
         with contextlib.suppress(CheckpointError):  # a damaged one is reported where checkpoints are chosen
-            newest = max(newest, int(manifest.read(path.parent).get("sequence", 0)))
+            newest = max(newest, manifest.read(path.parent)["sequence"])
     return newest + 1
 
 
-def publish(folder: Path, tag: str, fields: Mapping[str, Any], gathered: list[dict[str, Measured]]) -> None:
+def publish(unfinished: Path, tag: str, fields: Mapping[str, Any], gathered: list[dict[str, Measured]]) -> list[str]:
     """List all files in the manifest of the unfinished checkpoint, give it its name, and point `latest` to it.
+    Returns what the user must hear.
 
     Args:
         fields: the manifest's, without sequence and files.
@@ -286,14 +291,17 @@ def publish(folder: Path, tag: str, fields: Mapping[str, Any], gathered: list[di
     Raises:
         OSError: it is published, if only the flush after the rename or `latest` failed.
     """
-    unfinished = folder / f"{UNFINISHED}{tag}"
+    folder = unfinished.parent
     files = dict(sorted((name, measured) for part in gathered for name, measured in part.items()))
     for parent in sorted({(unfinished / name).parent for name in files} - {unfinished}):
         sync(parent)
     sequence = next_sequence(folder)
     manifest.write(unfinished, {**fields, "sequence": sequence, "files": files}, faults.operation)
     _rename(unfinished, folder / tag)
+    if (folder / LATEST).is_dir():
+        return [f"{folder / LATEST}: is a folder, so that it cannot name {tag} for stock DeepSpeed; rename it"]
     write_atomically(folder / LATEST, tag, faults.operation)
+    return []
 
 
 def _rename(unfinished: Path, final: Path) -> None:

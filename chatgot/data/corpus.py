@@ -14,7 +14,7 @@ from typing import Literal
 import chatgot.run_folder as run_folder
 from chatgot.data.prepared import looks_prepared
 from chatgot.data.reading import TextReader, not_regular
-from chatgot.errors import DataError
+from chatgot.errors import ConfigError, DataError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 """Files of a folder that are read; others are counted and named in a note."""
@@ -196,6 +196,16 @@ def _nothing_there(spec: str, path: Path) -> str:
     hint = f"; did you mean '{close[0]}'?" if close else ""
     names = ", ".join(BUILT_INS)
     return f"--data {spec}: no such file or folder, and no built-in corpus of that name{hint} (built-in: {names})"
+
+
+def check_run_folder(out_dir: Path, spec: str) -> None:
+    """Raise ConfigError if a run folder would lie in the folder of texts, which could not be read at the next start."""
+    folder, out = Path(spec).expanduser(), out_dir.resolve()
+    if spec in BUILT_INS or not folder.is_dir() or looks_prepared(folder) or not out.is_relative_to(folder.resolve()):
+        return
+    if not any(part.startswith(".") for part in out.relative_to(folder.resolve()).parts):
+        why = "the next start would take its samples for texts; choose an --out_dir elsewhere"
+        raise ConfigError(f"--out_dir {out_dir}: inside the folder of texts --data {spec}, and {why}")
 
 
 def check_out_dir(out_dir: Path, source: Source) -> None:

@@ -28,6 +28,7 @@ from chatgot.data.prepared import (
     check_block_size,
     open_prepared,
     publish,
+    take_back,
     token_file,
     write_meta,
 )
@@ -79,6 +80,7 @@ def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None 
             fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when this process ends, however it ends
             for left_by_a_kill in entry.parent.glob(f".{entry.name}.tmp-*"):
                 shutil.rmtree(left_by_a_kill)
+            take_back(entry)
             if entry.exists():
                 try:
                     data = open_prepared(entry)
@@ -87,7 +89,13 @@ def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None 
                 except DataError as error:
                     logger.warning(f"the cached copy is damaged and is made anew: {error}")
                     shutil.rmtree(entry)
-            return prepare(spec, entry, config)
+            data = prepare(spec, entry, config)
+            if _cache_key(source, config) != entry.name:
+                shutil.rmtree(entry)
+                raise DataError(
+                    f"{source.name}: changed while it was being prepared; try again when nothing writes to it"
+                )
+            return data
     except OSError as error:
         raise DataError(f"{entry}: the cache cannot be used: {error}; set CHATGOT_CACHE to another folder") from error
 
@@ -136,6 +144,7 @@ def prepare(
     if source.kind == "prepared":
         instead = "train on it as it is, or name the text that it was made from"
         raise DataError(f"--data {source.path}: already prepared; {instead}")
+    take_back(out_dir)
     check_out_dir(out_dir, source)
     for note in source.notes:
         logger.info(note)

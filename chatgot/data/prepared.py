@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
 from chatgot.errors import DataError
-from chatgot.files import sha256
+from chatgot.files import sha256, sync, write_atomically
 
 FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 1
@@ -123,7 +122,7 @@ def token_file(split: str) -> str:
 def write_meta(meta: PreparedMeta, folder: Path) -> None:
     """Write meta.json."""
     text = json.dumps(dataclasses.asdict(meta), ensure_ascii=False, indent=1)
-    (folder / META_FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
+    write_atomically(folder / META_FILE, text + "\n")
 
 
 def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
@@ -190,9 +189,20 @@ def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, ag
 
 
 def publish(building: Path, out_dir: Path) -> None:
-    """Put the finished folder in its place; what was there stays whole until then."""
-    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
+    """Put the finished folder in its place. A kill between the two renames leaves what was there to `take_back`."""
+    take_back(out_dir)
     if out_dir.exists():
-        os.replace(out_dir, old)
+        os.replace(out_dir, _replaced(out_dir))
     os.replace(building, out_dir)
-    shutil.rmtree(old)
+    sync(out_dir.parent)
+    take_back(out_dir)
+
+
+def take_back(out_dir: Path) -> None:
+    """Give an earlier folder that made way its name back, if the new one never got it; else delete it."""
+    if (old := _replaced(out_dir)).exists():
+        shutil.rmtree(old) if out_dir.exists() else os.replace(old, out_dir)
+
+
+def _replaced(out_dir: Path) -> Path:
+    return out_dir.with_name(f".{out_dir.name}.replaced")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from chatgot.errors import ConfigError, DataError
+from chatgot.files import write_atomically
 
 FORMAT = "chatgot-tokenizer"
 FORMAT_VERSION = 1
@@ -66,9 +67,9 @@ class Tokenizer(ABC):
         return self.encode(text)
 
     def save(self, path: Path | str) -> None:
-        """Write the complete tokenizer as human-readable JSON."""
+        """Write the complete tokenizer as human-readable JSON; what was there stays whole until then."""
         tree = {"format": FORMAT, "format_version": FORMAT_VERSION, **self._content()}
-        Path(path).write_text(json.dumps(tree, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+        write_atomically(Path(path), json.dumps(tree, ensure_ascii=False, indent=1) + "\n")
 
     def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)

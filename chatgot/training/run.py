@@ -12,6 +12,7 @@ import chatgot.run_folder as run_folder
 from chatgot.checkpoint import faults, rng
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
+from chatgot.data.corpus import check_run_folder
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.deepspeed_json.read import default_json, read_document
 from chatgot.deepspeed_json.resolve import EngineConfig, resolve
@@ -117,6 +118,7 @@ def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | No
 def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None) -> Loop:
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
+    check_run_folder(arguments.out_dir, arguments.data)
     facts, world_size = device_facts(), place.world_size
     named = arguments.deepspeed_config
     document = read_document(Path(named) if named else default_json(facts, world_size))

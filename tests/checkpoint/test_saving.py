@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,10 @@ def test_every_n_steps_and_at_the_end(tmp_path, text_file):
     assert [event["step"] for event in events(tmp_path / "out", "saved")] == [3, 6, 8]
 
 
-def test_every_m_minutes_since_the_last_save(tmp_path, text_file, monkeypatch):
+def test_every_m_minutes_since_the_last_save(tmp_path, text_file):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=8)
     loop = in_process.prepare(argv(saving(tmp_path, every_minutes=2.0), tmp_path / "out", config, text_file))
-    monkeypatch.setattr(saving_module, "time", types.SimpleNamespace(monotonic=lambda: 50.0 * loop.step))
-    loop.saving = saving_module.Saving(loop.saving.saver, loop.records)
+    loop.saving = saving_module.Saving(loop.saving.saver, loop.records, clock=lambda: 50.0 * loop.step)
     run.finish(loop)
     assert tags(tmp_path / "out") == [3, 6, 8]  # 150 s, 150 s, the end
 
@@ -146,6 +144,22 @@ def publish(folder: Path, step: int, sequence: int) -> None:
     (folder / tag_of(step) / "mp_rank_00_model_states.pt").write_bytes(b"weights %d" % step)
     files = {name: manifest.measure(folder / tag_of(step) / name) for name in manifest.listed(folder / tag_of(step))}
     manifest.write(folder / tag_of(step), {"step": step, "sequence": sequence, "files": files})
+
+
+def test_stray_names_in_the_folder_of_checkpoints_make_no_save_fail(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=2)
+    folder = tmp_path / "out" / "checkpoints"
+    for name in (".unfinished-x/deep", ".latest.tmp-99", "latest"):
+        (folder / name).mkdir(parents=True)
+    (folder / ".unfinished-y").write_text("")
+    assert in_process.train(argv(saving(tmp_path, every_steps=1), tmp_path / "out", config, text_file)) == 0
+    assert tags(tmp_path / "out") == [1, 2]
+    assert not events(tmp_path / "out", "save_failed")
+    assert f"{folder / 'latest'}: is a folder, so that it cannot name step-00000002" in capsys.readouterr().out
+    assert not list(folder.glob(".*"))
+    found = find(folder)
+    assert found is not None
+    assert (found.tag, found.notes) == (tag_of(2), ())
 
 
 def test_pointer_that_is_lost_or_wrong_is_never_followed(tmp_path):

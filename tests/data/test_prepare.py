@@ -4,6 +4,8 @@ usable text.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 
 from chatgot.config.run import DataConfig
+from chatgot.data import prepare as prepare_module
 from chatgot.data import reading
 from chatgot.data.corpus import FILE_END
 from chatgot.data.prepare import prepare, prepare_cached
@@ -415,6 +418,67 @@ def test_damaged_cache_entry_is_made_anew(tmp_path, notes):
     second = prepare_cached(path, config(), tmp_path / "cache")
     assert "damaged" in notes()[0]
     assert second.fingerprint == first.fingerprint == open_prepared(second.path).fingerprint
+
+
+def test_text_that_changes_before_it_is_read_is_not_cached_under_its_old_date(tmp_path, monkeypatch):
+    path = write(tmp_path / "t.txt", prose(500))
+    key = prepare_module._cache_key
+
+    def and_somebody_writes(*arguments):
+        made = key(*arguments)
+        write(tmp_path / "t.txt", prose(600, seed=2))
+        return made
+
+    monkeypatch.setattr(prepare_module, "_cache_key", and_somebody_writes)
+    with pytest.raises(DataError, match="changed while it was being prepared"):
+        prepare_cached(path, config(), tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "prepared").glob("*/"))
+
+
+def test_kill_between_the_renames_does_not_lose_the_earlier_folder(tmp_path, monkeypatch):
+    path, out = write(tmp_path / "t.txt", prose(500)), tmp_path / "out"
+    first = prepare(path, out, config()).fingerprint
+    write(tmp_path / "t.txt", prose(500, seed=1))
+    replace = os.replace
+
+    def killed(source, target):
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(path, out, config())
+    monkeypatch.undo()
+    assert not out.exists()
+    os.truncate(path, 0)
+    with pytest.raises(DataError, match="the text is empty"):
+        prepare(path, out, config())
+    assert open_prepared(out).fingerprint == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t.txt"]
+
+
+def test_fingerprint_is_that_of_the_tokens_whatever_the_format(prepared):
+    data = open_prepared(prepared)
+    later = dataclasses.replace(data, meta=dataclasses.replace(data.meta, format_version=2))
+    assert later.fingerprint == data.fingerprint
+    assert (
+        data.fingerprint
+        == hashlib.sha256(
+            json.dumps(
+                {
+                    "format_version": 1,
+                    "tokenizer": data.tokenizer.fingerprint,
+                    "dtype": "uint8",
+                    "splits": {
+                        name: [len(tokens), hashlib.sha256(tokens.tobytes()).hexdigest()]
+                        for name, tokens in (("train", data.train), ("val", data.val))
+                    },
+                },
+                sort_keys=True,
+            ).encode()
+        ).hexdigest()
+    ), "run folders of before go on"
 
 
 def test_two_processes_share_one_preparation_and_a_kill_leaves_nothing(tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from chatgot.checkpoint.load import choose
+from chatgot.errors import CheckpointError
 from tests.support import ROOT, engine_json, environment, run_ranks, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv, contents, refused
@@ -104,6 +106,23 @@ def test_out_dir_that_cannot_be_written_is_refused(capsys, files, tmp_path):
     check(capsys, argv(**{**files, "out": tmp_path / "file" / "below"}), 2, "--out_dir")
     check(capsys, argv(**{**files, "out": Path("/proc/none/run")}), 2, "--out_dir")  # read-only even for root
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_run_folder_among_the_texts_is_refused_before_it_could_be_trained_once(capsys, files, tmp_path):
+    (texts := tmp_path / "texts").mkdir()
+    write_text(texts / "night.txt")
+    for out in (texts / "run", texts, texts / "a" / "b"):
+        check(capsys, argv(**{**files, "data": texts, "out": out}), 2, f"--out_dir {out}: inside the folder of texts")
+    assert [path.name for path in texts.iterdir()] == ["night.txt"]
+
+
+def test_an_at_sign_in_a_path_is_no_tag(tmp_path):
+    run = tmp_path / "me@home" / "run@2"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"{run}/checkpoints has no complete checkpoint"):
+        choose(str(run), tmp_path)
+    with pytest.raises(CheckpointError, match=f"{run}/checkpoints: no checkpoint 'step-00000009'"):
+        choose(f"{run}@step-00000009", tmp_path)
 
 
 def test_requested_resume_without_a_checkpoint_is_refused(capsys, files, tmp_path):
