@@ -63,6 +63,7 @@ def setup(
         "threads": torch.get_num_threads() if device.startswith("cpu") else None,
         "torch": versions["torch"],
         "deepspeed": versions["deepspeed"],
+        "skips_delay_lr": True if engine.scheduler is not None and engine.precision == "fp16" else None,
         "layout": _hash({name: value for name, value in settings.items() if effect(name) == "rounding"}),
     }
     return Setup(
@@ -194,6 +195,7 @@ class Overlap:
         setups = {one.setup for one in self.expected.values()}
         self._terms = {name: digest.terms(known.setups.get(name), now) for name in setups}
         self._used: dict[str, digest.Terms] = {}
+        self._in_common = digest.BIT_FOR_BIT
         self.compares_anything = any(terms.exactly for terms in self._terms.values())
         follow, why = "journaled steps follow the checkpoint, and", None
         if not known.digests:
@@ -222,7 +224,8 @@ class Overlap:
             return
         expected = len(self.expected)
         if (journal := self.expected.get(step)) is not None:
-            terms = self._used[journal.setup] = self._terms[journal.setup]
+            terms = self._used[journal.setup] = self._terms[journal.setup].narrowed(self._in_common)
+            self._in_common = digest.after(journal, now, terms)
             if difference := digest.first_difference(journal, now, terms, step - self.from_step):
                 self.difference = (step, difference)
                 self._close("resume_differs", step=step, **vars(difference))

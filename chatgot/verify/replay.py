@@ -67,7 +67,9 @@ def replay(run: Path, steps: int, tag: str | None = None) -> bool:
     if result["difference"] is not None:
         repeated = f"{result['compared']} of {steps} steps repeated, compared {result['compares']}"
         print(f"replay differs at {result['difference']} ({repeated})")
-        return False
+        if not result["proves"]:
+            print("replay: that is more than roundings usually do, and no proof of damage")
+        return not result["proves"]
     if not result["compares_anything"]:
         print(f"replay: {span} cannot be compared: {result['compares']}")
         return False
@@ -200,6 +202,7 @@ def _rank(task: dict[str, Any]) -> None:
         result = {
             "compared": overlap.compared,
             "difference": overlap.difference and "step {}: {}".format(*overlap.difference),
+            "proves": overlap.difference is not None and overlap.difference[1].proves,
             "compares": overlap.compares,
             "compares_anything": overlap.compares_anything,
         }

@@ -13,7 +13,7 @@ from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.errors import CheckpointError
 from chatgot.observe.journal import Branch, read_journal, read_lines
 from chatgot.proof import digest
-from chatgot.proof.digest import Digest, Setup, read_digest
+from chatgot.proof.digest import Digest, Setup, Terms, read_digest
 
 
 def verify(run: Path, tag: str | None = None) -> bool:
@@ -109,6 +109,8 @@ class JournalCheck:
     _exact: bool = True
     """Whether all of them were compared bit for bit."""
     _differs: bool = False
+    _in_common: Terms = digest.BIT_FOR_BIT
+    """What the run as it stands still has in common with the past that it left."""
 
     def __post_init__(self) -> None:
         self.path = self.run / run_folder.METRICS
@@ -158,7 +160,8 @@ class JournalCheck:
             if "digest" in record and now is None:
                 self.problems.append(f"{self.path}: the digest of step {step} cannot be read")
             if (left := branch.go_to(step, once=now is not None)) is not None:
-                given_up |= left
+                given_up = given_up | left if self._in_common.exact else left
+                self._in_common = digest.BIT_FOR_BIT
                 resumed_at = step - 1
             tokens.go_to(step)
             if "data/tokens" in record:
@@ -181,17 +184,27 @@ class JournalCheck:
             self.problems.append(f"{self.path}: {broken} broken lines, and {why}")
 
     def _compare(self, step: int, before: Digest, now: Digest, setups: dict[str, Setup], resumed_at: int) -> None:
-        """Compare a step with the same step of a past that was given up; only the first difference is a problem."""
-        terms = digest.terms(setups.get(before.setup), setups.get(now.setup))
-        if not terms.exactly or before.offset != now.offset:  # a rollback in between: other data by intention
+        """Compare a step with the same step of a past that was given up; only the first difference counts, and only one
+        that proves something is a problem.
+        """
+        terms = digest.terms(setups.get(before.setup), setups.get(now.setup)).narrowed(self._in_common)
+        if before.offset != now.offset:  # a rollback in between: other data by intention
+            terms = Terms((), why="samples were left out")
+        self._in_common = digest.after(before, now, terms)
+        if not terms.exactly:
             return
         self._twice += 1
         self._exact &= terms.exact
         difference = digest.first_difference(before, now, terms, step - resumed_at)
-        if difference is not None and not self._differs:
+        if difference is None or self._differs:
+            return
+        what = f"step {step} was trained again after a resume, and differs: {difference} (compared {terms.describe()})"
+        if difference.proves:
             self._differs = True
-            what = f"differs: {difference} (compared {terms.describe()})"
-            self.problems.append(f"{self.path}: step {step} was trained again after a resume, and {what}")
+            self.problems.append(f"{self.path}: {what}")
+        else:
+            self._in_common = Terms(terms.exactly, why=terms.why)
+            self.notes.append(f"{what}; more than roundings usually do, and no proof of damage")
 
 
 def _ranges(steps: list[int]) -> str:

@@ -77,13 +77,56 @@ def test_what_is_compared_follows_from_what_changed(now, exactly, nearly):
     assert by.why
 
 
-def test_tolerance_grows_with_the_steps_since_the_checkpoint_and_ends_somewhere():
+def test_roundings_are_allowed_for_in_the_first_steps_and_not_compared_later():
     by = terms(SETUP, other(world_size=1))
     drifted = dataclasses.replace(DIGEST, loss=1.5 * (1 + 3e-5))
-    assert first_difference(DIGEST, drifted, by, 1) is not None
+    found = first_difference(DIGEST, drifted, by, 1)
+    assert found is not None
+    assert not found.proves, "roundings can be larger than usual"
     assert first_difference(DIGEST, drifted, by, 4) is None
-    assert first_difference(DIGEST, dataclasses.replace(DIGEST, loss=2.0), by, 10**9) is not None
+    lost = dataclasses.replace(DIGEST, loss=2.0, grad_norm=9.0)
+    assert first_difference(DIGEST, lost, by, digest.FIRST_STEPS) is not None
+    assert first_difference(DIGEST, lost, by, digest.FIRST_STEPS + 1) is None
     assert terms(SETUP, other(precision="bf16")).tolerance == digest.TOLERANCE_16_BIT
+
+
+@pytest.mark.parametrize(("field", "value"), [("batch", "c"), ("lr", 1.1e-3), ("rng", "s")])
+@pytest.mark.parametrize("steps", [1, 10**6])
+def test_what_no_rounding_changes_is_compared_at_any_step(field, value, steps):
+    found = first_difference(
+        DIGEST, dataclasses.replace(DIGEST, **{field: value}), terms(SETUP, other(micro_batch=2)), steps
+    )
+    assert found is not None
+    assert (found.field, found.proves) == (field, True)
+
+
+def test_the_rate_of_a_stock_scheduler_follows_the_steps_that_fp16_skipped():
+    """Other layouts can skip other steps."""
+    fp16 = {"precision": "fp16", "skips_delay_lr": True}
+    before = dataclasses.replace(SETUP, topology={**TOPOLOGY, **fp16})
+    now = dataclasses.replace(SETUP, topology={**TOPOLOGY, **fp16, "micro_batch": 2})
+    assert set(terms(before, now).exactly) == {"batch", "rng"}
+    assert terms(before, before).exact
+
+
+def test_a_step_that_only_one_of_two_starts_skipped_parts_them():
+    skipped = dataclasses.replace(DIGEST, grad_norm=math.inf)
+    by = terms(SETUP, other(precision="bf16"))
+    assert digest.after(DIGEST, dataclasses.replace(DIGEST, grad_norm=None), by) == by
+    assert digest.after(skipped, skipped, by) == by
+    apart = digest.after(DIGEST, skipped, by)
+    assert (set(apart.exactly), apart.nearly) == ({"batch", "rng", "lr"}, ())
+
+
+def test_steps_have_no_more_in_common_than_those_before_them():
+    exact, near = terms(SETUP, SETUP), terms(SETUP, other(world_size=1))
+    changed = terms(SETUP, other(numbers="n2"))
+    assert exact.narrowed(exact) == exact
+    assert near.narrowed(exact) == near
+    assert near.narrowed(near).nearly == near.nearly
+    assert set(exact.narrowed(near).exactly) == {"batch", "lr"}
+    assert (near.narrowed(changed).exactly, near.narrowed(changed).nearly) == (("batch",), ())
+    assert not exact.narrowed(changed).exact
 
 
 def test_digests_and_setups_survive_their_files(tmp_path):

@@ -151,6 +151,48 @@ def test_announced_changes_explain_other_digests(tmp_path, text_file, capsys):
     assert "2 of them were trained again, compared as far as changes allow" in capsys.readouterr().out
 
 
+def abandoned(step: int, line: list[str], *change: str) -> None:
+    in_process.abandon_after(step, [*line, *change])
+
+
+@pytest.mark.parametrize(
+    "change", [["ds.bf16.enabled=true", "ds.zero_optimization.stage=1"], ["ds.optimizer.params.lr=1e-3"]]
+)
+def test_a_past_is_not_held_against_a_run_that_came_another_way(change, tmp_path, text_file, capsys):
+    """Steps 7 and 8 were trained first and last with the same settings, but from other weights at step 6."""
+    line = words(tmp_path, text_file, dropout=0.0)
+    abandoned(8, line, "train.max_steps=9")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000006")
+    abandoned(6, line, "train.max_steps=9", *change)
+    abandoned(8, line, "train.max_steps=9")
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    trained = [(r["step"], r["digest"]["loss"], r["digest"]["grad_norm"]) for r in records if "digest" in r]
+    assert [step for step, *_ in trained] == [*range(1, 9), *range(4, 9)]
+    assert trained[6:8] != trained[-2:]
+    assert verify(tmp_path / "out"), capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("field", "is_problem"), [("loss", False), ("lr", True), ("batch", True)])
+def test_where_roundings_differ_only_what_they_cannot_change_is_a_problem(
+    field, is_problem, tmp_path, text_file, capsys
+):
+    line = left(tmp_path, text_file, dropout=0.0)
+    assert in_process.train([*line, "ds.train_micro_batch_size_per_gpu=2"]) == 0
+
+    def change(lines: list[str]) -> list[str]:
+        first = next(i for i, line in enumerate(lines) if is_digest_of(line, 5))
+        record = json.loads(lines[first])
+        record["digest"][field] = "0" * 16 if field == "batch" else 1.1 * record["digest"][field]
+        return [*lines[:first], json.dumps(record), *lines[first + 1 :]]
+
+    edit(tmp_path / "out" / "metrics.jsonl", change)
+    assert code(str(tmp_path / "out")) == (4 if is_problem else 0)
+    said = capsys.readouterr().out
+    kind = "PROBLEM" if is_problem else "note"
+    assert f"step 5 was trained again after a resume, and differs: {field} was" in said
+    assert any(line.startswith(f"{kind}: ") and "trained again" in line for line in said.splitlines())
+
+
 def test_line_cut_off_by_a_kill_is_a_note_and_more_of_them_a_problem(tmp_path, text_file, capsys):
     line = words(tmp_path, text_file)
     in_process.abandon_after(4, line)

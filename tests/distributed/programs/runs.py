@@ -52,6 +52,21 @@ def sabotage(control: str | None) -> None:
             return client_state, notes
 
         preparation.resume = resume
+    elif control == "moments":
+        original = preparation.resume
+
+        def resume(engine: Any, *arguments: Any):
+            resumed = original(engine, *arguments)
+            for state in engine.basic_optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+            return resumed
+
+        preparation.resume = resume
+    elif control == "rate":
+        factor = loop_module.schedule_factor
+        loop_module.schedule_factor = lambda step, max_steps, config: (1 + 1e-6) * factor(step, max_steps, config)
     elif control == "schedule":
         factor = loop_module.schedule_factor
         loop_module.schedule_factor = lambda step, max_steps, config: factor(
