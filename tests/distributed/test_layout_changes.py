@@ -65,7 +65,7 @@ def start(folder: Path, world_size: int, runs: list[dict[str, Any]]) -> None:
     run_ranks(program, world_size, timeout=3000)
 
 
-@pytest.fixture(scope="module", params=RATES.values(), ids=RATES)
+@pytest.fixture(scope="module", params=list(RATES.values()), ids=list(RATES))
 def resumed(request, tmp_path_factory, text_file) -> Path:
     """Run folders named 'before > now' and 'before > now, control'."""
     folder: Path = tmp_path_factory.mktemp("layouts")

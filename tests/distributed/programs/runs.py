@@ -55,7 +55,7 @@ def sabotage(control: str | None) -> None:
     elif control == "moments":
         original = preparation.resume
 
-        def resume(engine: Any, *arguments: Any):
+        def forgetting(engine: Any, *arguments: Any):
             resumed = original(engine, *arguments)
             for state in engine.basic_optimizer.state.values():
                 for value in state.values():
@@ -63,7 +63,7 @@ def sabotage(control: str | None) -> None:
                         value.zero_()
             return resumed
 
-        preparation.resume = resume
+        preparation.resume = forgetting
     elif control == "rate":
         factor = loop_module.schedule_factor
         loop_module.schedule_factor = lambda step, max_steps, config: (1 + 1e-6) * factor(step, max_steps, config)
