@@ -64,20 +64,24 @@ class Run:
 
     def sample(
         self,
-        prompt: str = "\n",
+        prompt: str | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.8,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
     ) -> str:
-        """The prompt and its continuation, the text that `chatgot sample` prints with the same settings (see its help).
+        """The prompt (default: the run's first sample prompt) and its continuation, the text that `chatgot sample`
+        prints with the same settings (see its help).
 
         Raises:
             ChatGoTError: a prompt with unseen characters, a setting out of range, or see `model`.
         """
+        from chatgot.inference.sample import first_prompt
+
+        text = first_prompt(self.path, self.model.tokenizer) if prompt is None else prompt
         return self.model.continuations(
-            prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )[0]
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from chatgot.deepspeed_json.findings import meant
-from chatgot.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DONE, ChatGoTError, CheckpointError, MachineError
+from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE, ChatGoTError, CheckpointError, MachineError
+from chatgot.launcher.arguments import Parser, RankParser, count, on_rank_0
 from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
 from chatgot.version import __version__
 
@@ -30,50 +30,9 @@ exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint, 5 numerics, 
 saved, or the micro-batch made smaller because memory ran out: run the same command again"""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Takes KEY=VALUE anywhere among the flags, where it has an argument `overrides`; has --version."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._followed_by_value: set[str] = set()
-        self._takes_overrides = False
-        super().__init__(*args, **kwargs)
-        super().add_argument("--version", action="version", version=f"chatgot {__version__}")
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        """Add it, and note what the splitting has to know."""
-        action = super().add_argument(*args, **kwargs)
-        self._takes_overrides = self._takes_overrides or action.dest == "overrides"
-        if action.nargs is None:
-            self._followed_by_value.update(action.option_strings)
-        return action
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take overrides out, and parse the rest, positional arguments too anywhere among the flags."""
-        words, overrides, before = list(sys.argv[1:] if args is None else args), [], ""
-        if self._takes_overrides:
-            given, words = words, []
-            for word in given:
-                is_one = re.match(r"[A-Za-z_][\w.]*=", word) and before not in self._followed_by_value
-                (overrides if is_one and not Path(word).exists() else words).append(word)
-                before = word
-        found = self.parse_intermixed_args(words, namespace)
-        if self._takes_overrides:
-            found.overrides = [*(found.overrides or ()), *overrides]
-        return found
-
-
-class _RankParser(_Parser):
-    """Every rank refuses a wrong command line, and rank 0 says why."""
-
-    def error(self, message: str) -> NoReturn:
-        if not _on_rank_0():
-            sys.exit(EXIT_CONFIG)
-        super().error(message)
-
-
 def train_parser() -> argparse.ArgumentParser:
     """Arguments of launch/train.py and `chatgot train`."""
-    parser = _RankParser(
+    parser = RankParser(
         prog="train.py",
         description="Train a GPT on your own text with DeepSpeed.",
         epilog=TRAIN_EPILOG,
@@ -148,13 +107,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     """Make the parser that shows what there is, and those of the commands."""
     what = "Train a GPT on your own text with DeepSpeed, and use it."
     more = "chatgot help COMMAND says more about one of them."
     parser = argparse.ArgumentParser(prog="chatgot", description=what, epilog=more)
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
@@ -170,8 +129,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
     add = command("sample", _sample, "draw text from a run folder")
-    add("run", type=Path, metavar="RUN", help="the run folder")
-    add("--prompt", default="\n", help="text to continue (default: a line break)")
+    add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
+    add("--prompt", help="text to continue (default: the run's first sample prompt)")
     add("--max_new_tokens", type=int, default=256, help="tokens to draw (default: 256)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     add("--top_k", type=int, help="draw from the k likeliest tokens only")
@@ -184,14 +143,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
 
     add = command("verify", _verify, "check a run folder: files of every checkpoint, and the journal")
     add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
-    add("--replay", type=_count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
+    add("--replay", type=count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
     add("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
 
     add = command("check", _check, "say everything about a DeepSpeed JSON before anything runs")
     add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
     add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
-    add("--vocab_size", type=_count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
-    add("--world_size", type=_count, default=1, metavar="N", help="number of ranks (default: 1)")
+    add("--vocab_size", type=count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
+    add("--world_size", type=count, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
     _overrides(add)
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
@@ -214,14 +173,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     add("deepspeed_config", type=Path, metavar="JSON", help=how)
     _config(add, "the model: a preset or a run YAML")
     add("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
-    add("--world_size", type=_count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
+    add("--world_size", type=count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
     add("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
     sizes = "only these (default: all that make the global batch)"
-    add("--micro_batches", type=_count, nargs="+", metavar="N", help=sizes)
+    add("--micro_batches", type=count, nargs="+", metavar="N", help=sizes)
     add("--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)")
     add("--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)")
     add("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
-    add("--steps", type=_count, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
+    add("--steps", type=count, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
     command("presets", _presets, "list the models that ship, for --config")
@@ -236,12 +195,6 @@ def _config(add: Add, what: str) -> None:
 def _overrides(add: Add) -> None:
     what = "overrides, as for train.py; they may stand without --set too"
     add("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help=what)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
 
 
 def _given(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
@@ -269,6 +222,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    _name_checkpoint(arguments)
     if not arguments.run.is_dir():
         what = "no such folder, and no complete checkpoint"
         raise CheckpointError(f"{arguments.run}: {what}; give the --out_dir of a run")
@@ -277,9 +231,17 @@ def _sample(arguments: argparse.Namespace) -> None:
     sample(_given(SampleArguments, arguments))
 
 
+def _name_checkpoint(arguments: argparse.Namespace) -> None:
+    """Understand a checkpoint's path in place of the run folder and --tag."""
+    from chatgot.checkpoint.load import take_apart
+
+    arguments.run, tag = take_apart(arguments.run)
+    arguments.tag = arguments.tag or tag
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from chatgot.config.overrides import parse_overrides
-    from chatgot.config.run import load_run_config
+    from chatgot.config.run import RunConfig, load_run_config
     from chatgot.deepspeed_json import check
     from chatgot.deepspeed_json.explain import explain
     from chatgot.devices import assumed_device
@@ -287,11 +249,11 @@ def _check(arguments: argparse.Namespace) -> int:
     from chatgot.model.shapes import count_parameters
 
     if arguments.explain is not None:
-        print(explain(arguments.explain))
+        print(explain(arguments.explain, RunConfig))
         return EXIT_DONE
     if arguments.json is None:
         raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")
-    run_overrides, ds_overrides, refused, n_params = {}, {}, (), None
+    run_overrides, ds_overrides, refused, n_params, max_steps = {}, {}, (), None, None
     try:
         run_overrides, ds_overrides = parse_overrides(arguments.overrides)
     except ConfigError as error:
@@ -299,11 +261,13 @@ def _check(arguments: argparse.Namespace) -> int:
     try:
         config = load_run_config(arguments.config or "tiny", run_overrides)
         vocab_size = arguments.vocab_size or (config.data.bpe_vocab_size if config.data.tokenizer == "bpe" else 256)
-        n_params = count_parameters(config.model, vocab_size) if arguments.config else None
+        if arguments.config:
+            n_params, max_steps = count_parameters(config.model, vocab_size), config.train.max_steps
     except ConfigError as error:
         refused += check.findings_of(error, "--config")
     facts = assumed_device(arguments.device)
-    report = check.check(arguments.json, ds_overrides, world_size=arguments.world_size, facts=facts, n_params=n_params)
+    size = {"world_size": arguments.world_size, "n_params": n_params, "max_steps": max_steps}
+    report = check.check(arguments.json, ds_overrides, facts=facts, **size)
     report = replace(report, findings=(*refused, *report.findings))
     lines = check.as_text(report, arguments.effective) if arguments.format == "text" else None
     print("\n".join(lines) if lines else check.as_json(report, arguments.effective))
@@ -321,6 +285,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from chatgot.verify.verify import verify
 
+    _name_checkpoint(arguments)
     whole = verify(arguments.run, arguments.tag)
     if arguments.replay is not None:
         from chatgot.verify.replay import replay
@@ -363,10 +328,6 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
-def _on_rank_0() -> bool:
-    return (os.environ.get("RANK") or "0") == "0"
-
-
 def guarded(program: Callable[[], int | None], debug: bool) -> int:
     """Run `program`, which returns its exit code or nothing; a refusal becomes one message on rank 0 and its code."""
     try:
@@ -374,7 +335,7 @@ def guarded(program: Callable[[], int | None], debug: bool) -> int:
     except ChatGoTError as error:
         if debug:
             traceback.print_exc()
-        elif _on_rank_0() or isinstance(error, MachineError):
+        elif on_rank_0() or isinstance(error, MachineError):
             print(f"chatgot: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)

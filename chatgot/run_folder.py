@@ -115,7 +115,9 @@ def check_writable(folder: Path) -> None:
         for path in made:
             path.rmdir()
     except OSError as error:
-        raise ConfigError(f"--out_dir {folder}: cannot be written to: {error}") from error
+        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+        why = "it, or what should be a folder above it, is a file" if is_file else error.strerror
+        raise ConfigError(f"--out_dir {folder}: cannot be written to: {why}; name another folder") from error
 
 
 def _make(folder: Path) -> list[Path]:
@@ -248,7 +250,7 @@ def acquire_lock(folder: Path) -> str | None:
         made = _make(folder)
         here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error}") from error
+        raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error.strerror}") from error
     try:
         while True:
             file = open_file(path, os.O_RDWR | os.O_CREAT)
@@ -279,7 +281,7 @@ def acquire_lock(folder: Path) -> str | None:
         os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}).encode(), 0)
     except OSError as error:
         os.close(here)
-        raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error}") from error
+        raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error.strerror}") from error
     _held[os.path.abspath(folder)] = _Held(file, here, made)
     return note
 

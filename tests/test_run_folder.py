@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shlex
 import socket
 import subprocess
 import sys
@@ -134,7 +135,26 @@ def test_end_says_the_result_and_what_to_do_next(finished):
     said = (finished / "said.txt").read_text(encoding="utf-8").splitlines()
     val = series(finished / "out", "val/loss")[STEPS]
     assert f"done at step {STEPS}: val/loss {val:.4f} nats, {val / math.log(2):.3f} bits/char" in said
-    assert said[-1] == f'next: chatgot sample {finished / "out"} --prompt "The night"'
+    assert said[-1] == f"next: chatgot sample {finished / 'out'} --prompt 'The night'"
+
+
+def test_the_next_command_is_quoted_for_a_shell(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):
+    prompt, out = 'He said "it\'s $HOME"\n', tmp_path / "my first run; ls"
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=1, sample_prompts=[prompt])
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text() + prompt)
+    assert in_process.train(argv(write_json(tmp_path / "engine.json", engine_json()), out, config, text)) == 0
+    said = capsys.readouterr().out.partition("next: ")[2]
+    assert shlex.split(said) == ["chatgot", "sample", str(out), "--prompt", prompt]
+
+
+def test_a_run_folder_that_cannot_be_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError) as refusal:
+            run_folder.check_writable(path)
+        assert str(refusal.value).startswith(f"--out_dir {path}: cannot be written to: it, or what should be a folder")
+        assert "Errno" not in str(refusal.value)
 
 
 def test_changed_settings_names_keys_as_overrides_do(tmp_path):

@@ -203,11 +203,21 @@ def expected_bytes(folder: Path, fields: Mapping[str, Any], estimated: int, dama
     return estimated
 
 
+def take_apart(path: Path) -> tuple[Path, str | None]:
+    """Take the path of a checkpoint, or of the folder of all of them, apart: the run folder, and the tag if it has one.
+    Any other path is a run folder's.
+    """
+    whole = path.absolute()
+    if whole.parent.name == CHECKPOINTS and not (path / CHECKPOINTS).is_dir():
+        return whole.parent.parent, whole.name
+    return (whole.parent if whole.name == CHECKPOINTS and not (path / CHECKPOINTS).is_dir() else path), None
+
+
 def choose(resume_from: str, out_dir: Path) -> Found | None:
     """Apply --resume_from auto|must|never|PATH[@TAG]; None means: start a new run.
 
     Args:
-        resume_from: PATH is a run folder or its `checkpoints` folder.
+        resume_from: PATH is a run folder, its `checkpoints` folder, or a checkpoint in that.
 
     Raises:
         ConfigError: `never`, but the run folder has checkpoints, which the new run would replace.
@@ -224,8 +234,8 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
     else:
         whole = "@" not in resume_from or Path(resume_from).is_dir()
         path_text, tag = (resume_from, "") if whole else resume_from.rsplit("@", 1)
-        folder = Path(path_text)
-        folder = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
+        folder, named = take_apart(Path(path_text))
+        folder, tag = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder, tag or named
         if not folder.is_dir():
             raise CheckpointError(f"--resume_from {resume_from}: no such folder: {folder}")
     chosen = find(folder, tag or None)

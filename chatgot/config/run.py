@@ -136,6 +136,8 @@ def load_run_config(name_or_path: str, overrides: dict[str, Any] | None = None) 
     import yaml
 
     path = Path(name_or_path)
+    if path.suffix == ".json":
+        raise ConfigError(f"--config {path}: a DeepSpeed JSON by its name, which --deepspeed_config takes; give a YAML")
     if path.suffix not in (".yaml", ".yml"):
         path = PRESETS / f"{name_or_path}.yaml"
         if not path.exists():
@@ -173,8 +175,8 @@ def build_run_config(
             tree = {**tree, section: {**(keys or {}), key: value}}
 
     def place(key: str) -> str:
-        if key in overrides:
-            return "override "
+        if given := [name for name in overrides if name == key or name.startswith(f"{key}.")]:
+            return "override " if given == [key] else f"override {', '.join(given)}: "
         line = lines.get(key) or lines.get(key.partition(".")[0])
         return f"{where}:{line}: " if line else f"{where}: "
 

@@ -64,14 +64,18 @@ def check(
     world_size: int,
     facts: DeviceFacts,
     n_params: int | None = None,
+    max_steps: int | None = None,
 ) -> Report:
-    """Hold a DeepSpeed JSON against every rule; see `resolve` for the arguments. Its content raises nothing."""
+    """Hold a DeepSpeed JSON against every rule; see `resolve` and `Resolved.complete` for the arguments. Its content
+    raises nothing.
+    """
     try:
         path = str(find_json(path))
         document = read_document(Path(path))
     except ConfigError as error:
         return Report(path, findings_of(error, path), None)
-    resolved = resolve(document, overrides, world_size=world_size, facts=facts).complete(n_params)
+    resolved = resolve(document, overrides, world_size=world_size, facts=facts)
+    resolved = resolved.complete(n_params, max_steps=max_steps)
 
     def order(finding: Finding) -> tuple[int, bool, int, int]:
         return LEVELS.index(finding.level), finding.file == OVERRIDE, finding.line or 0, finding.column or 0

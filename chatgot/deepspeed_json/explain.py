@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
@@ -18,14 +19,18 @@ _OWNERS = {"optimizer.params": schema.OPTIMIZER_PARAMS, "scheduler.params": sche
 _WIDTH = 110
 
 
-def explain(key: str) -> str:
+def explain(key: str, run: type[Settings] | None = None) -> str:
     """The explanation of a key, by its dotted name or by its last part where that is unique.
+
+    Args:
+        run: the run YAML, whose keys are explained too.
 
     Raises:
         ConfigError: no such key, with the nearest one, or several with this last part.
     """
-    dotted = _find(key)
-    paragraphs = [line for part in sentences(dotted) for line in part.splitlines()]
+    of_run = {} if run is None else _fields(run, "", "It stands in the run YAML (--config).")
+    dotted = _find(key, of_run)
+    paragraphs = [line for part in of_run.get(dotted) or sentences(dotted) for line in part.splitlines()]
     return "\n".join([dotted, *(textwrap.fill(f"  {one}", _WIDTH, subsequent_indent="    ") for one in paragraphs)])
 
 
@@ -117,25 +122,27 @@ def _owner_name(entry: str) -> str:
     return words.get(entry, entry.removeprefix("torch.").partition("/")[0])
 
 
-def _fields(cls: type[Settings] = ChatGoTSection, where: str = "chatgot") -> dict[str, tuple[str, str, str]]:
-    """Explain the chatgot section, whose fields are described by the text that follows each in the source."""
+def _fields(
+    cls: type[Settings] = ChatGoTSection, where: str = "chatgot", home: str = "DeepSpeed never sees it."
+) -> dict[str, tuple[str, str, str]]:
+    """Explain a section of ours, whose fields are described by the text that follows each in the source."""
     explanations: dict[str, tuple[str, str, str]] = {}
     for key, field in keys_of(cls).items():
-        dotted = f"{where}.{key}"
-        relation = "\n".join(rules_about(RULES, dotted)) or "DeepSpeed never sees it."
+        dotted = f"{where}.{key}".lstrip(".")
+        relation = "\n".join(rules_about(RULES, dotted)) or home
         nested = nested_class(field)
         if nested is not None:
             does = f"{(nested.__doc__ or '').strip()} {field.description or ''}".strip()
             explanations[dotted] = (does, f"Keys: {', '.join(keys_of(nested))}.", relation)
-            explanations.update(_fields(nested, dotted))
+            explanations.update(_fields(nested, dotted, home))
         else:
             allowed = f"Default {shown(field.default)}; allowed: {described(field)}."
             explanations[dotted] = (field.description or "", allowed, relation)
     return explanations
 
 
-def _find(key: str) -> str:
-    known = explained_keys()
+def _find(key: str, more: Iterable[str]) -> str:
+    known = [*explained_keys(), *more]
     key = key.removeprefix("ds.")
     if key in known:
         return key

@@ -42,6 +42,8 @@ def read_document(path: Path) -> Document:
     Raises:
         ConfigError: no such file, a folder, not UTF-8, empty, not JSON (with line, column and a caret), not an object.
     """
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise ConfigError(f"{path}: YAML by its name, not a DeepSpeed JSON; --config takes a run YAML")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -62,6 +64,8 @@ def parse_document(text: str, name: str) -> Document:
     """Read a text; `name` is the file's name in messages. See `read_document`."""
     import hjson  # only whoever reads a JSON needs it
 
+    if re.match(r"(?:\s|#.*\n)*(?:model|data|train)\s*:", text):
+        raise ConfigError(f"{name}: a run YAML by its first key, not a DeepSpeed JSON; --config takes one")
     if not text.strip():
         raise ConfigError(f"{name}: empty file, expected a JSON object {{...}}")
     repeated: list[str] = []

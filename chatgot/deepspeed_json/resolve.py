@@ -111,12 +111,15 @@ class Resolved:
         """The batch numbers; None: there is an error."""
         return self.subject.batch
 
-    def complete(self, n_params: int | None = None, micro_batch: tuple[int, str] | None = None) -> Resolved:
+    def complete(
+        self, n_params: int | None = None, micro_batch: tuple[int, str] | None = None, max_steps: int | None = None
+    ) -> Resolved:
         """With what was not known yet, and what is to be said of it; this one stays as it is.
 
         Args:
             n_params: the model's parameters, from which communication buckets are sized; None: as they stand.
             micro_batch: where the JSON leaves it open, the micro-batch that memory allows, and why.
+            max_steps: where the run ends; None: not known.
         """
         values, findings = self.subject.v, dataclasses.replace(self.findings, all=[*self.findings.all])
         derived, batch = Derivations(values, self.derived), self.batch
@@ -125,6 +128,11 @@ class Resolved:
         subject = dataclasses.replace(self.subject, batch=batch, n_params=n_params)
         _fill_buckets(values, n_params, derived)
         apply(RULES, subject, findings, late=True)
+        schedule = subject.chatgot.schedule
+        if schedule is not None and max_steps is not None and schedule.warmup_steps > max_steps:
+            why = f"the run ends at train.max_steps = {max_steps}, before the learning rate reaches its peak"
+            advice = f"{why}; {max(1, max_steps // 10)} would be a tenth of the run"
+            findings.add("warning", "chatgot.schedule.warmup_steps", schedule.warmup_steps, advice)
         return dataclasses.replace(self, subject=subject, derived=derived, findings=findings)
 
     def engine_config(self) -> EngineConfig:

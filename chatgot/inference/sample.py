@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import fp32_weights
-from chatgot.config.run import ModelConfig
+from chatgot.config.run import ModelConfig, load_run_config
 from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from chatgot.deepspeed_json.fields import read_section
 from chatgot.errors import CheckpointError, ConfigError
@@ -27,7 +28,8 @@ class SampleArguments:
     """The command line of `chatgot sample`."""
 
     run: Path
-    prompt: str = "\n"
+    prompt: str | None = None
+    """None: the run's first sample prompt."""
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_k: int | None = None
@@ -123,6 +125,20 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedM
     return LoadedModel(model.to(here if device == "auto" else device).eval(), tokenizer)
 
 
+def first_prompt(run: Path, tokenizer: Tokenizer) -> str:
+    """The first of the run's sample prompts that its vocabulary has; a line break or any token where it has none."""
+    try:
+        prompts = load_run_config(str(run / run_folder.RUN)).train.sample_prompts
+    except ConfigError as error:
+        print(f"WARNING: sample_prompts are not known: {error}", file=sys.stderr)
+        prompts = ()
+    for prompt in (*prompts, "\n"):
+        with contextlib.suppress(ConfigError):
+            if len(tokenizer.encode_prompt(prompt)):
+                return prompt
+    return tokenizer.decode([0])
+
+
 def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     """Write continuations of the prompt to `to` (default: stdout) as they are drawn, and return them.
 
@@ -135,7 +151,8 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     out: TextIO = sys.stdout if to is None else to
     loaded = load_run(arguments.run, arguments.tag, arguments.device)
     decoder = StreamDecoder(loaded.tokenizer)
-    before = arguments.prompt  # written with the first token, when every setting has been accepted
+    prompt = first_prompt(arguments.run, loaded.tokenizer) if arguments.prompt is None else arguments.prompt
+    before = prompt  # written with the first token, when every setting has been accepted
 
     def stream(row: int, token: int) -> None:
         nonlocal before
@@ -145,7 +162,7 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
             before = ""
 
     texts = loaded.continuations(
-        arguments.prompt,
+        prompt,
         arguments.max_new_tokens,
         temperature=0.0 if arguments.greedy else arguments.temperature,
         top_k=arguments.top_k,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.resolve import EngineConfig
@@ -33,6 +33,7 @@ EAGER = 0.6
 CPU_CORE_FLOPS, CPU_EFFICIENCY, CPU_HALF_AT = 165e9, 0.75, 0.6e6
 """fp32 peak of one AVX-512 core, and the share of it that training reached (45 % at 0.8 M parameters, 72 % at 14 M);
 other cores differ by a factor of four."""
+SLOW_STEP_MS = 2000.0
 HOST_ADAM_GB = 20.0
 """GB/s of host memory that an AdamW step on the CPU reads and writes."""
 
@@ -114,6 +115,20 @@ def estimate(model: ModelConfig, vocab_size: int, engine: EngineConfig, world_si
         checkpoint=checkpoint_bytes(settings),
         speed=_speed(settings, device),
     )
+
+
+def slowness(plan: Estimate) -> list[str]:
+    """Say where a step takes more than some seconds on this CPU, and what is faster; else nothing."""
+    settings, half = plan.settings, plan.settings.precision != "fp32"
+    speed = None if plan.device.on_cuda else _speed(replace(settings, precision="fp32"), plan.device)
+    if speed is None or speed.step_ms < SLOW_STEP_MS:
+        return []
+    tokens = settings.tokens * settings.accumulation * settings.world_size
+    emulated = f", and longer in {settings.precision}, which most CPUs emulate" if half else ""
+    faster = "a GPU; --config tiny; fp32_zero0_muon as --deepspeed_config; a smaller ds.train_batch_size"
+    return [
+        f"a step of {tokens:,} tokens takes about {speed.step_ms / 1000:.0f} s on this CPU{emulated}; faster: {faster}"
+    ]
 
 
 def _phases(settings: Settings, states: Memory, kept: Activations) -> Iterator[tuple[str, dict[str, int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
 from chatgot.observe.meters import Mfu
 from chatgot.observe.progress import Progress, human_count, show_log
-from chatgot.plan.estimate import estimate
+from chatgot.plan.estimate import estimate, slowness
 from chatgot.training import memory, preparation
 from chatgot.training.divergence import Guard
 from chatgot.training.evaluation import usable_prompts
@@ -143,7 +144,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         tree, model_keys, name = resolved.subject.tree, config.model.model_dump(), facts.name or facts.kind
         answer = micro_batch.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
     found = None if answer is None else (answer.micro_batch, answer.reason)
-    engine_config = resolved.complete(n_params, found).engine_config()
+    engine_config = resolved.complete(n_params, found, config.train.max_steps).engine_config()
     json_micro_batch = engine_config.micro_batch_size
     engine_config, micro_notes = memory.with_stored_micro_batch(engine_config, arguments.out_dir, ranks)
 
@@ -237,6 +238,8 @@ def _announce(loop: Loop, resumed: Resumed | None, n_params: int, disk_notes: li
             lines.append(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {max_steps})")
     for line in lines:
         logger.info(line)
+    for line in slowness(loop.memory.plan):
+        logger.warning(line)
 
 
 def _say_what_next(loop: Loop) -> None:
@@ -244,7 +247,7 @@ def _say_what_next(loop: Loop) -> None:
     result = f": val/loss {val['val/loss']:.4f} nats, {val['val/bits_per_char']:.3f} bits/char" if val else ""
     logger.info(f"done at step {loop.step}{result}")
     logger.info(f"run folder: {loop.out_dir}")
-    logger.info(f'next: chatgot sample {loop.out_dir} --prompt "{loop.prompts[0]}"')
+    logger.info(f"next: chatgot sample {shlex.quote(str(loop.out_dir))} --prompt {shlex.quote(loop.prompts[0])}")
 
 
 def leave() -> None:

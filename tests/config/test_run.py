@@ -56,6 +56,18 @@ def test_what_is_refused(tmp_path: Path, text: str, said: str) -> None:
     assert said in "\n".join(refused(tmp_path, text))
 
 
+def test_settings_that_do_not_go_together_name_the_override_and_not_the_file() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_run_config("tiny", {"model.n_head": 5, "train.seed": 1})
+    said = "override model.n_head: model: d_model = 128 is not a multiple of n_head = 5"
+    assert str(refusal.value) == said
+
+
+def test_a_deepspeed_json_in_place_of_the_yaml_is_said() -> None:
+    with pytest.raises(ConfigError, match="--deepspeed_config takes"):
+        load_run_config("ds_configs/bf16_zero1.json")
+
+
 def test_what_loses_nothing_is_accepted() -> None:
     tree = {"model": {"n_layers": 3.0, "dropout": "1e-1", "init_std": 1}, "train": None}
     config = build_run_config(tree, "run.yaml", {"train.max_steps": 1e3})

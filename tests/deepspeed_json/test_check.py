@@ -311,6 +311,33 @@ def test_unknown_key_is_not_explained(run, key: str, said: str) -> None:
     assert said in err
 
 
+def test_keys_of_the_run_yaml_are_explained_too(run) -> None:
+    code, out, _ = run("--explain", "max_steps")
+    assert code == 0
+    assert out.splitlines()[0] == "train.max_steps"
+    assert "Optimizer steps in all" in out
+    assert "Default 1000; allowed: a whole number (>= 1)." in out
+    assert "It stands in the run YAML (--config)." in out
+    assert "Keys: tokenizer, " in run("--explain", "data")[1]
+    assert "did you mean 'train.seed'?" in run("--explain", "train.sed")[2]
+
+
+def test_a_warmup_longer_than_the_run_is_found(run) -> None:
+    code, out, _ = run(SHIPPED, "--config", "tiny", "train.max_steps=50", "--device", "cuda")
+    assert code == 0
+    assert "warning: chatgot.schedule.warmup_steps = 100\n    the run ends at train.max_steps = 50, before" in out
+    assert "nothing to say" in run(SHIPPED, "--config", "tiny", "train.max_steps=100", "--device", "cuda")[1]
+
+
+def test_a_run_yaml_in_place_of_the_json_is_said_once(run, tmp_path: Path) -> None:
+    for name in ("run.yaml", "run.json"):
+        (tmp_path / name).write_text((ROOT / "chatgot" / "presets" / "tiny.yaml").read_text())
+        code, out, _ = run(tmp_path / name)
+        assert code == 2
+        assert "not a DeepSpeed JSON; --config takes" in out
+        assert out.endswith(": 1 error\n")
+
+
 def test_explain_needs_no_file(run) -> None:
     code, out, _ = run("--explain", "zero_optimization.stage")
     assert code == 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from chatgot.deepspeed_json.resolve import read_engine_config
+from chatgot.deepspeed_json.read import default_json, read_document
+from chatgot.deepspeed_json.resolve import read_engine_config, resolve
 from chatgot.devices import DeviceFacts
 from tests.deepspeed_json.conftest import GPU
 
@@ -82,3 +84,23 @@ def test_the_files_differ_only_where_their_names_say() -> None:
     for tree in common.values():
         tree["chatgot"].pop("activation_checkpointing", None)
     assert all(tree == common["bf16_zero1"] for tree in common.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "bf16", "ranks", "name"),
+    [
+        ("cpu", True, 1, "fp32_zero0_muon"),
+        ("cpu", True, 2, "fp32_zero0_muon"),
+        ("cuda", True, 1, "bf16_zero1"),
+        ("cuda", True, 2, "bf16_zero2"),
+        ("cuda", False, 1, "fp16_zero2"),
+        ("cuda", False, 4, "fp16_zero2"),
+    ],
+)
+def test_the_device_decides_where_no_json_is_named(
+    kind: Literal["cpu", "cuda"], bf16: bool, ranks: int, name: str
+) -> None:
+    facts = DeviceFacts(kind, bf16=bf16, fp16=kind == "cuda")
+    path = default_json(facts, ranks)
+    assert path.stem == name
+    assert not resolve(read_document(path), world_size=ranks, facts=facts).findings.at_level("error", "warning")

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from chatgot import cli
-from chatgot.checkpoint.load import find
+from chatgot.checkpoint.load import choose, find
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.data.loader import EvalBatches
 from chatgot.data.prepared import PreparedData
 from chatgot.inference.sample import SampleArguments, load_run, sample
 from chatgot.model.generate import generate
 from chatgot.training import run
-from tests.support import ROOT, TINY_MODEL, engine_json, environment, write_json, write_run_yaml, write_text
+from tests.support import ROOT, TINY_MODEL, engine_json, environment, present, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv, contents, series
 
@@ -97,6 +97,37 @@ def test_greedy_text_equals_the_text_without_a_cache_also_beyond_the_context(sta
 
 def test_greedy_text_is_the_same_after_every_fp32_stage(runs):
     assert len({text_of(runs[stage, "fp32"], prompt="The night", greedy=True) for stage in range(4)}) == 1
+
+
+def test_without_a_prompt_the_first_of_the_runs_is_taken(folder, tmp_path, capsys):
+    assert text_of(folder) == text_of(folder, prompt="The night")
+    config = (folder / "run.yaml").read_text()
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "run.yaml").write_text(config.replace("- The night", "- Ωmega\n  - The dark"))
+    assert text_of(copy) == text_of(folder, prompt="The dark"), "the first whose characters are known"
+    (copy / "run.yaml").write_text("")
+    assert text_of(copy) == text_of(folder, prompt="\n")
+
+
+def test_a_checkpoints_path_is_understood(folder, tmp_path, capsys, monkeypatch):
+    tag = present(find(folder / "checkpoints")).tag
+    of_run = text_of(folder, prompt="The") + "\n"
+    words = ["--prompt", "The", "--max_new_tokens", "40", "--device", "cpu"]
+    assert command(folder / "checkpoints" / tag, *words) == 0
+    assert capsys.readouterr().out == of_run
+    monkeypatch.chdir(folder / "checkpoints")
+    for path in (Path(tag), folder / "checkpoints"):
+        assert command(path, *words) == 0
+        assert capsys.readouterr().out == of_run
+        with pytest.raises(SystemExit) as end:
+            cli.main(["verify", str(path)])
+        assert end.value.code == 0
+        assert f"checkpoint {tag}: whole" in capsys.readouterr().out
+    assert present(choose(str(folder / "checkpoints" / tag), tmp_path)).tag == tag
+    with pytest.raises(SystemExit) as end:
+        cli.main(["verify", str(folder / "checkpoints" / "step-00000099")])
+    assert end.value.code == 4
+    assert "no checkpoint 'step-00000099'" in capsys.readouterr().err
 
 
 def test_prompt_longer_than_the_context_is_continued(folder):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from chatgot.cli import main
+from chatgot.plan.estimate import slowness
 from chatgot.plan.request import find_remedies, read_request
 from tests.support import ROOT, engine_json, write_json
 
+PRESETS = ("tiny", "chatgot_small_14M_clean")
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
@@ -22,6 +25,19 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         main(["plan", *words])
     streams = capsys.readouterr()
     return int(end.value.code or 0), streams.out, streams.err
+
+
+def test_a_slow_step_on_a_cpu_is_said_with_what_is_faster():
+    said = {}
+    for name in ("bf16_zero2", "fp32_zero0_muon"):
+        for config in PRESETS:
+            said[name, config] = slowness(read_request(ROOT / "ds_configs" / f"{name}.json", config, 1, "cpu").plan())
+    assert said["fp32_zero0_muon", "tiny"] == said["bf16_zero2", "tiny"] == []
+    [slow] = said["bf16_zero2", "chatgot_small_14M_clean"]
+    assert re.fullmatch(
+        r"a step of 8,192 tokens takes about \d+ s on this CPU, and longer in bf16, .*; faster: .*", slow
+    )
+    assert slowness(read_request(SHIPPED[0], "gpt2_xl", 1, "rtx4090").plan()) == []
 
 
 def test_it_says_that_a_run_fits(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,15 @@ def test_a_start_and_a_resume_read_and_resolve_the_json_once(
         calls.clear()
     assert resolve.read_engine_config(engine, world_size=1, facts=run.device_facts()).zero_stage == 1
     assert calls["parse_document"] == calls["read_values"] == 1, "the control: another reader is counted too"
+
+
+def test_without_a_json_the_device_decides_and_says_so(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = write_run_yaml(tmp_path / "run.yaml", max_steps=1), tmp_path / "run"
+    words = ["--config", str(config), "--data", str(text_file), "--out_dir", str(out)]
+    assert in_process.train(words) == 0
+    said = capsys.readouterr().out
+    assert "--deepspeed_config is not given: " in said
+    assert "fp32_zero0_muon.json, chosen for cpu and 1 rank(s)\n" in said
+    assert json.loads((out / "ds_config.json").read_text())["optimizer"]["type"].lower() == "muon"

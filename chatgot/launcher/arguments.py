@@ -1,0 +1,67 @@
+"""Parsers of command lines: overrides anywhere, --version everywhere, and one rank that speaks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from chatgot.errors import EXIT_CONFIG
+from chatgot.version import __version__
+
+
+def on_rank_0() -> bool:
+    """Whether this process is the one that speaks, as far as the launcher's variables tell."""
+    return (os.environ.get("RANK") or "0") == "0"
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes KEY=VALUE anywhere among the flags, where it has an argument `overrides`; has --version."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._followed_by_value: set[str] = set()
+        self._takes_overrides = False
+        super().__init__(*args, **kwargs)
+        super().add_argument("--version", action="version", version=f"chatgot {__version__}")
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """Add it, and note what the splitting has to know."""
+        action = super().add_argument(*args, **kwargs)
+        self._takes_overrides = self._takes_overrides or action.dest == "overrides"
+        if action.nargs is None:
+            self._followed_by_value.update(action.option_strings)
+        return action
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take overrides out, and parse the rest, positional arguments too anywhere among the flags."""
+        words, overrides, before = list(sys.argv[1:] if args is None else args), [], ""
+        if self._takes_overrides:
+            given, words = words, []
+            for word in given:
+                is_one = re.match(r"[A-Za-z_][\w.]*=", word) and before not in self._followed_by_value
+                (overrides if is_one and not Path(word).exists() else words).append(word)
+                before = word
+        found = self.parse_intermixed_args(words, namespace)
+        if self._takes_overrides:
+            found.overrides = [*(found.overrides or ()), *overrides]
+        return found
+
+
+class RankParser(Parser):
+    """Every rank refuses a wrong command line, and rank 0 says why."""
+
+    def error(self, message: str) -> NoReturn:
+        if not on_rank_0():
+            sys.exit(EXIT_CONFIG)
+        super().error(message)
+
+
+def count(text: str) -> int:
+    """Read a whole number from 1 on, for add_argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
