@@ -137,7 +137,10 @@ def _resolve_one(spec: str) -> Source:
     if looks_prepared(path.resolve().parent):
         hint = f"name the folder {path.parent} to train on it"
         raise DataError(f"--data {spec}: part of a prepared folder, not a text; {hint}")
-    return Source("file", path.name, path, (SourceFile(path, path.name),))
+    records = path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".csv")
+    why = "read as it stands, with its keys, quotes and escapes; to train on its texts write them into a .txt"
+    notes = (f"warning: {path}: {why}",) if records else ()
+    return Source("file", path.name, path, (SourceFile(path, path.name),), notes)
 
 
 def _folder(root: Path) -> Source:

@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -47,6 +48,8 @@ from chatgot.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+_SAY_SECONDS = 5.0
+"""Between lines about the reading for bpe."""
 Spec = str | os.PathLike | Sequence[str | os.PathLike]
 
 WARN_REPEATED_SHARE = 0.05
@@ -186,6 +189,8 @@ def _build(
     else:
         pieces = split_pieces(source.text(encoding, hashes), plan)
         tokenizer = _train_bpe((text for name, text in pieces if name == "train"), config.bpe_vocab_size)
+    if tokenizer.vocab_size == 1:
+        logger.warning(f"{source.name}: one character, over and over: there is nothing to learn")
     unknown = tokenizer.unknown("".join(characters)) if isinstance(tokenizer, CharTokenizer) else []
     if unknown and config.unknown_characters == "error":
         times = sum(text.count(character) for text in source.text(encoding, hashes) for character in unknown)
@@ -268,8 +273,22 @@ class _Characters:
         return sorted(self._others.union(self._ascii.decode("ascii")))
 
 
+def _noted(pieces: Iterable[str]) -> Iterator[str]:
+    """Pass on what bpe reads, and say every few seconds how much that was."""
+    size, said = 0, time.monotonic()
+    for piece in pieces:
+        yield piece
+        size += len(piece)
+        if time.monotonic() - said > _SAY_SECONDS:
+            said = time.monotonic()
+            logger.info(f"bpe: {size:,} characters read")
+    logger.info(f"bpe: all {size:,} characters read; their pairs are merged")
+
+
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    tokenizer = BpeTokenizer.train(bpe_pieces(texts), vocab_size)
+    logger.info(f"bpe: learning {vocab_size} tokens from the training text")
+    tokenizer = BpeTokenizer.train(_noted(bpe_pieces(texts)), vocab_size)
+    logger.info(f"bpe: {tokenizer.vocab_size} tokens are learned; the text is encoded with them")
     if (got := tokenizer.vocab_size) < vocab_size:
         logger.info(f"bpe: the training text gave {got} tokens, data.bpe_vocab_size asked for {vocab_size}")
     return tokenizer

@@ -19,6 +19,16 @@ from chatgot.errors import ConfigError, DataError
 
 CHUNK_BYTES = 1 << 20
 
+_NO_TEXT = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a zip archive, as .docx and .epub are",
+    b"PAR1\x15": "parquet",
+    b"%PDF-": "PDF",
+}
+"""First bytes of files that a reader might be given as text."""
+
 AUTO_TOLERANCE = 0.2
 """split_by: auto cuts at file boundaries if each held-out part is within this share of its wished size."""
 
@@ -66,6 +76,10 @@ class TextReader:
             with open_regular(self.path) as file:
                 while True:
                     chunk = file.read(self._chunk_bytes)
+                    kinds = [] if self.bytes else [kind for first, kind in _NO_TEXT.items() if chunk.startswith(first)]
+                    if kinds:
+                        hint = "unpack it, or write its text into a file, and name that"
+                        raise DataError(f"{self.path}: {kinds[0]} by its first bytes, not text; {hint}")
                     digest.update(chunk)
                     held = len(decoder.getstate()[0])
                     try:

@@ -280,6 +280,45 @@ def test_utf16_file_gets_a_hint(tmp_path):
         prepare(write(tmp_path / "t.txt", "hello".encode("utf-16")), tmp_path / "out", config())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("kind", ["gzip", "zip", "parquet", "PDF", "xz"])
+def test_files_that_are_no_text_are_known_by_their_first_bytes(kind, encoding, tmp_path):
+    import gzip
+    import io
+    import lzma
+    import zipfile
+
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("word/document.xml", "text")
+    starts = {
+        "gzip": gzip.compress(b"text"),
+        "zip": packed.getvalue(),
+        "parquet": b"PAR1\x15\x04",
+        "PDF": b"%PDF-1.7",
+        "xz": lzma.compress(b"text"),
+    }
+    with pytest.raises(DataError, match=f"book: .*{kind}.* by its first bytes, not text; unpack it"):
+        prepare(write(tmp_path / "book", starts[kind]), tmp_path / "out", config(encoding=encoding))
+
+
+def test_records_and_a_single_character_are_warned_of(tmp_path, notes):
+    prepare(write(tmp_path / "book.jsonl", '{"text": "night"}\n' * 50), tmp_path / "out", config())
+    assert any("book.jsonl: read as it stands, with its keys" in note for note in notes())
+    prepare(write(tmp_path / "a.txt", "a" * 500), tmp_path / "a", config())
+    assert any("one character, over and over" in note for note in notes())
+
+
+def test_bpe_says_how_far_it_is(tmp_path, notes, monkeypatch):
+    monkeypatch.setattr("chatgot.data.prepare._SAY_SECONDS", 0.0)
+    prepare(write(tmp_path / "book.txt", prose(3000)), tmp_path / "out", config("bpe"))
+    said = [note for note in notes() if note.startswith("bpe: ")]
+    assert said[0] == "bpe: learning 300 tokens from the training text"
+    assert "characters read" in said[1]
+    assert said[-2:][0].endswith("their pairs are merged")
+    assert said[-1].startswith("bpe: 300 tokens are learned")
+
+
 def test_special_files_are_refused_without_waiting_for_them(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DataError, match="a FIFO, not a regular file"):
