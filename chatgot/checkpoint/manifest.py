@@ -97,7 +97,16 @@ class Manifest(StateFields):
     """By relative name, with '/' between folders."""
 
 
-class ClientState(TypedDict):
+class _LaterState(TypedDict, total=False):
+    """What older checkpoints do not have."""
+
+    owed: list[str]
+    """What is due after the step and not done yet: "evaluation", "samples"."""
+    eval_targets: int
+    """How many targets the validation losses are over."""
+
+
+class ClientState(_LaterState):
     """What DeepSpeed stores for us in its own files, under the key "chatgot"."""
 
     format: int

@@ -11,7 +11,8 @@ _OURS: dict[Effect, str] = {
     "batches": "data train.seed model.max_seq_length",
     "rounding": "ds.chatgot.activation_checkpointing ds.chatgot.compile ds.optimizer.params.torch_adam "
     "ds.optimizer.params.fused",
-    "nothing": "ds.chatgot.checkpoint ds.chatgot.guard train.log_every train.eval_every train.sample_every "
+    "nothing": "ds.chatgot.checkpoint ds.chatgot.guard train.log_every train.eval_every train.eval_tokens "
+    "train.sample_every "
     "train.sample_prompts train.sample_max_new_tokens train.sample_temperature train.sample_top_k train.sample_seed "
     "train.sample_stop",
 }

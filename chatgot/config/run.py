@@ -89,7 +89,9 @@ class TrainConfig(Settings):
     log_every: Whole = Field(default=10, ge=1)
     """Optimizer steps between lines of the journal and the log."""
     eval_every: Whole | None = Field(default=250, ge=1)
-    """Optimizer steps between passes over the whole validation split; null: only at the end."""
+    """Optimizer steps between passes over the validation split; null: only at the end."""
+    eval_tokens: Whole = Field(default=10_000_000, ge=1)
+    """Tokens of a pass at most. A larger split is seen in windows at even distances, always the same ones."""
     sample_every: Whole | None = Field(default=500, ge=1)
     """Optimizer steps between samples; null: only at the end."""
     sample_prompts: Texts = ("\n",)

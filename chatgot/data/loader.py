@@ -137,27 +137,43 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """A whole split: over all ranks every token but the first is a target exactly once.
+    """A whole split: over all ranks every token but the first is a target exactly once. Or a part of it, in windows of
+    block_size targets at even distances.
 
     All ranks get the same number of batches. What is missing in the last window and in the last batches is filled up
     with input 0 and target -100; a batch can consist of nothing else, so sum the losses and divide by `target_tokens`
     instead of averaging batch means.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, rank: int, world_size: int) -> None:
-        """Raises ValueError if there is no target token, or sizes and rank make no sense."""
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        max_tokens: int | None = None,
+    ) -> None:
+        """`max_tokens`: targets at most, rounded down to windows, but one of them; None: all.
+
+        Raises ValueError if there is no target token, or sizes and rank make no sense.
+        """
         if len(tokens) < 2:
             raise ValueError(f"{len(tokens)} tokens hold no target")
         if min(block_size, batch_size, world_size) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"block_size {block_size}, batch_size {batch_size}, rank {rank} of {world_size}")
-        self.target_tokens = len(tokens) - 1
-        """Targets of the whole split, over all ranks."""
         self._tokens = tokens
         self._block_size = block_size
         self._batch_size = batch_size
         self._rank = rank
         self._world_size = world_size
-        windows = -(-self.target_tokens // block_size)
+        targets = len(tokens) - 1
+        windows = total = -(-targets // block_size)
+        if max_tokens is not None and targets > max_tokens:
+            windows = max(1, max_tokens // block_size)
+        self._starts = np.arange(windows) * total // windows * block_size  # each at its place, whatever the ranks
+        self.target_tokens = int(np.minimum(block_size, targets - self._starts).sum())
+        """Targets, over all ranks."""
         self._batches = -(-windows // (batch_size * world_size))
 
     def __len__(self) -> int:
@@ -165,11 +181,10 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         shape = (self._batch_size, self._block_size)
-        batch_tokens = self._batch_size * self._block_size
         for i in range(self._batches):
-            begin = (i * self._world_size + self._rank) * batch_tokens
-            span = np.asarray(self._tokens[begin : begin + batch_tokens + 1], dtype=np.int64)
-            missing = (0, batch_tokens - len(span[1:]))
-            input_ids = np.pad(span[:-1], missing).reshape(shape)
-            targets = np.pad(span[1:], missing, constant_values=IGNORE_INDEX).reshape(shape)
-            yield torch.from_numpy(input_ids), torch.from_numpy(targets)
+            first = (i * self._world_size + self._rank) * self._batch_size
+            input_ids, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
+            for row, start in enumerate(self._starts[first : first + self._batch_size].tolist()):
+                span = torch.from_numpy(self._tokens[start : start + self._block_size + 1].astype(np.int64))
+                input_ids[row, : len(span) - 1], targets[row, : len(span) - 1] = span[:-1], span[1:]
+            yield input_ids, targets

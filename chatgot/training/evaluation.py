@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from chatgot.data.loader import IGNORE_INDEX, Batch
 from chatgot.data.prepared import PreparedData
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.distributed import ControlGroup
-from chatgot.errors import ConfigError
+from chatgot.errors import ConfigError, NumericsError
 from chatgot.files import write_atomically
 from chatgot.model.generate import generate
 
@@ -23,24 +23,34 @@ Sample = tuple[str, str]
 """A prompt and its continuation."""
 
 
-def evaluate(engine: Any, batches: Iterable[Batch], device: torch.device) -> float:
+class Interrupted(Exception):
+    """The run is asked to stop, on all ranks, while it shows something of itself."""
+
+
+def evaluate(
+    engine: Any, batches: Iterable[Batch], device: torch.device, between: Callable[[], None] = lambda: None
+) -> float:
     """Mean loss over every target token of `batches`, on all ranks, in nats.
 
     Collective: every rank must have as many batches, because ZeRO-3 gathers in forward. Leaves training mode and the
-    random state as they were: nothing is drawn in evaluation mode.
+    random state as they were, also when `between`, which is called after every batch, raises: nothing is drawn in
+    evaluation mode.
     """
     was_training = engine.training
     engine.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
+    try:
         for input_ids, targets in batches:
-            loss = engine(input_ids.to(device), targets.to(device), reduction="sum")
+            with torch.no_grad():
+                loss = engine(input_ids.to(device), targets.to(device), reduction="sum")
             total += torch.tensor([float(loss), int((targets != IGNORE_INDEX).sum())], dtype=torch.float64)
+            between()
+    finally:
+        engine.train(was_training)
     if dist.get_world_size() > 1:
         shared = total.to(device)
         dist.all_reduce(shared)
         total = shared.cpu()
-    engine.train(was_training)
     return float(total[0] / total[1])
 
 
@@ -61,36 +71,59 @@ def usable_prompts(prompts: tuple[str, ...], data: PreparedData) -> tuple[list[s
 
 
 def draw(
-    engine: Any, prompts: list[str], tokenizer: Tokenizer, config: TrainConfig, max_seq_length: int, ranks: ControlGroup
+    engine: Any,
+    prompts: list[str],
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    max_seq_length: int,
+    ranks: ControlGroup,
+    goes_on: Callable[[bool], bool] | None = None,
 ) -> list[Sample]:
     """Continue every prompt. Collective; all samples on every rank.
 
     Under ZeRO-3 every forward gathers weights from all ranks, so all ranks run the same number of rounds and, within a
-    round, the same number of forwards: `agree` ends a round when the last rank is done, and a rank without a prompt
-    goes along with a dummy.
+    round, the same number of forwards: `goes_on` ends a round when the last rank is done, and a rank without a prompt,
+    or whose logits are not finite, goes along with a dummy.
+
+    Args:
+        goes_on: shares, after every token, whether this rank has more to draw: whether any has. May raise on all.
+
+    Raises:
+        NumericsError: on all ranks; logits are not finite on one of them.
     """
-    was_training, stop = engine.module.training, config.sample_stop
-    engine.module.eval()
+    module, stop, failed = engine.module, config.sample_stop, None
+    was_training, goes_on = module.training, goes_on or (lambda more: ranks.any(more)[0])
     mine: list[tuple[int, str, str]] = []
-    for first in range(0, len(prompts), ranks.world_size):
-        index = first + ranks.rank
-        prompt = prompts[index] if index < len(prompts) else None
-        ids = np.zeros(1, dtype=np.int64) if prompt is None else tokenizer.encode_prompt(prompt).astype(np.int64)
-        with torch.compiler.set_stance("force_eager"):  # else it would be compiled anew for every length of the cache
-            [new] = generate(
-                engine.module,
-                torch.from_numpy(ids)[None].to(engine.device),
-                config.sample_max_new_tokens if prompt is not None else 1,
-                temperature=config.sample_temperature,
-                top_k=config.sample_top_k,
-                seed=config.sample_seed + index,
-                stop=(lambda new: stop in tokenizer.decode(new[-4 * len(stop) - 8 :])) if stop is not None else None,
-                agree=lambda done: not ranks.any(not done)[0],
-                max_seq_length=max_seq_length,
-            )
-        if prompt is not None:
-            mine.append((index, prompt, tokenizer.decode(new)))
-    engine.module.train(was_training)
+    module.eval()
+    try:
+        for first in range(0, len(prompts), ranks.world_size):
+            index = first + ranks.rank
+            prompt = prompts[index] if index < len(prompts) else None
+            ids = np.zeros(1, dtype=np.int64) if prompt is None else tokenizer.encode_prompt(prompt).astype(np.int64)
+            tokens = torch.from_numpy(ids)[None].to(engine.device)
+            try:
+                with torch.compiler.set_stance("force_eager"):  # else it compiles anew for every length of the cache
+                    [new] = generate(
+                        module,
+                        tokens,
+                        config.sample_max_new_tokens if prompt is not None else 1,
+                        temperature=config.sample_temperature,
+                        top_k=config.sample_top_k,
+                        seed=config.sample_seed + index,
+                        stop=(lambda new: stop in tokenizer.decode(new[-4 * len(stop) - 8 :])) if stop else None,
+                        agree=lambda done: not goes_on(not done),
+                        max_seq_length=max_seq_length,
+                    )
+                if prompt is not None:
+                    mine.append((index, prompt, tokenizer.decode(new)))
+            except NumericsError as error:
+                failed = error
+                with torch.no_grad():
+                    while goes_on(False):
+                        module(tokens[:, :1], last_only=True)
+    finally:
+        module.train(was_training)
+    ranks.agree(failed)
     return [(prompt, text) for _, prompt, text in sorted(one for share in ranks.gather(mine) for one in share)]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ class Position:
     """How many of the samples before it rollbacks have left out."""
     best_val_loss: float | None = None
     last_val: dict[str, float] = field(default_factory=dict)
+    owed: tuple[str, ...] = ()
+    """What is due after the last step and not done yet: "evaluation", "samples"."""
 
     @classmethod
     def of(cls, state: ClientState) -> Position:
-        """The position that a checkpoint was saved at."""
-        skipped = state.get("skipped_samples", 0)  # older checkpoints know no rollbacks
-        return cls(state["next_sample"], skipped, state["best_val_loss"], state["last_val"])
+        """The position that a checkpoint was saved at. Older ones know no rollbacks and nothing that is owed."""
+        skipped, owed = state.get("skipped_samples", 0), tuple(state.get("owed", ()))
+        return cls(state["next_sample"], skipped, state["best_val_loss"], state["last_val"], owed)
 
 
 @dataclass
@@ -94,33 +96,80 @@ class Loop:
     def steps(self) -> Iterator[int]:
         """Train to train.max_steps or until a signal; yields after every optimizer step, with its number."""
         train = self.config.train
+        if self.position.owed:
+            self._after_step(signalled=False, minutes_over=False)
         while self.step < train.max_steps and self.stopped_by is None:
             loss = self._train_step()
             # The one collective of a step, before any line of it: lines of metrics.jsonl never go back within a run.
-            flags = (self.stop.received is not None, self.saving.minutes_over(), self.saving.saver.busy)
-            (signalled, minutes_over, writing), known = self._share(loss, flags)
+            (signalled, minutes_over, writing), known = self._share(loss, self._flags())
             step, last = self.step, self.step == train.max_steps
             self._report(step, loss, last)
             if why := self._diverged(known):
                 self.roll_back(why)
                 yield self.step
                 continue
-            improved, evaluated = False, last or (train.eval_every is not None and step % train.eval_every == 0)
-            sampled = last or (train.sample_every is not None and step % train.sample_every == 0)
-            if evaluated:
+            self._go_on_saving(writing)
+            cadences = {"evaluation": train.eval_every, "samples": train.sample_every}
+            self.position.owed = tuple(what for what, n in cadences.items() if last or (n and step % n == 0))
+            self._after_step(signalled, minutes_over)
+            yield self.step
+
+    def _after_step(self, signalled: bool, minutes_over: bool) -> None:
+        """Evaluate and sample what is owed, unless a signal comes, and save where it is due. Collective.
+
+        What a signal cuts short stays owed: it is saved with the state, and done when the run is resumed.
+        """
+        step, improved = self.step, False
+        if self.position.owed:
+            try:
+                improved = self._show(step)
+            except NumericsError as error:
+                self.roll_back(str(error))
+                return
+            stopping, minutes_over, _ = self.ranks.any(*self._flags())
+            signalled = signalled or stopping
+        last = step >= self.config.train.max_steps and not self.position.owed
+        if signalled and not last:
+            self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
+        if last or signalled or self.saving.due(step, minutes_over, improved):
+            self.save(must=last or signalled)
+
+    def _show(self, step: int) -> bool:
+        """Evaluate and sample as far as it is owed; whether the loss is the best so far. Collective."""
+        improved = False
+        with contextlib.suppress(evaluation.Interrupted):
+            if "evaluation" in self.position.owed:
                 improved = self._evaluate(step)
-            if sampled:
+                self.position.owed = tuple(what for what in self.position.owed if what != "evaluation")
+            if self.position.owed:
                 self._sample(step)
-            if evaluated or sampled:  # a signal may have come meanwhile
-                signalled = self.ranks.any(signalled or self.stop.received is not None)[0]
-            if self.saving.saver.pending and not writing:
-                with self._doing(f"saving at step {step}", "save"):
-                    self.saving.go_on()
-            if signalled and not last:
-                self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
-            if last or signalled or self.saving.due(step, minutes_over, improved):
-                self.save(must=last or signalled)
-            yield step
+            self.position.owed = ()
+        return improved
+
+    def _flags(self) -> tuple[bool, bool, bool]:
+        """Of this rank: a signal came, it is time to save, it still works on the save that is under way."""
+        return self.stop.received is not None, self.saving.minutes_over(self.step), self.saving.saver.busy
+
+    def _poll(self, more: bool = False) -> bool:
+        """Between two forwards of an evaluation or a sample: save what is due; whether any rank has `more`. Collective.
+
+        Raises:
+            Interrupted: on all ranks; one of them was asked to stop.
+            NumericsError: on all ranks; the state that was to be saved is not finite.
+        """
+        signalled, minutes_over, writing, more = self.ranks.any(*self._flags(), more)
+        if signalled:
+            raise evaluation.Interrupted
+        self._go_on_saving(writing)
+        if minutes_over:
+            self._save()
+        return more
+
+    def _go_on_saving(self, writing: bool) -> None:
+        """Take the next part of the save that is under way, unless some rank still writes. Collective."""
+        if self.saving.saver.pending and not writing:
+            with self._doing(f"saving at step {self.step}", "save"):
+                self.saving.go_on()
 
     def advance(self) -> None:
         """One optimizer step and its digest, and nothing else: no line in the log, no evaluation, no saving."""
@@ -132,14 +181,17 @@ class Loop:
             self.roll_back(why, must)
             return
         try:
-            with self._doing(f"saving at step {self.step}", "save"):
-                val, tokens = self.position.last_val, self.position.next_sample * self.train_batches.block_size
-                val_loss = val.get("val/loss") if val.get("step") == self.step else None
-                fields: StateFields = {"tokens": tokens, "val_loss": val_loss, **self.fields}
-                self.saving.save(self.engine.engine, self.client_state(), fields, must)
+            self._save(must)
         except NumericsError as error:
             self.records.event("save_refused", step=self.step, error=str(error))
             self.roll_back(str(error), must)
+
+    def _save(self, must: bool = False) -> None:
+        with self._doing(f"saving at step {self.step}", "save"):
+            val, tokens = self.position.last_val, self.position.next_sample * self.train_batches.block_size
+            val_loss = val.get("val/loss") if val.get("step") == self.step else None
+            fields: StateFields = {"tokens": tokens, "val_loss": val_loss, **self.fields}
+            self.saving.save(self.engine.engine, self.client_state(), fields, must)
 
     def client_state(self) -> ClientState:
         """What DeepSpeed does not save. Collective: ZeRO 0-2 store only rank 0's, so it holds every rank's RNG."""
@@ -150,6 +202,8 @@ class Loop:
             "guard": self.guard.state(self.engine.skips_in_a_row),
             "best_val_loss": self.position.best_val_loss,
             "last_val": self.position.last_val,
+            "owed": list(self.position.owed),
+            "eval_targets": self.eval_batches.target_tokens,
             "micro_batch": {"json": self.json_micro_batch, "used": self.engine.config.micro_batch_size},
             "rng": self.ranks.gather(rng.capture()),
             "parameter_groups": parameter_groups(self.engine.engine),
@@ -222,9 +276,9 @@ class Loop:
         self.records.progress.line(step, metrics, self.meter.eta_seconds(self.config.train.max_steps - step))
 
     def _evaluate(self, step: int) -> bool:
-        """Journal the loss over the whole validation split; whether it is the best so far. Collective."""
+        """Journal the loss over the validation split; whether it is the best so far. Collective."""
         with self._doing(f"the evaluation after step {step}", "eval"):
-            loss = evaluation.evaluate(self.engine.engine, self.eval_batches, self.engine.device)
+            loss = evaluation.evaluate(self.engine.engine, self.eval_batches, self.engine.device, lambda: self._poll())
         meta, best = self.data.meta.val, self.position.best_val_loss
         metrics = {"val/loss": loss, "val/bits_per_char": loss / math.log(2) / (meta.characters / meta.tokens)}
         improved = best is None or loss < best
@@ -238,10 +292,11 @@ class Loop:
     def _sample(self, step: int) -> None:
         with self._doing(f"sampling after step {step}", "sample"):
             train, context = self.config.train, self.config.model.max_seq_length
-            drawn = evaluation.draw(self.engine.engine, self.prompts, self.data.tokenizer, train, context, self.ranks)
+            args = (self.engine.engine, self.prompts, self.data.tokenizer, train, context, self.ranks, self._poll)
+            drawn = evaluation.draw(*args)
             self.records.sampled(step, drawn, self.out_dir)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _doing(self, what: str, pause: str) -> Iterator[None]:
         """Leave what happens within out of the throughput, and name it in messages."""
         self.doing = what

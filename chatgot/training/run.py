@@ -174,9 +174,14 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         notes += load_notes
         notes += memory.use_micro_batch_of(resumed.client_state, engine, json_micro_batch, world_size)
         position = Position.of(resumed.client_state)
-        if any(one.field == "data" for one in different):  # the numbers are of another validation split
-            position = dataclasses.replace(position, best_val_loss=None, last_val={})
         engine.skips_in_a_row = guard.restore(resumed.client_state.get("guard"))
+    eval_sizes = (engine.config.micro_batch_size, place.rank, world_size, config.train.eval_tokens)
+    eval_batches = EvalBatches(data.val, block, *eval_sizes)
+    if resumed is not None:
+        targets = resumed.client_state.get("eval_targets", eval_batches.target_tokens)
+        if targets != eval_batches.target_tokens or any(one.field == "data" for one in different):
+            notes.append("the best val/loss so far is forgotten: it is not over the same validation tokens")
+            position = dataclasses.replace(position, best_val_loss=None, last_val={})
     notes += micro_notes
     max_steps = config.train.max_steps
     saver, disk_notes = open_saver(arguments.out_dir, engine, fields, checkpoint, max_steps, ranks)
@@ -193,7 +198,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         config=config,
         data=data,
         train_batches=batches(engine.config),
-        eval_batches=EvalBatches(data.val, block, engine.config.micro_batch_size, place.rank, world_size),
+        eval_batches=eval_batches,
         ranks=ranks,
         records=records,
         out_dir=arguments.out_dir,
@@ -219,6 +224,8 @@ def _announce(loop: Loop, resumed: Resumed | None, n_params: int, disk_notes: li
     engine, config, data, max_steps = loop.engine.config, loop.config, loop.data, loop.config.train.max_steps
     model, where = config.model, f"{loop.ranks.world_size} rank(s) on {loop.engine.device.type}"
     train, val = (human_count(len(tokens)) for tokens in (data.train, data.val))
+    if (seen := loop.eval_batches.target_tokens) < len(data.val) - 1:
+        val = f"{human_count(seen)} (train.eval_tokens) of {val}, evenly spaced,"
     lines = [
         *run_folder.describe(config.to_dict(), engine.to_dict()),
         f"model: {model.architecture}, {human_count(n_params)} parameters ({n_params:,}), vocabulary "
@@ -234,7 +241,7 @@ def _announce(loop: Loop, resumed: Resumed | None, n_params: int, disk_notes: li
         lines.append(f"starting a new run in {loop.out_dir}")
     else:
         lines.append(f"resuming {resumed.checkpoint.path} at step {loop.step}, sample {loop.position.next_sample}")
-        if loop.step >= max_steps:
+        if loop.step >= max_steps and not loop.position.owed:
             lines.append(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {max_steps})")
     for line in lines:
         logger.info(line)

@@ -43,9 +43,12 @@ class Saving:
         self._failures = 0
         self._first_failure = 0.0
         """When the first of them ended."""
+        self._step: int | None = None
+        """Whose state is saved."""
 
-    def minutes_over(self) -> bool:
-        """Whether it is time for the next save, by rank 0's clock, none being under way.
+    def minutes_over(self, step: int) -> bool:
+        """Whether it is time to save the state after a step, by rank 0's clock, none being under way and it not being
+        saved yet.
 
         That is chatgot.checkpoint.every_minutes after the last one ended, a third of that after the first failure and
         two thirds after the second one: a disk that is full for a moment ends no run. It is also time once the run
@@ -54,7 +57,7 @@ class Saving:
         if self.saver.ranks.rank == 0 and moved_to(self.saver.folder.parent) is not None:
             return True
         minutes = self.saver.config.every_minutes
-        if minutes is None or self.saver.pending or self.saver.ranks.rank != 0:
+        if minutes is None or self.saver.pending or self._step == step or self.saver.ranks.rank != 0:
             return False
         return self._clock() - self._last >= 60 * minutes * self._share
 
@@ -82,6 +85,7 @@ class Saving:
         except CheckpointError as error:
             self._failed(error, must)
             return
+        self._step = engine.global_steps
         if must or not self.saver.config.async_:
             self.finish(must)
 
@@ -100,7 +104,7 @@ class Saving:
             self._failed(error, must)
 
     def _failed(self, error: CheckpointError, must: bool) -> None:
-        self._last = self._clock()
+        self._last, self._step = self._clock(), None
         self._first_failure = self._first_failure if self._failures else self._last
         self._failures += 1
         self._records.event("save_failed", step=self.saver.failed_step, error=str(error), in_a_row=self._failures)
