@@ -64,21 +64,31 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(argv: Sequence[str], own_process: bool) -> NoReturn:
+    from chatgot.training.stop import StopSignals
+
     arguments = train_parser().parse_args(argv)
 
     def program() -> NoReturn:
-        if own_process:
-            settle_environment(start_again=True)
-        json = _given(refuse_wrong_settings, arguments)
-        from chatgot.training.run import TrainArguments, leave
-        from chatgot.training.run import train as run
+        with StopSignals(starting=True) as stop:
+            if own_process:
+                settle_environment(start_again=True)
+            json = _given(refuse_wrong_settings, arguments)
+            from chatgot.training.run import TrainArguments, leave
+            from chatgot.training.run import train as run
 
-        code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json))
+            code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json), stop)
         leave()
         sys.exit(code)
 
-    code = guarded(program, arguments.debug)  # returns after a refusal only
-    if (os.environ.get("WORLD_SIZE") or "1") != "1":
+    alone = (os.environ.get("WORLD_SIZE") or "1") == "1"
+    try:
+        code = guarded(program, arguments.debug)  # returns after a refusal only
+    except Exception:
+        if alone:
+            raise
+        traceback.print_exc()
+        code = 1
+    if not alone:
         # The process group is still joined, and destroying it needs all ranks. Torn down by the interpreter while
         # others go away, gloo's threads abort it (SIGABRT) in place of the exit code, and NCCL waits for them.
         sys.stdout.flush()
@@ -328,6 +338,12 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
+def _raised_alone(error: ChatGoTError) -> bool:
+    """Whether rank 0, which speaks for all, may not know of it: the ranks have joined, and it was not shared since."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized() and not error.shared
+
+
 def guarded(program: Callable[[], int | None], debug: bool) -> int:
     """Run `program`, which returns its exit code or nothing; a refusal becomes one message on rank 0 and its code."""
     try:
@@ -335,7 +351,7 @@ def guarded(program: Callable[[], int | None], debug: bool) -> int:
     except ChatGoTError as error:
         if debug:
             traceback.print_exc()
-        elif on_rank_0() or isinstance(error, MachineError):
+        elif on_rank_0() or isinstance(error, MachineError) or _raised_alone(error):
             print(f"chatgot: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)

@@ -211,7 +211,7 @@ class ControlGroup:
         errors = self.gather(None if error is None else (type(error), str(error)))
         for rank, refusal in enumerate(errors):
             if refusal is not None:
-                if error is not None and rank == self.rank:
-                    raise error
                 kind, message = refusal
-                raise kind(f"rank {rank}: {message}")
+                raised = error if error is not None and rank == self.rank else kind(f"rank {rank}: {message}")
+                raised.shared = True
+                raise raised

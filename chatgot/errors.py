@@ -23,6 +23,8 @@ class ChatGoTError(Exception):
     """A refusal for the user: one message, no traceback unless --debug, and the process ends with `exit_code`."""
 
     exit_code = 1
+    shared = False
+    """Every rank raises it at the same place (ControlGroup.agree): they can end together."""
 
 
 class ConfigError(ChatGoTError):

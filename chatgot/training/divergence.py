@@ -110,7 +110,9 @@ def stopped(why: str, saver: Saver, ranks: ControlGroup) -> NumericsError:
     """The error that ends the run, with the checkpoint that can be resumed. Collective."""
     good = last_good(saver, ranks)
     named = f"the last good checkpoint is {good.path}" if good is not None else "there is no checkpoint yet"
-    return NumericsError(f"{why}; {named}")
+    error = NumericsError(f"{why}; {named}")
+    error.shared = True
+    return error
 
 
 def diagnose(engine: TrainingEngine, micro_batches: Iterable[Batch]) -> tuple[list[float], bool]:

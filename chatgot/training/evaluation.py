@@ -28,7 +28,7 @@ class Interrupted(Exception):
 
 
 def evaluate(
-    engine: Any, batches: Iterable[Batch], device: torch.device, between: Callable[[], None] = lambda: None
+    engine: Any, batches: Iterable[Batch], device: torch.device, between: Callable[[], object] = lambda: None
 ) -> float:
     """Mean loss over every target token of `batches`, on all ranks, in nats.
 

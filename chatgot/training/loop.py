@@ -29,7 +29,8 @@ from chatgot.training import evaluation
 from chatgot.training.divergence import Guard, describe_skip, stopped
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.records import Records
-from chatgot.training.saving import Saving, StopSignals
+from chatgot.training.saving import Saving
+from chatgot.training.stop import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +279,7 @@ class Loop:
     def _evaluate(self, step: int) -> bool:
         """Journal the loss over the validation split; whether it is the best so far. Collective."""
         with self._doing(f"the evaluation after step {step}", "eval"):
-            loss = evaluation.evaluate(self.engine.engine, self.eval_batches, self.engine.device, lambda: self._poll())
+            loss = evaluation.evaluate(self.engine.engine, self.eval_batches, self.engine.device, self._poll)
         meta, best = self.data.meta.val, self.position.best_val_loss
         metrics = {"val/loss": loss, "val/bits_per_char": loss / math.log(2) / (meta.characters / meta.tokens)}
         improved = best is None or loss < best

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from typing import Any, Literal
 from chatgot.checkpoint.manifest import ClientState
 from chatgot.deepspeed_json.batch import MICRO
 from chatgot.deepspeed_json.resolve import EngineConfig
-from chatgot.devices import GIB
+from chatgot.devices import GIB, is_out_of_memory
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
 from chatgot.engine.zero_view import live_model_states
@@ -111,7 +113,8 @@ def ran_out(
     config: EngineConfig,
     world_size: int,
     asked: int | Literal["auto"],
-    records: Records,
+    records: Records | None,
+    micro_batch_helps: bool = True,
 ) -> ChatGoTError:
     """Store a smaller micro-batch for the next start, and say what was running.
 
@@ -122,17 +125,40 @@ def ran_out(
         error: the failed allocation.
         doing: what was running: 'step 7'.
         asked: the micro-batch that the JSON comes to by itself, or "auto".
+        micro_batch_helps: whether a smaller one needs less memory there.
 
     Returns:
-        RunAgainError, exit 75: the next start uses the smaller micro-batch. MachineError, exit 6: it is 1 already.
+        RunAgainError, exit 75: the next start uses the smaller micro-batch. MachineError, exit 6: it is 1 already, or
+        does not help.
     """
-    refusal = micro_batch.shrink(out_dir, config, world_size, asked, doing, error)
+    refusal = micro_batch.shrink(out_dir, config, world_size, asked, doing, error, micro_batch_helps)
     code = refusal.exit_code
-    records.event("out_of_memory", doing=doing, micro_batch=config.micro_batch_size, exit_code=code)
+    if records is not None:
+        records.event("out_of_memory", doing=doing, micro_batch=config.micro_batch_size, exit_code=code)
     if world_size == 1:
         return refusal
     print(f"chatgot: {refusal}", file=sys.stderr)
-    records.close()
+    if records is not None:
+        records.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@contextlib.contextmanager
+def needed_for(
+    doing: str,
+    out_dir: Path,
+    config: EngineConfig,
+    world_size: int,
+    asked: int | Literal["auto"],
+    micro_batch_helps: bool = True,
+) -> Iterator[None]:
+    """Before there is a loop: turn memory that runs out within into what `ran_out` makes of it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        refusal = ran_out(error, doing, out_dir, config, world_size, asked, None, micro_batch_helps)
+        raise refusal from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -35,21 +36,26 @@ from chatgot.training.loop import Loop, Position
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.preparation import Resumed, TrainArguments
 from chatgot.training.records import open_records
-from chatgot.training.saving import Saving, StopSignals, open_saver
+from chatgot.training.saving import Saving, open_saver
+from chatgot.training.stop import StopSignals
 from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
 
 
-def train(arguments: TrainArguments) -> int:
+def train(arguments: TrainArguments, stop: StopSignals | None = None) -> int:
     """Train; returns the exit code. Several calls in one process share the process group.
+
+    Args:
+        stop: what the caller has entered, so that no signal comes before or after it; default: one for this call.
 
     Raises:
         ChatGoTError: every refusal, on all ranks.
     """
     place = find_place(arguments.local_rank)
-    loop = prepare_run(arguments, place)
-    with loop.stop:
+    with contextlib.nullcontext(stop) if stop is not None else StopSignals(starting=True) as stop:
+        loop = prepare_run(arguments, place, stop=stop)
+        stop.starting = False
         return finish(loop)
 
 
@@ -67,9 +73,10 @@ def finish(loop: Loop) -> int:
             logger.info(f"{what}; saved. Run the same command again to go on (exit {exit_code})")
         else:
             records.event("finished", **{**loop.position.last_val, "step": loop.step})
-    except ChatGoTError as error:  # of all ranks together
+    except ChatGoTError as error:
         exit_code = error.exit_code
-        _finish_save(loop)
+        if error.shared or loop.ranks.world_size == 1:  # else the others are elsewhere: no collective
+            _finish_save(loop)
         records.event("failed", step=loop.step, error=str(error), exit_code=exit_code)
         raise
     except (RuntimeError, MemoryError) as error:
@@ -102,21 +109,24 @@ def _finish_save(loop: Loop) -> None:
         logger.warning(str(failed))
 
 
-def prepare_run(arguments: TrainArguments, place: Place, progress: Progress | None = None) -> Loop:
+def prepare_run(
+    arguments: TrainArguments, place: Place, progress: Progress | None = None, stop: StopSignals | None = None
+) -> Loop:
     """Everything before the first step: check, prepare data, build, resume or start, write the run folder.
 
     Args:
         progress: where rank 0 speaks; default: stdout.
+        stop: what asks the loop to stop; default: whoever enters `Loop.stop`.
     """
     try:
-        return _prepared(arguments, place, progress)
+        return _prepared(arguments, place, progress, stop or StopSignals())
     except BaseException:  # whatever ends it, an interrupt too: the folder is free again
         if place.rank == 0:
             run_folder.release_lock(arguments.out_dir)
         raise
 
 
-def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None) -> Loop:
+def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None, stop: StopSignals) -> Loop:
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
     check_run_folder(arguments.out_dir, arguments.data)
@@ -159,18 +169,25 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         sizes = (engine_config.train_batch_size, engine_config.micro_batch_size)
         return TrainBatches(data.train, order, *sizes, place.rank, world_size)
 
+    def needed_for(doing: str, micro_batch_helps: bool) -> contextlib.AbstractContextManager[None]:
+        asked = "auto" if answer is not None else json_micro_batch
+        return memory.needed_for(doing, arguments.out_dir, engine_config, world_size, asked, micro_batch_helps)
+
     checked = None
     precision_note = "precision check: skipped on a resume, whose weights are loaded after the engine is built"
     if checkpoint is None:
         first = next(batches(engine_config).micro_batches(0))
-        checked, precision_note = check_precision(model, engine_config, *first, device, ranks)
-    engine = build(model, engine_config, device)
+        with needed_for("the precision check", micro_batch_helps=True):
+            checked, precision_note = check_precision(model, engine_config, *first, device, ranks)
+    with needed_for("building the engine", micro_batch_helps=False):
+        engine = build(model, engine_config, device)
     notes = [*engine_config.notes, precision_note, *engine.notes]
     prompts, prompt_notes = usable_prompts(config.train.sample_prompts, data)
     notes += prompt_notes
     guard, position, resumed = Guard(engine_config.chatgot.guard), Position(), None
     if checkpoint is not None:
-        resumed, load_notes = preparation.load_checkpoint(engine, checkpoint, different, fields, ranks)
+        with needed_for("loading the checkpoint", micro_batch_helps=False):
+            resumed, load_notes = preparation.load_checkpoint(engine, checkpoint, different, fields, ranks)
         notes += load_notes
         notes += memory.use_micro_batch_of(resumed.client_state, engine, json_micro_batch, world_size)
         position = Position.of(resumed.client_state)
@@ -205,7 +222,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         fields=fields,
         mfu=Mfu(flops, facts.name, matmul_precision(engine.config.precision), world_size),
         prompts=prompts,
-        stop=StopSignals(),
+        stop=stop,
         saving=Saving(saver, records),
         proof=proof,
         memory=MemoryCheck(plan, engine.engine),

@@ -1,14 +1,11 @@
-"""When a run saves, what a save that fails means for it, and how it is asked to stop: once politely, twice at once."""
+"""When a run saves, and what a save that fails means for it."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import chatgot.run_folder as run_folder
@@ -19,7 +16,7 @@ from chatgot.checkpoint.save import Saved, Saver
 from chatgot.checkpoint.writing import estimate
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
-from chatgot.errors import EXIT_SECOND_INTERRUPT, CheckpointError, FolderMovedError
+from chatgot.errors import CheckpointError, FolderMovedError
 from chatgot.run_folder import moved_to
 from chatgot.training.records import Records
 
@@ -156,27 +153,3 @@ def open_saver(
         return preflight(folder, saver.config, expected, max_steps, config.path, damaged)
 
     return saver, ranks.on_rank_0(look) if engine.engine.global_steps < max_steps else []
-
-
-class StopSignals:
-    """Within `with`, SIGTERM, SIGINT and SIGUSR1 raise a flag for the loop; a second SIGINT exits 130 at once."""
-
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in self.handled:
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
-            os._exit(EXIT_SECOND_INTERRUPT)
-        self.received = signal.Signals(number).name

@@ -87,6 +87,7 @@ def shrink(
     asked: int | Literal["auto"],
     where: str,
     error: BaseException | None = None,
+    helps: bool = True,
 ) -> ChatGoTError:
     """Store the largest micro-batch that is not above half of this one and keeps the global batch. Any rank may do so.
 
@@ -95,16 +96,18 @@ def shrink(
         asked: the micro-batch that the JSON comes to by itself, or "auto"; the file answers this JSON only.
         where: what was running: "step 12, the backward pass".
         error: the failed allocation.
+        helps: whether a smaller micro-batch needs less memory there.
 
     Returns:
-        What to raise: RunAgainError (exit 75), or MachineError (exit 6) where the micro-batch is 1 already.
+        What to raise: RunAgainError (exit 75), or MachineError (exit 6) where it is 1 already or does not help.
     """
     what = f"{where}: out of memory on rank {os.environ.get('RANK', '0')}"
     if error is not None and str(error):
         what += f" ({str(error).splitlines()[0]})"
-    if config.micro_batch_size == 1:
+    if config.micro_batch_size == 1 or not helps:
+        size = "at micro-batch 1, the smallest" if helps else "whatever the micro-batch"
         return MachineError(
-            f"{what}, at micro-batch 1, the smallest; nothing of it was saved, and earlier checkpoints are untouched. "
+            f"{what}, {size}; nothing of it was saved, and earlier checkpoints are untouched. "
             f"What needs less: {'; '.join(remedies(config))}. `chatgot plan` shows what each of them costs"
         )
     per_rank = config.train_batch_size // world_size

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import chatgot.run_folder as run_folder
+from chatgot.data.loader import EvalBatches
+from chatgot.errors import RunAgainError
 from chatgot.observe.journal import newest_step
-from chatgot.training import evaluation
+from chatgot.training import evaluation, preparation, run
 from chatgot.training.loop import Loop
+from chatgot.training.saving import Saving
 from tests.distributed.programs.runs import weights_digest
 from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
 from tests.training import in_process
@@ -127,6 +131,96 @@ def test_each_signal_stops_after_the_step_in_which_it_came(number, endless, tmp_
     assert signal.getsignal(number) is before
 
 
+def test_signal_within_an_evaluation_ends_it_after_the_batch_and_the_resume_makes_up_for_it(
+    endless, tmp_path, monkeypatch
+):
+    line = [*endless, "train.max_steps=6", "train.eval_every=2", "data.val_fraction=0.3"]
+    whole = [*line, "--out_dir", str(tmp_path / "whole")]
+    assert in_process.train(whole) == 0
+    batches = 0
+
+    def counted(self):
+        nonlocal batches
+        for batch in original(self):
+            batches += 1
+            if batches == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    original = EvalBatches.__iter__
+    monkeypatch.setattr(EvalBatches, "__iter__", counted)
+    assert in_process.train(line) == 75
+    assert batches == 3
+    assert (tags(tmp_path / "out"), series(tmp_path / "out", "val/loss")) == ([2], {})
+    assert in_process.train(line) == 0
+    for name in ("val/loss", "train/loss"):
+        assert series(tmp_path / "out", name) == series(tmp_path / "whole", name), "bit for bit"
+
+
+def test_a_save_that_is_due_within_an_evaluation_is_made_there(endless, tmp_path, monkeypatch):
+    line = [*endless, "train.max_steps=2", "train.eval_every=2", "data.val_fraction=0.3"]
+    loop = in_process.prepare([*line, "ds.chatgot.checkpoint.every_minutes=1"])
+    clock = 0.0
+
+    def slow(self):
+        nonlocal clock
+        for batch in original(self):
+            clock += 50.0
+            yield batch
+            if clock >= 200.0:
+                assert tags(tmp_path / "out") == [2]
+                raise KeyboardInterrupt  # as a kill would
+
+    original = EvalBatches.__iter__
+    monkeypatch.setattr(EvalBatches, "__iter__", slow)
+    loop.saving = Saving(loop.saving.saver, loop.records, clock=lambda: clock)
+    with pytest.raises(KeyboardInterrupt):
+        list(loop.steps())
+    assert [event["step"] for event in events(tmp_path / "out", "saved")] == [2], "once: the state is the same"
+    assert all(module.training for module in loop.engine.engine.module.modules())
+    monkeypatch.undo()
+    run_folder.release_lock(tmp_path / "out")
+    assert in_process.train(line) == 0
+    assert list(series(tmp_path / "out", "val/loss")) == [2]
+
+
+@pytest.mark.parametrize("where", ["prepare_data", "build", "open_saver"])
+def test_signal_while_the_run_starts_ends_it_with_75_and_leaves_no_lock(where, endless, tmp_path, monkeypatch):
+    module = preparation if where == "prepare_data" else run
+    original = getattr(module, where)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, where, interrupted)
+    with pytest.raises(RunAgainError, match="stopped by SIGTERM before the first step: nothing is lost") as refusal:
+        in_process.train(endless)
+    assert refusal.value.exit_code == 75
+    monkeypatch.undo()
+    assert in_process.train([*endless, "train.max_steps=1"]) == 0, "the folder is free"
+
+
+def test_signal_while_torch_is_imported_ends_the_start_with_75(endless):
+    program = """
+import os, signal, sys
+from chatgot import cli
+
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Interrupts())
+cli.train(sys.argv[1:])
+"""
+    words = [sys.executable, "-c", program, *endless]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=BOUND)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr.startswith("chatgot: stopped by SIGTERM before the first step")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("look", ["evaluate", "draw"])
 def test_signal_while_evaluating_or_sampling_stops_after_that_step(look, endless, tmp_path, monkeypatch):
     original = getattr(evaluation, look)
@@ -140,7 +234,7 @@ def test_signal_while_evaluating_or_sampling_stops_after_that_step(look, endless
     assert tags(tmp_path / "out") == [2]
 
 
-def test_signal_in_the_last_step_changes_nothing(endless, tmp_path, monkeypatch):
+def test_signal_in_the_last_step_leaves_its_evaluation_to_the_next_start(endless, tmp_path, monkeypatch):
     step = Loop._train_step
 
     def interrupted(self):
@@ -149,14 +243,21 @@ def test_signal_in_the_last_step_changes_nothing(endless, tmp_path, monkeypatch)
         return step(self)
 
     monkeypatch.setattr(Loop, "_train_step", interrupted)
+    assert in_process.train([*endless, "train.max_steps=3"]) == 75, "its evaluation may take longer than the grace"
+    assert (tags(tmp_path / "out"), series(tmp_path / "out", "val/loss")) == ([3], {})
     assert in_process.train([*endless, "train.max_steps=3"]) == 0
     assert events(tmp_path / "out")[-1]["event"] == "finished"
+    assert list(series(tmp_path / "out", "val/loss")) == [3]
+    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["step-000003.txt"]
+    before = in_process.contents(tmp_path / "out" / "checkpoints")
+    assert in_process.train([*endless, "train.max_steps=3"]) == 0, "nothing is owed any more"
+    assert in_process.contents(tmp_path / "out" / "checkpoints") == before
 
 
 def test_second_interrupt_ends_at_once_with_130():
     program = """
 import os, signal
-from chatgot.training.saving import StopSignals
+from chatgot.training.stop import StopSignals
 with StopSignals() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
