@@ -80,15 +80,17 @@ def _train(argv: Sequence[str], own_process: bool) -> NoReturn:
         leave()
         sys.exit(code)
 
-    alone = (os.environ.get("WORLD_SIZE") or "1") == "1"
+    def alone() -> bool:  # known only after the launcher's variables have been read
+        return (os.environ.get("WORLD_SIZE") or "1") == "1"
+
     try:
         code = guarded(program, arguments.debug)  # returns after a refusal only
     except Exception:
-        if alone:
+        if alone():
             raise
         traceback.print_exc()
         code = 1
-    if not alone:
+    if not alone():
         # The process group is still joined, and destroying it needs all ranks. Torn down by the interpreter while
         # others go away, gloo's threads abort it (SIGABRT) in place of the exit code, and NCCL waits for them.
         sys.stdout.flush()

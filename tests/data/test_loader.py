@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,25 @@ def test_evaluation_sees_every_target_exactly_once(n, block, batch, world):
             targets.extend(y[real].tolist())
     assert len(lengths) == 1
     assert sorted(targets) == list(range(1001, 1000 + n))
+
+
+@given(n=st.integers(2, 300), block=st.integers(1, 40), batch=st.integers(1, 5), most=st.integers(1, 320))
+@settings(max_examples=100, deadline=None)
+def test_evaluation_of_a_part_sees_the_same_even_windows_whatever_the_ranks(n, block, batch, most):
+    tokens = np.arange(1000, 1000 + n, dtype=np.uint16)
+    seen = set()
+    for world in (1, 3):
+        parts = [EvalBatches(tokens, block, batch, rank, world, most) for rank in range(world)]
+        targets = sorted(int(t) for part in parts for _, y in part for t in y[y != IGNORE_INDEX])
+        assert len(targets) == len(set(targets)) == parts[0].target_tokens <= max(most, block)
+        seen.add(tuple(targets))
+    [targets] = seen
+    if most >= n - 1:
+        assert len(targets) == n - 1
+    firsts = [target - 1001 for target in targets if (target - 1001) % block == 0]
+    gaps = {b - a for a, b in pairwise(firsts)}
+    assert len(targets) > most - block or len(targets) > n - 1 - block, "no window less than there is room for"
+    assert not gaps or max(gaps) - min(gaps) <= block
 
 
 def test_evaluation_without_a_target_is_refused():

@@ -1,4 +1,6 @@
-"""A rank that runs out of memory stores a smaller micro-batch and ends the run with 75; the next start goes on with it.
+"""What fails on one rank of two, memory first of all, ends both, with the message and the exit code of the cause.
+
+A rank that runs out of memory stores a smaller micro-batch and ends the run with 75; the next start goes on with it.
 
 The launchers are real; memory runs out where tests/distributed/programs/short_of_memory.py raises what torch raises.
 """
@@ -120,6 +122,27 @@ def run_out(monkeypatch: pytest.MonkeyPatch, line: list[str], error: BaseExcepti
 
         patch.setattr(loop_module.Loop, "_train_step", runs_out)
         in_process.train(line)
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [
+        ("logits", 5, "sampling: logits after 1 tokens are not finite"),
+        ("samples", 3, "chatgot: the tokens are gone"),
+        ("bug", 1, "IndexError: list index out of range"),
+        ("precision", 75, "the precision check: out of memory on rank 1"),
+        ("build", 6, "building the engine: out of memory on rank 1"),
+    ],
+)
+def test_what_fails_on_rank_1_alone_is_said_and_ends_both(place, code, said, tmp_path, text_file):
+    precision = "bf16" if place == "precision" else "fp32"
+    saving = {"every_steps": 1, "every_minutes": None, "keep_best": 0, "async": True}
+    tree = engine_json(1, precision, batch=16, micro=8, chatgot={"checkpoint": saving})
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=8, sample_every=3, eval_every=None)
+    line = argv(write_json(tmp_path / "engine.json", tree), tmp_path / "out", config, text_file)
+    ended, output = launch(LAUNCH_RUN, tmp_path, {"0": [1, place, 3]}, line)
+    assert ended == (0 if place == "precision" else code), output[-4000:]
+    assert said in output
 
 
 def test_one_rank_ends_with_75_and_goes_on_with_half(tmp_path, text_file, monkeypatch, capsys):

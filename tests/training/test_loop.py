@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import chatgot.run_folder as run_folder
 from chatgot.checkpoint import rng
 from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import DataOrder
@@ -99,6 +100,25 @@ def test_validation_is_token_weighted_over_the_whole_split_and_bits_are_per_char
     )
     if tokenizer == "bpe":
         assert len(tokens) < 0.8 * characters
+
+
+def test_eval_tokens_bounds_an_evaluation_and_another_bound_forgets_the_best_loss(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=2, eval_every=1)
+    engine = write_json(tmp_path / "engine.json", engine_json(1))
+    line = [*argv(engine, tmp_path / "out", config, text_file), "data.val_fraction=0.3"]
+    loop = in_process.prepare([*line, "train.eval_tokens=100"])
+    assert loop.eval_batches.target_tokens == 96, "six windows of 16"
+    assert "96 (train.eval_tokens) of 6" in capsys.readouterr().out
+    run.finish(loop)
+    part = series(tmp_path / "out", "val/loss")
+    loop = in_process.prepare([*line, "train.eval_tokens=100", "train.max_steps=3"])
+    assert loop.position.best_val_loss == min(part.values())
+    run_folder.release_lock(tmp_path / "out")
+    loop = in_process.prepare([*line, "train.max_steps=3"])
+    assert (loop.position.best_val_loss, loop.position.last_val) == (None, {})
+    assert "it is not over the same validation tokens" in capsys.readouterr().out
+    run.finish(loop)
+    assert series(tmp_path / "out", "val/loss")[3] == pytest.approx(min(part.values()), rel=0.2)
 
 
 def test_invariant_15_speed_and_memory_per_interval_without_evaluation_sampling_and_saving(
