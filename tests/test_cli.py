@@ -187,7 +187,9 @@ def test_message_is_printed_by_rank_0_except_for_faults_of_one_machine(monkeypat
         return fail
 
     monkeypatch.setenv("RANK", "3")
-    assert cli.guarded(program(DataError("no text")), debug=False) == 3
+    of_all = DataError("no text")
+    of_all.shared = True
+    assert cli.guarded(program(of_all), debug=False) == 3
     assert capsys.readouterr().err == ""
     assert cli.guarded(program(MachineError("no device")), debug=False) == 6
     assert capsys.readouterr().err == "chatgot: no device\n"
