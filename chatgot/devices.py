@@ -278,10 +278,17 @@ def deterministic(device: torch.device) -> bool:
     return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
 
 
+_WITHOUT_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA out of memory|CUDA error: out of memory"
+    r"|CU\w+_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED"
+    r"|Cuda failure (\d+ )?'out of memory'|Failed to (CUDA|Cuda) \w*alloc"  # NCCL
+    r"|Triton Error \[CUDA\]: out of memory|cudaErrorMemoryAllocation"
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python could not allocate: the device's memory, or on a CPU the host's."""
+    """Whether torch, one of CUDA's libraries or Python could not allocate: the device's memory, or the host's."""
     import torch
 
-    failed = r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-    without_memory = isinstance(error, RuntimeError) and re.search(failed, str(error)) is not None
+    without_memory = isinstance(error, RuntimeError) and _WITHOUT_MEMORY.search(str(error)) is not None
     return without_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -5,11 +5,14 @@ torch is imported only when a ControlGroup is made.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
+import struct
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +105,43 @@ def first_host(node_list: str) -> str:
     """First host of a SLURM node list: 'gpu[003-007,9],cpu1' -> 'gpu003'."""
     prefix, _, rest = node_list.split(",")[0].partition("[")
     return prefix + re.split(r"[]-]", rest)[0]
+
+
+def gloo_interface(master: str) -> str | None:
+    """Find the network interface by which other machines reach this one, where gloo would take the loopback: it binds
+    to what the hostname resolves to, which many /etc/hosts say is 127.0.1.1. None: gloo's own choice is right.
+
+    Args:
+        master: MASTER_ADDR.
+    """
+    try:
+        if _is_loopback(socket.gethostbyname(master)) and master != socket.gethostname():
+            return None  # all ranks are on this machine
+        if not _is_loopback(socket.gethostbyname(socket.gethostname())):
+            return None
+    except OSError:
+        pass  # a name that does not resolve is no address for gloo either
+    for target in (master, "192.0.2.1"):  # nothing is sent: the kernel says which address it would send from
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            if not _is_loopback(address := probe.getsockname()[0]):
+                return interface_of(address)
+    return None
+
+
+def interface_of(address: str) -> str | None:
+    """Name the network interface that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.")
 
 
 def python_path(environ: Mapping[str, str] = os.environ) -> str:

@@ -36,13 +36,30 @@ from tests.support import ROOT, environment
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: ..."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),  # cudaHostAlloc
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        torch.distributed.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:3356, unhandled cuda error\nncclUnhandledCudaError: "
+            "Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+        ),
+        torch.distributed.DistBackendError("ncclUnhandledCudaError ... Failed to CUDA calloc async 608 bytes"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_errors_that_mean_out_of_memory(error):
     assert is_out_of_memory(error)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes cannot be multiplied"),
+        ValueError("CUDA out of memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.distributed.DistBackendError("ncclRemoteError: ... Last error: Connection reset by peer"),
+    ],
+)
 def test_other_errors_do_not(error):
     assert not is_out_of_memory(error)
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from chatgot.distributed import Place, find_place, first_host, free_port
+from chatgot.distributed import Place, find_place, first_host, free_port, gloo_interface, interface_of
 from chatgot.errors import EXIT_ENVIRONMENT, MachineError
 
 TORCHRUN = {
@@ -146,3 +146,41 @@ def test_first_host_of_a_slurm_node_list(nodes, first):
 def test_free_port_can_be_bound():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, **addresses: str) -> None:
+    """Let names resolve to addresses as some machine's /etc/hosts would."""
+    original = socket.gethostbyname
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: addresses.get(name) or original(name))
+
+
+def route() -> str | None:
+    """The address that this machine sends from; None: it has no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+@pytest.mark.parametrize("master", ["192.0.2.1", "node1"])
+def test_gloo_gets_the_interface_that_others_reach_where_the_hostname_is_the_loopback(master, monkeypatch):
+    resolving(monkeypatch, node1="127.0.1.1")
+    address = route()
+    assert gloo_interface(master) == (interface_of(address) if address else None)
+    assert address is None or interface_of(address) in [name for _, name in socket.if_nameindex()]
+
+
+def test_gloos_own_choice_stays_where_it_is_right(monkeypatch):
+    resolving(monkeypatch, node1="192.0.2.5", node0="192.0.2.4")
+    assert gloo_interface("node0") is None
+    resolving(monkeypatch, node1="127.0.1.1")
+    assert gloo_interface("127.0.0.1") is None, "all ranks are on this machine"
+    assert gloo_interface("localhost") is None
+
+
+def test_an_interface_is_found_by_its_address():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") is None

@@ -1,4 +1,7 @@
-"""The random state of one rank: everything that dropout and Python code draw from."""
+"""The random state of one rank: everything that dropout and Python code draw from.
+
+CUDA's belongs to it where the process uses CUDA: asking for it would make a run on the CPU start CUDA on every GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def capture() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (str(name), held, int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -30,7 +33,7 @@ def fingerprint(rank: int) -> int:
     digest.update(np.array(internal, dtype=np.uint32).tobytes())
     digest.update(np.asarray(keys).tobytes())
     digest.update(torch.get_rng_state().numpy().tobytes())
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         digest.update(torch.cuda.get_rng_state().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little")
 
@@ -42,7 +45,7 @@ def restore(state: dict[str, Any]) -> list[str]:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         if state["cuda"] is None:
             why = "the checkpoint has no CUDA random state (it was saved on a CPU)"
             return [f"{why}: dropout continues from this process' seed"]

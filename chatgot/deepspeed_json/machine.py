@@ -25,6 +25,12 @@ def has_command(*names: str) -> bool:
     return any(shutil.which(name) is not None for name in names)
 
 
+def has_c_compiler(kind: str) -> bool:
+    """Whether torch.compile can build what it generates: C++ on a CPU, Triton's launchers in C on a GPU."""
+    asked, usual = ("CC", ("gcc", "clang", "cc")) if kind == "cuda" else ("CXX", ("g++", "clang++", "c++"))
+    return has_command(*filter(None, (os.environ.get(asked), *usual)))
+
+
 def has_cuda_compiler() -> bool:
     """nvcc, where DeepSpeed looks for it (torch.utils.cpp_extension)."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -77,13 +83,15 @@ def _compiled(subject: Subject) -> dict[str, str]:
     for section in _OFFLOADS:
         if subject.v[f"{section}.device"] == "nvme":
             needs[f"{section}.device"] = "DeepSpeed's asynchronous file access"
-    if subject.chatgot.compile.enabled and subject.facts.kind == "cpu":
+    if subject.chatgot.compile.enabled:
         needs["chatgot.compile.enabled"] = "the model"
     return needs
 
 
 def _compiler(subject: Subject, dotted: str) -> dict[str, bool]:
     """Program -> whether it is there, for what `_compiled` says of a key."""
+    if dotted == "chatgot.compile.enabled" and subject.facts.kind == "cuda":
+        return {"a C compiler (gcc), so that it stays eager": has_c_compiler("cuda")}
     needs = {"g++": has_command("g++", "c++")}
     if dotted != "chatgot.compile.enabled":
         needs["ninja"] = has_command("ninja") or has_package("ninja")

@@ -276,10 +276,20 @@ RULES: tuple[Rule, ...] = (
     error("compile.deepcompile", lambda s, on: on and not s.chatgot.compile.enabled,
           "does nothing without chatgot.compile.enabled = true; add it"),
     error("compile.deepcompile", lambda s, on: on and s.stage == 0, "needs ZeRO stage 1, 2 or 3"),
+    error("chatgot.compile.mode", lambda s, _: s.facts.kind == "cuda" and s.chatgot.compile.enabled
+          and s.chatgot.compile.mode != "default" and s.stage < 2 and s.batch is not None and s.batch.accumulation > 1
+          and {"value": s.chatgot.compile.mode, "accumulation": s.batch.accumulation},
+          'makes CUDA graphs, which overwrite gradients that wait for the next micro-batch (accumulation '
+          '{accumulation}); use "default", ZeRO stage 2, or a micro-batch that needs no accumulation', late=True),
 
     *optimizers.RULES,
 
     # What is looked at, and what is not stated.
+    *(note("timers.throughput.enabled", lambda s, _, absent=absent: s.facts.kind == "cuda"
+           and s.v.timers.throughput.enabled and s.v.timers.throughput.synchronized
+           and s.is_unstated("timers.throughput.enabled") == absent and {"value": True},
+           "DeepSpeed waits for the device twice in every micro-batch to measure it, which slows training down; "
+           "set it to false: ChatGoT measures tokens per second itself", absent=absent) for absent in (True, False)),
     note("wall_clock_breakdown memory_breakdown flops_profiler.enabled comms_logger.enabled", lambda s, on: on,
          "slows training down: it waits for the device to measure it"),
     note("tensorboard.enabled csv_monitor.enabled comet.enabled", lambda s, on: on,

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from chatgot.deepspeed_json.machine import has_c_compiler
 from chatgot.deepspeed_json.resolve import EngineConfig
-from chatgot.distributed import Place
+from chatgot.distributed import Place, gloo_interface
 from chatgot.engine import guards
 from chatgot.engine.optimizer import build_client_optimizer, is_muon, parameter_groups, weight_decay
 from chatgot.engine.step import TrainingEngine
@@ -36,6 +37,8 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
     guards.skip_shared_memory_op()
     device = _own_cuda_device(place) if kind == "cuda" else torch.device("cpu")
     if not dist.is_initialized():
+        if place.world_size > 1 and (interface := gloo_interface(os.environ["MASTER_ADDR"])) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend, timeout = "nccl" if kind == "cuda" else "gloo", datetime.timedelta(minutes=timeout_minutes)
         try:
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -83,7 +86,7 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
             notes.append(f"zero_force_ds_cpu_optimizer = false: {why}")
     if is_muon(config):
         notes += _spare_muon_the_compilers(given, device)
-    if device.type == "cpu":
+    if device.type == "cpu" or not has_c_compiler("cuda"):
         guards.run_muon_uncompiled()
     guards.quiet_memory_report(config.deepspeed)
     guards.forget_autocast()
@@ -94,7 +97,10 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"{config.path}: DeepSpeed refuses it: {error}") from error
-    if config.chatgot.compile.enabled:
+    if config.chatgot.compile.enabled and not has_c_compiler(device.type):
+        why = "this machine has no C compiler, which torch.compile needs; install gcc and g++"
+        notes.append(f"torch.compile: off, although chatgot.compile.enabled = true: {why}")
+    elif config.chatgot.compile.enabled:
         engine.compile(compile_kwargs={"mode": config.chatgot.compile.mode})
         notes.append(f"torch.compile: on (mode {config.chatgot.compile.mode}); the first steps take longer")
     return TrainingEngine(engine, config, device, notes)
@@ -141,6 +147,8 @@ def _spare_muon_the_compilers(given: dict[str, Any], device: torch.device) -> li
         notes.append(f"optimizer.params.torch_adam = true: {why}")
     if device.type == "cpu":
         notes.append("Muon: not compiled on a CPU, where compiling takes longer than it saves")
+    elif not has_c_compiler("cuda"):
+        notes.append("Muon: not compiled, and slower for it: this machine has no C compiler; install gcc")
     return notes
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from chatgot.deepspeed_json.resolve import EngineConfig
+from chatgot.errors import ConfigError
+
 # --- gradients of an engine ---
 
 
@@ -30,6 +33,24 @@ def install(engine: Any, muon: bool, on_overflow: Callable[[], None]) -> Stage0G
     if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
         forget_skipped_gradients(engine.optimizer)
     return None
+
+
+def refuse_overwritten_gradients(config: EngineConfig, device: torch.device) -> None:
+    """Refuse CUDA graphs where gradients wait for the next micro-batch in the graph's memory, which that overwrites.
+
+    ZeRO 2 and 3 copy them out after each micro-batch.
+
+    Raises:
+        ConfigError: chatgot.compile.mode makes graphs, and gradients are accumulated at stage 0 or 1.
+    """
+    compile, accumulation = config.chatgot.compile, config.accumulation
+    graphs = compile.enabled and compile.mode != "default" and device.type == "cuda"
+    if graphs and accumulation > 1 and config.zero_stage < 2:
+        raise ConfigError(
+            f"{config.path}: chatgot.compile.mode = {compile.mode!r}: its CUDA graphs overwrite gradients that wait for"
+            f' the next micro-batch (accumulation {accumulation} at ZeRO stage {config.zero_stage}); use "default", '
+            "ZeRO stage 2, or a micro-batch that needs no accumulation"
+        )
 
 
 class Stage0Gradients:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chatgot.deepspeed_json.resolve import EngineConfig
+from chatgot.devices import is_out_of_memory
 from chatgot.distributed import ControlGroup
 from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
@@ -86,24 +87,41 @@ def check_precision(
     """
     if config.precision == "fp32":
         return None, "precision check: not needed in fp32"
-    n_bytes = 4 * sum(p.numel() for p in model.parameters())
-    # Four times: two copies, their gradients, some activations.
-    roomy = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 4 * n_bytes
-    if not all(ranks.gather(roomy)):
-        what = f"an fp32 copy of {n_bytes / 2**30:.1f} GiB with its gradients beside another"
-        return None, f"precision check: skipped, no room for {what}"
-    batch = input_ids[:SAMPLES].to(device), targets[:SAMPLES].to(device)
-    loss_fp32, norm_fp32 = _measure(model, "fp32", *batch, (1.0,))
-    loss, norm = _measure(model, config.precision, *batch, _scales(config))
-    bounds = BOUNDS[config.precision[-4:]]
-    own = PrecisionCheck(config.precision, len(batch[0]), loss, loss_fp32, norm, norm_fp32, bounds)
+    batch = input_ids[:SAMPLES], targets[:SAMPLES]
+    n_bytes = 8 * sum(p.numel() for p in model.parameters()) + activation_bytes(model, batch[0].numel())
+    own = None
+    if device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > n_bytes:
+        try:
+            own = _compare(model, config, batch[0].to(device), batch[1].to(device))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    worst = max(ranks.gather(own), key=lambda check: check.excess)
+    compared = [check for check in ranks.gather(own) if check is not None]
+    if len(compared) < ranks.world_size:
+        what = f"an fp32 copy with its gradients and activations, {n_bytes / 2**30:.1f} GiB"
+        return None, f"precision check: skipped, no room for {what}"
+    worst = max(compared, key=lambda check: check.excess)
     if worst.excess > 1:
         remedy = f"{config.precision} does not compute this model; train in fp32, or in bf16 instead of fp16"
         raise NumericsError(f"{config.path}: {worst.describe()}: {remedy}")
     return worst, worst.describe()
+
+
+def activation_bytes(model: GPT, tokens: int) -> int:
+    """Estimate what a forward in fp32 keeps for its backward: of each token and block about 20 vectors of the model's
+    width and 4 of the hidden one, and the logits three times.
+    """
+    config, vocab_size = model.config, model.embed_tokens.num_embeddings
+    return 4 * tokens * (config.n_layers * (20 * config.d_model + 4 * config.d_hid) + 3 * vocab_size)
+
+
+def _compare(model: GPT, config: EngineConfig, input_ids: Tensor, targets: Tensor) -> PrecisionCheck:
+    loss_fp32, norm_fp32 = _measure(model, "fp32", input_ids, targets, (1.0,))
+    loss, norm = _measure(model, config.precision, input_ids, targets, _scales(config))
+    bounds = BOUNDS[config.precision[-4:]]
+    return PrecisionCheck(config.precision, len(input_ids), loss, loss_fp32, norm, norm_fp32, bounds)
 
 
 def _scales(config: EngineConfig) -> tuple[float, ...]:

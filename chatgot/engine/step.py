@@ -31,6 +31,7 @@ class TrainingEngine:
         """Of the last step, if it was skipped: {'embed_tokens': ..., 'layers.0': ..., ...}, averaged over ranks,
         unclipped and without a loss scale."""
         self.device = device
+        guards.refuse_overwritten_gradients(config, device)
         self._stage0 = guards.install(engine, is_muon(config), on_overflow=self._keep_layer_norms)
 
     def train_step(
@@ -69,7 +70,7 @@ class TrainingEngine:
         input_ids = input_ids.to(self.device, non_blocking=True)
         loss = self.engine(input_ids, targets.to(self.device, non_blocking=True))
         self.engine.backward(poisoned_by(loss))
-        return loss.detach()
+        return loss.detach().clone()  # a CUDA graph (chatgot.compile.mode) writes its next loss to the same place
 
     def _step(self) -> None:
         """DeepSpeed's step: counts the micro-batch, and updates the weights after the last one."""
@@ -95,13 +96,14 @@ class TrainingEngine:
         counted in micro steps since the start of the process.
         """
         engine, total = self.engine, self.config.train_batch_size
+        self.config = self.config.with_micro_batch(micro_batch, engine.dp_world_size)
+        guards.refuse_overwritten_gradients(self.config, self.device)
         engine.set_train_micro_batch_size(micro_batch)
         engine.set_train_batch_size(total)
         accumulation = engine.gradient_accumulation_steps()
         if hasattr(engine.optimizer, "gradient_accumulation_steps"):
             engine.optimizer.gradient_accumulation_steps = accumulation
         engine.micro_steps = 0
-        self.config = self.config.with_micro_batch(micro_batch, engine.dp_world_size)
 
     def set_learning_rate(self, factor: float) -> None:
         """Learning rate of the coming step: the JSON's, of each group, times `factor`."""

@@ -25,6 +25,7 @@ VALID: dict[str, Any] = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 1},
+    "timers": {"throughput": {"enabled": False}},
 }
 
 

@@ -43,6 +43,10 @@ CASES: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
     ({f"{ZERO}.gradient_clipping": 1.0}, "error", f"{ZERO}.gradient_clipping", "DeepSpeed would refuse it", {}),
     ({"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabledd": False}}}}, "error",
      "data_efficiency.data_sampling.curriculum_learning.enabledd", "did you mean 'enabled'", {}),
+    # CUDA graphs
+    ({"chatgot": {"compile": {"enabled": True, "mode": "reduce-overhead"}}}, "error", "chatgot.compile.mode", "overwrite gradients", {}),
+    ({"timers": ...}, "note", "timers.throughput.enabled", "waits for the device twice in every micro-batch", {}),
+    ({"timers.throughput.enabled": True}, "note", "timers.throughput.enabled", "waits for the device", {}),
     # removed
     ({"amp": {"enabled": False}}, "error", "amp", "use fp16, bf16 or torch_autocast", {}),
     ({"elasticity": {"enabled": False}}, "error", "elasticity", "set train_batch_size", {}),
@@ -232,6 +236,8 @@ def test_what_the_machine_lacks_is_a_warning(tmp_path: Path, monkeypatch: pytest
         assert warned["optimizer.type"].endswith(f"lacks {kernel}")
         assert warned[f"{ZERO}.offload_param.device"].endswith("lacks g++, ninja, libaio")
         assert "no folder" in warned[f"{ZERO}.offload_param.nvme_path"]
-        assert ("chatgot.compile.enabled" in warned) == (facts is CPU)
+        assert warned["chatgot.compile.enabled"].endswith(
+            "lacks g++" if facts is CPU else "lacks a C compiler (gcc), so that it stays eager"
+        )
     monkeypatch.undo()
     assert not [f for f in looked_at(tmp_path, {"wandb.enabled": True}).findings if f.key.startswith("wandb")]

@@ -50,7 +50,7 @@ def test_clean_file_ends_with_0_and_broken_one_with_2(run, write) -> None:
     code, out, err = run(path)
     assert (code, err) == (2, "")
     assert out.splitlines() == [
-        f"{path}:16:3: error: gradient_cliping = 1",
+        f"{path}:21:3: error: gradient_cliping = 1",
         "    unknown key, DeepSpeed would ignore it",
         "    did you mean 'gradient_clipping'?",
         f"{path}:14:5: warning: zero_optimization.overlap_comm = true",

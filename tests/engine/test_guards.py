@@ -4,15 +4,21 @@ tests/distributed/test_{numerics,muon}.py.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.resolve import build_engine_config
+from chatgot.deepspeed_json.chatgot_section import CompileConfig
+from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
+from chatgot.engine import guards
 from chatgot.engine.build import build
+from chatgot.errors import ConfigError
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json
 
@@ -54,3 +60,62 @@ def test_fp16_autocast_at_stage_0_unscales_once_and_counts_its_skips(clipping):
     assert engine.engine.skipped_steps == 1
     assert losses[3] == losses[2]
     assert losses[4] < losses[3] < losses[1] < losses[0]
+
+
+def compiled(mode: str, stage: int, micro: int) -> EngineConfig:
+    tree = engine_json(stage, batch=8, micro=micro, chatgot={"compile": {"enabled": True, "mode": mode}})
+    facts = DeviceFacts("cpu", bf16=True, fp16=True)
+    return build_engine_config(tree, "ds.json", world_size=1, facts=facts, n_params=30_000)
+
+
+@pytest.mark.parametrize(
+    ("mode", "stage", "micro", "device", "refused"),
+    [
+        ("reduce-overhead", 0, 4, "cuda", True),
+        ("max-autotune", 1, 4, "cuda", True),
+        ("reduce-overhead", 0, 8, "cuda", False),
+        ("reduce-overhead", 2, 4, "cuda", False),
+        ("default", 0, 4, "cuda", False),
+        ("reduce-overhead", 0, 4, "cpu", False),
+    ],
+)
+def test_graphs_that_overwrite_gradients_are_refused(mode, stage, micro, device, refused):
+    with pytest.raises(ConfigError, match="overwrite gradients") if refused else contextlib.nullcontext():
+        guards.refuse_overwritten_gradients(compiled(mode, stage, micro), torch.device(device))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_losses_that_a_graph_writes_to_one_place_are_kept_apart():
+    """As chatgot.compile.mode = reduce-overhead does on a GPU."""
+    model = GPT(ModelConfig(**TINY_MODEL), 64)
+    model.init_weights(1)
+    config = compiled("default", 1, 4)
+    config = dataclasses.replace(config, chatgot=config.chatgot.model_copy(update={"compile": CompileConfig()}))
+    engine, place, seen = build(model, config, torch.device("cpu")), torch.zeros(()), []
+
+    def in_one_place(_module: Any, _arguments: Any, loss: torch.Tensor) -> torch.Tensor:
+        seen.append(float(loss.detach()))
+        place.copy_(loss.detach())
+        out = loss.clone()
+        out.data = place
+        return out
+
+    model.register_forward_hook(in_one_place)
+    batches = torch.randint(64, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    loss = engine.train_step([(batch, batch) for batch in batches])
+    engine.engine.destroy()
+    assert seen[0] != seen[1]
+    assert float(loss) == pytest.approx(sum(seen) / 2)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_without_a_compiler_the_model_stays_eager_and_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    model = GPT(ModelConfig(**TINY_MODEL), 64)
+    model.init_weights(1)
+    engine = build(model, compiled("default", 1, 8), torch.device("cpu"))
+    assert any("torch.compile: off, although" in note and "install gcc" in note for note in engine.notes)
+    input_ids = torch.randint(64, (8, 16))
+    assert math.isfinite(float(engine.train_step([(input_ids, input_ids)])))
+    engine.engine.destroy()

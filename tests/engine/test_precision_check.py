@@ -14,7 +14,7 @@ from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, find_place
 from chatgot.engine.build import join
-from chatgot.engine.precision_check import BOUNDS, SAMPLES, check_precision
+from chatgot.engine.precision_check import BOUNDS, SAMPLES, activation_bytes, check_precision
 from chatgot.errors import NumericsError
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json, write_json, write_run_yaml
@@ -121,3 +121,35 @@ def test_the_run_says_and_journals_it_once(tmp_path, text_file, capsys):
     assert in_process.train([*line, "train.max_steps=3"]) == 0
     assert "precision check: skipped on a resume" in capsys.readouterr().out
     assert len(events(tmp_path / "out", "precision_check")) == 1
+
+
+@pytest.mark.parametrize("architecture", ["modern", "gpt2"])
+def test_activations_are_counted_before_they_are_computed(architecture):
+    gpt, kept, seen = model(architecture).eval(), 0, set()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen | weights:
+            seen.add(storage.data_ptr())
+            kept += storage.nbytes()
+        return tensor
+
+    input_ids, targets = batch()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = gpt(input_ids, targets)
+    assert loss.requires_grad
+    assert kept <= activation_bytes(gpt, input_ids.numel()) <= 3 * kept
+
+
+def test_no_memory_for_the_check_skips_it(ranks):
+    gpt = model()
+    gpt.norm.register_forward_hook(out_of_memory)
+    found, line = check_precision(gpt, config("bf16"), *batch(), torch.device("cpu"), ranks)
+    assert found is None
+    assert "precision check: skipped, no room for an fp32 copy with its gradients and activations" in line
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

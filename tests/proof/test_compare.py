@@ -277,6 +277,19 @@ def test_numbers_of_the_journal_are_the_bits(tmp_path, text_file):
         assert json.dumps(json.loads(line)) == line
 
 
+def test_a_run_on_the_cpu_does_not_start_cuda_for_its_random_state(monkeypatch):
+    def refuse() -> torch.Tensor:
+        raise AssertionError("CUDA was started")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", refuse)
+    rng.fingerprint(0)
+    assert rng.capture()["cuda"] is None
+    assert rng.restore({**rng.capture(), "cuda": torch.zeros(16, dtype=torch.uint8)}) == [
+        "the checkpoint's CUDA random state is not used on a CPU: dropout draws from the CPU generator"
+    ]
+
+
 def test_exchanged_random_states_of_two_ranks_are_noticed():
     rng.seed(1, 0)
     first, second = rng.fingerprint(0), rng.fingerprint(1)
