@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ class TrainingEngine:
         self.notes = list(notes)
         self.base_lrs = [float(group["lr"]) for group in engine.optimizer.param_groups]
         """The JSON's learning rate of every parameter group, before any schedule."""
+        scheduler, keys = engine.lr_scheduler, ("lr", "initial_lr", "betas", "momentum")
+        groups = [{key: group[key] for key in keys if key in group} for group in engine.optimizer.param_groups]
+        self._scheduler_start = copy.deepcopy((scheduler.state_dict(), groups)) if scheduler is not None else None
         self.skips_in_a_row = 0
         """Skipped steps, not counting those with which dynamic loss scaling looks for its scale."""
         self.layer_grad_norms: dict[str, float] | None = None
@@ -109,6 +113,14 @@ class TrainingEngine:
         """Learning rate of the coming step: the JSON's, of each group, times `factor`."""
         for group, base in zip(self.engine.optimizer.param_groups, self.base_lrs):
             group["lr"] = base * factor
+
+    def restart_scheduler(self) -> None:
+        """Put a stock scheduler back to its beginning, from where a resume brings it to the checkpoint's step."""
+        if self._scheduler_start is not None:
+            state, groups = copy.deepcopy(self._scheduler_start)
+            self.engine.lr_scheduler.load_state_dict(state)
+            for group, start in zip(self.engine.optimizer.param_groups, groups):
+                group.update(start)
 
     @property
     def learning_rate(self) -> float:

@@ -10,6 +10,7 @@ C // nh.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from chatgot.config.run import ModelConfig
 from chatgot.model.rms_norm import rms_norm
@@ -76,6 +78,7 @@ class GPT(nn.Module):
 
         Args:
             checkpoint: called as checkpoint(block, x), x (B, T, C) its only tensor, in forwards that need gradients.
+                In evaluation mode, for torch.autograd.grad, which DeepSpeed's own refuses, it is torch's in its place.
         """
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers = {every_n_layers}: must be at least 1")
@@ -120,7 +123,9 @@ class GPT(nn.Module):
             rope = rope_tables(positions, self.config.d_model // self.config.n_head, self.config.rope_theta, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
 
-        checkpoint = self._checkpoint if self.training and torch.is_grad_enabled() else None
+        checkpoint = self._checkpoint if torch.is_grad_enabled() else None
+        if checkpoint is not None and not self.training:
+            checkpoint = functools.partial(torch_checkpoint, use_reentrant=False)
         for index, block in enumerate(self.layers):
             if checkpoint is not None and index % self._checkpoint_every == 0:
                 # rope is closed over: DeepSpeed's partition_activations and cpu_checkpointing empty float arguments.

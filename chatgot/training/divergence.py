@@ -6,6 +6,7 @@ are exact whatever the order of the ranks.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections import deque
@@ -21,11 +22,14 @@ from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import Batch, TrainBatches
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.deepspeed_json.chatgot_section import GuardConfig
+from chatgot.devices import is_out_of_memory
 from chatgot.distributed import ControlGroup
 from chatgot.engine.precision_check import autocast
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import NumericsError
 from chatgot.proof.compare import KnownLoss
+
+logger = logging.getLogger(__name__)
 
 SPIKE_WINDOW = 50
 """Steps that a loss is compared with; before there are as many, none is a spike."""
@@ -158,12 +162,15 @@ def describe_skip(
     step: int,
     loss: Tensor,
     first_sample: int,
+    fits: bool,
 ) -> dict[str, Any]:
     """The fields of the event `skipped_step`: which ranks, samples, texts and layers a step was skipped for.
 
     Collective: the batch is computed again, but for the steps of fp16's search for a loss scale. Fields: ranks whose
     loss (in the step itself) or own gradients (computed again) were not finite; repeated, whether the second time found
-    anything; losses and texts by sample index; layer_grad_norms of the averaged gradients that were thrown away.
+    anything; losses and texts by sample index; layer_grad_norms of the averaged gradients that were thrown away;
+    out_of_memory, the ranks on which memory ended this look, which costs no run. At ZeRO 3, where they could not end it
+    alone, it is not taken unless the run `fits` by its plan: not_computed_again says so.
 
     Args:
         loss: this rank's, of the step.
@@ -177,15 +184,27 @@ def describe_skip(
     }
     if engine.skips_in_a_row == 0:
         return {"searches_loss_scale": True, **common}
-    own_losses, gradients_finite = diagnose(engine, batches.micro_batches(first_sample))
-    by_index = dict(zip(batches.indices(first_sample).tolist(), own_losses, strict=True))
-    shares = ranks.gather((math.isfinite(float(loss)), gradients_finite, by_index))
+    if engine.config.zero_stage == 3 and not fits:
+        why = "chatgot plan says that memory may not be enough, and at ZeRO 3 that would end the run"
+        return {**common, "not_computed_again": why, "layer_grad_norms": engine.layer_grad_norms}
+    own_losses, gradients_finite, ran_out = list[float](), True, False
+    try:
+        own_losses, gradients_finite = diagnose(engine, batches.micro_batches(first_sample))
+    except (RuntimeError, MemoryError) as error:
+        if engine.config.zero_stage == 3 or not is_out_of_memory(error):
+            raise
+        ran_out = True
+        logger.warning(f"step {step}: memory ran out in a second look at the skipped batch ({error}); training goes on")
+    by_index = dict(zip(batches.indices(first_sample).tolist(), own_losses))
+    shares = ranks.gather((math.isfinite(float(loss)), gradients_finite, by_index, ran_out))
     losses: dict[int, float] = {index: value for share in shares for index, value in share[2].items()}
     worst = sorted(losses, key=lambda index: (math.isfinite(losses[index]), -losses[index], index))[:TEXTS]
-    finite = [gradients_fine and all(map(math.isfinite, values.values())) for _, gradients_fine, values in shares]
+    finite = [gradients_fine and all(map(math.isfinite, values.values())) for _, gradients_fine, values, _ in shares]
+    out_of_memory = [rank for rank, share in enumerate(shares) if share[3]]
     return {
         **common,
-        "ranks": [rank for rank, (*both_fine, _) in enumerate(shares) if not all(both_fine)],
+        **({"out_of_memory": out_of_memory} if out_of_memory else {}),
+        "ranks": [rank for rank, share in enumerate(shares) if not all(share[:2])],
         "repeated": not all(finite),
         "first_sample": first_sample,
         "losses": dict(sorted(losses.items())),

@@ -243,7 +243,8 @@ class Loop:
         if not self.engine.engine.was_step_applied():
             with self._doing(f"the diagnosis of step {step}", "diagnose"):
                 args = (self.engine, self.train_batches, self.data.tokenizer, self.ranks, step, loss)
-                self.records.event("skipped_step", **describe_skip(*args, self._first_sample))
+                said = describe_skip(*args, self._first_sample, self.memory.plan.fits)
+                self.records.event("skipped_step", **said)
         if last or step % self.config.train.log_every == 0 or step == 1:
             self._log(step, loss)
         else:
@@ -330,6 +331,7 @@ class Loop:
         self.proof.end("the run was rolled back first")
         from_step, end, earlier = self.step, self.position.next_sample, self.guard.rollbacks
         with self._doing(f"the rollback at step {from_step}", "rollback"):
+            self.engine.restart_scheduler()
             client_state, _ = resume(self.engine.engine, good, self.fields, self.ranks)
         rng.resume(client_state["rng"], self.config.train.seed, self.ranks.rank, self.ranks.world_size, self.step)
         self.position = Position.of(client_state)

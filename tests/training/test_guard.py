@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from chatgot.deepspeed_json.chatgot_section import GuardConfig
 from chatgot.errors import EXIT_NUMERICS, NumericsError
 from chatgot.proof import digest
-from chatgot.training import run
+from chatgot.training import divergence, run
 from chatgot.training.divergence import SPIKE_WINDOW, Guard
 from chatgot.verify.replay import replay
 from chatgot.verify.verify import verify
@@ -240,3 +242,87 @@ def test_a_state_that_is_not_finite_is_never_published(stage, where, tmp_path, t
     loop.roll_back("the test says so")  # and a rollback repairs it
     loop.save()
     steps.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step..` has been overridden")  # the stage 0 guard has
+@pytest.mark.parametrize("kind", ["WarmupDecayLR", "OneCycle", "CosineAnnealingLR"])
+def test_a_stock_scheduler_is_back_at_the_checkpoints_step_after_a_rollback(kind, tmp_path, text_file):
+    params = {
+        "WarmupDecayLR": {"warmup_max_lr": 1e-3, "warmup_num_steps": 2, "total_num_steps": 12, "warmup_type": "linear"},
+        "OneCycle": {"cycle_min_lr": 1e-4, "cycle_max_lr": 3e-3, "cycle_first_step_size": 6},
+        "CosineAnnealingLR": {"T_max": 12},
+    }
+    for name in ("out", "clean"):
+        line = words(
+            tmp_path,
+            text_file,
+            int(kind != "CosineAnnealingLR"),
+            name=name,
+            scheduler={"type": kind, "params": params[kind]},
+        )
+        tree = json.loads((tmp_path / "engine.json").read_text())
+        del tree["chatgot"]["schedule"]
+        write_json(tmp_path / "engine.json", tree)
+        assert (poisoned_run(line)[0] if name == "out" else in_process.train(line)) == 0
+    assert len(events(tmp_path / "out", "rolled_back")) == 1
+    rates = series(tmp_path / "out", "optim/lr")
+    assert len(set(rates.values())) > 8, "the rate changes, so that the comparison can fail"
+    assert rates == series(tmp_path / "clean", "optim/lr")
+
+
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+def test_a_skipped_step_is_looked_at_with_recomputation_if_the_run_has_it(backend, tmp_path, text_file, monkeypatch):
+    kept: dict[str, int] = {}
+
+    def measured(engine, micro_batches):
+        total = 0
+
+        def packed(tensor):
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
+            found = original(engine, micro_batches)
+        kept[name] = total
+        return found
+
+    original = divergence.diagnose
+    monkeypatch.setattr(divergence, "diagnose", measured)
+    sections: dict[str, dict[str, Any]] = {
+        "off": {},
+        "on": {"activation_checkpointing": {"partition_activations": False}},
+    }
+    for name, section in sections.items():
+        line = words(tmp_path, text_file, name=name, steps=5, **section)
+        tree = json.loads((tmp_path / "engine.json").read_text())
+        if section:
+            tree["chatgot"]["activation_checkpointing"] = {"backend": backend}
+        write_json(tmp_path / "engine.json", tree)
+        poisoned_run(line)
+    off, on = (events(tmp_path / name, "skipped_step")[0] for name in ("off", "on"))
+    assert on["losses"].keys() == off["losses"].keys()
+    assert kept["on"] < 0.5 * kept["off"]
+
+
+def test_memory_that_runs_out_in_the_look_at_a_skipped_step_costs_only_that(tmp_path, text_file, monkeypatch, capsys):
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(divergence, "diagnose", runs_out)
+    assert poisoned_run(words(tmp_path, text_file, 2), samples=BAD[:1])[0] == 0
+    [event] = events(tmp_path / "out", "skipped_step")
+    assert (event["out_of_memory"], event["losses"], event["ranks"]) == ([0], {}, [0])
+    assert "memory ran out in a second look at the skipped batch" in capsys.readouterr().out
+
+
+def test_at_stage_3_a_skipped_step_is_computed_again_only_where_the_plan_says_that_it_fits(tmp_path, text_file):
+    loop = in_process.prepare(words(tmp_path, text_file, 3))
+    poison = Poison(loop, samples=BAD[:1])
+    plan = loop.memory.plan
+    loop.memory.plan = replace(plan, device=replace(plan.device, memory=plan.needed - 1))
+    assert run.finish(loop) == 0
+    assert poison.fed.count(BAD[0]) == 1
+    [event] = events(tmp_path / "out", "skipped_step")
+    assert "chatgot plan says" in event["not_computed_again"]
+    assert event["layer_grad_norms"]
