@@ -15,7 +15,7 @@ EXIT_SECOND_INTERRUPT = 130
 
 def quoted(value: object) -> str:
     """Show a value that came from a file, 200 characters of it at most."""
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

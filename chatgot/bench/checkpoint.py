@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from chatgot.bench import measuring
-from chatgot.checkpoint import load, manifest
+from chatgot.checkpoint import manifest, pickles
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.resume import resume
 from chatgot.checkpoint.save import Saver
@@ -87,13 +87,13 @@ def _at_once(loop: Loop, saver: Saver, folder: Path) -> dict[str, float]:
     times = {"save at once": measuring.timed(lambda: (_begin(loop, saver), saver.finish()))}
     found = _newest(saver)
     names = [name for name in manifest.listed(found.path) if name.endswith(".pt")]
-    states = {name: load.read(found.path / name) for name in names}
+    states = {name: pickles.read(found.path / name) for name in names}
     sizes = [(found.path / name).stat().st_size for name in names]
     works = {
         "torch.save and fsync": lambda: [_save(folder / f"raw-{name}", state) for name, state in states.items()],
         "the disk alone": lambda: [_write(folder / f"bytes-{n}", size) for n, size in enumerate(sizes)],
         "hashing": lambda: [manifest.measure(found.path / name) for name in manifest.listed(found.path)],
-        "torch.load": lambda: [load.read(folder / f"raw-{name}") for name in names],
+        "torch.load": lambda: [pickles.read(folder / f"raw-{name}") for name in names],
         "load: verify": lambda: find(found.folder, found.tag),
         "load: into the engine": lambda: resume(loop.engine.engine, found, loop.fields, loop.ranks),
     }

@@ -1,5 +1,5 @@
-"""Finding a whole checkpoint, choosing the one to go on from, and reading its files without running code. A requested
-resume that fails is an error, never a fresh start. Imports torch only to read a file.
+"""Finding a whole checkpoint, and choosing the one to go on from. A requested resume that fails is an error, never a
+fresh start. Needs no torch.
 """
 
 from __future__ import annotations
@@ -7,16 +7,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.manifest import Difference, Manifest
-from chatgot.errors import CheckpointError, ConfigError
-from chatgot.run_folder import CHECKPOINTS, LATEST, REPLACED, UNFINISHED
+from chatgot.checkpoint.pickles import look
+from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.fields import read_section
+from chatgot.errors import CheckpointError, ConfigError, quoted
+from chatgot.model.shapes import parameter_shapes
+from chatgot.run_folder import CHECKPOINTS, LATEST, REPLACED, UNFINISHED, read_bytes
 
+MEANWHILE = 100
+"""How often a reader beside a run that saves begins again, because what it was reading has been deleted."""
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAG_OF_STEP = re.compile(r"step-(\d{1,18})")
 
@@ -78,31 +84,80 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
     """
     if tag is not None:
         return _open(folder, tag)
+    for _ in range(MEANWHILE):
+        with contextlib.suppress(_GoneError):
+            return _newest(folder)
+    raise CheckpointError(f"{folder}: its checkpoints are deleted faster than they can be read")
+
+
+def find_again(folder: Path, tag: str) -> Found | None:
+    """Find the named checkpoint, beside a run that may save or delete it meanwhile; None: it is gone.
+
+    Raises:
+        CheckpointError: it is damaged, and was not replaced while it was read.
+    """
+    for _ in range(MEANWHILE):
+        before = _identity(folder / tag)
+        try:
+            return _open(folder, tag) if before is not None else None
+        except CheckpointError:
+            if _identity(folder / tag) == before:
+                raise
+    raise CheckpointError(f"{folder / tag}: is replaced faster than it can be read")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class _GoneError(Exception):
+    """All checkpoints that were listed have been deleted since."""
+
+
+def _newest(folder: Path) -> Found | None:
+    """See `find`; a checkpoint that a run deletes meanwhile is none."""
+    gone = False
     damaged: list[tuple[str, int | None, str]] = []
     candidates: list[tuple[int, int, bool, str]] = []
     for name in tags_in(folder):
         try:
             fields = _manifest(folder / name)
-            step = int(fields["step"])
-            candidates.append((int(fields["sequence"]), step, step == _step_of(name), name))  # before its copies
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            step = fields["step"]
+            candidates.append((fields["sequence"], step, step == _step_of(name), name))  # before its copies
+        except CheckpointError as error:
+            if _identity(folder / name) is None:
+                gone = True
+                continue
             damaged.append((name, _step_of(name), str(error)))
     for _, step, _, name in sorted(candidates, reverse=True):
         try:
-            whole = _open(folder, name)
+            whole = find_again(folder, name)
         except CheckpointError as error:
             damaged.append((name, step, str(error)))
             continue
+        if whole is None:
+            gone = True
+            continue
         notes = (*whole.notes, *_notes(folder, name, step, damaged))
         return Found(folder, name, whole.manifest, notes, tuple(lost for lost, _, _ in damaged))
+    if gone:
+        raise _GoneError
     if damaged:
         raise CheckpointError(f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged))
     return None
 
 
 def tags_in(folder: Path) -> list[str]:
-    """List what is, or should be, a published checkpoint: it has a manifest, or the name of one."""
+    """List what is, or should be, a published checkpoint: it has a manifest, or the name of one. Raises CheckpointError
+    where there is something else than a folder, as a link to a disk that is not mounted.
+    """
     if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise CheckpointError(f"{folder}: is no folder, or a link that leads nowhere; is its disk mounted?")
         return []
     names = [one.name for one in folder.iterdir() if TAG.fullmatch(one.name) and (one.is_dir() or one.is_symlink())]
     return sorted(name for name in names if _TAG_OF_STEP.fullmatch(name) or (folder / name / manifest.NAME).is_file())
@@ -133,9 +188,40 @@ def _open(folder: Path, tag: str) -> Found:
     fields = _manifest(path)
     try:
         strays = manifest.verify(path, fields)
-    except CheckpointError as error:
+        looks = {name: look(path / name) for name in fields["files"] if name.endswith(".pt")}
+        if "model" in fields:
+            _check_model(fields, looks)
+    except (CheckpointError, AttributeError, KeyError, TypeError) as error:  # others: what `look` saw has another form
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
-    return Found(folder, tag, fields, tuple(f"{path / one}: is not in the manifest, and is not read" for one in strays))
+    unread = "is not in the manifest, and is not read"
+    return Found(folder, tag, fields, tuple(f"{path}/{quoted(one)}: {unread}" for one in strays))
+
+
+def model_of(fields: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """The model in a manifest, and its vocabulary's size. Raises CheckpointError."""
+    model = dict(fields["model"])
+    vocab_size = model.pop("vocab_size", None)
+    if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 32:
+        raise CheckpointError(f"{manifest.NAME}: model.vocab_size = {quoted(vocab_size)}: must be a whole number >= 1")
+    try:
+        return read_section(ModelConfig, model, lambda key: f"{manifest.NAME}: "), vocab_size
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_model(fields: Mapping[str, Any], looks: Mapping[str, Any]) -> None:
+    """Hold the manifest's model against the parameters in the files; it may be of any size, and is not built here."""
+    config, vocab_size = model_of(fields)
+    at_stage_3, else_ = (f"{name}mp_rank_00_model_states.pt" for name in ("zero_pp_rank_0_", ""))
+    saved = looks.get(at_stage_3, looks.get(else_))
+    if not isinstance(saved, dict) or not isinstance(saved.get("chatgot"), dict):
+        raise CheckpointError(f"file {else_}: is missing, or has no state of train.py")
+    groups = saved.get("param_shapes") or [saved["module"]]
+    shapes = {name: shape for group in groups for name, shape in group.items()}
+    if config.n_layers > len(shapes) or any(
+        shapes.get(name) != shape for name, shape in parameter_shapes(config, vocab_size).items()
+    ):
+        raise CheckpointError(f"the parameters in its files are not those of the model in {manifest.NAME}")
 
 
 def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | None, str]]) -> list[str]:
@@ -148,7 +234,7 @@ def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | Non
         notes.append(f"{pointer} is a symbolic link and was not followed; using {tag}, the newest whole checkpoint")
         return notes
     try:
-        named = pointer.read_bytes()[:200]
+        named = read_bytes(pointer)[:200]
     except OSError:
         named = b""  # a kill right before it was first written
     if named and named != tag.encode() and not any(named == name.encode() for name, _, _ in damaged):
@@ -170,12 +256,12 @@ def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
                 raise CheckpointError("it is a symbolic link")
             fields = manifest.read(path)
             manifest.verify(path, fields, contents=False)
-            step, sequence, loss = int(fields["step"]), int(fields.get("sequence", 0)), fields.get("val_loss")
+            step, sequence, loss = fields["step"], fields["sequence"], fields.get("val_loss")
             if _step_of(tag) != step:
                 continue  # renamed or copied by somebody who wants to keep it
             size, files = manifest.bytes_of(path, fields), len(fields["files"]) + 1
-            good.append(Published(tag, step, sequence, size, files, None if loss is None else float(loss)))
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            good.append(Published(tag, step, sequence, size, files, loss))
+        except CheckpointError as error:
             bad.append((tag, str(error)))
     good.sort(key=lambda checkpoint: checkpoint.sequence)
     replaced = [path for path in folder.glob(f"{REPLACED}*") if (folder / path.name.removeprefix(REPLACED)).exists()]
@@ -271,52 +357,3 @@ def refuse_differences(found: Found, now: Mapping[str, Any], allowed: Collection
     ]
     advice = "Give the same settings, or start a new run in another --out_dir"
     raise CheckpointError("\n".join([f"{found.path}: does not fit this run:", *lines, advice]))
-
-
-@contextlib.contextmanager
-def weights_only() -> Iterator[None]:
-    """Restrict every torch.load within it, also those of DeepSpeed, which ask for the opposite (weights_only=False).
-
-    torch's own switch for that is an environment variable (torch/serialization.py, load). The classes are those that
-    DeepSpeed 0.19.8 puts into its optimizer files; none of them does anything when it is made.
-    """
-    import torch
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ[names[0]] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        os.environ.pop(names[0], None)
-        os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Load one file of a checkpoint without running code: tensors, plain containers and a few classes, nothing else.
-
-    Its tensors are on the CPU and memory-mapped: their elements are read from the file when they are used. Only torch's
-    zip format can be mapped; with checkpoint.checkpoint_serialization = false in the JSON, DeepSpeed writes the older
-    one, which is read as a whole.
-    """
-    import torch
-
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # as torch/serialization.py, _is_zipfile
-    with weights_only():
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def explained(error: Exception) -> str:
-    """Say what went wrong, without torch's advice to load the file with weights_only=False."""
-    message = str(error)
-    if "weights_only" not in message and "Weights only" not in message:
-        return f"{type(error).__name__}: {message}"
-    name = re.search(r"(?:GLOBAL|class|function|global) ([\w.]+)", message)
-    what = f" ({name.group(1)})" if name else f": {message.splitlines()[-1]}"
-    unneeded = "a checkpoint never needs that, and loading it could run code"
-    return f"refused: it holds more than tensors and plain values{what}; {unneeded}"

@@ -224,24 +224,10 @@ def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> li
     files = fields.get("files")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{folder / NAME}: lists no files")
-    present = set(listed(folder))
-    root = os.path.realpath(folder)
-    for name, expected in files.items():
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise CheckpointError(f"file {name}: leads out of the checkpoint")
-        if os.path.realpath(folder / name) != os.path.join(root, *relative.parts):
-            raise CheckpointError(f"file {name}: is, or is reached through, a symbolic link")
-        if name not in present:
-            raise CheckpointError(f"file {name}: is missing")
-        status = os.lstat(folder / name)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"file {name}: is not a regular file")
-        if status.st_size != expected["bytes"]:
-            raise CheckpointError(f"file {name}: has {status.st_size} bytes, not {expected['bytes']}")
-    strays = sorted(present - files.keys())
-    if readable := [name for name in strays if name.endswith(".pt")]:
-        raise CheckpointError(f"file {readable[0]}: is not in the manifest")
+    try:
+        strays = _compare(folder, files)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise CheckpointError(f"its files cannot be looked at: {error}") from error
     if not contents:
         return strays
     executor = ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="hash")
@@ -257,6 +243,29 @@ def verify(folder: Path, fields: Mapping[str, Any], contents: bool = True) -> li
                 raise CheckpointError(f"file {name}: {changed}")
     finally:
         executor.shutdown(cancel_futures=True)
+    return strays
+
+
+def _compare(folder: Path, files: dict[str, Measured]) -> list[str]:
+    """Names and sizes; see `verify`."""
+    present = set(listed(folder))
+    root = os.path.realpath(folder)
+    for name, expected in files.items():
+        relative, shown = PurePosixPath(name), quoted(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise CheckpointError(f"file {shown}: leads out of the checkpoint")
+        if os.path.realpath(folder / name) != os.path.join(root, *relative.parts):
+            raise CheckpointError(f"file {shown}: is, or is reached through, a symbolic link")
+        if name not in present:
+            raise CheckpointError(f"file {shown}: is missing")
+        status = os.lstat(folder / name)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"file {shown}: is not a regular file")
+        if status.st_size != expected["bytes"]:
+            raise CheckpointError(f"file {shown}: has {status.st_size} bytes, not {expected['bytes']}")
+    strays = sorted(present - files.keys())
+    if readable := [name for name in strays if name.endswith(".pt")]:
+        raise CheckpointError(f"file {readable[0]}: is not in the manifest")
     return strays
 
 

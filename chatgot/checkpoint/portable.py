@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from chatgot.checkpoint.load import Found, explained, read
+from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import ClientState
+from chatgot.checkpoint.pickles import explained, read
 from chatgot.engine.zero_view import Fragment, cut_each, cut_group, whole
 from chatgot.errors import CheckpointError
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.load import Found, explained, weights_only
+from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import MAY_CHANGE, ClientState
+from chatgot.checkpoint.pickles import explained, weights_only
 from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, PortableState, read_portable
 from chatgot.distributed import ControlGroup
 from chatgot.engine import zero_view

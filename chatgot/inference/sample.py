@@ -13,12 +13,11 @@ from typing import NamedTuple, TextIO
 import torch
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint.load import find
+from chatgot.checkpoint.load import MEANWHILE, Found, find, model_of
 from chatgot.checkpoint.portable import fp32_weights
-from chatgot.config.run import ModelConfig, load_run_config
+from chatgot.config.run import load_run_config
 from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from chatgot.deepspeed_json.fields import read_section
-from chatgot.errors import CheckpointError, ConfigError
+from chatgot.errors import CheckpointError, ConfigError, NumericsError
 from chatgot.model.generate import generate
 from chatgot.model.gpt import GPT
 
@@ -104,24 +103,20 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedM
     # Reading ZeRO's files imports DeepSpeed, which announces a device it finds by itself. It is told of this machine's,
     # and not of the one to sample on, because a training that follows in this process keeps it.
     os.environ.setdefault("DS_ACCELERATOR", here)
-    checkpoint = find(run / run_folder.CHECKPOINTS, tag)
-    if checkpoint is None:
-        where = run / run_folder.CHECKPOINTS
-        raise CheckpointError(f"{run}: no complete checkpoint in {where}; is it a run folder of train.py?")
-    for note in checkpoint.notes:
+    notes = run_folder.linked_folders(run)
+    checkpoint, weights = _newest_weights(run, tag)
+    for note in (*notes, *checkpoint.notes):
         print(f"WARNING: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(run / run_folder.TOKENIZER)
     if tokenizer.fingerprint != checkpoint.manifest["tokenizer"]:
         what = f"the tokenizer that {checkpoint.path} was trained with (fingerprints differ)"
         raise CheckpointError(f"{run / run_folder.TOKENIZER} is not {what}")
-    fields = dict(checkpoint.manifest["model"])
-    vocab_size = fields.pop("vocab_size")
-    model = GPT(read_section(ModelConfig, fields, lambda key: f"{checkpoint.path}: "), vocab_size)
-    try:
-        model.load_state_dict(fp32_weights(checkpoint), strict=True)
-    except RuntimeError as error:
-        what = "the weights do not fit the model in its manifest"
-        raise CheckpointError(f"{checkpoint.path}: {what}: {error}") from error
+    config, vocab_size = model_of(checkpoint.manifest)
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        values = f"{bad[0]} and {len(bad) - 1} more have" if bad[1:] else f"{bad[0]} has"
+        raise NumericsError(f"{checkpoint.path}: {values} values that are not finite; name an earlier one with --tag")
+    model = GPT(config, vocab_size)
+    model.load_state_dict(weights, strict=True)
     return LoadedModel(model.to(here if device == "auto" else device).eval(), tokenizer)
 
 
@@ -137,6 +132,21 @@ def first_prompt(run: Path, tokenizer: Tokenizer) -> str:
             if len(tokenizer.encode_prompt(prompt)):
                 return prompt
     return tokenizer.decode([0])
+
+
+def _newest_weights(run: Path, tag: str | None) -> tuple[Found, dict[str, torch.Tensor]]:
+    """Read the weights of the newest or the named checkpoint, another one if a run deletes it meanwhile."""
+    where = run / run_folder.CHECKPOINTS
+    for _ in range(MEANWHILE):
+        checkpoint = find(where, tag)
+        if checkpoint is None:
+            raise CheckpointError(f"{run}: no complete checkpoint in {where}; is it a run folder of train.py?")
+        try:
+            return checkpoint, fp32_weights(checkpoint)
+        except CheckpointError:
+            if checkpoint.path.exists():
+                raise
+    raise CheckpointError(f"{where}: its checkpoints are deleted faster than they can be read")
 
 
 def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:

@@ -20,6 +20,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Generic, SupportsFloat, TypeVar
 
+from chatgot.errors import ConfigError
+from chatgot.run_folder import open_file
+
 METRICS = (
     "train/loss",
     "val/loss",
@@ -38,6 +41,9 @@ METRICS = (
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """How JSON, which has no words for them, is given numbers that are not finite."""
+
+LARGEST, LONGEST = 64 << 30, 1 << 20
+"""Bytes of a file that is read, and of a line; a longer line is a broken one."""
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,7 +76,8 @@ class TolerantWriter:
 
 
 class LineFile:
-    """An append-only file of JSON lines. A line that the file system refuses is lost with a warning.
+    """An append-only file of JSON lines. A line that the file system refuses is lost with a warning; the next one that
+    is written follows a record of the gap: {"step": 8, "lost_lines": 3, "lost_from_step": 7}.
 
     A broken line at the end of the file that is opened is said, left as it is and only terminated, so that the lines
     that follow can be read; `read_journal` then counts it.
@@ -80,8 +87,10 @@ class LineFile:
         self.path = Path(path)
         self._writer = TolerantWriter(f"lines of {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd: int | None = open_file(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self._torn = False
+        self._lost: list[int] = []
+        """Steps of the lines that were lost since one was written."""
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             self._writer.attempt(lambda: self._write(b"\n"))
@@ -90,8 +99,22 @@ class LineFile:
 
     def write_line(self, record: Mapping[str, Any]) -> None:
         """Write one line, a fresh one after one that was lost. Raises ValueError: closed, or not for JSON."""
-        line = json.dumps(_finite(record), allow_nan=False).encode("ascii") + b"\n"
-        self._writer.attempt(lambda: self._write(line))
+        self._append(record)
+
+    def _append(self, *records: Mapping[str, Any]) -> None:
+        gap = []
+        if self._lost:
+            gap = [{"step": max(self._lost), "lost_lines": len(self._lost), "lost_from_step": min(self._lost)}]
+        lines = [json.dumps(_finite(record), allow_nan=False) for record in (*gap, *records)]
+        if not self._writer.attempt(lambda: self._write("".join(f"{line}\n" for line in lines).encode("ascii"))):
+            self._lost += [record.get("step", 0) for record in records]
+        else:
+            self._lost.clear()
+
+    def flush(self) -> None:
+        """Let what was written reach the disk."""
+        if self._fd is not None:
+            self._writer.attempt(lambda: os.fsync(self._fd or 0))
 
     def _write(self, line: bytes) -> None:
         if self._fd is None:
@@ -105,6 +128,8 @@ class LineFile:
     def close(self) -> None:
         """Give back the descriptor; the lines are with the kernel when `append` returns. Idempotent."""
         if self._fd is not None:
+            if self._lost:
+                self._append()
             os.close(self._fd)
             self._fd = None
 
@@ -167,22 +192,33 @@ def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
     """Read a metrics.jsonl or events.jsonl record by record, in the order of writing; a missing file has none. None
     stands for a broken line, which a kill cut off (or a power cut filled with zeros).
     """
-    if not Path(path).exists():
+    try:
+        file = os.fdopen(open_file(Path(path)), "rb")
+    except FileNotFoundError:
         return
-    with open(path, "rb") as file:
-        for line in file:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    with file:
+        if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+            raise ConfigError(f"{path}: has {size} bytes, and at most {LARGEST} are read; move it away")
+        while line := file.readline(LONGEST):
             if line == b"\n":
                 continue
+            whole = line
+            while len(whole) == LONGEST and not whole.endswith(b"\n"):
+                whole = file.readline(LONGEST)  # the rest of a line that is too long
             try:
                 record = json.loads(line)
-            except ValueError:  # includes UnicodeDecodeError
+            except (ValueError, RecursionError):  # includes UnicodeDecodeError
                 record = None
             yield record if isinstance(record, dict) else None
 
 
 def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
-    """Read all records in the order of writing; returns them and the number of broken lines, which are left out."""
-    lines = list(read_lines(path))
+    """Read all records in the order of writing; returns them and the number of broken lines, which are left out as
+    records of gaps are.
+    """
+    lines = [record for record in read_lines(path) if record is None or "lost_lines" not in record]
     records = [record for record in lines if record is not None]
     for record in records:
         for name in METRICS:
@@ -211,8 +247,9 @@ class Branch(Generic[T]):
         self._last = step
         if not back:
             return None
-        given_up = {s: value for s, value in self.by_step.items() if s >= step}
-        self.by_step = {s: value for s, value in self.by_step.items() if s < step}
+        given_up = {}
+        while self.by_step and (newest := next(reversed(self.by_step))) >= step:
+            given_up[newest] = self.by_step.pop(newest)
         return given_up
 
 
@@ -220,8 +257,8 @@ def newest_step(path: str | os.PathLike) -> int | None:
     """Find the highest step whose metrics were ever logged, given-up pasts included, as a dashboard that cannot forget
     has seen them; None: there is none.
     """
-    steps = (record["step"] for record in read_lines(path) if record is not None and "digest" not in record)
-    return max(steps, default=None)
+    steps = (record.get("step") for record in read_lines(path) if record is not None and "digest" not in record)
+    return max((step for step in steps if isinstance(step, int)), default=None)
 
 
 def _finite(value: Any) -> Any:

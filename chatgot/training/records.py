@@ -60,6 +60,12 @@ class Records:
         if self.wandb is not None:
             self.wandb.log_text("samples", text, step)
 
+    def flush(self) -> None:
+        """Let journal and events reach the disk, as every checkpoint does."""
+        for lines in (self.journal, self.events):
+            if lines is not None:
+                lines.flush()
+
     def close(self) -> None:
         """Close the bar and the files. The dashboard is closed by its own `finish`, which waits for an upload."""
         self.progress.close()

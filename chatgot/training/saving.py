@@ -77,6 +77,7 @@ class Saving:
             NumericsError: a value is not finite; nothing was written.
         """
         self.finish()
+        self._records.flush()
         try:
             self.saver.begin(engine, client_state, fields)
         except CheckpointError as error:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint.load import Found, find, tags_in
-from chatgot.errors import CheckpointError
+from chatgot.checkpoint.load import TAG, Found, find_again, tags_in
+from chatgot.errors import CheckpointError, quoted
 from chatgot.observe.journal import Branch, read_journal, read_lines
 from chatgot.proof import digest
 from chatgot.proof.digest import Digest, Setup, Terms, read_digest
@@ -31,14 +31,16 @@ def verify(run: Path, tag: str | None = None) -> bool:
     tags = tags_in(folder)
     if tag is not None and tag not in tags:
         raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags) or 'none'})")
+    for note in run_folder.linked_folders(run):
+        print(f"note: {note}")
     whole, problems = _checkpoints(folder, tags if tag is None else [tag])
-    newest = max(whole, key=lambda checkpoint: checkpoint.manifest["sequence"], default=None)
+    newest = max(whole, key=_sequence, default=None)
     if tag is None:
-        problems += _latest(folder, whole, newest)
+        problems += _latest(folder, whole, newest, tags)
     journal = JournalCheck(run)
     journal.read()
     problems += journal.problems
-    if newest is not None and newest.manifest["step"] not in journal.digests:
+    if newest is not None and journal.lacks(newest.manifest["step"]):
         end = f"ends at step {max(journal.digests)}" if journal.digests else "has no digest"
         problems.append(f"{journal.path}: {end}, and does not cover {newest.tag}")
     print(f"journal: {journal.describe()}")
@@ -56,23 +58,28 @@ def _checkpoints(folder: Path, tags: list[str]) -> tuple[list[Found], list[str]]
     problems: list[str] = []
     for tag in tags:
         try:
-            checkpoint = find(folder, tag)
+            checkpoint = find_again(folder, tag)
         except CheckpointError as error:
-            if (folder / tag).exists():
-                problems.append(str(error))
-                print(f"checkpoint {tag}: NOT WHOLE")
-            else:
-                print(f"checkpoint {tag}: deleted by the run meanwhile")
+            problems.append(str(error))
+            print(f"checkpoint {tag}: NOT WHOLE")
             continue
-        assert checkpoint is not None
+        if checkpoint is None:
+            print(f"checkpoint {tag}: deleted by the run meanwhile")
+            continue
         whole.append(checkpoint)
+        for note in checkpoint.notes:
+            print(f"note: {note}")
         files, step = checkpoint.manifest["files"], checkpoint.manifest["step"]
         size = sum(file["bytes"] for file in files.values())
         print(f"checkpoint {tag}: whole, {len(files)} file(s), {size / 1e6:.1f} MB, step {step}")
     return whole, problems
 
 
-def _latest(folder: Path, whole: list[Found], newest: Found | None) -> list[str]:
+def _sequence(checkpoint: Found) -> int:
+    return checkpoint.manifest["sequence"]
+
+
+def _latest(folder: Path, whole: list[Found], newest: Found | None, tags: list[str]) -> list[str]:
     """Check stock DeepSpeed's `latest`; a kill right after a checkpoint's rename leaves it at the one before."""
     if newest is None:
         if not tags_in(folder):
@@ -80,16 +87,19 @@ def _latest(folder: Path, whole: list[Found], newest: Found | None) -> list[str]
         return []
     path = folder / run_folder.LATEST
     try:
-        named = path.read_text(encoding="utf-8").strip()
+        named = run_folder.read_bytes(path).decode("utf-8").strip()
     except (OSError, ValueError) as error:
         return [f"{path}: cannot be read: {error}"]
+    if TAG.fullmatch(named) and named not in tags and named in tags_in(folder):  # published since they were listed
+        more, problems = _checkpoints(folder, [named])
+        return problems + _latest(folder, [*whole, *more], max([newest, *more], key=_sequence), [*tags, named])
     if named == newest.tag:
         print(f"latest: {named}")
     elif any(named == checkpoint.tag for checkpoint in whole):
         why = "the run was killed in between, or is saving now"
         print(f"note: latest is {named}, and {newest.tag} is newer: {why}; a resume takes {newest.tag}")
     else:
-        return [f"{path}: names {named!r}, which is no whole checkpoint; the newest is {newest.tag}"]
+        return [f"{path}: names {quoted(repr(named))}, which is no whole checkpoint; the newest is {newest.tag}"]
     return []
 
 
@@ -104,6 +114,8 @@ class JournalCheck:
     """Of the run as it stands, by step."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _gaps: list[tuple[int, int]] = field(default_factory=list)
+    """First and last step of lines that the run itself says it could not write."""
     _twice: int = 0
     """Steps that were trained again and could be compared."""
     _exact: bool = True
@@ -130,21 +142,32 @@ class JournalCheck:
         events, broken_events = read_journal(self.run / run_folder.EVENTS)
         starts = [event for event in events if event.get("event") in ("started", "resumed")]
         with_digests = [event for event in starts if "setup" in event]
-        first = int(with_digests[0].get("step", 0)) + 1 if with_digests else 1
+        began = with_digests[0].get("step") if with_digests else 0
+        first = began + 1 if isinstance(began, int) else 1
         if with_digests and starts[0] is not with_digests[0]:
             self.notes.append(f"steps up to {first - 1} were trained by an earlier ChatGoT, which wrote no digests")
         for event in events:
             if event.get("event") == "rolled_back":
                 samples = f"{event.get('samples')} samples from {event.get('first_sample')} on were left out"
-                self.notes.append(
-                    f"rolled back from step {event.get('from_step')} to {event.get('to_step')}; {samples}"
-                )
+                steps = f"from step {event.get('from_step')} to {event.get('to_step')}"
+                self.notes.append(quoted(f"rolled back {steps}; {samples}"))
         self._read_metrics(digest.setups(events), restarts=max(len(starts) - 1, 0))
-        missing = [step for step in range(first, max(self.digests, default=0)) if step not in self.digests]
-        if missing:
-            self.problems.append(f"{self.path}: no digest of step {_ranges(missing)}")
+        steps = [first - 1, *(step for step in sorted(self.digests) if step >= first)]
+        missing = [(a + 1, b - 1) for a, b in itertools.pairwise(steps) if b > a + 1]
+        if self._gaps:
+            lost = _ranges(self._gaps)
+            self.notes.append(f"{self.path}: the run could not write lines of step {lost} (a full disk?), and says so")
+        if unexplained := [gap for gap in missing if not self._said_lost(*gap)]:
+            self.problems.append(f"{self.path}: no digest of step {_ranges(unexplained)}")
         if broken_events:
             self.notes.append(f"{self.run / run_folder.EVENTS}: {broken_events} broken line(s)")
+
+    def lacks(self, step: int) -> bool:
+        """Whether the journal has no digest of a step, and no record of why."""
+        return step not in self.digests and not self._said_lost(step, step)
+
+    def _said_lost(self, first: int, last: int) -> bool:
+        return any(begin <= first and last <= end for begin, end in self._gaps)
 
     def _read_metrics(self, setups: dict[str, Setup], restarts: int) -> None:
         branch: Branch[Digest] = Branch()
@@ -156,6 +179,8 @@ class JournalCheck:
             if record is None or not isinstance(step := record.get("step"), int):
                 broken += 1
                 continue
+            if isinstance(begin := record.get("lost_from_step"), int):
+                self._gaps.append((begin, step))
             now = read_digest(record["digest"]) if "digest" in record else None
             if "digest" in record and now is None:
                 self.problems.append(f"{self.path}: the digest of step {step} cannot be read")
@@ -164,7 +189,7 @@ class JournalCheck:
                 self._in_common = digest.BIT_FOR_BIT
                 resumed_at = step - 1
             tokens.go_to(step)
-            if "data/tokens" in record:
+            if isinstance(record.get("data/tokens"), int):
                 tokens.by_step[step] = record["data/tokens"]
             if now is not None:
                 branch.by_step[step] = now
@@ -179,7 +204,7 @@ class JournalCheck:
         if broken:
             ending = "the last line was cut off by a kill; " if torn_end else ""
             self.notes.append(f"{self.path}: {ending}{broken} broken line(s) in all, after {restarts} restart(s)")
-        if broken > restarts + torn_end:
+        if broken > restarts + torn_end + len(self._gaps):
             why = "a kill leaves one at most: somebody else changed the file"
             self.problems.append(f"{self.path}: {broken} broken lines, and {why}")
 
@@ -207,12 +232,6 @@ class JournalCheck:
             self.notes.append(f"{what}; more than roundings usually do, and no proof of damage")
 
 
-def _ranges(steps: list[int]) -> str:
-    """[4, 7, 8, 9] -> '4, 7..9'"""
-    parts: list[list[int]] = []
-    for step in steps:
-        if parts and step == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], step]
-        else:
-            parts.append([step])
-    return ", ".join("..".join(map(str, part)) for part in parts)
+def _ranges(parts: list[tuple[int, int]]) -> str:
+    """[(4, 4), (7, 9)] -> '4, 7..9'"""
+    return quoted(", ".join(str(first) if first == last else f"{first}..{last}" for first, last in parts))

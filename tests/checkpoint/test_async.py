@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatgot.checkpoint import load, manifest
+from chatgot.checkpoint import manifest, pickles
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.writing import Snapshot, Snapshots
 from chatgot.errors import CheckpointError, NumericsError
@@ -74,7 +74,9 @@ def test_checkpoint_is_of_the_moment_when_it_began_and_the_same_as_without(stage
         here, there = out / "checkpoints" / tag, tmp_path / "at once" / "out" / "checkpoints" / tag
         names = manifest.listed(here)
         assert names == manifest.listed(there)
-        assert all(same(load.read(here / name), load.read(there / name)) for name in names if name.endswith(".pt"))
+        assert all(
+            same(pickles.read(here / name), pickles.read(there / name)) for name in names if name.endswith(".pt")
+        )
         if stage < 3:
             assert contents(here).keys() == contents(there).keys()
             assert manifest.read(here)["files"] == manifest.read(there)["files"], "byte for byte"

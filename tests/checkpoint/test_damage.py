@@ -4,18 +4,25 @@ runs code.
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import pickle
 import shutil
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from torch._utils import _rebuild_tensor_v2
 
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.load import find
+from chatgot.checkpoint.load import Found, examine, find
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.errors import CheckpointError
+from chatgot.inference.sample import SampleArguments, sample
+from chatgot.verify.verify import verify
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, events
@@ -145,14 +152,16 @@ def test_code_in_any_file_is_never_run(copy, text_file, tmp_path, capsys):
         state = torch.load(path, weights_only=False)
         torch.save({**state, "extra": Payload(mark)}, path)
         in_process.rehash(path.parent)
-        assert in_process.refused(words(copy, text_file)) == 4, path.name
+        named = words(copy, text_file, "--resume_from", f"{copy / 'out'}@{NEWEST}")
+        assert in_process.refused(named) == 4, path.name
         assert "holds more than tensors and plain values (posix.system)" in capsys.readouterr().err
         assert not mark.exists()
         found = find(checkpoints)
         assert found is not None
-        assert found.tag == NEWEST, "files and manifest agree: only the reader can notice"
+        assert found.tag == BEFORE, "files and manifest agree, and yet it is damaged"
+        assert f"file {path.name}: refused: it holds more than tensors" in found.notes[0]
         with pytest.raises(CheckpointError, match=r"posix\.system"):
-            fp32_weights(found)
+            fp32_weights(Found(checkpoints, NEWEST, manifest.read(checkpoints / NEWEST)))
         assert not mark.exists()
         torch.load(path, weights_only=False)  # the control: the payload works
         assert mark.exists()
@@ -201,3 +210,101 @@ def test_files_are_hashed_side_by_side(tmp_path, monkeypatch):
 
     monkeypatch.setattr(manifest, "measure", met)
     manifest.verify(tmp_path / "tag", fields)
+
+
+BOMBS = {
+    "compressed": ("is compressed", lambda path: recompress(path)),
+    "elements that the file lacks": ("is larger than the file", lambda path: declare(path, 10**12, 10**12)),
+    "a shape beyond its elements": ("is larger than", lambda path: declare(path, None, 10**12)),
+    "no torch file": ("cannot be read", lambda path: path.write_bytes(b"w" * 1000)),
+}
+
+
+def recompress(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+
+
+def declare(path: Path, elements: int | None, size: int) -> None:
+    """Let the first tensor say that it has `size` elements, and its storage that it has `elements`."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    [name] = [name for name in records if name.endswith("data.pkl")]
+    storage = ("storage", torch.FloatStorage, "0", "cpu", elements or 1)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            return storage if obj == "the storage" else None
+
+    class Tensor:
+        def __reduce__(self):
+            return _rebuild_tensor_v2, ("the storage", 0, (size,), (1 if elements else 0,), False, {})
+
+    file = io.BytesIO()
+    Pickler(file, 2).dump({"module": {"embed_tokens.weight": Tensor()}})
+    with zipfile.ZipFile(path, "w") as archive:
+        for other, data in {**records, name: file.getvalue()}.items():
+            archive.writestr(other, data)
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_file_that_would_fill_memory_is_damage_although_its_hash_is_right(copy, kind, capsys):
+    checkpoints = copy / "out" / "checkpoints"
+    said, spoil = BOMBS[kind]
+    for path in sorted((checkpoints / NEWEST).glob("*.pt")):
+        whole = path.read_bytes()
+        spoil(path)
+        in_process.rehash(path.parent)
+        found = find(checkpoints)
+        assert found is not None
+        assert found.tag == BEFORE
+        assert said in found.notes[0]
+        assert path.name in found.notes[0]
+        assert not verify(copy / "out")
+        assert "checkpoint step-00000004: NOT WHOLE" in capsys.readouterr().out
+        path.write_bytes(whole)
+    in_process.rehash(checkpoints / NEWEST)
+    assert verify(copy / "out")
+
+
+def forge(folder: Path, **changes: object) -> None:
+    """Change fields of a manifest, and its own hash with them."""
+    fields = json.loads((folder / manifest.NAME).read_text())
+    del fields["sha256"]
+    manifest.write(folder, {**fields, **changes})
+
+
+FORGED: list[dict[str, object]] = [
+    {"sequence": "9" * 5000},
+    {"sequence": True},
+    {"step": -1},
+    {"files": {"\ud800": {"bytes": 1, "sha256": ""}}},
+    {"files": {"a\0": {"bytes": 1, "sha256": ""}}},
+    {"files": {"mp_rank_00_model_states.pt": 3}},
+    {"model": []},
+    {"model": {"n_layers": 10**6, "vocab_size": 41}},
+    {"model": {"vocab_size": "many"}},
+    {"zero_stage": "2"},
+    {"layout": ["x"]},
+]
+
+
+def test_forged_newest_manifest_does_not_block_the_good_one_before_it(copy, text_file, capsys):
+    checkpoints = copy / "out" / "checkpoints"
+    whole = (checkpoints / NEWEST / manifest.NAME).read_bytes()
+    for changes in FORGED:
+        (checkpoints / NEWEST / manifest.NAME).write_bytes(whole)
+        forge(checkpoints / NEWEST, **changes)
+        found = find(checkpoints)
+        assert found is not None
+        assert found.tag == BEFORE, changes
+        assert f"checkpoint {checkpoints / NEWEST} is damaged: " in found.notes[0]
+        assert len(found.notes[0]) < 1000
+        assert BEFORE in [one.tag for one in examine(checkpoints).good]
+        assert not verify(copy / "out")
+        assert "checkpoint step-00000004: NOT WHOLE" in capsys.readouterr().out
+    sample(SampleArguments(copy / "out", max_new_tokens=1, device="cpu"), io.StringIO())
+    assert in_process.train(words(copy, text_file)) == 0

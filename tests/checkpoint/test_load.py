@@ -8,7 +8,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from chatgot.checkpoint import load
+from chatgot.checkpoint import pickles
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv
@@ -39,13 +39,13 @@ def test_engine_reads_its_own_checkpoint(name, tmp_path, text_file):
 @pytest.mark.parametrize("scaler", [LossScaler(2), DynamicLossScaler(2**10, 2.0, 1000, 1.0, 1, dtype=torch.float16)])
 def test_loss_scalers_are_read_back(scaler, tmp_path):
     torch.save({"loss_scaler": scaler}, tmp_path / "file.pt")
-    assert vars(load.read(tmp_path / "file.pt")["loss_scaler"]) == vars(scaler)
+    assert vars(pickles.read(tmp_path / "file.pt")["loss_scaler"]) == vars(scaler)
 
 
 def test_switch_is_put_back_as_it_was(monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
-    with load.weights_only():
+    with pickles.weights_only():
         assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
         assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"

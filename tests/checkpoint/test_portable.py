@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatgot.checkpoint import load
+from chatgot.checkpoint import pickles
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.portable import StoredTensor, fp32_weights, join, read_portable, stored
 from chatgot.engine.zero_view import Fragment
@@ -52,7 +52,7 @@ def test_weights_are_those_of_zero_to_fp32(stage, precision, tied, tmp_path, tex
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     found = trained(tmp_path, text_file, stage, precision, model={"tie_embeddings": tied})
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), load.weights_only():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), pickles.weights_only():
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(found.folder), tag=found.tag)
     ours = fp32_weights(found)
     assert theirs is not None

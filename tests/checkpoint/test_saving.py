@@ -141,7 +141,7 @@ def test_stock_deepspeed_reads_the_checkpoint_through_latest(stage, tmp_path, te
 def publish(folder: Path, step: int, sequence: int) -> None:
     """A whole checkpoint, as far as files go."""
     (folder / tag_of(step)).mkdir()
-    (folder / tag_of(step) / "mp_rank_00_model_states.pt").write_bytes(b"weights %d" % step)
+    torch.save({"weights": step}, folder / tag_of(step) / "mp_rank_00_model_states.pt")
     files = {name: manifest.measure(folder / tag_of(step) / name) for name in manifest.listed(folder / tag_of(step))}
     manifest.write(folder / tag_of(step), {"step": step, "sequence": sequence, "files": files})
 

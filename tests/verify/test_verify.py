@@ -5,17 +5,27 @@ altered digit.
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from chatgot import cli
+from chatgot import cli, run_folder
+from chatgot.checkpoint import manifest
+from chatgot.checkpoint.load import find, tags_in
+from chatgot.checkpoint.retention import prune
+from chatgot.checkpoint.writing import publish, tag_of
+from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.observe.journal import read_journal
+from chatgot.verify import verify as verify_module
 from chatgot.verify.verify import verify
 from tests.proof.test_compare import left, words
-from tests.support import ROOT, environment, write_text
+from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import contents
 
@@ -285,3 +295,107 @@ def test_replay_finds_a_text_that_was_named_from_another_folder(tmp_path, capsys
     monkeypatch.chdir("/")
     assert code(str(tmp_path / "out"), "--replay", "1") == 0
     assert "replay verified 1/1" in capsys.readouterr().out
+
+
+def test_gap_that_a_full_disk_left_is_the_runs_own_and_accuses_nobody(tmp_path, text_file, capsys):
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=12, sample_every=None)
+    engine = write_json(tmp_path / "engine.json", engine_json(1))
+    out = tmp_path / "out"
+    loop = in_process.prepare(in_process.argv(engine, out, config, text_file))
+    for step in loop.steps():
+        size = (out / "metrics.jsonl").stat().st_size
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+        if step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    loop.records.close()
+    run_folder.release_lock(out)
+    assert code(str(out)) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"note: {out / 'metrics.jsonl'}: the run could not write lines of step 4..7 (a full disk?), and says so" in said
+    )
+    assert "journal: 8 steps with a digest, 1..12" in said
+    assert [record["step"] for record in read_journal(out / "metrics.jsonl")[0] if "digest" in record] == [
+        1,
+        2,
+        3,
+        *range(8, 13),
+    ]
+    edit(out / "metrics.jsonl", lambda lines: [line for line in lines if "lost_lines" not in line])
+    assert code(str(out)) == 4
+    assert "no digest of step 4..7" in capsys.readouterr().out
+
+
+def test_hostile_lines_of_the_records_are_problems_and_cost_nothing(run, capsys):
+    hostile = [
+        {"step": 10**10, "digest": {}},
+        {"step": 10**18, "data/tokens": "many"},
+        {"step": 10**18, "data/tokens": 10**30, "train/loss": []},
+        {"step": "7"},
+        {"step": 1, "lost_from_step": "x", "lost_lines": {}},
+    ]
+    lines = [*map(json.dumps, hostile), "[" * 100_000, '{"step": ' + "1" * 5000 + "}", '"' + "x" * 3_000_000 + '"']
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    with (run / "events.jsonl").open("a") as file:
+        file.writelines(f"{json.dumps({'event': event, 'step': []})}\n" for event in ("rolled_back", "resumed", ["x"]))
+    assert code(str(run)) == 4
+    assert "PROBLEM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "checkpoints/latest", "checkpoints"])
+@pytest.mark.parametrize("kind", ["fifo", "link", "device", "giant"])
+def test_what_is_no_plain_file_of_the_folder_is_refused_or_named_and_nothing_waits(run, name, kind, tmp_path, capsys):
+    path, real = run / name, tmp_path / "real"
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.rename(real)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(real)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    assert code(str(run)) in (2, 4)
+    assert path.name in (said := "".join(capsys.readouterr())) or "no checkpoint" in said
+
+
+def test_nothing_is_deleted_under_a_reader_beside_a_run_that_saves_all_the_time(tmp_path):
+    """As many rounds as CHATGOT_TEST_ROUNDS says; the run is a thread that publishes and prunes tiny checkpoints."""
+    folder, stop = tmp_path / "checkpoints", threading.Event()
+    config = CheckpointConfig(keep_last=2, keep_best=0)
+
+    def save(step: int) -> None:
+        unfinished = folder / f".unfinished-{step}"
+        unfinished.mkdir(parents=True)
+        (unfinished / "weights").write_bytes(b"w" * 1000 + bytes(step % 7))
+        publish(unfinished, tag_of(step), {"step": step}, [{"weights": manifest.measure(unfinished / "weights")}])
+        prune(folder, config)
+
+    def saves() -> None:
+        step = 4
+        while not stop.is_set():
+            save(step := step + 1)
+            if step % 5 == 0:
+                save(step - 1)  # again, as after a rollback
+
+    for step in (1, 2, 3, 4):
+        save(step)
+    thread = threading.Thread(target=saves)
+    thread.start()
+    try:
+        for _ in range(int(os.environ.get("CHATGOT_TEST_ROUNDS", "60"))):
+            found = find(folder)
+            assert found is not None
+            assert all("/latest says" in note for note in found.notes), found.notes  # it comes after the checkpoint
+            whole, problems = verify_module._checkpoints(folder, tags := tags_in(folder))
+            newest = max(whole, key=verify_module._sequence, default=None)
+            assert problems + verify_module._latest(folder, whole, newest, tags) == []
+    finally:
+        stop.set()
+        thread.join()
