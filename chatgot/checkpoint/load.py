@@ -153,11 +153,11 @@ def _newest(folder: Path) -> Found | None:
 
 def tags_in(folder: Path) -> list[str]:
     """List what is, or should be, a published checkpoint: it has a manifest, or the name of one. Raises CheckpointError
-    where there is something else than a folder, as a link to a disk that is not mounted.
+    where the folder is a link to a disk that is not mounted.
     """
     if not folder.is_dir():
-        if os.path.lexists(folder):
-            raise CheckpointError(f"{folder}: is no folder, or a link that leads nowhere; is its disk mounted?")
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder}: is a symbolic link that leads to no folder; is its disk mounted?")
         return []
     names = [one.name for one in folder.iterdir() if TAG.fullmatch(one.name) and (one.is_dir() or one.is_symlink())]
     return sorted(name for name in names if _TAG_OF_STEP.fullmatch(name) or (folder / name / manifest.NAME).is_file())

@@ -34,6 +34,8 @@ def verify(run: Path, tag: str | None = None) -> bool:
     for note in run_folder.linked_folders(run):
         print(f"note: {note}")
     whole, problems = _checkpoints(folder, tags if tag is None else [tag])
+    if folder.exists() and not folder.is_dir():
+        problems.append(f"{folder}: is no folder")
     newest = max(whole, key=_sequence, default=None)
     if tag is None:
         problems += _latest(folder, whole, newest, tags)

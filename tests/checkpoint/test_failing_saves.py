@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import fp32_weights
@@ -100,7 +101,7 @@ def test_part_that_does_not_load_on_one_rank_is_refused_by_both(two_ranks, launc
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     [part] = (copy / "checkpoints" / "step-00000010").glob("*zero_pp_rank_1_mp_rank_00_optim_states.pt")
-    part.write_bytes(part.read_bytes()[:2000])
+    torch.save({"optimizer_state_dict": {}}, part)
     in_process.rehash(part.parent)  # so that only the loading itself can notice
     before = in_process.contents(copy)
     words = in_process.argv(
