@@ -27,7 +27,7 @@ _SENTENCE = (
 )
 WORDS = tuple(_SENTENCE.split(" "))
 
-TINY_MODEL = {
+TINY_MODEL: dict[str, Any] = {
     "architecture": "modern",
     "d_model": 32,
     "n_layers": 2,

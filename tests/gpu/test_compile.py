@@ -18,7 +18,7 @@ from tests.support import write_json, write_run_yaml
 pytestmark = pytest.mark.gpu
 
 COMPILE = {"chatgot": {"compile": {"enabled": True}}}
-MODEL = (
+MODEL: dict[str, Any] = (
     {"n_layers": 2}
     if DRY_RUN
     else {"d_model": 512, "n_layers": 4, "n_head": 8, "d_hid": 1408, "max_seq_length": 512, "init_std": 0.02}

@@ -53,7 +53,9 @@ def test_an_overflow_lowers_the_scale_skips_the_step_and_training_goes_on(stage,
     assert skipped <= search + 4  # at the edge a later batch may overflow once more
     assert counters == (steps, skipped)
     for index, was_applied in enumerate(applied):
-        assert scales[index + 1] == (scales[index] if was_applied else scales[index] / 2)
+        before_step = scales[index]
+        assert before_step is not None
+        assert scales[index + 1] == (before_step if was_applied else before_step / 2)
         norm = norms[index]
         assert norm is not None
         assert math.isfinite(norm) == was_applied

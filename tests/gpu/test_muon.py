@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,12 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 def test_muon_learns_with_clipping(precision, stage, device, tmp_path, request, record):
     if precision == "fp16":
         request.getfixturevalue("needs_fp16")
-    case = {"stage": stage, "precision": precision, "optimizer": MUON, "zero": {"reduce_scatter": False}}
+    case: dict[str, Any] = {
+        "stage": stage,
+        "precision": precision,
+        "optimizer": MUON,
+        "zero": {"reduce_scatter": False},
+    }
     with tiny_engine(tmp_path, device, **case) as engine:
         before = fp32_parameters(engine)
         found = train(engine, device, STEPS)

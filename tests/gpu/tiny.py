@@ -30,7 +30,7 @@ BATCH = 8
 LR = 3e-3
 CLIP = 0.1
 """Below the norm of every step's gradients, so that clipping is seen to work."""
-ADAMW = {
+ADAMW: dict[str, Any] = {
     "type": "AdamW",
     "params": {"lr": LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True, "fused": True},
 }
@@ -54,7 +54,8 @@ def model_config(**changes: Any) -> ModelConfig:
 
 def json_tree(offload_param: bool = False, zero: dict[str, Any] | None = None, **case: Any) -> dict[str, Any]:
     """engine_json with torch's fused AdamW, and with pinned memory where there is a CUDA device to copy to."""
-    tree = engine_json(**{"optimizer": ADAMW, "batch": BATCH, "micro": BATCH // 2, "gradient_clipping": CLIP, **case})
+    usual: dict[str, Any] = {"optimizer": ADAMW, "batch": BATCH, "micro": BATCH // 2, "gradient_clipping": CLIP}
+    tree = engine_json(**{**usual, **case})
     section = tree["zero_optimization"]
     section.update(zero or {})
     if offload_param:
