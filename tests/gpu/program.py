@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chatgot.run_folder as run_folder
 from chatgot.cli import train_parser
 from chatgot.distributed import find_place
 from chatgot.training import run
@@ -52,6 +53,7 @@ def train(
         for step in loop.steps():
             if step == abandon_after:
                 break
+        run_folder.release_lock(loop.out_dir)  # as the kernel does for a process that is gone
     loop.engine.engine.destroy()
     return seen
 
