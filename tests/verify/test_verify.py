@@ -272,6 +272,28 @@ def test_replay_names_the_step_and_the_field_of_an_altered_digest(run, capsys):
     assert "replay differs at step 7: grad_norm was" in said
 
 
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1 + 1e-7, "replay verified 2/2"), (1.1, "replay differs at step 7: loss")]
+)
+def test_replay_on_a_device_that_does_not_repeat_its_roundings_proves_no_damage(factor, said, run, capsys):
+    def not_deterministic(lines: list[str]) -> list[str]:
+        return [line.replace('"deterministic": true', '"deterministic": false') for line in lines]
+
+    def change(lines: list[str]) -> list[str]:
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            if record["step"] == 7 and "digest" in record:
+                record["digest"]["loss"] *= factor
+        return [json.dumps(record) for record in records]
+
+    edit(run / "events.jsonl", not_deterministic)
+    edit(run / "metrics.jsonl", change)
+    with in_process.cpu_environment():
+        assert code(str(run), "--replay", "2", "--tag", "step-00000006") == 0
+    assert said in (printed := capsys.readouterr().out)
+    assert ("no proof of damage" in printed) == (factor == 1.1)
+
+
 def test_replay_without_the_data_is_refused_with_3(tmp_path, capsys):
     text = write_text(tmp_path / "text.txt")
     assert in_process.train(words(tmp_path, text)) == 0
