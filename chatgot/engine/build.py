@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,6 +32,12 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
         MachineError: more ranks on this machine than CUDA devices, or the rendezvous failed.
     """
     os.environ.setdefault("DS_ACCELERATOR", kind)
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or it is read-only: torch takes TMPDIR, as ever
+        # torch makes this folder whether or not it compiles anything; kept, compiled code is there for the next start.
+        compiled = Path(os.environ.get("CHATGOT_CACHE") or Path.home() / ".cache" / "chatgot") / "inductor"
+        compiled.mkdir(parents=True, exist_ok=True)
+        if os.access(compiled, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -11,7 +11,7 @@ import pytest
 
 from chatgot.deepspeed_json import read, resolve
 from chatgot.training import run
-from tests.support import engine_json, write_json, write_run_yaml
+from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 
 
@@ -61,3 +61,12 @@ def test_without_a_json_the_device_decides_and_says_so(
     assert "--deepspeed_config is not given: " in said
     assert "fp32_zero0_muon.json, chosen for cpu and 1 rank(s)\n" in said
     assert json.loads((out / "ds_config.json").read_text())["optimizer"]["type"].lower() == "muon"
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path: Path, text_file: Path) -> None:
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=1)
+    engine = write_json(tmp_path / "engine.json", engine_json(1, micro=2))
+    words = in_process.argv(engine, tmp_path / "run", config, text_file)
+    (tmp_path / "tmp").mkdir()
+    run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, afresh=True, env={"TMPDIR": str(tmp_path / "tmp")})
+    assert not list((tmp_path / "tmp").iterdir())
