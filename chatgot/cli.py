@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 from chatgot.deepspeed_json.findings import meant
 from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE, ChatGoTError, CheckpointError, MachineError
 from chatgot.launcher.arguments import Parser, RankParser, count, on_rank_0
-from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
+from chatgot.launcher.entry import escape_unwritable, refuse_wrong_settings, settle_environment
 from chatgot.version import __version__
 
 T = TypeVar("T")
@@ -71,6 +71,7 @@ def _train(argv: Sequence[str], own_process: bool) -> NoReturn:
     def program() -> NoReturn:
         with StopSignals(starting=True) as stop:
             if own_process:
+                escape_unwritable()
                 settle_environment(start_again=True)
             json = _given(refuse_wrong_settings, arguments)
             from chatgot.training.run import TrainArguments, leave
@@ -114,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = f"; did you mean '{close}'?" if close else ""
         parser.error(f"{argv[0]}: no such command{hint} (there are: {', '.join(commands)})")
     arguments = commands[argv[0]].parse_args(argv[1:])
+    if own_process:
+        escape_unwritable()
     if own_process and argv[0] in ("sample", "verify", "tune"):
         settle_environment(start_again=True)
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))

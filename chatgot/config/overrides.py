@@ -16,6 +16,7 @@ from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import dotted_keys
+from chatgot.deepspeed_json.findings import shortened
 from chatgot.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -41,8 +42,9 @@ def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any
     problems: list[str] = []
     run_keys = frozenset(key for key in dotted_keys(RunConfig) if "." in key)
     ds_keys = frozenset(known_ds_keys())
-    for item in items:
-        key, equals, text = item.partition("=")
+    for given in items:
+        item = shortened(given, 200)
+        key, equals, text = given.partition("=")
         key = key.strip()
         if not equals:
             problems.append(
@@ -57,8 +59,8 @@ def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any
         else:
             try:
                 home[name] = parse_value(text)
-            except ValueError as error:
-                problems.append(f"override {item}: the value cannot be read: {error}")
+            except (ValueError, RecursionError) as error:
+                problems.append(f"override {item}: the value cannot be read: {shortened(str(error), 200)}")
     if problems:
         raise ConfigError("\n".join(problems))
     return run, ds

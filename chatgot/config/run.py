@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.fields import Number, Settings, Texts, Whole, read_section
-from chatgot.deepspeed_json.findings import meant
+from chatgot.deepspeed_json.findings import meant, shortened
 from chatgot.errors import ConfigError
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
@@ -150,13 +151,15 @@ def load_run_config(name_or_path: str, overrides: dict[str, Any] | None = None) 
                 "a file's name ends in .yaml)"
             )
     try:
+        if path.is_file() and path.stat().st_size > run_folder.LARGEST:
+            raise ConfigError(f"--config {path}: more than {run_folder.LARGEST} bytes, which no run YAML has")
         tree, lines = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
+        raise ConfigError(f"--config {path}: not valid YAML: {shortened(str(error), 300)}") from error
     return build_run_config(tree, str(path), overrides, lines)
 
 

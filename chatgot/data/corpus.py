@@ -14,6 +14,7 @@ from typing import Literal
 import chatgot.run_folder as run_folder
 from chatgot.data.prepared import looks_prepared
 from chatgot.data.reading import TextReader, not_regular
+from chatgot.deepspeed_json.findings import printable
 from chatgot.errors import ConfigError, DataError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -25,10 +26,13 @@ FILE_END = "\n\n\n"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One text file; `name` is what is shown and stored, relative to the source."""
+    """One text file; `name` is what is shown and stored, relative to the source, with escapes where it is no UTF-8."""
 
     path: Path
     name: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Source:
     path: Path | None
     files: tuple[SourceFile, ...]
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
 
     def pieces(self, reader: TextReader) -> Iterator[str]:
         """The text that the file behind `reader` adds to the whole: FILE_END follows it where there are several."""
@@ -123,7 +130,7 @@ def resolve(spec: str | os.PathLike | Sequence[str | os.PathLike]) -> Source:
 def _resolve_one(spec: str) -> Source:
     if spec in BUILT_INS:
         return _built_in(spec)
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -203,7 +210,7 @@ def _nothing_there(spec: str, path: Path) -> str:
 
 def check_run_folder(out_dir: Path, spec: str) -> None:
     """Raise ConfigError if a run folder would lie in the folder of texts, which could not be read at the next start."""
-    folder, out = Path(spec).expanduser(), out_dir.resolve()
+    folder, out = Path(os.path.expanduser(spec)), out_dir.resolve()
     if spec in BUILT_INS or not folder.is_dir() or looks_prepared(folder) or not out.is_relative_to(folder.resolve()):
         return
     if not any(part.startswith(".") for part in out.relative_to(folder.resolve()).parts):

@@ -75,7 +75,10 @@ def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None 
         what = f"source {data.meta.source}, {data.meta.tokenizer} vocabulary of {data.meta.vocab_size}"
         logger.info(f"opened prepared folder {source.path}: {what}")
         return data
-    cache = Path(cache_dir or os.environ.get("CHATGOT_CACHE") or Path.home() / ".cache" / "chatgot")
+    cache = Path(cache_dir or os.environ.get("CHATGOT_CACHE") or os.path.expanduser("~/.cache/chatgot"))
+    if cache.parts[:1] == ("~",):
+        what = "HOME is not set, and this user has no home, where prepared texts are kept"
+        raise DataError(f"--data {spec}: {what}; set CHATGOT_CACHE to a folder for them")
     entry = cache / "prepared" / _cache_key(source, config)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ def check_encoding(encoding: str) -> str:
     """The name of a text codec that can be read in pieces. Raises ConfigError otherwise."""
     try:
         codec = codecs.lookup(encoding)
-    except LookupError:
+    except (LookupError, ValueError):  # ValueError: a null character, a lone surrogate
         allowed = "allowed is what Python knows (utf-8, latin-1, cp1252, utf-16, ...)"
         raise ConfigError(f"data.encoding = {encoding!r}: unknown encoding; {allowed}") from None
     if not getattr(codec, "_is_text_encoding", True) or codec.incrementaldecoder is None:
@@ -178,7 +178,7 @@ def plan_split(file_characters: Sequence[int], config: DataConfig) -> SplitPlan:
         return by_position
     boundaries = list(accumulate(file_characters))[:-1]
     val_end = min(boundaries[1:], key=lambda b: abs(b - by_position.val_end)) if test else total
-    train_end = min((b for b in boundaries if b < val_end), key=lambda b: abs(b - by_position.train_end))
+    train_end = min((b for b in boundaries if b < val_end), key=lambda b: abs(b - by_position.train_end), default=0)
     by_file = SplitPlan("file", train_end, val_end, total)
     wished, got = ((plan.val_end - plan.train_end, plan.total - plan.val_end) for plan in (by_position, by_file))
     close = all(abs(g - w) <= AUTO_TOLERANCE * w for w, g in zip(wished, got))

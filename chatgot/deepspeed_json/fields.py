@@ -13,14 +13,16 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from chatgot.deepspeed_json.findings import Findings, meant, shown
+from chatgot.deepspeed_json.findings import Findings, meant, shortened, shown
 from chatgot.errors import ConfigError
 
 
 class Settings(BaseModel):
     """Settings that refuse unknown keys and lossy conversions, and cannot be changed. A section may be null: empty."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -29,13 +31,18 @@ class Settings(BaseModel):
 
 
 def _whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("is beyond what 64 bits hold")
+    return value
 
 
 def _number(value: object) -> object:
     try:
-        return float(value) if isinstance(value, str) else value  # YAML 1.1 reads 3e-4 (no dot) as a text
-    except ValueError:
+        return (
+            float(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else value
+        )  # YAML 1.1 reads 3e-4 (no dot) as a text
+    except (ValueError, OverflowError):
         return value
 
 
@@ -78,7 +85,8 @@ def read_section(cls: type[_S], values: object, place: Callable[[str], str]) -> 
         faults = [_fault(cls, values, details) for details in error.errors()]
     lines = []
     for key, value, why, allowed, suggestion in faults:
-        subject = key if why and not allowed else f"{key} = {shown(value)}" if key else shown(value)
+        name = shortened(key, 200)
+        subject = name if why and not allowed else f"{name} = {shown(value)}" if key else shown(value)
         said = (why, allowed and f"expected {allowed}", suggestion and f"did you mean '{suggestion}'?")
         lines.append(f"{place(key)}{subject}: {'; '.join(filter(None, said))}")
     raise ConfigError("\n".join(dict.fromkeys(lines)))
@@ -94,13 +102,15 @@ def read_fields(cls: type[_S], values: dict[str, Any], where: str, findings: Fin
             key, value, why, allowed, suggestion = _fault(cls, values, details)
             why = why or "ChatGoT cannot use it"
             findings.error(f"{where}.{key}", value, why, allowed=allowed, suggestion=suggestion)
-            *sections, name = details["loc"]
+            *sections, name = (*details["loc"], *([details["input"]] if details["type"] == "string_unicode" else ()))
             _at(good, sections).pop(name, None)
         return cls.model_validate(good)
 
 
 def _fault(cls: type[Settings], values: Any, details: Any) -> Fault:
     """Say in our words what pydantic found."""
+    if details["type"] in ("invalid_key", "string_unicode"):
+        return Fault(_dotted(details["loc"]), details["input"], f"the key {shown(details['input'])} is no text")
     path, field = [], None
     for part in details["loc"]:
         fields = keys_of(cls)

@@ -133,15 +133,16 @@ class Findings:
 
     def add(self, level: Level, key: str, value: Any, why: str, **more: str) -> None:
         """Note something about a key; `more` is allowed or suggestion."""
+        mark, name = self.mark(key), shortened(key, 200)
         if self.from_override(key):
-            self._add(Finding(level, OVERRIDE, None, None, key, value, why, **more))
+            self._add(Finding(level, OVERRIDE, None, None, name, value, why, **more))
         else:
-            mark = self.mark(key)
-            self._add(Finding(level, self.file, mark and mark.line, mark and mark.column, key, value, why, **more))
+            self._add(Finding(level, self.file, mark and mark.line, mark and mark.column, name, value, why, **more))
 
     def at(self, mark: Mark | None, level: Level, key: str, why: str) -> None:
         """Note something about a place of the file."""
-        self._add(Finding(level, self.file, mark and mark.line, mark and mark.column, key, ABSENT, why))
+        place = (mark and mark.line, mark and mark.column)
+        self._add(Finding(level, self.file, *place, shortened(key, 200), ABSENT, why))
 
     def error(self, key: str, value: Any, why: str, **more: str) -> None:
         """Note what forbids to start."""
@@ -172,9 +173,32 @@ class Findings:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a JSON, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A value as it stands in a JSON, shortened before it is written: a YAML's aliases can hold each other."""
+    return shortened(json.dumps(_outlined(value, 4), ensure_ascii=False, default=str))
+
+
+def _outlined(value: Any, levels: int) -> Any:
+    """Leave out of a value what `shown` would cut off."""
+    if isinstance(value, (dict, list, tuple)) and value and not levels:
+        return "..."
+    if isinstance(value, dict):
+        first = list(value.items())[:9]
+        return {shortened(str(key)): _outlined(inner, levels - 1) for key, inner in first}
+    if isinstance(value, (list, tuple)):
+        return [_outlined(inner, levels - 1) for inner in value[:40]]
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 300:
+        return f"a number of {value.bit_length()} bits"
+    return shortened(value, 200) if isinstance(value, str) else value
+
+
+def shortened(text: str, to: int = 80) -> str:
+    """A text for a message: cut, and `printable`."""
+    return printable(text if len(text) <= to else text[: to - 3] + "...")
+
+
+def printable(text: str) -> str:
+    """A text with escapes for the lone surrogates that no terminal and no file takes, as in names that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def meant(word: object, known: Iterable[str]) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import ABSENT, ConfigRefusal, Finding, Findings, Mark
+from chatgot.deepspeed_json.findings import ABSENT, ConfigRefusal, Finding, Findings, Mark, shortened
 from chatgot.devices import DeviceFacts
 from chatgot.errors import ConfigError
+from chatgot.run_folder import LARGEST
 
 
 @dataclass
@@ -45,13 +46,16 @@ def read_document(path: Path) -> Document:
     if path.suffix.lower() in (".yaml", ".yml"):
         raise ConfigError(f"{path}: YAML by its name, not a DeepSpeed JSON; --config takes a run YAML")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (expected a DeepSpeed JSON; ds_configs/ has complete ones)") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder, expected a DeepSpeed JSON file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > LARGEST:
+        raise ConfigError(f"{path}: more than {LARGEST} bytes, which no DeepSpeed JSON has")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -206,7 +210,10 @@ class _Finder:
     def ends(self, closing: str) -> bool:
         """Go behind what separates elements; whether the closing bracket (or the text's end) came, and behind it."""
         begin = self.position
-        first = self.text[:begin].rstrip()[-1:] in ("", "{", "[") or (not closing and begin == 0)
+        before = begin
+        while before and self.text[before - 1].isspace():
+            before -= 1
+        first = self.text[max(before - 1, 0) : before] in ("", "{", "[") or (not closing and begin == 0)
         self.skip()
         mark = self.mark()
         has_comma = self.take(",") is not None
@@ -239,9 +246,11 @@ def _syntax_finding(text: str, name: str, reason: str, position: int) -> Finding
     start = text.rfind("\n", 0, position) + 1
     line = text[start:].partition("\n")[0].rstrip("\r")
     column = position - start + 1
-    indent = "".join("\t" if c == "\t" else " " for c in line[: column - 1])
-    mark, excerpt = Mark(text.count("\n", 0, position) + 1, column), f"    {line}\n    {indent}^"
-    return Finding("error", name, mark.line, mark.column, "", ABSENT, f"not valid JSON: {reason}", excerpt=excerpt)
+    begin = max(0, column - 80)
+    indent = "".join("\t" if c == "\t" else " " for c in line[begin : column - 1])
+    mark, excerpt = Mark(text.count("\n", 0, position) + 1, column), shortened(line[begin:], 120)
+    why, excerpt = f"not valid JSON: {shortened(reason)}", f"    {excerpt}\n    {indent}^"
+    return Finding("error", name, mark.line, mark.column, "", ABSENT, why, excerpt=excerpt)
 
 
 def plain_copy(value: Any) -> Any:

@@ -105,6 +105,9 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"{config.path}: DeepSpeed refuses it: {error}") from error
+    except ImportError as error:  # of a monitor, or of a package that an optimizer or an operator needs
+        what = f"DeepSpeed needs what is not installed here: {error}"
+        raise MachineError(f"{config.path}: {what}; install it, or take the section out") from error
     if config.chatgot.compile.enabled and not has_c_compiler(device.type):
         why = "this machine has no C compiler, which torch.compile needs; install gcc and g++"
         notes.append(f"torch.compile: off, although chatgot.compile.enabled = true: {why}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import chatgot.run_folder as run_folder
+from chatgot.deepspeed_json.findings import shortened
 from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
@@ -159,12 +160,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        match = re.fullmatch(r"(\S+)\s+slots=(\d{1,9})", text)
         if match is None or int(match[2]) == 0:
             form = "`host slots=N` with N from 1 on, as in `worker-1 slots=8`"
-            raise ConfigError(f"{path}:{number}: {text!r} is not of the form {form}")
+            raise ConfigError(f"{path}:{number}: {shortened(text)!r} is not of the form {form}")
         if match[1] in hosts:
-            raise ConfigError(f"{path}:{number}: host {match[1]!r} is listed twice; give its slots on one line")
+            raise ConfigError(
+                f"{path}:{number}: host {shortened(match[1])!r} is listed twice; give its slots on one line"
+            )
         hosts[match[1]] = int(match[2])
     if not hosts:
         raise ConfigError(f"{path}: no hosts in it; write one `host slots=N` per line")

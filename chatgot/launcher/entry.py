@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 import chatgot.run_folder as run_folder
@@ -28,6 +29,13 @@ def settle_environment(start_again: bool = False) -> None:
     os.environ.update(missing)
     if start_again and sys.executable and any(name.startswith("MALLOC_") for name in missing):
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def escape_unwritable() -> None:
+    """Write names that are no UTF-8 with escapes; Python would fail at them on stdout."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def refuse_wrong_settings(

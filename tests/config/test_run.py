@@ -56,6 +56,36 @@ def test_what_is_refused(tmp_path: Path, text: str, said: str) -> None:
     assert said in "\n".join(refused(tmp_path, text))
 
 
+BOMB = "model:\n  a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "model.i = [[["),
+        ("model: &m\n  d_model: *m\n", "model.d_model = {"),
+        ("train: " + "[" * 5000, "not valid YAML: maximum recursion depth"),
+        ("train: " + "{a: " * 5000, "not valid YAML: maximum recursion depth"),
+        ("model: text\ndata: [1]\n", 'model = "text": expected a section'),
+        ("train: {max_steps: " + "9" * 5000 + "}", "not valid YAML: Exceeds the limit (4300 digits)"),
+        ("train: {max_steps: " + "9" * 4000 + "}", "train.max_steps: is beyond what 64 bits hold"),
+        ("train: {sample_seed: 18446744073709551616}", "train.sample_seed: is beyond what 64 bits hold"),
+        ("model: {init_std: .inf}", "model.init_std = Infinity: expected a number (> 0.0)"),
+        ("model: {init_std: " + "1" + "0" * 400 + "}", "model.init_std = "),
+        ('"model\\ud800": 1', 'the key "model\\\\ud800" is no text'),
+        ("# " + "x" * (1 << 20), "more than 1048576 bytes"),
+    ],
+    ids=["aliases", "itself", "lists", "sections", "text", "digits", "number", "seed", "inf", "float", "key", "size"],
+)
+def test_what_is_hostile_is_refused_in_few_words(tmp_path: Path, text: str, said: str) -> None:
+    lines = refused(tmp_path, text)
+    assert said in "\n".join(lines)
+    assert all(len(line) < 800 for line in lines), "the list of what is allowed included"
+    "\n".join(lines).encode()
+
+
 def test_settings_that_do_not_go_together_name_the_override_and_not_the_file() -> None:
     with pytest.raises(ConfigError) as refusal:
         load_run_config("tiny", {"model.n_head": 5, "train.seed": 1})

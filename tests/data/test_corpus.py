@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from chatgot.config.run import DataConfig
 from chatgot.data import corpus
 from chatgot.data.corpus import BUILT_INS, BuiltIn, resolve
-from chatgot.data.prepare import prepare
+from chatgot.data.prepare import prepare, prepare_cached
 from chatgot.errors import DataError
 
 
@@ -36,6 +37,39 @@ def test_nothing_there_suggests_what_is(tmp_path):
         resolve("war_of_the_roses")
     with pytest.raises(DataError, match=r"no such file or folder.*built-in: wars_of_the_roses, state_of_the_union"):
         resolve(tmp_path / "no" / "such" / "folder.txt")
+
+
+def test_a_home_that_is_not_there_is_no_traceback(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"--data ~nosuchuser/book\.txt: no such file"):
+        resolve("~nosuchuser/book.txt")
+    (tmp_path / "book.txt").write_text("the night is dark " * 50)
+    monkeypatch.delenv("CHATGOT_CACHE")
+    monkeypatch.setattr("posixpath.expanduser", lambda path: path)  # as for a user without HOME and without an entry
+    with pytest.raises(DataError, match=r"HOME is not set.*set CHATGOT_CACHE"):
+        prepare_cached(str(tmp_path / "book.txt"), DataConfig())
+
+
+def test_names_that_are_no_utf_8_are_shown_with_escapes(tmp_path):
+    folder = tmp_path / os.fsdecode(b"b\xff")
+    folder.mkdir()
+    file = folder / os.fsdecode(b"x\xfe.txt")
+    file.write_text("the night is dark " * 50)
+    for spec, name in ((file, r"x\udcfe.txt"), (folder, r"b\udcff")):
+        data = prepare(spec, tmp_path / spec.name.encode("ascii", "replace").decode(), DataConfig())
+        assert data.meta.source == name
+        assert data.meta.files[0].name == r"x\udcfe.txt"
+
+
+@pytest.mark.parametrize("split_by", ["auto", "file"])
+def test_empty_files_leave_a_split_or_a_refusal(split_by, tmp_path):
+    for name, text in {"a": "", "b": "", "c": "the night is dark " * 50, "d": ""}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    config = DataConfig(split_by=split_by, test_fraction=0.1)
+    if split_by == "auto":
+        assert prepare(tmp_path, tmp_path.parent / f"{split_by}-p", config).meta.split_by == "position"
+    else:
+        with pytest.raises(DataError, match="the train split has 0, at least 2 are needed"):
+            prepare(tmp_path, tmp_path.parent / f"{split_by}-p", config)
 
 
 def test_folder_without_texts_says_what_is_there(tmp_path):

@@ -107,3 +107,11 @@ atexit.register(lambda: print([name for name in ("torch", "deepspeed") if name i
 def test_a_variable_that_is_empty_is_as_if_unset() -> None:
     place = find_place(None, {"RANK": "", "LOCAL_RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": ""})
     assert (place.rank, place.world_size, place.launcher) == (0, 1, "python")
+
+
+def test_names_that_are_no_utf_8_are_written_with_escapes(tmp_path: Path) -> None:
+    words = [sys.executable, *CHATGOT, "check", b"j\xff.json"]
+    strict = {**environment(), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(words, cwd=tmp_path, env=strict, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith("j\\udcff.json: error: the file\n")

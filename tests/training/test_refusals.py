@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import socket
@@ -73,6 +74,13 @@ def test_invariant_10_unknown_keys_are_refused_in_every_home(capsys, files):
     edit(files["json"], "zero_optimization", stge=1)
     check(capsys, argv(**files), 2, "zero_optimization", "stge")
     assert not files["out"].exists()
+
+
+def test_a_monitor_that_is_not_installed_is_a_refusal(capsys, files):
+    if importlib.util.find_spec("tensorboard") is not None:
+        pytest.skip("tensorboard is installed")
+    edit(files["json"], "tensorboard", enabled=True)
+    check(capsys, argv(**files), 6, "DeepSpeed needs what is not installed here", "tensorboard")
 
 
 def test_wrong_files_names_and_values_are_refused(capsys, files):
