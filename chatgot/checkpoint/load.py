@@ -74,7 +74,7 @@ class Holdings:
 
 
 def find(folder: Path, tag: str | None = None) -> Found | None:
-    """Find the named checkpoint, or the one that was published last of those that are whole; None if there is none.
+    """Find the named checkpoint, or of those that are whole and not suspect the last published; None if there is none.
 
     Every file is compared with the manifest's size and hash before anything is loaded. Where `latest`, which is for
     stock DeepSpeed, disagrees with the manifests, they decide.
@@ -142,6 +142,10 @@ def _newest(folder: Path) -> Found | None:
         if whole is None:
             gone = True
             continue
+        if why := whole.manifest.get("suspect"):
+            forced = f"--resume_from {folder}@{name} takes it all the same"
+            damaged.append((name, step, f"checkpoint {whole.path} is suspect: {why}; {forced}"))
+            continue
         notes = (*whole.notes, *_notes(folder, name, step, damaged))
         return Found(folder, name, whole.manifest, notes, tuple(lost for lost, _, _ in damaged))
     if gone:
@@ -194,7 +198,8 @@ def _open(folder: Path, tag: str) -> Found:
     except (CheckpointError, AttributeError, KeyError, TypeError) as error:  # others: what `look` saw has another form
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
     unread = "is not in the manifest, and is not read"
-    return Found(folder, tag, fields, tuple(f"{path}/{quoted(one)}: {unread}" for one in strays))
+    suspect = [f"checkpoint {path} is suspect: {fields['suspect']}"] if "suspect" in fields else []
+    return Found(folder, tag, fields, (*suspect, *(f"{path}/{quoted(one)}: {unread}" for one in strays)))
 
 
 def model_of(fields: Mapping[str, Any]) -> tuple[ModelConfig, int]:
@@ -256,6 +261,8 @@ def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
                 raise CheckpointError("it is a symbolic link")
             fields = manifest.read(path)
             manifest.verify(path, fields, contents=False)
+            if why := fields.get("suspect"):
+                raise CheckpointError(f"suspect: {why}")
             step, sequence, loss = fields["step"], fields["sequence"], fields.get("val_loss")
             if _step_of(tag) != step:
                 continue  # renamed or copied by somebody who wants to keep it

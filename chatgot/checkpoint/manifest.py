@@ -86,7 +86,14 @@ class Measured(TypedDict):
     sha256: str
 
 
-class Manifest(StateFields):
+class _LaterManifest(TypedDict, total=False):
+    """What only some have."""
+
+    suspect: str
+    """Why the guard takes the state for wrecked, though it is finite: it is used when it is asked for by name only."""
+
+
+class Manifest(StateFields, _LaterManifest):
     """All fields of manifest.json but its own sha256."""
 
     format_version: int
@@ -147,6 +154,11 @@ def write(folder: Path, fields: Mapping[str, Any], before: Callable[[str], None]
     """Write manifest.json, last of a checkpoint's files, and flush it to the disk; `before` as in write_atomically."""
     said = {"format_version": FORMAT_VERSION, **fields}
     write_atomically(folder / NAME, json.dumps({**said, "sha256": _digest(said)}, indent=2), before)
+
+
+def mark_suspect(folder: Path, why: str) -> None:
+    """Note in a published checkpoint why its state is taken for wrecked. Raises CheckpointError, OSError."""
+    write(folder, {**read(folder), "suspect": why})
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -63,6 +63,8 @@ class GuardConfig(Settings):
     """The run has diverged when a step's loss lies this many standard deviations above the mean of the 50 steps before
     it; null: never.
     """
+    spike_min_rise: Number = Field(default=0.5, ge=0.0)
+    """Nats by which that loss must lie above the mean besides: where losses hardly vary, little is many deviations."""
     on_diverge: Literal["stop", "rollback"] = "stop"
     """stop: end with exit 5, naming the last good checkpoint; rollback: go back to it, leave out the data since, go
     on.

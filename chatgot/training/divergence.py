@@ -12,12 +12,13 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chatgot.checkpoint.load import Found, find
+from chatgot.checkpoint import manifest
+from chatgot.checkpoint.load import Found, examine, find, tags_in
 from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import Batch, TrainBatches
 from chatgot.data.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from chatgot.devices import is_out_of_memory
 from chatgot.distributed import ControlGroup
 from chatgot.engine.precision_check import autocast
 from chatgot.engine.step import TrainingEngine
-from chatgot.errors import NumericsError
+from chatgot.errors import CheckpointError, NumericsError
 from chatgot.proof.compare import KnownLoss
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,18 @@ CHARACTERS = 200
 """Length of each of these texts."""
 
 
+class Divergence(NamedTuple):
+    """Why a run has diverged."""
+
+    why: str
+    first_step: int
+    """The first step whose loss was bad: what has been saved from then on is suspect."""
+    several: bool = False
+    """The losses of several batches in a row were bad: what was saved right before is suspect, too."""
+    spike_above: float | None = None
+    """Nats above which a loss is a spike, where it was one."""
+
+
 @dataclass
 class Guard:
     """chatgot.guard at work: says why a run has diverged, and counts its rollbacks."""
@@ -48,7 +61,7 @@ class Guard:
     """Of the whole run, in order: from_step, to_step, first_sample and samples that were left out, why."""
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
 
-    def divergence(self, step: int, skips_in_a_row: int, known: KnownLoss | None) -> str | None:
+    def divergence(self, step: int, skips_in_a_row: int, known: KnownLoss | None) -> Divergence | None:
         """Why the run has diverged, or None.
 
         Args:
@@ -57,33 +70,43 @@ class Guard:
         """
         spike = self._spike(*known) if known is not None else None
         if skips_in_a_row >= self.config.max_consecutive_skips:
-            return (
+            why = (
                 f"step {step}: loss or gradients were not finite for {skips_in_a_row} steps in a row "
                 f"(chatgot.guard.max_consecutive_skips = {self.config.max_consecutive_skips})"
             )
+            return Divergence(why, step - skips_in_a_row + 1, several=skips_in_a_row > 1)
         return spike
 
-    def _spike(self, step: int, loss: float) -> str | None:
+    def _spike(self, step: int, loss: float) -> Divergence | None:
         if not math.isfinite(loss):
             return None  # skipped, and counted as such
         limit = self.config.spike_zscore
         if limit is not None and len(self._losses) == SPIKE_WINDOW:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
-            if loss > mean + limit * deviation:
-                return (
+            above = mean + max(limit * deviation, self.config.spike_min_rise)
+            if loss > above:
+                why = (
                     f"step {step}: train/loss {loss:.4f} lies more than {limit:g} standard deviations "
                     f"({deviation:.4f}) above the mean of the {SPIKE_WINDOW} steps before it, {mean:.4f} "
                     f"(chatgot.guard.spike_zscore = {limit:g})"
                 )
+                return Divergence(why, step, spike_above=above)
         self._losses.append(loss)
         return None
 
-    def checkpoint_to_go_back_to(self, why: str, saver: Saver, ranks: ControlGroup) -> Found:
-        """The newest whole checkpoint, where a rollback is allowed. Nothing may be pending in `saver`. Collective.
+    def checkpoint_to_go_back_to(self, found: Divergence, saver: Saver, ranks: ControlGroup) -> Found:
+        """The newest good checkpoint, where a rollback is allowed. Nothing may be pending in `saver`. Collective.
+
+        What was saved after the first bad loss is marked as suspect; and what was saved right before it, if more than
+        that batch speaks against it: several in a row, the one after a rollback to it, or a person will look into it.
 
         Raises:
             NumericsError: on all ranks; the run shall stop, has no rollback left, or there is no checkpoint.
         """
+        why, before = found.why, found.first_step - 1
+        again = bool(self.rollbacks) and self.rollbacks[-1]["to_step"] == before
+        since = before if found.several or again or self.config.on_diverge == "stop" else found.first_step
+        ranks.on_rank_0(lambda: mark_suspects(saver, since, why))
         done, limit = len(self.rollbacks), self.config.max_rollbacks
         if self.config.on_diverge == "stop":
             why += "; chatgot.guard.on_diverge = stop"
@@ -105,18 +128,76 @@ class Guard:
         return int(state["skips_in_a_row"])
 
 
+def mark_suspects(saver: Saver, since_step: int, why: str) -> None:
+    """Mark the checkpoints of steps from `since_step` on, so that none is taken unless by name. Rank 0 only."""
+    for checkpoint in examine(saver.folder, saver.damaged).good:
+        if checkpoint.step >= since_step:
+            path = saver.folder / checkpoint.tag
+            saver.damaged.add(checkpoint.tag)
+            try:
+                manifest.mark_suspect(path, why)
+                logger.warning(f"checkpoint {path} is suspect now, and used by name only")
+            except (OSError, CheckpointError) as error:
+                logger.warning(f"checkpoint {path} cannot be marked as suspect: {error}")
+
+
 def last_good(saver: Saver, ranks: ControlGroup) -> Found | None:
-    """The newest whole checkpoint of this run; None where there is none. Collective."""
-    return ranks.on_rank_0(lambda: find(saver.folder))
+    """The newest good checkpoint of this run; None where there is none. Collective."""
+
+    def look() -> Found | None:
+        try:
+            return find(saver.folder)
+        except CheckpointError as error:
+            logger.warning(str(error))
+            return None
+
+    return ranks.on_rank_0(look)
 
 
 def stopped(why: str, saver: Saver, ranks: ControlGroup) -> NumericsError:
     """The error that ends the run, with the checkpoint that can be resumed. Collective."""
     good = last_good(saver, ranks)
-    named = f"the last good checkpoint is {good.path}" if good is not None else "there is no checkpoint yet"
+    none = "there is no good checkpoint" if tags_in(saver.folder) else "there is no checkpoint yet"
+    named = f"the last good checkpoint is {good.path}" if good is not None else none
     error = NumericsError(f"{why}; {named}")
     error.shared = True
     return error
+
+
+def describe_spike(
+    engine: TrainingEngine,
+    batches: TrainBatches,
+    tokenizer: Tokenizer,
+    ranks: ControlGroup,
+    found: Divergence,
+    first_sample: int,
+) -> dict[str, Any]:
+    """The fields of the event `spike`: the losses of the batch's samples, computed again without dropout, which of them
+    are spikes, and their texts. A few of many speak for garbage in the text, all of them for the weights. Collective.
+    """
+    assert found.spike_above is not None
+    own, module = list[float](), engine.engine.module
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), autocast(engine.config.precision, engine.device):
+        for input_ids, targets in batches.micro_batches(first_sample):
+            by_token = module(input_ids.to(engine.device), targets.to(engine.device), reduction="none")  # (B, T)
+            own += by_token.mean(dim=1).tolist()
+    module.train(was_training)
+    shares = ranks.gather(dict(zip(batches.indices(first_sample).tolist(), own, strict=True)))
+    losses: dict[int, float] = {index: value for share in shares for index, value in share.items()}
+    outliers = sorted((index for index in losses if losses[index] > found.spike_above), key=lambda i: -losses[i])
+    return {
+        "step": found.first_step,
+        "outliers": f"{len(outliers)} of {len(losses)} samples",
+        "losses": dict(sorted(losses.items())),
+        "texts": _texts(batches, tokenizer, outliers),
+    }
+
+
+def _texts(batches: TrainBatches, tokenizer: Tokenizer, samples: list[int]) -> dict[int, str]:
+    """The beginnings of the first few."""
+    return {one: tokenizer.decode(batches.tokens(one).tolist())[:CHARACTERS] for one in samples[:TEXTS]}
 
 
 def diagnose(engine: TrainingEngine, micro_batches: Iterable[Batch]) -> tuple[list[float], bool]:
@@ -198,7 +279,7 @@ def describe_skip(
     by_index = dict(zip(batches.indices(first_sample).tolist(), own_losses))
     shares = ranks.gather((math.isfinite(float(loss)), gradients_finite, by_index, ran_out))
     losses: dict[int, float] = {index: value for share in shares for index, value in share[2].items()}
-    worst = sorted(losses, key=lambda index: (math.isfinite(losses[index]), -losses[index], index))[:TEXTS]
+    worst = sorted(losses, key=lambda index: (math.isfinite(losses[index]), -losses[index], index))
     finite = [gradients_fine and all(map(math.isfinite, values.values())) for _, gradients_fine, values, _ in shares]
     out_of_memory = [rank for rank, share in enumerate(shares) if share[3]]
     return {
@@ -209,5 +290,5 @@ def describe_skip(
         "first_sample": first_sample,
         "losses": dict(sorted(losses.items())),
         "layer_grad_norms": engine.layer_grad_norms,
-        "texts": {index: tokenizer.decode(batches.tokens(index).tolist())[:CHARACTERS] for index in worst},
+        "texts": _texts(batches, tokenizer, worst),
     }

@@ -26,33 +26,13 @@ from chatgot.errors import NumericsError
 from chatgot.observe.meters import Mfu, Throughput, peak_memory_gib
 from chatgot.proof.compare import KnownLoss, Proof, TrainedStep
 from chatgot.training import evaluation
-from chatgot.training.divergence import Guard, describe_skip, stopped
+from chatgot.training.divergence import Divergence, Guard, describe_skip, describe_spike, stopped
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.records import Records
-from chatgot.training.saving import Saving
+from chatgot.training.saving import Position, Saving
 from chatgot.training.stop import StopSignals
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Position:
-    """What the loop knows and the engine does not; saved in every checkpoint."""
-
-    next_sample: int = 0
-    """Global index of the first sample that has not been trained on."""
-    skipped_samples: int = 0
-    """How many of the samples before it rollbacks have left out."""
-    best_val_loss: float | None = None
-    last_val: dict[str, float] = field(default_factory=dict)
-    owed: tuple[str, ...] = ()
-    """What is due after the last step and not done yet: "evaluation", "samples"."""
-
-    @classmethod
-    def of(cls, state: ClientState) -> Position:
-        """The position that a checkpoint was saved at. Older ones know no rollbacks and nothing that is owed."""
-        skipped, owed = state.get("skipped_samples", 0), tuple(state.get("owed", ()))
-        return cls(state["next_sample"], skipped, state["best_val_loss"], state["last_val"], owed)
 
 
 @dataclass
@@ -105,8 +85,8 @@ class Loop:
             (signalled, minutes_over, writing), known = self._share(loss, self._flags())
             step, last = self.step, self.step == train.max_steps
             self._report(step, loss, last)
-            if why := self._diverged(known):
-                self.roll_back(why)
+            if found := self._diverged(known):
+                self.roll_back(found)
                 yield self.step
                 continue
             self._go_on_saving(writing)
@@ -118,14 +98,17 @@ class Loop:
     def _after_step(self, signalled: bool, minutes_over: bool) -> None:
         """Evaluate and sample what is owed, unless a signal comes, and save where it is due. Collective.
 
-        What a signal cuts short stays owed: it is saved with the state, and done when the run is resumed.
+        What a signal cuts short stays owed: it is saved, and done when the run is resumed.
         """
         step, improved = self.step, False
         if self.position.owed:
+            if found := self._diverged(self.proof.flush()):  # on a GPU the last loss has become known only now
+                self.roll_back(found)
+                return
             try:
                 improved = self._show(step)
             except NumericsError as error:
-                self.roll_back(str(error))
+                self.roll_back(Divergence(str(error), step + 1, several=True))
                 return
             stopping, minutes_over, _ = self.ranks.any(*self._flags())
             signalled = signalled or stopping
@@ -178,14 +161,14 @@ class Loop:
 
     def save(self, must: bool = False) -> None:
         """Save the state as it is, or roll back if it has diverged; see `Saving.save` for `must`. Collective."""
-        if why := self._diverged(self.proof.flush()):  # on a GPU the last loss has become known only now
-            self.roll_back(why, must)
+        if found := self._diverged(self.proof.flush()):
+            self.roll_back(found, must)
             return
         try:
             self._save(must)
         except NumericsError as error:
             self.records.event("save_refused", step=self.step, error=str(error))
-            self.roll_back(str(error), must)
+            self.roll_back(Divergence(str(error), self.step + 1, several=True), must)
 
     def _save(self, must: bool = False) -> None:
         with self._doing(f"saving at step {self.step}", "save"):
@@ -295,8 +278,7 @@ class Loop:
         with self._doing(f"sampling after step {step}", "sample"):
             train, context = self.config.train, self.config.model.max_seq_length
             args = (self.engine.engine, self.prompts, self.data.tokenizer, train, context, self.ranks, self._poll)
-            drawn = evaluation.draw(*args)
-            self.records.sampled(step, drawn, self.out_dir)
+            self.records.sampled(step, evaluation.draw(*args), self.out_dir)
 
     @contextlib.contextmanager
     def _doing(self, what: str, pause: str) -> Iterator[None]:
@@ -305,14 +287,14 @@ class Loop:
         with self.meter.paused(pause):
             yield
 
-    def _diverged(self, known: KnownLoss | None) -> str | None:
+    def _diverged(self, known: KnownLoss | None) -> Divergence | None:
         return self.guard.divergence(self.step, self.engine.skips_in_a_row, known)
 
     def _stopped(self, why: str) -> NumericsError:
         self.saving.finish()
         return stopped(why, self.saving.saver, self.ranks)
 
-    def roll_back(self, why: str, must: bool = False) -> None:
+    def roll_back(self, found: Divergence, must: bool = False) -> None:
         """Go back to the newest whole checkpoint, or stop, as chatgot.guard says. Collective.
 
         Weights, optimizer, random state and step number are the checkpoint's, but the data goes on where it was: all
@@ -325,8 +307,13 @@ class Loop:
         Raises:
             NumericsError: on all ranks; it shall stop, has no rollback left, or there is no checkpoint to go back to.
         """
+        if found.spike_above is not None:
+            sample = self._first_sample - (self.step - found.first_step) * self.train_batches.global_batch_size
+            spike = describe_spike(self.engine, self.train_batches, self.data.tokenizer, self.ranks, found, sample)
+            self.records.event("spike", **spike)
+            found = found._replace(why=f"{found.why}; {spike['outliers']} of that batch are as bad by themselves")
         self.saving.finish()
-        good = self.guard.checkpoint_to_go_back_to(why, self.saving.saver, self.ranks)
+        why, good = found.why, self.guard.checkpoint_to_go_back_to(found, self.saving.saver, self.ranks)
         self.proof.flush()
         self.proof.end("the run was rolled back first")
         from_step, end, earlier = self.step, self.position.next_sample, self.guard.rollbacks

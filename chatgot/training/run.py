@@ -32,11 +32,11 @@ from chatgot.plan.estimate import estimate, slowness
 from chatgot.training import memory, preparation
 from chatgot.training.divergence import Guard
 from chatgot.training.evaluation import usable_prompts
-from chatgot.training.loop import Loop, Position
+from chatgot.training.loop import Loop
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.preparation import Resumed, TrainArguments
 from chatgot.training.records import open_records
-from chatgot.training.saving import Saving, open_saver
+from chatgot.training.saving import Position, Saving, open_saver
 from chatgot.training.stop import StopSignals
 from chatgot.tuning import micro_batch
 

@@ -1,10 +1,11 @@
-"""When a run saves, and what a save that fails means for it."""
+"""When a run saves, what it saves of its own beside the engine, and what a save that fails means for it."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,26 @@ FAILURES = 3
 """Saves in a row that must fail before the run ends, spread over chatgot.checkpoint.every_minutes at least."""
 RETRY_MINUTES = 2.0
 """What they are spread over where the JSON does not save by time. They are tried again at the usual steps then."""
+
+
+@dataclass
+class Position:
+    """What the loop knows and the engine does not; saved in every checkpoint."""
+
+    next_sample: int = 0
+    """Global index of the first sample that has not been trained on."""
+    skipped_samples: int = 0
+    """How many of the samples before it rollbacks have left out."""
+    best_val_loss: float | None = None
+    last_val: dict[str, float] = field(default_factory=dict)
+    owed: tuple[str, ...] = ()
+    """What is due after the last step and not done yet: "evaluation", "samples"."""
+
+    @classmethod
+    def of(cls, state: ClientState) -> Position:
+        """The position that a checkpoint was saved at. Older ones know no rollbacks and nothing that is owed."""
+        skipped, owed = state.get("skipped_samples", 0), tuple(state.get("owed", ()))
+        return cls(state["next_sample"], skipped, state["best_val_loss"], state["last_val"], owed)
 
 
 class Saving:

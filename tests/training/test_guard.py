@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+import chatgot.run_folder as run_folder
+from chatgot.checkpoint import manifest
+from chatgot.checkpoint.load import find
 from chatgot.deepspeed_json.chatgot_section import GuardConfig
 from chatgot.errors import EXIT_NUMERICS, NumericsError
 from chatgot.proof import digest
@@ -139,9 +142,10 @@ def test_a_stopped_run_names_the_checkpoint_and_exits_with_5(tmp_path, text_file
 
 def test_rollbacks_are_bounded_over_resumes_too(tmp_path, text_file):
     line = words(tmp_path, text_file, guard={"max_rollbacks": 2})
-    for _ in range(2):
-        with pytest.raises(NumericsError, match=r"after 2 rollback\(s\); chatgot.guard.max_rollbacks = 2"):
-            poisoned_run(line, samples=range(32, 4000))
+    poisoned_run(line, samples=range(64, 4000), stop_after=10)
+    assert [event["to_step"] for event in events(tmp_path / "out", "rolled_back")] == [6]
+    with pytest.raises(NumericsError, match=r"after 2 rollback\(s\); chatgot.guard.max_rollbacks = 2"):
+        poisoned_run(line, samples=range(64, 4000))
     assert [event["number"] for event in events(tmp_path / "out", "rolled_back")] == [1, 2]
 
 
@@ -201,15 +205,15 @@ def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, at, expected, 
     [event] = found
     assert (event["from_step"], event["to_step"]) == expected
     assert "8 standard deviations" in event["why"]
-    assert poison.fed.count(spike) == 1
+    assert poison.fed.count(spike) == 2, "trained on once, looked at once"
     assert not events(tmp_path / "out", "skipped_step")
 
 
 def test_a_spike_is_told_from_the_steps_before_it_also_after_a_resume():
-    guard = Guard(GuardConfig(spike_zscore=4.0))
+    guard = Guard(GuardConfig(spike_zscore=4.0, spike_min_rise=0.0))
     losses = [(step, 2.0 + 0.1 * (step % 2)) for step in range(1, SPIKE_WINDOW + 1)]
     assert [guard.divergence(step, 0, (step, loss)) for step, loss in losses] == [None] * SPIKE_WINDOW
-    resumed = Guard(GuardConfig(spike_zscore=4.0))
+    resumed = Guard(GuardConfig(spike_zscore=4.0, spike_min_rise=0.0))
     assert resumed.restore(json.loads(json.dumps(guard.state(1)))) == 1
     for each in (guard, resumed):
         assert each.divergence(51, 0, (51, 2.24)) is None, "3.8 deviations"
@@ -239,7 +243,7 @@ def test_a_state_that_is_not_finite_is_never_published(stage, where, tmp_path, t
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir() if path.is_dir()] == ["step-00000003"]
     assert events(tmp_path / "out", "save_refused")
     loop.guard.config = GuardConfig(on_diverge="rollback")
-    loop.roll_back("the test says so")  # and a rollback repairs it
+    loop.roll_back(divergence.Divergence("the test says so", 5))  # and a rollback repairs it
     loop.save()
     steps.close()  # type: ignore[attr-defined]
 
@@ -326,3 +330,64 @@ def test_at_stage_3_a_skipped_step_is_computed_again_only_where_the_plan_says_th
     [event] = events(tmp_path / "out", "skipped_step")
     assert "chatgot plan says" in event["not_computed_again"]
     assert event["layer_grad_norms"]
+
+
+def test_a_checkpoint_that_the_guard_takes_for_wrecked_is_used_by_name_only(tmp_path, text_file, capsys):
+    line = words(tmp_path, text_file, guard={"on_diverge": "stop"})
+    out, weights = tmp_path / "out", tmp_path / "out" / "checkpoints"
+    with pytest.raises(NumericsError, match=r"the last good checkpoint is .*step-00000003"):
+        poisoned_run(line, samples=(48, 56))  # steps 7 and 8; the weights after step 6 gave those losses
+    assert tags(out) == [3, 6]
+    found = find(weights)
+    assert found is not None
+    assert (found.tag, found.damaged) == ("step-00000003", ("step-00000006",))
+    assert "is suspect: step 8: loss or gradients were not finite for 2 steps in a row" in found.notes[0]
+    assert "going back to step-00000003, 3 steps are lost" in found.notes[0]
+    assert verify(out), "it is suspect, not damaged"
+    capsys.readouterr()
+    loop = in_process.prepare([*line, "--resume_from", f"{out}@step-00000006"])
+    assert loop.step == 6
+    assert f"checkpoint {weights / 'step-00000006'} is suspect" in capsys.readouterr().out
+    run_folder.release_lock(out)
+    assert in_process.train(line) == 0, "from step 3, without the poison"
+    assert [event["from"] for event in events(out, "resumed")][-1].endswith("step-00000003")
+    found = find(weights)
+    assert found is not None
+    assert (found.tag, found.notes) == ("step-00000012", ())
+    assert "suspect" not in manifest.read(weights / "step-00000006"), "it was saved anew"
+
+
+def test_a_second_bad_batch_after_a_rollback_speaks_against_the_checkpoint(tmp_path, text_file):
+    """Steps 7 and 7 again, with other samples: the weights after step 6 are to blame, and step 3 is next."""
+    line = words(tmp_path, text_file, guard={"max_consecutive_skips": 1})
+    code, _ = poisoned_run(line, samples=(48, 56))
+    assert code == 0
+    assert [(one["from_step"], one["to_step"]) for one in events(tmp_path / "out", "rolled_back")] == [(7, 6), (7, 3)]
+
+
+def test_a_spike_is_some_nats_high_at_least_and_tells_the_samples_that_are_to_blame(tmp_path, text_file):
+    guard = Guard(GuardConfig(spike_zscore=4.0))
+    for step in range(1, SPIKE_WINDOW + 1):
+        assert guard.divergence(step, 0, (step, 1.4 + 0.02 * (step % 2))) is None
+    assert guard.divergence(51, 0, (51, 1.7)) is None, "29 deviations, and a third of a nat"
+    assert guard.divergence(52, 0, (52, 2.1)) is not None
+    line = words(tmp_path, text_file, steps=SPIKE_WINDOW + 6, guard={"spike_zscore": 8.0}, micro=8)
+    loop = in_process.prepare([*line, "train.log_every=20"])
+    spike = SPIKE_WINDOW * BATCH
+    tokens, bad = loop.train_batches.tokens, {spike + 1, spike + 4}
+
+    def garbage(module, arguments, keywords, loss):
+        if arguments[0].shape[0] == BATCH and poison.fed[-1] == spike and not module.training:
+            return torch.where(torch.isin(torch.arange(BATCH), torch.tensor([1, 4]))[:, None], 9.0, loss)
+        return loss
+
+    poison = Poison(loop, [spike], 5.0)
+    loop.engine.engine.module.register_forward_hook(garbage, with_kwargs=True)
+    assert run.finish(loop) == 0
+    [event] = events(tmp_path / "out", "spike")
+    assert (event["step"], event["outliers"]) == (SPIKE_WINDOW + 1, "2 of 8 samples")
+    assert {int(sample) for sample in event["texts"]} == bad
+    for sample in bad:
+        assert event["texts"][str(sample)] == loop.data.tokenizer.decode(tokens(sample).tolist())
+    [rolled_back] = events(tmp_path / "out", "rolled_back")
+    assert "2 of 8 samples of that batch are as bad by themselves" in rolled_back["why"]
