@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, MachineError
@@ -163,19 +163,23 @@ def _how_it_ended(rank: Rank) -> str:
     return f"ended with exit code {code}" + (" (interrupted, state saved)" if code == EXIT_INTERRUPTED else "")
 
 
-def _start(
-    command: Sequence[str], environment: Mapping[str, str], unblock: set[signal.Signals]
-) -> subprocess.Popen[bytes]:
-    launcher = os.getpid()
-    libc = ctypes.CDLL(None)
+def dies_with_this_process(unblock: Set[signal.Signals] = frozenset()) -> Callable[[], None]:
+    """Make a preexec_fn: the child is killed when this process ends, however that is, and has `unblock` unblocked."""
+    parent, libc = os.getpid(), ctypes.CDLL(None)
 
     def before_exec() -> None:
-        # no orphans, even when the launcher is killed with SIGKILL
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:  # it died before the line above
+        if os.getppid() != parent:  # it died before the line above
             os._exit(1)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, unblock)
 
+    return before_exec
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], unblock: set[signal.Signals]
+) -> subprocess.Popen[bytes]:
+    before_exec = dies_with_this_process(unblock)
     try:
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=before_exec

@@ -192,7 +192,8 @@ def find(
         return known
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     smallest = min(ranks.gather(device_of_machine(device_facts())), key=lambda one: one.memory)
-    probes = Probes(smallest, (place.rank,), place.world_size, MARGIN, address, place.local_rank, ranks.gather)
+    local_rank = int(os.environ.get("LOCAL_RANK", place.local_rank))  # 0 where a scheduler shows only one device
+    probes = Probes(smallest, (place.rank,), place.world_size, MARGIN, address, local_rank, ranks.gather)
     return search(tree, model, vocab_size, probes, key)
 
 

@@ -23,6 +23,7 @@ from chatgot.devices import GIB, Device, DeviceFacts, device_facts, is_out_of_me
 from chatgot.distributed import find_place, free_port, python_path
 from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError
 from chatgot.launcher.command import ATTEMPT, rank_environment
+from chatgot.launcher.supervisor import dies_with_this_process
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.estimate import estimate
 
@@ -129,7 +130,12 @@ class Probes:
         command = [sys.executable, *self.program, str(folder / "task.json")]
         with open(folder / f"log.{rank}", "wb") as log:
             return subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=dies_with_this_process(),
             )
 
     def _wait(self, processes: list[subprocess.Popen]) -> list[int | None]:

@@ -6,7 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -14,11 +20,12 @@ from hypothesis import strategies as st
 
 from chatgot.config.run import ModelConfig
 from chatgot.devices import Device, DeviceFacts, device_of_machine
+from chatgot.distributed import Place
 from chatgot.errors import MachineError
 from chatgot.tuning import micro_batch
 from chatgot.tuning.micro_batch import candidates, largest_that_fits
 from chatgot.tuning.probe import Probes, Task
-from tests.support import TINY_MODEL, engine_json, write_json, write_run_yaml
+from tests.support import ROOT, TINY_MODEL, engine_json, environment, write_json, write_run_yaml
 from tests.training import in_process
 
 MODEL = ModelConfig(**{**TINY_MODEL, "max_seq_length": 128}).model_dump()
@@ -112,6 +119,56 @@ def test_the_smallest_of_all_ranks_answers_counts(how, why):
     answer = micro_batch.search(tree, MODEL, VOCABULARY, probes_of(how))
     assert answer.micro_batch == 3
     assert f"9 does not ({why}" in answer.reason
+
+
+PROBING = """
+from chatgot.training.stop import StopSignals
+from tests.tuning.test_probe import MODEL, VOCABULARY, engine_json, micro_batch, probes_of
+with StopSignals(starting=True):
+    tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
+    micro_batch.search(tree, MODEL, VOCABULARY, probes_of("hangs"))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_probes_die_with_their_parent(how, tmp_path):
+    seen, temporary = tmp_path / "seen", tmp_path / "tmp"
+    seen.mkdir()
+    temporary.mkdir()
+    places = {"SEEN": str(seen), "TMPDIR": str(temporary), "DS_ACCELERATOR": "cpu"}
+    parent = subprocess.Popen([sys.executable, "-c", PROBING], env=environment(**places), cwd=ROOT, stderr=-1)
+    deadline = time.monotonic() + 300
+    while len(pids := [int(one.read_text() or 0) for one in seen.glob("*.pid")]) < 2 or 0 in pids:
+        assert parent.poll() is None
+        assert time.monotonic() < deadline, "the probes have not started"
+        time.sleep(0.05)
+    parent.send_signal(how)
+    _, said = parent.communicate(timeout=300)
+    while any(map(psutil.pid_exists, pids)):
+        assert time.monotonic() < deadline, "a probe lives on"
+        time.sleep(0.05)
+    if how == signal.SIGTERM:
+        assert b"RunAgainError: stopped by SIGTERM before the first step" in said
+        assert not list(temporary.glob("chatgot-probe-*"))
+
+
+def test_a_probe_has_the_device_of_the_run_where_a_scheduler_shows_only_one(tmp_path, monkeypatch):
+    """engine.build.join sets LOCAL_RANK to 0 there (srun --gpus-per-task 1)."""
+    asked: list[Probes] = []
+
+    def search(tree, model, vocab_size, probes, key):
+        asked.append(probes)
+        return micro_batch.Stored(1, "auto", "", key=key)
+
+    class Alone:
+        on_rank_0 = staticmethod(lambda function: function())
+        gather = staticmethod(lambda value: [value])
+
+    monkeypatch.setattr(micro_batch, "search", search)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    place: Any = Place(5, 3, 8, "slurm")
+    micro_batch.find(engine_json(), MODEL, VOCABULARY, "gpu", tmp_path, place, cast(Any, Alone()))
+    assert [(one.ranks, one.first_local) for one in asked] == [((5,), 0)]
 
 
 def test_a_margin_must_stay_free():

@@ -1,7 +1,7 @@
 """Ends as a rank of a probe can end, without training anything: memory allows rank 0 nine samples and rank 1 three.
 
 What rank 1 does beyond that is its first argument: 'killed', 'told' or 'broken'; 'fits' and 'environment': memory
-allows everything; 'environment' writes its environment into the folder SEEN.
+allows everything; 'environment' writes its environment into the folder SEEN, 'hangs' its pid, and never ends.
 """
 
 import json
@@ -16,6 +16,9 @@ def main(how: str, path: str) -> int:
     rank, micro = int(os.environ["RANK"]), json.loads(Path(path).read_text())["tree"]["train_micro_batch_size_per_gpu"]
     if how == "environment":
         Path(os.environ["SEEN"], f"{rank}.json").write_text(json.dumps(dict(os.environ)))
+    if how == "hangs":
+        Path(os.environ["SEEN"], f"{rank}.pid").write_text(str(os.getpid()))
+        time.sleep(1000)
     if micro > 3 and rank == 1 and how != "fits":
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
