@@ -88,8 +88,7 @@ def linked_folders(folder: Path) -> list[str]:
     for path in (folder / CHECKPOINTS, folder / SAMPLES, folder / WANDB):
         if path.is_symlink() and path.exists():
             if path.lstat().st_uid != path.stat().st_uid:
-                why = "its owner and that of the folder are not the same; put a folder of your own there"
-                raise ConfigError(f"{path}: is a symbolic link to {path.resolve()} and not followed: {why}")
+                raise ConfigError(f"{path}: a link to somebody else's {path.resolve()}; put a folder of your own there")
             notes.append(f"{path} is a symbolic link to {path.resolve()}, and is followed")
     return notes
 
@@ -101,7 +100,7 @@ class Tokenizer(Protocol):
 
 
 def check_writable(folder: Path) -> None:
-    """Try to write in the folder, and leave no trace, because the run may still be refused.
+    """Try to write in the folder and to open its records, and leave no trace, because the run may still be refused.
 
     Raises:
         ConfigError: it is a file, or cannot be made or written to.
@@ -114,9 +113,13 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
         for path in made:
             path.rmdir()
+        for path in (folder / METRICS, folder / EVENTS):
+            with contextlib.suppress(FileNotFoundError):
+                os.close(open_file(path, os.O_RDWR))
     except OSError as error:
-        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
-        why = "it, or what should be a folder above it, is a file" if is_file else error.strerror
+        why = f"{error.strerror} ({error.filename})"
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            why = "it, or what should be a folder above it, is a file"
         raise ConfigError(f"--out_dir {folder}: cannot be written to: {why}; name another folder") from error
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
+import itertools
 import json
 import math
+import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import yaml
 from chatgot import run_folder
 from chatgot.data.tokenizer import load_tokenizer
 from chatgot.errors import ConfigError, FolderMovedError
+from chatgot.inference.sample import SampleArguments, sample
 from chatgot.observe.journal import METRICS, read_journal
 from chatgot.run_folder import changed_settings, check_writable, flattened
 from chatgot.training import run
@@ -298,3 +303,82 @@ def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     assert "this file system has no locks" in note
     run_folder.release_lock(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", ".lock"])
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_file_that_would_be_written_to_and_is_no_plain_file_is_refused(words, tmp_path, name, kind, capsys):
+    foreign, path = tmp_path / "foreign", tmp_path / "out" / name
+    foreign.write_text("precious")
+    path.parent.mkdir()
+    {"link": lambda: path.symlink_to(foreign), "fifo": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    assert in_process.refused(words) == 2
+    assert name.strip(".").partition(".")[0] in capsys.readouterr().err
+    assert foreign.read_text() == "precious"
+
+
+def test_links_that_are_replaced_overwrite_no_foreign_file_and_linked_folders_are_said(words, tmp_path, capsys):
+    out, foreign, scratch = tmp_path / "out", tmp_path / "foreign", tmp_path / "scratch"
+    foreign.write_text("precious")
+    names = ("run.yaml", "ds_config.json", "environment.json", "tokenizer.json", "samples/step-000002.txt")
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).symlink_to(foreign)
+    scratch.mkdir()
+    (out / "checkpoints").symlink_to(scratch)
+    assert in_process.train(words) == 0
+    assert f"{out / 'checkpoints'} is a symbolic link to {scratch}, and is followed" in capsys.readouterr().out
+    assert foreign.read_text() == "precious"
+    assert not any((out / name).is_symlink() for name in names)
+    assert in_process.tags(out) == [2]
+    shutil.rmtree(scratch)
+    assert in_process.refused(words) == 4, "the disk is not mounted: no new run"
+    assert "is its disk mounted?" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_folder_of_another_owner_is_not_followed(words, tmp_path, capsys):
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", 12345, 12345)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples").symlink_to(tmp_path / "theirs")
+    assert in_process.refused(words) == 2
+    assert "a link to somebody else's" in capsys.readouterr().err
+
+
+def test_empty_settings_beside_whole_checkpoints_stop_neither_a_resume_nor_a_sample(finished, text_file, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for name in ("run.yaml", "ds_config.json", "environment.json"):
+        (copy / "out" / name).write_text("")
+    in_process_words = argv(copy / "engine.json", copy / "out", copy / "run.yaml", text_file)
+    sample(SampleArguments(copy / "out", max_new_tokens=1, device="cpu"), io.StringIO())
+    assert in_process.train([*in_process_words, "ds.gradient_clipping=0.5", "train.max_steps=8"]) == 0
+    assert events(copy / "out", "resumed")[-1]["step"] == STEPS
+
+
+def test_settings_of_a_folder_from_elsewhere_are_read_within_bounds(tmp_path):
+    path = tmp_path / "run.yaml"
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh")
+    )
+    for text in (bomb, "[" * 100_000, "a: " + "9" * 5000, "x" * (1 << 20 | 1), "a: 1\na", "\0"):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as refusal:
+            run_folder.read(tmp_path, "run.yaml")
+        assert len(str(refusal.value)) < 1000
+
+
+def test_records_reach_the_disk_with_every_checkpoint(words, tmp_path, monkeypatch):
+    flushed: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    assert in_process.train(words) == 0
+    published = flushed.index("manifest.json" if "manifest.json" in flushed else f".manifest.json.tmp-{os.getpid()}")
+    assert {"metrics.jsonl", "events.jsonl"} <= set(flushed[:published])
+    assert any(name.startswith((".tokenizer.json.tmp", "tokenizer.json")) for name in flushed)

@@ -153,7 +153,7 @@ def load_run_config(name_or_path: str, overrides: dict[str, Any] | None = None) 
     try:
         if path.is_file() and path.stat().st_size > run_folder.LARGEST:
             raise ConfigError(f"--config {path}: more than {run_folder.LARGEST} bytes, which no run YAML has")
-        tree, lines = _parse(path.read_text(encoding="utf-8"))
+        tree, lines = _parse(run_folder.read_bytes(path, follow=True).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
-from chatgot.errors import DataError
+from chatgot.errors import DataError, quoted
 from chatgot.files import sha256, sync, write_atomically
 
 FORMAT = "chatgot-prepared"
@@ -138,22 +138,23 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
     if not file.is_file():
         what = f"not a prepared folder, {META_FILE} is missing" if path.is_dir() else "no such prepared folder"
         raise DataError(f"{path}: {what}; prepare the text again")
-    tree = read_own_json(file, FORMAT, FORMAT_VERSION, "; prepare the text again")
+    tree = read_own_json(file, FORMAT, FORMAT_VERSION, True, "; prepare the text again")
     try:
         meta = TypeAdapter(PreparedMeta).validate_python(tree)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        wrong = "; ".join(f"{quoted('.'.join(map(str, one['loc'])))}: {one['msg']}" for one in error.errors()[:5])
         raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
-    again = f"prepare the text again (source: {meta.source})"
-    tokenizer = load_tokenizer(path / TOKENIZER_FILE)
+    again = f"prepare the text again (source: {quoted(meta.source)})"
+    tokenizer = load_tokenizer(path / TOKENIZER_FILE, follow=True)
     if tokenizer.fingerprint != meta.tokenizer_sha256:
         raise DataError(
             f"{path / TOKENIZER_FILE}: sha256 of the vocabulary is {tokenizer.fingerprint}, meta.json says "
-            f"{meta.tokenizer_sha256}; {again}"
+            f"{quoted(meta.tokenizer_sha256)}; {again}"
         )
     if tokenizer.vocab_size != meta.vocab_size or tokenizer.dtype.name != meta.dtype:
         raise DataError(
-            f"{file}: vocab_size {meta.vocab_size} and dtype {meta.dtype} do not belong to its tokenizer.json; {again}"
+            f"{file}: vocab_size {quoted(meta.vocab_size)} and dtype {quoted(meta.dtype)} "
+            f"do not belong to its tokenizer.json; {again}"
         )
 
     def tokens(name: str, split: SplitMeta) -> np.ndarray:
@@ -178,9 +179,9 @@ def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, ag
         size = file.stat().st_size
         expected = split.tokens * dtype.itemsize
         if size != expected:
-            raise DataError(f"{file}: {size} bytes, meta.json says {expected}: truncated or damaged; {again}")
+            raise DataError(f"{file}: {size} bytes, meta.json says {quoted(expected)}: truncated or damaged; {again}")
         if verify and (digest := sha256(file)) != split.sha256:
-            raise DataError(f"{file}: sha256 is {digest}, meta.json says {split.sha256}: damaged; {again}")
+            raise DataError(f"{file}: sha256 is {digest}, meta.json says {quoted(split.sha256)}: damaged; {again}")
         return np.memmap(file, dtype=dtype, mode="r", shape=(split.tokens,))
     except FileNotFoundError:
         raise DataError(f"{file}: missing; {again}") from None

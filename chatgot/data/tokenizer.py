@@ -13,13 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from chatgot.errors import ConfigError, DataError
+from chatgot.errors import ConfigError, DataError, quoted
 from chatgot.files import write_atomically
+from chatgot.run_folder import read_bytes
 
 FORMAT = "chatgot-tokenizer"
 FORMAT_VERSION = 1
 _BPE_PIECE = 1 << 17  # characters; the library keeps some hundred bytes for each token of a piece
 _BPE_CUT = re.compile(r"\S\n(?=\S)")  # GPT-2's pre-tokenisation never joins what stands on the two sides
+
+_BPE_PARTS = {
+    **dict.fromkeys(("truncation", "padding", "added_tokens", "normalizer", "post_processor")),
+    **dict.fromkeys(("pre_tokenizer", "decoder"), "ByteLevel"),
+    "model": "BPE",
+}
+"""Types of the parts that `BpeTokenizer.train` makes; others could cost any time, or lose text."""
+
+LARGEST = 64 << 20
+"""Bytes of a tokenizer.json or meta.json that are read."""
 
 MAX_VOCAB_SIZE = 1 << 16
 """Tokens are stored as uint8 or uint16."""
@@ -104,7 +115,7 @@ class CharTokenizer(Tokenizer):
         self.characters = tuple(characters)
         for c in self.characters:
             if not isinstance(c, str) or len(c) != 1 or 0xD800 <= ord(c) <= 0xDFFF:
-                raise DataError(f"character vocabulary: {c!r} is not a single character")
+                raise DataError(f"character vocabulary: {quoted(c)} is not a single character")
         if list(self.characters) != sorted(set(self.characters)):
             raise DataError("character vocabulary: the characters are not distinct and in code point order")
         if not 1 <= len(self.characters) <= MAX_VOCAB_SIZE:
@@ -178,11 +189,16 @@ class BpeTokenizer(Tokenizer):
     def __init__(self, definition: dict[str, Any]) -> None:
         """`definition`: the library's own JSON. Raises DataError if it is refused, ConfigError without the library."""
         self._definition = definition
+        for key, allowed in _BPE_PARTS.items():
+            part = definition.get(key)
+            if (part.get("type") if isinstance(part, dict) else part or None) != allowed:
+                raise DataError(f"bpe tokenizer: {key} = {quoted(part)}: must be {allowed or 'empty'}")
         library = tokenizers_library()
         try:
             self._bpe = library.Tokenizer.from_str(json.dumps(definition))
         except Exception as error:  # the library raises a bare Exception for what it cannot read
-            raise DataError(f"bpe tokenizer: the library tokenizers cannot read its definition: {error}") from error
+            why = quoted(str(error))
+            raise DataError(f"bpe tokenizer: the library tokenizers cannot read its definition: {why}") from error
         vocabulary: dict[str, int] = self._bpe.get_vocab()
         self.vocab_size = len(vocabulary)
         byte_of = _byte_level_alphabet()
@@ -236,32 +252,41 @@ def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def read_own_json(path: Path, format_name: str, version: int, hint: str = "") -> dict[str, Any]:
-    """Read a JSON file that has `format` and `format_version`. Raises DataError, whose message ends with the hint."""
+def read_own_json(path: Path, format_name: str, version: int, follow: bool, hint: str = "") -> dict[str, Any]:
+    """Read a JSON file that has `format` and `format_version`. Raises DataError, whose message ends with the hint.
+
+    Args:
+        follow: a symbolic link, see `run_folder.open_file`.
+    """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_bytes(path, LARGEST, follow))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}{hint}") from error
     if not isinstance(tree, dict) or tree.get("format") != format_name:
         raise DataError(f"{path}: not a file of the format {format_name}{hint}")
     if tree.get("format_version") != version:
-        raise DataError(f"{path}: format_version {tree.get('format_version')!r}, this program reads {version}{hint}")
+        theirs = quoted(tree.get("format_version"))
+        raise DataError(f"{path}: format_version {theirs}, this program reads {version}{hint}")
     return tree
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.json. Raises DataError for a missing or damaged one, ConfigError for bpe without its library."""
+def load_tokenizer(path: Path | str, follow: bool = False) -> Tokenizer:
+    """Read a tokenizer.json. Raises DataError for a missing or damaged one, ConfigError for bpe without its library.
+
+    Args:
+        follow: a symbolic link, see `run_folder.open_file`.
+    """
     path = Path(path)
-    tree = read_own_json(path, FORMAT, FORMAT_VERSION)
+    tree = read_own_json(path, FORMAT, FORMAT_VERSION, follow)
     try:
         tokenizer = _from_content(tree)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if tokenizer.vocab_size != tree.get("vocab_size"):
-        claimed = tree.get("vocab_size")
-        raise DataError(f"{path}: vocab_size = {claimed!r}, but the vocabulary has {tokenizer.vocab_size} entries")
+        claimed = quoted(tree.get("vocab_size"))
+        raise DataError(f"{path}: vocab_size = {claimed}, but the vocabulary has {tokenizer.vocab_size} entries")
     return tokenizer
 
 
@@ -274,7 +299,7 @@ def _from_content(tree: dict[str, Any]) -> Tokenizer:
     if kind == "bpe" and isinstance(tree.get("tokenizers"), dict):
         return BpeTokenizer(tree["tokenizers"])
     expected = "char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')"
-    raise DataError(f"kind = {kind!r}: expected {expected}")
+    raise DataError(f"kind = {quoted(kind)}: expected {expected}")
 
 
 def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:

@@ -261,7 +261,7 @@ def _stored_by(attempt: str, out_dir: Path | None) -> bool:
     if out_dir is None:
         return False
     try:
-        return json.loads((out_dir / run_folder.MICRO_BATCH).read_text(encoding="utf-8"))["attempt"] == attempt
+        return json.loads(run_folder.read_bytes(out_dir / run_folder.MICRO_BATCH))["attempt"] == attempt
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

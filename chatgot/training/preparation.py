@@ -147,6 +147,8 @@ def choose_checkpoint(
 
     def choose() -> tuple[Found | None, list[Difference]]:
         run_folder.check_writable(arguments.out_dir)
+        for note in run_folder.linked_folders(arguments.out_dir):
+            logger.info(note)
         if note := run_folder.acquire_lock(arguments.out_dir):
             logger.info(note)
         take_back(arguments.out_dir / run_folder.CHECKPOINTS)

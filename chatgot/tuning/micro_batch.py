@@ -55,10 +55,10 @@ class Stored:
 def read(out_dir: Path) -> Stored | None:
     """The file's content; None where there is none, or a damaged one, which costs a few probes or another restart."""
     try:
-        fields = json.loads((out_dir / run_folder.MICRO_BATCH).read_text(encoding="utf-8"))
+        fields = json.loads(run_folder.read_bytes(out_dir / run_folder.MICRO_BATCH))
         micro, reason = int(fields["micro_batch"]), str(fields["reason"])
         return Stored(micro, fields.get("json", "auto"), reason, fields.get("attempt"), fields.get("key"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
