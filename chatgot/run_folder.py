@@ -76,7 +76,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> int
 def read_bytes(path: Path, largest: int = LARGEST, follow: bool = False) -> bytes:
     """Read a file of a run folder as a whole; OSError: also where it has more than `largest` bytes, see `open_file`."""
     with open(open_file(path, follow=follow), "rb") as file:
-        data = file.read(largest + 1)
+        data = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
     if len(data) > largest:
         raise OSError(errno.EFBIG, f"has more than the {largest} bytes that such a file may have", str(path))
     return data

@@ -15,14 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._utils import _rebuild_tensor_v2
 
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, examine, find
 from chatgot.checkpoint.portable import fp32_weights
+from chatgot.checkpoint.writing import next_sequence
+from chatgot.config.run import ModelConfig
 from chatgot.errors import CheckpointError
 from chatgot.inference.sample import SampleArguments, sample
+from chatgot.model.shapes import parameter_shapes
 from chatgot.verify.verify import verify
+from tests import hostile
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, events
@@ -308,3 +314,50 @@ def test_forged_newest_manifest_does_not_block_the_good_one_before_it(copy, text
         assert "checkpoint step-00000004: NOT WHOLE" in capsys.readouterr().out
     sample(SampleArguments(copy / "out", max_new_tokens=1, device="cpu"), io.StringIO())
     assert in_process.train(words(copy, text_file)) == 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, dict[str, object]]:
+    """A folder with one whole checkpoint of a tiny model, and what its manifest says."""
+    folder = tmp_path_factory.mktemp("small")
+    model = ModelConfig(d_model=4, n_layers=2, n_head=2, d_hid=4, max_seq_length=4)
+    path = folder / "step-00000001"
+    path.mkdir()
+    weights = {name: torch.zeros(shape) for name, shape in parameter_shapes(model, 5).items()}
+    torch.save({"module": weights, "chatgot": {"rng": []}}, path / "mp_rank_00_model_states.pt")
+    fields: dict[str, object] = {
+        "format_version": manifest.FORMAT_VERSION,
+        "model": {**model.model_dump(), "vocab_size": 5},
+        "parameters": "0" * 64,
+        "train": {"seed": 1},
+        "learning_rates": {"lr": 0.1},
+        "gradient_clipping": 1.0,
+        "world_size": 1,
+        "zero_stage": 0,
+        "precision": "fp32",
+        "layout": {},
+        "train_batch_size": 8,
+        "tokens": 100,
+        "val_loss": None,
+        "step": 1,
+        "sequence": 1,
+        "files": {name: manifest.measure(path / name) for name in manifest.listed(path)},
+    }
+    manifest.write(path, fields)
+    assert find(folder) is not None
+    return folder, fields
+
+
+@hostile.few
+@given(data=st.data())
+def test_any_manifest_is_taken_or_damage(small, data):
+    folder, fields = small
+    path = folder / "step-00000001" / manifest.NAME
+    if data.draw(st.booleans()):
+        said = data.draw(hostile.trees(fields))
+        path.write_text(json.dumps({**said, "sha256": manifest._digest(said)}))
+    else:
+        path.write_bytes(data.draw(hostile.files(fields)))
+    hostile.succeeds_or_refuses(lambda: find(folder))
+    hostile.succeeds_or_refuses(lambda: examine(folder))
+    hostile.succeeds_or_refuses(lambda: next_sequence(folder))

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chatgot.config.run import DataConfig
 from chatgot.data import prepare as prepare_module
@@ -27,6 +29,7 @@ from chatgot.data.prepare import prepare, prepare_cached
 from chatgot.data.prepared import check_block_size, open_prepared
 from chatgot.data.tokenizer import CharTokenizer
 from chatgot.errors import ConfigError, DataError
+from tests import hostile
 
 KINDS = ["char", "byte", "bpe"]
 
@@ -593,3 +596,18 @@ def test_odd_contents_are_reported(tmp_path, notes):
     assert any("linked/ (a link)" in n for n in notes())
     assert any("1 empty file left out: b.txt" in n for n in notes())
     assert any("c.txt: 2 NUL characters" in n for n in notes())
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("opened")
+    path = prepare(write(folder / "t.txt", prose(1000)), folder / "out", config()).path
+    return path, json.loads((path / "meta.json").read_text(encoding="utf-8"))
+
+
+@hostile.few
+@given(data=st.data())
+def test_any_meta_json_is_read_or_refused(opened, data):
+    path, said = opened
+    (path / "meta.json").write_bytes(data.draw(hostile.files(said)))
+    hostile.succeeds_or_refuses(lambda: open_prepared(path).fingerprint)

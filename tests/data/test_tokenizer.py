@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from chatgot.data.tokenizer import (
     load_tokenizer,
 )
 from chatgot.errors import ConfigError, DataError
+from tests import hostile
 
 ROUGH = "The night is dark…\n\tJon said: ‘né à Ravenna’ – “ēā”, \r lone, \0 nul, 🐉 dragon, é as e\u0301, \u2028 \ufeff end  \n\n"  # noqa: E501
 ENGLISH = "the night is dark and full of terrors, the night is long and the wall is cold\n" * 30
@@ -145,3 +148,30 @@ def test_bpe_without_its_library_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match="pip install tokenizers"):
         BpeTokenizer.train(["a"], 300)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """Where a tokenizer.json may be written, and what one of each kind says."""
+    path = tmp_path_factory.mktemp("saved") / "tokenizer.json"
+    tokenizers = [CharTokenizer(sorted(set("éab\n…"))), ByteTokenizer()]
+    if importlib.util.find_spec("tokenizers"):
+        tokenizers.append(BpeTokenizer.train(["the night is dark and the night is long"] * 20, 270))
+    said = []
+    for tokenizer in tokenizers:
+        tokenizer.save(path)
+        said.append(json.loads(path.read_text(encoding="utf-8")))
+    return path, said
+
+
+@hostile.few
+@given(data=st.data())
+def test_any_tokenizer_json_is_read_or_refused(saved, data):
+    path, said = saved
+    path.write_bytes(data.draw(hostile.files(data.draw(st.sampled_from(said)))))
+
+    def read() -> None:
+        tokenizer = load_tokenizer(path)
+        tokenizer.decode(tokenizer.encode_prompt("a night"))
+
+    hostile.succeeds_or_refuses(read)
