@@ -50,13 +50,8 @@ LARGEST = 1 << 20
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, follow: bool = False) -> int:
-    """Open a file of a run folder; returns its descriptor. Never waits.
-
-    Args:
-        follow: take a symbolic link, which the files of a folder from elsewhere must not be.
-
-    Raises:
-        OSError: also where it is a link, or no regular file.
+    """Open a file of a run folder; returns its descriptor. Never waits. Raises OSError, also where it is no regular
+    file, or a symbolic link and not to `follow`: a folder may come from elsewhere.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -171,12 +166,16 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     """Read RUN, DS_CONFIG or ENVIRONMENT. ConfigError if it is missing or cannot be read."""
     import yaml
 
+    class WithoutAliases(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has a YAML alias, and train.py writes none")
+            return super().compose_node(parent, index)
+
     path = folder / name
     try:
         text = read_bytes(path).decode("utf-8")
-        if path.suffix == ".yaml" and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has a YAML alias, and train.py writes none")
-        tree = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        tree = yaml.load(text, WithoutAliases) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):

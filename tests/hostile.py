@@ -54,7 +54,7 @@ def trees(draw: st.DrawFn, tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(node, dict) and keys and draw(st.integers(0, 3)) == 0:
             del node[key]
         elif keys or isinstance(node, dict):
-            node[key] = draw(JUNK)
+            node[key] = copy.deepcopy(draw(JUNK))
     return tree
 
 

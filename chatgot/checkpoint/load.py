@@ -15,10 +15,7 @@ from typing import Any
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.manifest import Difference, Manifest
 from chatgot.checkpoint.pickles import look
-from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.fields import read_section
 from chatgot.errors import CheckpointError, ConfigError, quoted
-from chatgot.model.shapes import parameter_shapes
 from chatgot.run_folder import CHECKPOINTS, LATEST, REPLACED, UNFINISHED, read_bytes
 
 MEANWHILE = 100
@@ -194,39 +191,12 @@ def _open(folder: Path, tag: str) -> Found:
         strays = manifest.verify(path, fields)
         looks = {name: look(path / name) for name in fields["files"] if name.endswith(".pt")}
         if "model" in fields:
-            _check_model(fields, looks)
+            manifest.check_model(fields, looks)
     except (CheckpointError, AttributeError, KeyError, TypeError) as error:  # others: what `look` saw has another form
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
     unread = "is not in the manifest, and is not read"
     suspect = [f"checkpoint {path} is suspect: {fields['suspect']}"] if "suspect" in fields else []
     return Found(folder, tag, fields, (*suspect, *(f"{path}/{quoted(one)}: {unread}" for one in strays)))
-
-
-def model_of(fields: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """The model in a manifest, and its vocabulary's size. Raises CheckpointError."""
-    model = dict(fields["model"])
-    vocab_size = model.pop("vocab_size", None)
-    if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 32:
-        raise CheckpointError(f"{manifest.NAME}: model.vocab_size = {quoted(vocab_size)}: must be a whole number >= 1")
-    try:
-        return read_section(ModelConfig, model, lambda key: f"{manifest.NAME}: "), vocab_size
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _check_model(fields: Mapping[str, Any], looks: Mapping[str, Any]) -> None:
-    """Hold the manifest's model against the parameters in the files; it may be of any size, and is not built here."""
-    config, vocab_size = model_of(fields)
-    at_stage_3, else_ = (f"{name}mp_rank_00_model_states.pt" for name in ("zero_pp_rank_0_", ""))
-    saved = looks.get(at_stage_3, looks.get(else_))
-    if not isinstance(saved, dict) or not isinstance(saved.get("chatgot"), dict):
-        raise CheckpointError(f"file {else_}: is missing, or has no state of train.py")
-    groups = saved.get("param_shapes") or [saved["module"]]
-    shapes = {name: shape for group in groups for name, shape in group.items()}
-    if config.n_layers > len(shapes) or any(
-        shapes.get(name) != shape for name, shape in parameter_shapes(config, vocab_size).items()
-    ):
-        raise CheckpointError(f"the parameters in its files are not those of the model in {manifest.NAME}")
 
 
 def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | None, str]]) -> list[str]:

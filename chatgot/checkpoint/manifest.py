@@ -17,8 +17,11 @@ from typing import Annotated, Any, cast, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
 
-from chatgot.errors import CheckpointError, quoted
+from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.fields import read_section
+from chatgot.errors import CheckpointError, ConfigError, quoted
 from chatgot.files import sha256, write_atomically
+from chatgot.model.shapes import parameter_shapes
 from chatgot.run_folder import read_bytes
 
 NAME = "manifest.json"
@@ -279,6 +282,33 @@ def _compare(folder: Path, files: dict[str, Measured]) -> list[str]:
     if readable := [name for name in strays if name.endswith(".pt")]:
         raise CheckpointError(f"file {readable[0]}: is not in the manifest")
     return strays
+
+
+def model_of(fields: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """The model in a manifest, and its vocabulary's size. Raises CheckpointError."""
+    model = dict(fields["model"])
+    vocab_size = model.pop("vocab_size", None)
+    if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 32:
+        raise CheckpointError(f"{NAME}: model.vocab_size = {quoted(vocab_size)}: must be a whole number >= 1")
+    try:
+        return read_section(ModelConfig, model, lambda key: f"{NAME}: "), vocab_size
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def check_model(fields: Mapping[str, Any], looks: Mapping[str, Any]) -> None:
+    """Hold the manifest's model against the parameters in the files; it may be of any size, and is not built here."""
+    config, vocab_size = model_of(fields)
+    at_stage_3, else_ = (f"{name}mp_rank_00_model_states.pt" for name in ("zero_pp_rank_0_", ""))
+    saved = looks.get(at_stage_3, looks.get(else_))
+    if not isinstance(saved, dict) or not isinstance(saved.get("chatgot"), dict):
+        raise CheckpointError(f"file {else_}: is missing, or has no state of train.py")
+    groups = saved.get("param_shapes") or [saved["module"]]
+    shapes = {name: shape for group in groups for name, shape in group.items()}
+    if config.n_layers > len(shapes) or any(
+        shapes.get(name) != shape for name, shape in parameter_shapes(config, vocab_size).items()
+    ):
+        raise CheckpointError(f"the parameters in its files are not those of the model in {NAME}")
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], fields: Iterable[str]) -> list[Difference]:

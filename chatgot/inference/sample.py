@@ -13,7 +13,8 @@ from typing import NamedTuple, TextIO
 import torch
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint.load import MEANWHILE, Found, find, model_of
+from chatgot.checkpoint.load import MEANWHILE, Found, find
+from chatgot.checkpoint.manifest import model_of
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.config.run import load_run_config
 from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
