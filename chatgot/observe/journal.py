@@ -14,11 +14,12 @@ import logging
 import math
 import numbers
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Generic, SupportsFloat, TypeVar
+from typing import Any, BinaryIO, Generic, SupportsFloat, TypeVar
 
 from chatgot.errors import ConfigError
 from chatgot.run_folder import open_file
@@ -44,6 +45,10 @@ NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 LARGEST, LONGEST = 64 << 30, 1 << 20
 """Bytes of a file that is read, and of a line; a longer line is a broken one."""
+
+_STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
+"""How a line of the journal begins."""
+_BLOCK = 1 << 20
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -188,9 +193,15 @@ class Events(LineFile):
         self.write_line({**own, **fields})
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
+def read_lines(
+    path: str | os.PathLike, after: int | None = None, without: bytes | None = None
+) -> Iterator[dict[str, Any] | None]:
     """Read a metrics.jsonl or events.jsonl record by record, in the order of writing; a missing file has none. None
     stands for a broken line, which a kill cut off (or a power cut filled with zeros).
+
+    Args:
+        after: only what follows the last line of a step that is not above this one; found from the end.
+        without: leave out lines that contain this, unparsed.
     """
     try:
         file = os.fdopen(open_file(Path(path)), "rb")
@@ -201,17 +212,42 @@ def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any] | None]:
     with file:
         if (size := os.fstat(file.fileno()).st_size) > LARGEST:
             raise ConfigError(f"{path}: has {size} bytes, and at most {LARGEST} are read; move it away")
+        if after is not None:
+            file.seek(_end_of_step(file, size, after))
         while line := file.readline(LONGEST):
-            if line == b"\n":
+            if line == b"\n" or (without is not None and without in line):
                 continue
             whole = line
             while len(whole) == LONGEST and not whole.endswith(b"\n"):
                 whole = file.readline(LONGEST)  # the rest of a line that is too long
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):  # includes UnicodeDecodeError
-                record = None
-            yield record if isinstance(record, dict) else None
+            yield _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # includes UnicodeDecodeError
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _end_of_step(file: BinaryIO, size: int, step: int) -> int:
+    """Find where the last line of a step that is not above `step` ends; 0 where there is none."""
+    end, rest = size, b""
+    while end > 0:
+        begin = max(0, end - _BLOCK)
+        file.seek(begin)
+        lines = (file.read(end - begin) + rest).split(b"\n")
+        offset = begin + sum(map(len, lines)) + len(lines) - 1
+        for line in reversed(lines[1:] if begin else lines):
+            found = _STEP.match(line)
+            if found and int(found[1]) <= step and _parsed(line) is not None:
+                return min(offset + 1, size)
+            offset -= len(line) + 1
+        end, rest = begin, lines[0]
+        if len(rest) > LONGEST:
+            rest = b""  # of a line that is too long only the beginning counts
+    return 0
 
 
 def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
@@ -254,11 +290,20 @@ class Branch(Generic[T]):
 
 
 def newest_step(path: str | os.PathLike) -> int | None:
+    """Find the highest step whose metrics were ever logged; None: there is none."""
+    return newest_metrics(path)[0]
+
+
+def newest_metrics(path: str | os.PathLike) -> tuple[int | None, set[str]]:
     """Find the highest step whose metrics were ever logged, given-up pasts included, as a dashboard that cannot forget
-    has seen them; None: there is none.
+    has seen them, and which these were.
     """
-    steps = (record.get("step") for record in read_lines(path) if record is not None and "digest" not in record)
-    return max((step for step in steps if isinstance(step, int)), default=None)
+    newest, names = None, set[str]()
+    for record in read_lines(path, without=b'"digest"'):
+        if record is not None and isinstance(step := record.get("step"), int) and step >= (newest or 0):
+            names = record.keys() | (names if step == newest else set())
+            newest = step
+    return newest, names
 
 
 def _finite(value: Any) -> Any:

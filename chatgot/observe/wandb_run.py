@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import chatgot.run_folder as run_folder
 from chatgot.distributed import python_path
 from chatgot.files import write_atomically
-from chatgot.observe.journal import newest_step
+from chatgot.observe.journal import newest_metrics
 
 if TYPE_CHECKING:
     from chatgot.deepspeed_json.resolve import WandbConfig
@@ -39,6 +39,8 @@ class WandbRun:
     def __init__(self, finish_timeout: float) -> None:
         self._finish_timeout = finish_timeout
         self._last_step = -1
+        self._half_sent: tuple[int, set[str]] = (-1, set())
+        """A step that a kill may have cut in two, and the metrics of it that were logged."""
         self._worker: _Worker | None = None
         self.id: str | None = None
         self.mode: str = "off"
@@ -79,8 +81,9 @@ class WandbRun:
             self._off(f"its id cannot be kept: {error}")
             return self
         if known:
-            steps = (resumed_from_step, newest_step(run_dir / run_folder.METRICS))
-            self._last_step = max(-1 if step is None else step for step in steps)
+            newest, names = newest_metrics(run_dir / run_folder.METRICS)
+            self._last_step = max(-1 if step is None else step for step in (resumed_from_step, newest))
+            self._half_sent = (self._last_step if newest == self._last_step else -1, names)
         job = {
             "id": self.id,
             "dir": str(run_dir),
@@ -125,6 +128,7 @@ class WandbRun:
     def rolled_back(self, from_step: int) -> None:
         """The run goes back from this step: wandb, which cannot forget, gets the steps up to it only once."""
         self._last_step = max(self._last_step, from_step)
+        self._half_sent = (-1, set())
 
     def finish(self, exit_code: int) -> None:
         """Send what is left, close the run, and wait for it no longer than `finish_timeout`. Idempotent."""
@@ -140,7 +144,10 @@ class WandbRun:
             self._off(f"the run was not closed ({error}); complete the upload with: wandb sync {worker.folder}/*run-*")
 
     def _send(self, step: int, metrics: dict[str, float | int], texts: dict[str, str]) -> None:
-        if self._worker is None or step <= self._last_step:
+        half, logged = self._half_sent
+        if step == half:
+            metrics = {name: value for name, value in metrics.items() if name not in logged}
+        if self._worker is None or (step <= self._last_step and not (step == half and metrics)):
             return
         try:
             self._worker.send({"step": step, "metrics": metrics, "texts": texts})

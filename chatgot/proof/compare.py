@@ -189,6 +189,7 @@ class Overlap:
         """
         self.from_step = from_step
         self.expected = {step: digest for step, digest in known.digests.items() if digest.offset == offset}
+        self._last = max(self.expected, default=0)
         self.compared = 0
         self.difference: tuple[int, digest.Difference] | None = None
         self._event = event
@@ -233,10 +234,10 @@ class Overlap:
                 logger.warning(f"resume differs at step {step}: {difference} ({repeated}); training goes on")
                 return
             self.compared += 1
-        if step >= max(self.expected):
+        if step >= self._last:
             self._close("resume_verified")
             how = "repeat the journal bit for bit" if self.exact else f"repeat the journal ({self.compares})"
-            steps = f"steps {min(self.expected)}..{max(self.expected)}"
+            steps = f"steps {min(self.expected)}..{self._last}"
             logger.info(f"resume verified {self.compared}/{expected}: {steps} {how}")
 
     def end(self, why: str) -> None:

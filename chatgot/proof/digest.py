@@ -215,7 +215,7 @@ class History:
 def history(run: Path, after: int = 0) -> History:
     """Read the run as it stands: the digests of its latest branch, from step `after` + 1 on, and all setups."""
     branch: Branch[Digest] = Branch()
-    for record in read_lines(run / run_folder.METRICS):
+    for record in read_lines(run / run_folder.METRICS, after or None):
         if record is None or not isinstance(step := record.get("step"), int):
             continue
         branch.go_to(step)

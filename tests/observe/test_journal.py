@@ -8,11 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from chatgot.observe.journal import METRICS, Branch, Events, Journal, newest_step, read_journal
+from chatgot.observe import journal
+from chatgot.observe.journal import METRICS, Branch, Events, Journal, newest_step, read_journal, read_lines
 from tests.support import live_metrics
 
 
@@ -276,3 +281,35 @@ def test_writing_that_fails_is_said_once_counted_and_said_again_when_it_works(mo
     assert lost.startswith(f"lines of {path} cannot be written: [Errno 28] No space left on device; training goes on")
     assert again == f"lines of {path} can be written again; 2 were lost"
     assert [record["step"] for record in read_journal(path)[0]] == [0, 1, 4, 5]
+
+
+@given(
+    steps=st.lists(st.integers(0, 12), max_size=40),
+    after=st.integers(0, 14),
+    block=st.integers(1, 60),
+    torn=st.sampled_from([b"", b'{"step": 3, "train', b"\0" * 9]),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_follows_a_step_is_found_from_the_end(steps, after, block, torn):
+    """Whatever the size of the blocks that are read, and with given-up pasts and broken lines in between."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(journal, "_BLOCK", block):
+        path = Path(folder, "metrics.jsonl")
+        lines = [json.dumps({"step": step, "train/loss": 1.5 * index}) for index, step in enumerate(steps)]
+        path.write_bytes("".join(f"{line}\n" for line in lines).encode() + torn)
+        last = max((index for index, step in enumerate(steps) if step <= after), default=-1)
+        expected = [json.loads(line) for line in lines[last + 1 :]]
+        assert [line for line in read_lines(path, after) if line is not None] == expected
+
+
+def test_a_resume_reads_the_end_of_a_long_journal_only(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "w") as file:
+        for step in range(1, 100_001):
+            file.write(f'{{"step": {step}, "digest": {{"loss": 1.0}}}}\n')
+    parsed: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr(journal.json, "loads", lambda line: parsed.append(line) or loads(line))
+    assert [line["step"] for line in read_lines(path, 99_990) if line is not None] == list(range(99_991, 100_001))
+    assert len(parsed) == 11
+    assert newest_step(path) is None
+    assert len(parsed) == 11

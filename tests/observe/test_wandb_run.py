@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from chatgot.observe.journal import METRICS
 from tests.observe.offline_wandb import read_offline_history, read_offline_records
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ TRAIN = """
 import json, logging, sys
 from pathlib import Path
 from types import SimpleNamespace
+from chatgot.observe.journal import METRICS
 from chatgot.observe.wandb_run import WandbRun
 
 job = json.loads(sys.argv[1])
@@ -101,7 +103,7 @@ def test_invariant_16_resumed_run_keeps_one_wandb_id(tmp_path, environment):
     first = train(environment, run_dir, range(1, 11))
     assert "offline (no API key for 127.0.0.1:9: set WANDB_API_KEY" in first[0]
     time.sleep(1)  # wandb names its folders by the second
-    (run_dir / "metrics.jsonl").write_text('{"step": 10}\n')
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 10, **dict.fromkeys(METRICS, 1.0)}) + "\n")
     second = train(environment, run_dir, range(7, 16), resumed_from_step=6)
     assert "goes on, offline" in second[0]
     assert (len(first), len(second)) == (3, 3), "nothing else is said"
@@ -111,6 +113,17 @@ def test_invariant_16_resumed_run_keeps_one_wandb_id(tmp_path, environment):
     assert [r["train/loss"] for r in history] == [1 / step for step in range(1, 16)]
     assert [r["train/step"] for r in history if "val/loss" in r] == [5, 10, 15]
     assert all("optim/grad_norm" not in r for r in history)
+
+
+def test_an_evaluation_that_a_kill_cut_off_reaches_wandb_after_the_resume(tmp_path, environment):
+    run_dir = tmp_path / "run"
+    train(environment, run_dir, range(1, 5))
+    time.sleep(1)  # wandb names its folders by the second
+    (run_dir / "metrics.jsonl").write_text('{"step": 4, "train/loss": 0.25}\n{"step": 5, "train/loss": 0.2}\n')
+    train(environment, run_dir, range(3, 7), resumed_from_step=2)
+    history = read_offline_history(run_dir)[1]
+    assert [r["train/step"] for r in history] == [1, 2, 3, 4, 5, 6]
+    assert [("train/loss" in r, "val/loss" in r) for r in history[4:]] == [(False, True), (True, False)]
 
 
 def test_what_wandb_is_told_of_the_run(tmp_path, environment):
