@@ -50,6 +50,8 @@ def look(path: Path) -> Any:
                 return _Look(file, {}, path.stat().st_size).load()
             with zipfile.ZipFile(file) as archive:
                 records = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+                if len(records) < len(archive.infolist()):
+                    raise CheckpointError("a record is there twice, and readers differ in which one they take")
                 if bad := [name for name, one in records.items() if one.compress_type != zipfile.ZIP_STORED]:
                     raise CheckpointError(f"record {quoted(bad[0])} is compressed, which torch.save never does")
                 if (size := records["data.pkl"].file_size) > LARGEST:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import zipfile
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
 from chatgot.checkpoint import pickles
+from chatgot.errors import CheckpointError
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv
@@ -50,3 +52,20 @@ def test_switch_is_put_back_as_it_was(monkeypatch):
         assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_file_is_looked_at_without_its_elements_in_both_of_torchs_formats(tmp_path):
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    tree = {"a": weight, "b": [torch.zeros(0), {"c": weight[1]}], "size": torch.Size([4, 5]), "dtype": torch.bfloat16}
+    for zipped in (True, False):
+        torch.save(tree, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+        seen = pickles.look(tmp_path / "file.pt")
+        assert (seen["a"], seen["b"][0], seen["b"][1]["c"], tuple(seen["size"])) == ((2, 3), (0,), (3,), (4, 5))
+
+
+def test_record_that_is_there_twice_is_damage(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "file.pt")
+    with zipfile.ZipFile(tmp_path / "file.pt", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("file/data.pkl", b"x")
+    with pytest.raises(CheckpointError, match="is there twice"):
+        pickles.look(tmp_path / "file.pt")
