@@ -30,7 +30,7 @@ from tests.training.in_process import events
 
 BOUND = 1e-3
 """Relative, of each step's loss against the run that was never interrupted. Two layouts that are never interrupted part
-by as much as 1e-5 in 2,000 steps."""
+by as much as 2.3e-4 in 2,000 steps (measured: stage 0, micro-batch 8, and stage 2, micro-batch 1)."""
 BATCH, BYTES_PER_STEP = 8, 230
 ENDS_WITHIN_S = 120.0
 REFUSALS = (2, 3, 4, 5)
