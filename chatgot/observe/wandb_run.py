@@ -12,8 +12,10 @@ import logging
 import os
 import queue
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -169,13 +171,14 @@ class _Worker:
 
     def __init__(self, job: Mapping[str, Any], folder: Path) -> None:
         self.folder = folder
+        self._temporary = tempfile.mkdtemp(prefix="chatgot-wandb-")  # wandb leaves folders in TMPDIR when it is killed
         with open(folder / "worker.log", "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "chatgot.observe.wandb_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": python_path()},
+                env={**os.environ, "PYTHONPATH": python_path(), "TMPDIR": self._temporary},
                 start_new_session=True,  # a Ctrl-C on the terminal is for the training
             )
         self._replies: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -223,6 +226,7 @@ class _Worker:
             pass  # stuck in the kernel, it dies when let go; a full queue has a writer, whom the broken pipe ends
         for thread in self._threads:
             thread.join(timeout=1)
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _handle(self, reply: dict[str, Any]) -> None:
         if "failed" in reply:

@@ -16,6 +16,7 @@ import json
 import netrc
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -88,6 +89,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  whatever wandb raises, the training hears of it and goes on
         reply(failed=describe(error))
         exit_status = 1
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)  # nobody else does, where the training is gone
     sys.stderr.flush()
     os._exit(exit_status)  # the run is closed; wandb's exit hook would only wait, seconds where the server is silent
 

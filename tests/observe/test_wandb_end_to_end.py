@@ -50,7 +50,8 @@ def command_line(tmp_path, text_file) -> list[str]:
 
 
 def start(program: list[str], home: Path) -> subprocess.CompletedProcess[str]:
-    changed = without_key(home)
+    (home / "tmp").mkdir(exist_ok=True)
+    changed = {**without_key(home), "TMPDIR": str(home / "tmp")}
     variables = {name: value for name, value in environment().items() if name not in changed}
     variables |= {name: value for name, value in changed.items() if value is not None}
     return subprocess.run(
@@ -74,12 +75,13 @@ def test_invariant_16_killed_and_resumed_run_has_one_id_and_each_step_once(comma
     deadline = (
         time.monotonic() + 300
     )  # wandb's process outlives the training just long enough to hand over what it was given
-    while 7 not in logged_steps(out):
-        assert time.monotonic() < deadline, logged_steps(out)
+    while 7 not in logged_steps(out) or list((tmp_path / "tmp").iterdir()):
+        assert time.monotonic() < deadline, (logged_steps(out), list((tmp_path / "tmp").iterdir()))
         time.sleep(0.1)
 
     resumed = start([str(ROOT / "launch" / "train.py"), *command_line], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
+    assert not list((tmp_path / "tmp").iterdir())
     assert "at step 5" in resumed.stdout
     assert "goes on, offline" in resumed.stdout
     ids, history = read_offline_history(out)
