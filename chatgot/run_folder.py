@@ -320,8 +320,10 @@ def moved_to(folder: Path) -> str | None:
 def check_in_place(folder: Path) -> None:
     """Raises FolderMovedError where the run folder was moved, renamed, unmounted or deleted since it was locked."""
     if (now := moved_to(folder)) is not None:
-        why = f"is not the folder any more that this run writes into, which is {now} now"
-        raise FolderMovedError(f"{folder}: {why}; nothing was written under the old name; go on with --out_dir {now}")
+        why = f"which is {now} now; nothing was written under the old name; go on with --out_dir {now}"
+        if now == "/" or now.endswith(" (deleted)"):
+            why = "which was unmounted or deleted; nothing was written under its name"
+        raise FolderMovedError(f"{folder}: is not the folder any more that this run writes into, {why}")
 
 
 def _key(folder: Path) -> str | None:

@@ -382,3 +382,13 @@ def test_records_reach_the_disk_with_every_checkpoint(words, tmp_path, monkeypat
     published = flushed.index("manifest.json" if "manifest.json" in flushed else f".manifest.json.tmp-{os.getpid()}")
     assert {"metrics.jsonl", "events.jsonl"} <= set(flushed[:published])
     assert any(name.startswith((".tokenizer.json.tmp", "tokenizer.json")) for name in flushed)
+
+
+def test_run_folder_that_is_deleted_is_never_made_again(tmp_path):
+    run_folder.acquire_lock(tmp_path / "out")
+    run_folder.check_in_place(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(FolderMovedError, match="was unmounted or deleted"):
+        run_folder.check_in_place(tmp_path / "out")
+    run_folder.release_lock(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

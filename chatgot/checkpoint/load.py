@@ -148,7 +148,9 @@ def _newest(folder: Path) -> Found | None:
     if gone:
         raise _GoneError
     if damaged:
-        raise CheckpointError(f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged))
+        raise CheckpointError(
+            f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged[-9:])
+        )
     return None
 
 

@@ -327,5 +327,5 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], fields: Iterab
 def _shown(value: Any) -> str:
     if value is None:
         return "not given"
-    text = str(value)
+    text = quoted(str(value))
     return f"{text[:12]}…" if len(text) == 64 and set(text) <= set(string.hexdigits) else text

@@ -127,8 +127,9 @@ def _data(run: Path, found: Found) -> str:
     from chatgot.data.prepare import prepare_cached
 
     environ = run_folder.read(run, run_folder.ENVIRONMENT)
-    spec = str(environ.get("data", {}).get("spec"))
-    elsewhere = Path(environ.get("cwd", "")) / spec
+    recorded = environ.get("data")
+    spec = str(recorded.get("spec") if isinstance(recorded, dict) else None)
+    elsewhere = Path(str(environ.get("cwd", ""))) / spec
     if not Path(spec).exists() and elsewhere.exists():
         spec = str(elsewhere)
     data = prepare_cached(spec, load_run_config(str(run / run_folder.RUN)).data)
