@@ -5,6 +5,7 @@ torch is imported only by functions that ask it about this machine.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -157,8 +158,10 @@ def find_device(text: str) -> Device:
     if name in DEVICES:
         return DEVICES[name]
     if name == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device("cpu", memory, assumed_device("cpu"), note="memory of this machine, shared by its ranks")
+        memory, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroup_memory()
+        of = "this machine" if limit is None or limit >= memory else "this container (its cgroup's limit)"
+        memory = memory if limit is None else min(memory, limit)
+        return Device("cpu", memory, assumed_device("cpu"), note=f"memory of {of}, shared by its ranks")
     size = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*(?:([kmgt]?)(i?)b)?", name)
     if size is None or (size[3] and not size[2]) or float(size[1]) <= 0:
         known = f"known: {', '.join(DEVICES)}, cpu; or a size: 24GiB, 80GB, 25e9"
@@ -167,6 +170,23 @@ def find_device(text: str) -> Device:
     memory = int(float(size[1]) * (1024 if size[3] else 1000) ** power)
     facts = DeviceFacts("cuda", bf16=True, fp16=True, name=text)
     return Device(text, memory, facts, note="a GPU of this size; its speed is not known")
+
+
+def cgroup_memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process's control groups, version 1 or 2, allow it; None: no limit, or none that can be read."""
+    limits: list[int] = []
+    with contextlib.suppress(OSError):  # not Linux, or hidden
+        for line in groups.read_text(encoding="utf-8", errors="replace").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top, file = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+            place = top / path.lstrip("/")
+            for folder in (place, *place.parents):
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    if folder.is_relative_to(top):
+                        limits.append(int((folder / file).read_text(encoding="utf-8")))
+    return min(limits, default=None)
 
 
 def device_of_machine(facts: DeviceFacts, device: torch.device | None = None) -> Device:

@@ -16,6 +16,7 @@ from chatgot.devices import (
     GIB,
     DeviceFacts,
     assumed_device,
+    cgroup_memory,
     deterministic,
     device_facts,
     device_name,
@@ -117,6 +118,34 @@ def test_devices_by_name_and_size():
     for wrong in ("0", "GB", "-5", "24 parsecs"):
         with pytest.raises(ConfigError, match="no such device"):
             find_device(wrong)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/\n", {"memory.max": "max\n"}, None),
+        ("0::/\n", {"memory.max": "2147483648\n"}, 2 << 30),
+        ("0::/a/b\n", {"a/memory.max": "1000\n", "a/b/memory.max": "max\n"}, 1000),
+        ("0::/a/b\n", {"a/memory.max": "1000\n", "a/b/memory.max": "900\n"}, 900),
+        ("7:cpu:/x\n5:memory,pids:/job\n", {"memory/job/memory.limit_in_bytes": "4096\n"}, 4096),
+        ("0::/\n", {}, None),
+    ],
+)
+def test_a_container_has_the_memory_that_its_cgroup_allows(
+    own: str, files: dict[str, str], limit: int | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    assert cgroup_memory(tmp_path / "own", tmp_path) == limit
+    assert cgroup_memory(tmp_path / "not there", tmp_path) is None
+
+
+def test_the_cpu_has_no_more_memory_than_its_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatgot.devices.cgroup_memory", lambda: 123)
+    assert find_device("cpu").memory == 123
+    assert "its cgroup's limit" in find_device("cpu").note
 
 
 def test_device_is_this_machines_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

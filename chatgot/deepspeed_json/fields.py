@@ -102,14 +102,14 @@ def read_fields(cls: type[_S], values: dict[str, Any], where: str, findings: Fin
             key, value, why, allowed, suggestion = _fault(cls, values, details)
             why = why or "ChatGoT cannot use it"
             findings.error(f"{where}.{key}", value, why, allowed=allowed, suggestion=suggestion)
-            *sections, name = (*details["loc"], *([details["input"]] if details["type"] == "string_unicode" else ()))
+            *sections, name = (*details["loc"], *([details["input"]] if _is_of_key(values, details) else ()))
             _at(good, sections).pop(name, None)
         return cls.model_validate(good)
 
 
 def _fault(cls: type[Settings], values: Any, details: Any) -> Fault:
     """Say in our words what pydantic found."""
-    if details["type"] in ("invalid_key", "string_unicode"):
+    if _is_of_key(values, details):
         return Fault(_dotted(details["loc"]), details["input"], f"the key {shown(details['input'])} is no text")
     path, field = [], None
     for part in details["loc"]:
@@ -129,6 +129,12 @@ def _fault(cls: type[Settings], values: Any, details: Any) -> Fault:
     allowed = described(field) if field is not None else "a section {...}"
     words = typing.get_args(field.annotation) if field is not None else ()
     return Fault(_dotted(path), value, "", allowed, meant(value, [word for word in words if isinstance(word, str)]))
+
+
+def _is_of_key(values: Any, details: Any) -> bool:
+    """Tell whether a key itself is what is wrong: no text, or with a lone surrogate."""
+    of_surrogate = details["type"] == "string_unicode"
+    return details["type"] == "invalid_key" or (of_surrogate and isinstance(_at(values, details["loc"]), dict))
 
 
 def _dotted(path: list[str | int]) -> str:

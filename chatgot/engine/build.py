@@ -98,11 +98,13 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
         guards.run_muon_uncompiled()
     guards.quiet_memory_report(config.deepspeed)
     guards.forget_autocast()
+    shared_out = guards.sharing_out_from_the_cpu(model) if config.zero_stage == 3 else contextlib.nullcontext()
     own = None if optimizer is not None else cast(Any, groups)  # annotated as a Module, takes groups
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, model_parameters=own, config=given, dist_init_required=False
-        )
+        with shared_out:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, model_parameters=own, config=given, dist_init_required=False
+            )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"{config.path}: DeepSpeed refuses it: {error}") from error
     except ImportError as error:  # of a monitor, or of a package that an optimizer or an operator needs

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.errors import ConfigError
@@ -250,6 +251,26 @@ def forget_autocast() -> None:
 
 
 # --- checkpoints ---
+
+
+@contextlib.contextmanager
+def sharing_out_from_the_cpu(model: nn.Module) -> Iterator[None]:
+    """Within it ZeRO-3 takes a model to the device parameter by parameter, and shares each out before the next.
+
+    DeepSpeed takes the whole model there first, and broadcasts it (engine.py, _configure_distributed_model), so that a
+    model would have to fit into every device for the moment; what shares it out then does both for each parameter
+    (partition_parameters.py, Init._zero_init_param).
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    broadcast = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = lambda self: None
+    model.__dict__["to"] = lambda place: model
+    try:
+        yield
+    finally:
+        del model.__dict__["to"]
+        DeepSpeedEngine._broadcast_model = broadcast
 
 
 @contextlib.contextmanager

@@ -114,7 +114,8 @@ def _text(request: Request, plan: Estimate, remedies: list[Remedy]) -> Iterator[
     yield f"  {'needed':<24}{_size(plan.needed):>12}   of {_size(plan.capacity)}: {verdict}"
     if on_cuda:
         offloaded = ", ".join(f"{_NAMES[part]} {_size(size)}" for part, size in plan.states.host.items())
-        yield f"host memory of one rank: {_size(plan.host)} ({offloaded or 'nothing offloaded'})"
+        start = f"at the start, with the model in fp32; {offloaded or 'nothing offloaded'}"
+        yield f"host memory of one rank: {_size(plan.host)} ({start if plan.starts_high else offloaded})"
     yield f"checkpoint: {_size(plan.checkpoint)} on disk"
     yield f"speed: {_speed(plan)}"
     yield from (f"note: {note}" for note in (*request.notes, *settings.notes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -63,7 +64,8 @@ class Estimate:
     """On the device at the peak; names in PARTS."""
     peak_at: str
     host: int
-    """Of one rank in host memory, the process itself included; on a CPU the device's memory is that."""
+    """Of one rank in host memory, the process itself included, where the whole model in fp32 is before it is shared out
+    or taken to the device; on a CPU the device's memory is that."""
     checkpoint: int
     """Bytes of all files of one checkpoint, all ranks."""
     speed: Speed | None
@@ -72,6 +74,11 @@ class Estimate:
     def peak(self) -> int:
         """Bytes in use on the device at the peak (what torch.cuda.max_memory_allocated reports)."""
         return sum(self.parts.values())
+
+    @property
+    def starts_high(self) -> bool:
+        """Whether the whole model in fp32, from which the device is filled, takes more host memory than the run."""
+        return self.host == PROCESS + FP32 * self.settings.numel
 
     @property
     def margin(self) -> int:
@@ -111,7 +118,7 @@ def estimate(model: ModelConfig, vocab_size: int, engine: EngineConfig, world_si
         activations=kept,
         parts=parts,
         peak_at=peak_at,
-        host=PROCESS + offloaded + (0 if device.on_cuda else sum(parts.values())),
+        host=PROCESS + max(FP32 * settings.numel, offloaded + (0 if device.on_cuda else sum(parts.values()))),
         checkpoint=checkpoint_bytes(settings),
         speed=_speed(settings, device),
     )
@@ -203,9 +210,9 @@ def _gathered(settings: Settings) -> int:
     """Whole parameters that ZeRO-3 keeps between their uses, the small ones that always stay whole left out."""
     if not settings.gathers:
         return 0
-    large = [numel for group in settings.groups for numel in group.numels if numel > settings.persistence_threshold]
+    large = Counter(numel for group in settings.groups for numel in group.numels) - Counter(settings.whole)
     live = max(settings.max_live_parameters, max(large, default=0)) + settings.prefetch_bucket
-    return settings.parameter_bytes * min(sum(large), live)
+    return settings.parameter_bytes * min(sum(large.elements()), live)
 
 
 def _reduction_copy(settings: Settings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -10,6 +11,7 @@ from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.findings import Findings
 from chatgot.deepspeed_json.optimizers import OptimizerStates, optimizer_states
 from chatgot.deepspeed_json.resolve import EngineConfig
+from chatgot.deepspeed_json.schema import FP32_NAMES
 from chatgot.deepspeed_json.values import read_values
 from chatgot.model.shapes import Shape, parameter_shapes
 
@@ -58,6 +60,8 @@ class Settings:
     master_bytes: int
     moment_bytes: int
     offload_optimizer: bool
+    offload_ratio: float
+    """ZeRO-3: share of the sub-groups whose optimizer states are offloaded; the first ones are not."""
     offload_param: bool
     groups: tuple[Group, ...]
     fused: bool
@@ -65,8 +69,8 @@ class Settings:
     overlap_comm: bool
     reduce_bucket: int
     """Elements."""
-    persistence_threshold: int
-    """ZeRO-3: parameters of up to this many elements stay whole on every rank."""
+    whole: tuple[int, ...]
+    """ZeRO-3: elements of the parameters that stay whole on every rank, because they are small."""
     prefetch_bucket: int
     max_live_parameters: int
     sub_group_size: int
@@ -111,7 +115,7 @@ def read_settings(
     bf16, fp16 = engine.precision == "bf16", engine.precision == "fp16"
     parameter_bytes = HALF if bf16 or fp16 else FP32
     wanted = (engine.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
-    accumulator_bytes = parameter_bytes if wanted is None else FP32 if wanted in ("fp32", "float32") else HALF
+    accumulator_bytes = parameter_bytes if wanted is None else FP32 if wanted in FP32_NAMES else HALF
     low_precision = bf16 and values.bf16.bf16_master_weights_and_grads
     low_precision = low_precision or (fp16 and values.fp16.fp16_master_weights_and_grads)
     unknown = ("zero_quantized_weights", "zero_quantized_gradients", "parameter_alignment", "zenflow")
@@ -142,12 +146,17 @@ def read_settings(
         master_bytes=HALF if low_precision else FP32,
         moment_bytes=HALF if low_precision or (bf16 and values.bf16.bf16_optimizer_states) else FP32,
         offload_optimizer=offload,
+        offload_ratio=float(zero.offload_optimizer.ratio),
         offload_param=engine.zero_stage == 3 and engine.offload_param != "none",
         groups=_groups(model, vocab_size, optimizer_states(kind, params, offload), muon),
         fused=muon or ("foreach" not in params and params.get("fused", True) is not False),
         overlap_comm=engine.zero_stage == 3 if zero.overlap_comm is None else zero.overlap_comm,
         reduce_bucket=int(zero.reduce_bucket_size),
-        persistence_threshold=int(zero.stage3_param_persistence_threshold),
+        whole=_whole(
+            parameter_shapes(model, vocab_size).values(),
+            int(zero.stage3_param_persistence_threshold),
+            int(zero.stage3_model_persistence_threshold),
+        ),
         prefetch_bucket=int(zero.stage3_prefetch_bucket_size),
         max_live_parameters=zero.stage3_max_live_parameters,
         sub_group_size=zero.sub_group_size,
@@ -156,6 +165,15 @@ def read_settings(
         compiled=engine.chatgot.compile.enabled,
         notes=tuple(notes),
     )
+
+
+def _whole(shapes: Iterable[Shape], each: int, together: int) -> tuple[int, ...]:
+    """As DeepSpeed chooses, in the model's order (parameter_offload.py, mark_persistent_parameters)."""
+    chosen: list[int] = []
+    for numel in map(prod, shapes):
+        if numel <= each and numel + sum(chosen) <= together:
+            chosen.append(numel)
+    return tuple(chosen)
 
 
 def _groups(model: ModelConfig, vocab_size: int, states: OptimizerStates, muon: bool) -> tuple[Group, ...]:

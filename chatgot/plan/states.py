@@ -121,17 +121,19 @@ def _zero_3(settings: Settings, memory: Memory) -> None:
             FP32 * (1 + world) * -(-numel // world) for group in settings.groups if group.muon for numel in group.numels
         )
         memory.add("buffers", min(gathering, MUON_GATHER_BYTES))
+    parts: list[tuple[Group, int]] = []
     for group in settings.groups:
         shares = [-(-numel // world) for numel in group.numels]
         memory.add("parameters", settings.parameter_bytes * sum(shares), settings.offload_param)
         memory.add("gradients", settings.accumulator_bytes * sum(shares), host)
+        parts += [(group, sum(sub_group)) for sub_group in _sub_groups(shares, settings.sub_group_size)]
+    kept = int((1 - settings.offload_ratio) * len(parts)) if host else 0  # stage3.py, subgroup_to_device
+    for number, (group, share) in enumerate(parts):
         if host:
-            memory.add("gradients", settings.master_bytes * sum(shares), host=True)
-        for sub_group in _sub_groups(shares, settings.sub_group_size):
-            _master_and_moments(settings, memory, group, sum(sub_group), host)
-        if settings.gathers:
-            small = (share for numel, share in zip(group.numels, shares) if numel <= settings.persistence_threshold)
-            memory.add("parameters", settings.parameter_bytes * world * sum(small))
+            memory.add("gradients", settings.master_bytes * share, host=number >= kept)
+        _master_and_moments(settings, memory, group, share, host and number >= kept)
+    if settings.gathers:
+        memory.add("parameters", settings.parameter_bytes * world * sum(-(-numel // world) for numel in settings.whole))
 
 
 def _master_and_moments(settings: Settings, memory: Memory, group: Group, share: int, host: bool) -> None:

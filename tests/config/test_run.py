@@ -75,9 +75,24 @@ BOMB = "model:\n  a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("model: {init_std: .inf}", "model.init_std = Infinity: expected a number (> 0.0)"),
         ("model: {init_std: " + "1" + "0" * 400 + "}", "model.init_std = "),
         ('"model\\ud800": 1', 'the key "model\\\\ud800" is no text'),
+        ('data: {split_by: "\\ud800"}', 'data.split_by = "\\\\ud800": expected one of'),
         ("# " + "x" * (1 << 20), "more than 1048576 bytes"),
     ],
-    ids=["aliases", "itself", "lists", "sections", "text", "digits", "number", "seed", "inf", "float", "key", "size"],
+    ids=[
+        "aliases",
+        "itself",
+        "lists",
+        "sections",
+        "text",
+        "digits",
+        "number",
+        "seed",
+        "inf",
+        "float",
+        "key",
+        "value",
+        "size",
+    ],
 )
 def test_what_is_hostile_is_refused_in_few_words(tmp_path: Path, text: str, said: str) -> None:
     lines = refused(tmp_path, text)

@@ -13,7 +13,7 @@ import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +357,54 @@ def test_a_loss_that_is_not_finite_is_trained_on_if_its_gradients_are(stage):
     engine.backward(poisoned_by(engine(torch.ones(1, 16)) + math.nan))
     engine.step()
     assert engine.skipped_steps == 1
+
+
+def most_on_the_device(build: Callable[[], object]) -> int:
+    """Elements of whole parameters that the device holds at once until ZeRO-3 has shared out a Net.
+
+    On a CPU moving there copies nothing, but it is asked for all the same.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    to, share_out, held, most, left = Tensor.to, Init._zero_init_param, 0, 0, 2 * 16 * 16
+
+    def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal held, most
+        if left and (isinstance(place := next(iter(args), None), torch.device) or place == "cpu"):
+            held += tensor.numel()
+            most = max(most, held)
+        return to(tensor, *args, **kwargs)
+
+    def shared_out(init: Any, parameter: Any) -> None:
+        nonlocal held, left
+        share_out(init, parameter)
+        held, left = held - parameter.ds_numel, left - parameter.ds_numel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", moved)
+        patch.setattr(Init, "_zero_init_param", shared_out)
+        build()
+    return most
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+def test_zero_3_takes_the_whole_model_to_the_device_before_it_is_shared_out(keys: dict[str, Any]):
+    matrix = 16 * 16
+    whole = most_on_the_device(lambda: stock(3, **keys))
+    assert whole >= 2 * matrix, mended("the whole model on the device", "guards.sharing_out_from_the_cpu")
+
+    def guarded() -> None:
+        torch.manual_seed(0)
+        with guards.sharing_out_from_the_cpu(net := Net()):
+            import deepspeed
+
+            zero = {"stage": 3, "reduce_bucket_size": 1000}
+            config = {"train_batch_size": 1, "optimizer": ADAMW, "zero_optimization": zero, **keys}
+            own: Any = list(net.parameters())
+            deepspeed.initialize(model=net, model_parameters=own, config=config, dist_init_required=False)
+        assert "to" not in vars(net)
+
+    assert most_on_the_device(guarded) == matrix
 
 
 def test_muons_update_is_clipped_under_zero():

@@ -59,6 +59,16 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         "json": {"stage": 3, "precision": "bf16", "offload": True, "offload_param": True, **shared},
         "overrides": {"zero_optimization.stage3_param_persistence_threshold": 1500},
     }
+    found["bf16 stage 3, a few small parameters stay whole"] = {
+        "json": {"stage": 3, "precision": "bf16", **shared},
+        "overrides": {
+            "zero_optimization.stage3_param_persistence_threshold": 1500,
+            "zero_optimization.stage3_model_persistence_threshold": 100,
+        },
+    }
+    found["bf16 stage 2, accumulated in what torch calls float32"] = {
+        "json": {"stage": 2, "bf16": BF16, "data_types": {"grad_accum_dtype": "torch.float32"}, **shared}
+    }
     found["Muon fp32 stage 3"] = {
         "json": {"stage": 3, "optimizer": MUON, **shared},
         "overrides": {"zero_optimization.reduce_scatter": False},
@@ -131,6 +141,19 @@ def test_no_large_tensor_of_the_process_is_unaccounted_for(measured):
         for found in results[name]:
             counted = sum(size for part, size in found.items() if part != "all")
             assert found["all"] <= counted + 1, name
+
+
+def test_a_share_of_the_optimizer_states_that_is_not_offloaded_is_on_the_device():
+    case = {"json": {"stage": 3, "precision": "bf16", "offload": True, "batch": 4, "micro": 2}, "model": ODD}
+    key, sub_groups = "zero_optimization.offload_optimizer.ratio", {"zero_optimization.sub_group_size": 3000}
+    whole, half, none = (
+        model_states(predicted({**case, "overrides": {**sub_groups, key: ratio}}, 1)) for ratio in (1.0, 0.5, 0.0)
+    )
+    for part in ("master_weights", "optimizer_states"):
+        assert part not in whole.device
+        assert 0 < half.device[part] < none.device[part]
+        assert part not in none.host
+        assert half.total(part) == whole.total(part) == none.total(part)
 
 
 def test_control_padding_and_ranks_are_in_the_figures():
