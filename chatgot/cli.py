@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from chatgot.deepspeed_json.findings import meant
-from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE, ChatGoTError, CheckpointError, MachineError
-from chatgot.launcher.arguments import Parser, RankParser, count, on_rank_0
-from chatgot.launcher.entry import escape_unwritable, refuse_wrong_settings, settle_environment
+from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE, CheckpointError
+from chatgot.launcher.arguments import Parser, RankParser, count
+from chatgot.launcher.entry import escape_unwritable, guarded, refuse_wrong_settings, settle_environment
 from chatgot.version import __version__
 
 T = TypeVar("T")
@@ -341,26 +341,3 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
-
-
-def _raised_alone(error: ChatGoTError) -> bool:
-    """Whether rank 0, which speaks for all, may not know of it: the ranks have joined, and it was not shared since."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_initialized() and not error.shared
-
-
-def guarded(program: Callable[[], int | None], debug: bool) -> int:
-    """Run `program`, which returns its exit code or nothing; a refusal becomes one message on rank 0 and its code."""
-    try:
-        return program() or EXIT_DONE
-    except ChatGoTError as error:
-        if debug:
-            traceback.print_exc()
-        elif on_rank_0() or isinstance(error, MachineError) or _raised_alone(error):
-            print(f"chatgot: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
-    except KeyboardInterrupt:
-        return 130

@@ -1,16 +1,21 @@
-"""What every program does before it imports torch: settle threads and allocator, and refuse what is wrong already."""
+"""What every program does before it imports torch, settle threads and allocator and refuse what is wrong already, and
+how a refusal ends it.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
 import chatgot.run_folder as run_folder
 from chatgot.devices import assumed_device
 from chatgot.distributed import find_place
+from chatgot.errors import EXIT_DONE, ChatGoTError, MachineError
+from chatgot.launcher.arguments import on_rank_0
 from chatgot.launcher.command import thread_defaults
 
 
@@ -73,3 +78,26 @@ def refuse_wrong_settings(
         run_folder.check_writable(out_dir)
         corpus.resolve(data)
     return None if named is None else str(named)
+
+
+def _raised_alone(error: ChatGoTError) -> bool:
+    """Whether rank 0, which speaks for all, may not know of it: the ranks have joined, and it was not shared since."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized() and not error.shared
+
+
+def guarded(program: Callable[[], int | None], debug: bool) -> int:
+    """Run `program`, which returns its exit code or nothing; a refusal becomes one message on rank 0 and its code."""
+    try:
+        return program() or EXIT_DONE
+    except ChatGoTError as error:
+        if debug:
+            traceback.print_exc()
+        elif on_rank_0() or isinstance(error, MachineError) or _raised_alone(error):
+            print(f"chatgot: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        return 130
