@@ -85,8 +85,8 @@ class _Look(pickle._Unpickler):  # type: ignore[name-defined]  # the one in C ta
             return lambda tensor, *more: tensor
         if known == "torch._tensor._rebuild_from_type_v2":
             return lambda function, kind, args, state: function(*args)
-        if known == "torch.Size":
-            return lambda size: size
+        if known in ("torch.Size", "collections.Counter", "builtins.set", "_codecs.encode"):  # of torch's schedulers
+            return lambda value=(), *more: value
         if known == "collections.OrderedDict":
             return lambda: OrderedDict()
         if known in _OURS or _PLAIN.fullmatch(known):

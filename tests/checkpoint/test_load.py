@@ -24,9 +24,13 @@ ENGINES = {
     "stage 1 autocast": engine_json(1, "autocast_bf16"),
     "stage 0 Muon": engine_json(0, optimizer=MUON),
     "stage 1 Muon": engine_json(1, optimizer=MUON),
+    "stage 0 a scheduler of torch": engine_json(
+        0, scheduler={"type": "MultiStepLR", "params": {"milestones": [1, 3]}}, chatgot={"schedule": None}
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Seems like .optimizer.step")  # torch's scheduler about DeepSpeed's optimizer
 @pytest.mark.parametrize("name", ENGINES)
 def test_engine_reads_its_own_checkpoint(name, tmp_path, text_file):
     tree = ENGINES[name]
@@ -42,6 +46,7 @@ def test_engine_reads_its_own_checkpoint(name, tmp_path, text_file):
 def test_loss_scalers_are_read_back(scaler, tmp_path):
     torch.save({"loss_scaler": scaler}, tmp_path / "file.pt")
     assert vars(pickles.read(tmp_path / "file.pt")["loss_scaler"]) == vars(scaler)
+    assert pickles.look(tmp_path / "file.pt").keys() == {"loss_scaler"}
 
 
 def test_switch_is_put_back_as_it_was(monkeypatch):
