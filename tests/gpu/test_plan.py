@@ -5,10 +5,18 @@ from __future__ import annotations
 import statistics
 
 import pytest
+import torch
 
 from chatgot.bench.measuring import in_own_process
 from chatgot.bench.plan import GRID
+from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.resolve import build_engine_config
+from chatgot.devices import device_facts
+from chatgot.engine.build import build
+from chatgot.model.gpt import GPT
+from chatgot.model.shapes import count_parameters
 from tests.gpu.machine import DRY_RUN
+from tests.support import engine_json
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +34,26 @@ def test_one_of_the_grid(index, monkeypatch, record):
     record(**found)
     ERRORS[index] = abs(found["error"])
     assert ERRORS[index] <= WORST
+
+
+def test_zero_3_never_holds_the_whole_model_while_it_is_built(device, record):
+    shape = ModelConfig(architecture="gpt2", d_model=512, n_layers=2 if DRY_RUN else 12, n_head=8, d_hid=2048)
+    parameters = count_parameters(shape, 256)
+    config = build_engine_config(
+        engine_json(3, "bf16", offload=True, offload_param=True, batch=2, micro=2),
+        "case.json",
+        world_size=1,
+        facts=device_facts(),
+        n_params=parameters,
+    )
+    model = GPT(shape, 256)
+    model.init_weights(1)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    engine = build(model, config, device)
+    most = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
+    engine.engine.destroy()
+    record(most=most, whole=2 * parameters)
+    assert most < 2 * parameters / 2
 
 
 def test_median_error_of_the_grid(record):
