@@ -30,11 +30,12 @@ NESTED = [b"[" * 200_000, b'{"a":' * 200_000]
 RAW = st.sampled_from([*NESTED, b"", b"{", b"null", b"9" * 5000, b"\xff\xfe", b"\0" * 1000, b"NaN", b'"\\ud800"'])
 
 few = settings(
-    max_examples=int(os.environ.get("CHATGOT_TEST_CASES", "150")),
+    max_examples=int(os.environ.get("CHATGOT_FUZZ", "150")),
     deadline=datetime.timedelta(seconds=60),
+    derandomize="CHATGOT_FUZZ" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
-"""As many cases as CHATGOT_TEST_CASES says."""
+"""As many cases as CHATGOT_FUZZ says."""
 
 
 @st.composite
