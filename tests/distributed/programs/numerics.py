@@ -141,8 +141,8 @@ def run(case: dict[str, Any], schedule: str, place: Place, device: torch.device)
         if not engine.engine.was_step_applied():
             diagnosis = dict(zip(("losses", "gradients_finite"), diagnose(engine, batches.micro_batches(sample))))
         poison.armed = False
-        if why := guard.divergence(engine.engine.global_steps, engine.skips_in_a_row, None):
-            found["errors"].append({"step": engine.engine.global_steps, "text": why})
+        if diverged := guard.divergence(engine.engine.global_steps, engine.skips_in_a_row, None):
+            found["errors"].append({"step": engine.engine.global_steps, "text": diverged.why})
         if letter == "g":
             sample += batches.global_batch_size
         found["steps"].append(
