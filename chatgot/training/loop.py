@@ -283,9 +283,10 @@ class Loop:
     @contextlib.contextmanager
     def _doing(self, what: str, pause: str) -> Iterator[None]:
         """Leave what happens within out of the throughput, and name it in messages."""
-        self.doing = what
+        before, self.doing = self.doing, what
         with self.meter.paused(pause):
             yield
+        self.doing = before  # not after an error, whose message names it
 
     def _diverged(self, known: KnownLoss | None) -> Divergence | None:
         return self.guard.divergence(self.step, self.engine.skips_in_a_row, known)
