@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from chatgot.checkpoint.load import choose, find
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.data.loader import EvalBatches
 from chatgot.data.prepared import PreparedData
+from chatgot.errors import NumericsError
 from chatgot.inference.sample import SampleArguments, load_run, sample
 from chatgot.model.generate import generate
 from chatgot.training import run
@@ -266,3 +268,18 @@ def test_reader_that_goes_away_is_no_error(folder):
     process.stdout.close()
     assert (process.wait(timeout=300), process.stderr.read()) == (0, b"")
     process.stderr.close()
+
+
+def test_weights_that_are_not_finite_are_refused_before_a_token_is_drawn(runs, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(runs[0, "fp32"], run_dir)
+    checkpoint = find(run_dir / "checkpoints")
+    assert checkpoint is not None
+    [path] = checkpoint.path.glob("*model_states.pt")
+    state = torch.load(path, weights_only=False)
+    state["module"]["norm.weight"][3] = math.inf
+    torch.save(state, path)
+    in_process.rehash(checkpoint.path)
+    with pytest.raises(NumericsError, match=r"norm\.weight has values that are not finite; name an earlier one") as no:
+        text_of(run_dir)
+    assert no.value.exit_code == 5
