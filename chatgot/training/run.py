@@ -55,7 +55,7 @@ def train(arguments: TrainArguments, stop: StopSignals | None = None) -> int:
     place = find_place(arguments.local_rank)
     with contextlib.nullcontext(stop) if stop is not None else StopSignals(starting=True) as stop:
         loop = prepare_run(arguments, place, stop=stop)
-        stop.starting = False
+        stop.started()
         return finish(loop)
 
 

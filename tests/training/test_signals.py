@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -199,6 +200,29 @@ def test_signal_while_the_run_starts_ends_it_with_75_and_leaves_no_lock(where, e
     assert refusal.value.exit_code == 75
     monkeypatch.undo()
     assert in_process.train([*endless, "train.max_steps=1"]) == 0, "the folder is free"
+
+
+def test_signal_while_a_start_waits_for_another_rank_ends_it_with_75(endless):
+    """Rank 1 of 2 never comes: rank 0 waits for it outside of Python."""
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    words = [sys.executable, str(ROOT / "launch" / "train.py"), *endless]
+    rank = subprocess.Popen(words, env=environment(**place), stdout=-1, stderr=-1, text=True)
+    deadline = time.monotonic() + BOUND
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", int(place["MASTER_PORT"]))):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    time.sleep(1.0)
+    rank.send_signal(signal.SIGTERM)
+    _, said = rank.communicate(timeout=30)
+    assert rank.returncode == 75
+    assert "stopped by SIGTERM before the first step" in said
 
 
 def test_signal_while_torch_is_imported_ends_the_start_with_75(endless):
