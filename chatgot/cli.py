@@ -86,7 +86,7 @@ def _train(argv: Sequence[str], own_process: bool) -> NoReturn:
 
     try:
         code = guarded(program, arguments.debug)  # returns after a refusal only
-    except Exception:
+    except Exception:  # whatever it is: the other ranks wait in a collective, so this one must not linger
         if alone():
             raise
         traceback.print_exc()

@@ -63,7 +63,9 @@ class Holdings:
     good: tuple[Published, ...] = ()
     """In order of publication."""
     damaged: tuple[tuple[str, str], ...] = ()
-    """(tag, reason) of those that turned out not to be good just now; those that were known are left out."""
+    """(tag, "is damaged: why" or "is suspect: why") of those that turned out not to be good just now; those that were
+    known are left out.
+    """
     other_bytes: int = 0
     """Of everything else that stays: damaged checkpoints, small files."""
     leftover_bytes: int = 0
@@ -234,14 +236,15 @@ def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
             fields = manifest.read(path)
             manifest.verify(path, fields, contents=False)
             if why := fields.get("suspect"):
-                raise CheckpointError(f"suspect: {why}")
+                bad.append((tag, f"is suspect: {why}"))
+                continue
             step, sequence, loss = fields["step"], fields["sequence"], fields.get("val_loss")
             if _step_of(tag) != step:
                 continue  # renamed or copied by somebody who wants to keep it
             size, files = manifest.bytes_of(path, fields), len(fields["files"]) + 1
             good.append(Published(tag, step, sequence, size, files, loss))
         except CheckpointError as error:
-            bad.append((tag, str(error)))
+            bad.append((tag, f"is damaged: {error}"))
     good.sort(key=lambda checkpoint: checkpoint.sequence)
     replaced = [path for path in folder.glob(f"{REPLACED}*") if (folder / path.name.removeprefix(REPLACED)).exists()]
     leftover = sum(map(_bytes_below, (*folder.glob(f"{UNFINISHED}*"), *replaced)))  # what the next save sweeps

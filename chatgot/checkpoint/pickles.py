@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _OURS = {
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
 """What DeepSpeed 0.19.8 puts into its optimizer files; none of them does anything when it is made."""
+_UNNEEDED = "a checkpoint never needs that, and loading it could run code"
 _BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
 """Of an element, by storage; 1 in all others."""
 
@@ -91,8 +93,7 @@ class _Look(pickle._Unpickler):  # type: ignore[name-defined]  # the one in C ta
             return lambda: OrderedDict()
         if known in _OURS or _PLAIN.fullmatch(known):
             return type(name, (_Stub,), {})
-        unneeded = "a checkpoint never needs that, and loading it could run code"
-        raise CheckpointError(f"refused: it holds more than tensors and plain values ({quoted(known)}); {unneeded}")
+        raise CheckpointError(f"refused: it holds more than tensors and plain values ({quoted(known)}); {_UNNEEDED}")
 
     def persistent_load(self, pid: Any) -> int:
         """The elements of a storage."""
@@ -116,15 +117,13 @@ def weights_only() -> Iterator[None]:
     torch's own switch for that is an environment variable (torch/serialization.py, load). The classes are _OURS.
     """
     import torch
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
 
+    ours = [getattr(import_module(module), name) for module, _, name in (one.rpartition(".") for one in _OURS)]
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(ours):
             yield
     finally:
         os.environ.pop(names[0], None)
@@ -153,5 +152,4 @@ def explained(error: Exception) -> str:
         return quoted(f"{type(error).__name__}: {message}")
     name = re.search(r"(?:GLOBAL|class|function|global) ([\w.]+)", message)
     what = f" ({name.group(1)})" if name else f": {message.splitlines()[-1]}"
-    unneeded = "a checkpoint never needs that, and loading it could run code"
-    return f"refused: it holds more than tensors and plain values{what}; {unneeded}"
+    return f"refused: it holds more than tensors and plain values{what}; {_UNNEEDED}"

@@ -137,7 +137,7 @@ def _not_deleted(path: Path, error: OSError) -> str:
 def _pruned(folder: Path, holdings: Holdings, deleted: list[str], warnings: Sequence[str] = ()) -> Pruned:
     """What was deleted, with a warning for each checkpoint that turned out to be damaged."""
     advice = "it is not counted to those that are kept, and left where it is: look, delete it"
-    damaged = [f"checkpoint {folder / tag} is damaged: {reason}; {advice}" for tag, reason in holdings.damaged]
+    damaged = [f"checkpoint {folder / tag} {reason}; {advice}" for tag, reason in holdings.damaged]
     return Pruned(tuple(deleted), (*damaged, *warnings), tuple(tag for tag, _ in holdings.damaged))
 
 

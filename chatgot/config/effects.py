@@ -12,9 +12,8 @@ _OURS: dict[Effect, str] = {
     "rounding": "ds.chatgot.activation_checkpointing ds.chatgot.compile ds.optimizer.params.torch_adam "
     "ds.optimizer.params.fused",
     "nothing": "ds.chatgot.checkpoint ds.chatgot.guard train.log_every train.eval_every train.eval_tokens "
-    "train.sample_every "
-    "train.sample_prompts train.sample_max_new_tokens train.sample_temperature train.sample_top_k train.sample_seed "
-    "train.sample_stop",
+    "train.sample_every train.sample_prompts train.sample_max_new_tokens train.sample_temperature train.sample_top_k "
+    "train.sample_seed train.sample_stop",
 }
 """Settings outside DeepSpeed's own keys, which have theirs in the schema; what stands for a section holds inside it."""
 _EFFECTS: dict[str, Effect] = {name: effect for effect, names in _OURS.items() for name in names.split()}

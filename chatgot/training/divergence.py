@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.load import Found, examine, find, tags_in
+from chatgot.checkpoint.load import Found, examine, find
 from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import Batch, TrainBatches
 from chatgot.data.tokenizer import Tokenizer
@@ -112,7 +112,7 @@ class Guard:
             why += "; chatgot.guard.on_diverge = stop"
         elif done >= limit:
             why += f", after {done} rollback(s); chatgot.guard.max_rollbacks = {limit}"
-        elif (good := last_good(saver, ranks)) is not None:
+        elif (good := last_good(saver, ranks)[0]) is not None:
             return good
         raise stopped(f"{why}. Try a lower lr or tighter clipping", saver, ranks)
 
@@ -130,36 +130,35 @@ class Guard:
 
 def mark_suspects(saver: Saver, since_step: int, why: str) -> None:
     """Mark the checkpoints of steps from `since_step` on, so that none is taken unless by name. Rank 0 only."""
-    for checkpoint in examine(saver.folder, saver.damaged).good:
-        if checkpoint.step >= since_step:
-            path = saver.folder / checkpoint.tag
-            saver.damaged.add(checkpoint.tag)
-            try:
+    path = saver.folder
+    try:
+        for checkpoint in examine(saver.folder, saver.damaged).good:
+            if checkpoint.step >= since_step:
+                path = saver.folder / checkpoint.tag
+                saver.damaged.add(checkpoint.tag)
                 manifest.mark_suspect(path, why)
                 logger.warning(f"checkpoint {path} is suspect now, and used by name only")
-            except (OSError, CheckpointError) as error:
-                logger.warning(f"checkpoint {path} cannot be marked as suspect: {error}")
+    except (OSError, CheckpointError) as error:
+        logger.warning(f"{path}: cannot be marked as suspect: {error}")
 
 
-def last_good(saver: Saver, ranks: ControlGroup) -> Found | None:
-    """The newest good checkpoint of this run; None where there is none. Collective."""
+def last_good(saver: Saver, ranks: ControlGroup) -> tuple[Found | None, str]:
+    """The newest good checkpoint of this run, and a word on it, also where there is none. Collective."""
 
-    def look() -> Found | None:
+    def look() -> tuple[Found | None, str]:
         try:
-            return find(saver.folder)
+            good = find(saver.folder)
         except CheckpointError as error:
             logger.warning(str(error))
-            return None
+            return None, "there is no good checkpoint"
+        return good, f"the last good checkpoint is {good.path}" if good is not None else "there is no checkpoint yet"
 
     return ranks.on_rank_0(look)
 
 
 def stopped(why: str, saver: Saver, ranks: ControlGroup) -> NumericsError:
     """The error that ends the run, with the checkpoint that can be resumed. Collective."""
-    good = last_good(saver, ranks)
-    none = "there is no good checkpoint" if tags_in(saver.folder) else "there is no checkpoint yet"
-    named = f"the last good checkpoint is {good.path}" if good is not None else none
-    error = NumericsError(f"{why}; {named}")
+    error = NumericsError(f"{why}; {last_good(saver, ranks)[1]}")
     error.shared = True
     return error
 

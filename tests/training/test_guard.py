@@ -14,7 +14,7 @@ import torch
 
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.load import find
+from chatgot.checkpoint.load import examine, find
 from chatgot.deepspeed_json.chatgot_section import GuardConfig
 from chatgot.errors import EXIT_NUMERICS, NumericsError
 from chatgot.proof import digest
@@ -344,6 +344,8 @@ def test_a_checkpoint_that_the_guard_takes_for_wrecked_is_used_by_name_only(tmp_
     assert "is suspect: step 8: loss or gradients were not finite for 2 steps in a row" in found.notes[0]
     assert "going back to step-00000003, 3 steps are lost" in found.notes[0]
     assert verify(out), "it is suspect, not damaged"
+    [(tag, why)] = examine(weights).damaged
+    assert (tag, why.startswith("is suspect: step 8")) == ("step-00000006", True)
     capsys.readouterr()
     loop = in_process.prepare([*line, "--resume_from", f"{out}@step-00000006"])
     assert loop.step == 6
@@ -355,6 +357,16 @@ def test_a_checkpoint_that_the_guard_takes_for_wrecked_is_used_by_name_only(tmp_
     assert found is not None
     assert (found.tag, found.notes) == ("step-00000012", ())
     assert "suspect" not in manifest.read(weights / "step-00000006"), "it was saved anew"
+
+
+def test_checkpoints_that_cannot_be_looked_at_do_not_hide_the_divergence(tmp_path, text_file, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(divergence, "examine", fails)
+    with pytest.raises(NumericsError, match="the last good checkpoint is"):
+        poisoned_run(words(tmp_path, text_file, guard={"on_diverge": "stop"}))
+    assert "cannot be marked as suspect: [Errno 5]" in capsys.readouterr().out
 
 
 def test_a_second_bad_batch_after_a_rollback_speaks_against_the_checkpoint(tmp_path, text_file):
