@@ -36,9 +36,19 @@ def marked(name: str, by: int) -> None:
         time.sleep(0.01)
 
 
-def starts() -> int:
-    """How often this rank has been started."""
-    return (marks / f"starts.{rank}").read_text().count("\n")
+def starts(of: int = rank) -> int:
+    """How often a rank, by default this one, has been started."""
+    counted = marks / f"starts.{of}"
+    return counted.read_text().count("\n") if counted.exists() else 0
+
+
+def started_together() -> None:
+    """Wait until every rank has counted this start: one that is killed before it has done so would count too few."""
+    deadline = time.monotonic() + 300
+    while min(map(starts, range(world))) < starts():
+        if time.monotonic() > deadline:
+            sys.exit(f"rank {rank}: not all ranks have started")
+        time.sleep(0.01)
 
 
 def run_out_of_memory() -> None:
@@ -72,7 +82,7 @@ mark(
 )
 if verb == "exit":
     sys.exit(int(value))
-marked("start", world)
+started_together()
 if verb == "memory" and starts() <= int(value):
     run_out_of_memory()
 if verb in ("memory", "wait_if_memory") and starts() > int(value):
