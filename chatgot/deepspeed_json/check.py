@@ -109,7 +109,8 @@ def as_text(report: Report, with_effective: bool) -> Iterator[str]:
             yield f"{assignment:<{_ASSIGNMENT_WIDTH}} {_source(value)}"
         yield ""
     counts = Counter(finding.level for finding in report.findings)
-    said = ", ".join(f"{counts[level]} {level}{'s' if counts[level] > 1 else ''}" for level in LEVELS if counts[level])
+    plural = {level: level if level == "adapted" else f"{level}s" for level in LEVELS}
+    said = ", ".join(f"{counts[one]} {plural[one] if counts[one] > 1 else one}" for one in LEVELS if counts[one])
     yield f"{report.file}: {said or 'nothing to say'}"
 
 
@@ -184,7 +185,8 @@ def _arguments(resolved: Resolved, dotted: str) -> Iterator[Effective]:
     section = dotted.partition(".")[0]
     kind, params = resolved.subject.v[f"{section}.type"], given_arguments(resolved.subject.tree, section)
     for key, value in params.items():
-        yield _stated(resolved, f"{dotted}.{key}", value)
+        name, derived = f"{dotted}.{key}", resolved.derived.get(f"{dotted}.{key}")
+        yield Effective(name, derived.value, "derived", derived.reason) if derived else _stated(resolved, name, value)
     decoupled = str(kind).lower() in ("adam", "adamw") and params.get("torch_adam") and params.get("adam_w_mode", True)
     for key, node in known_arguments(resolved.subject.v, resolved.subject.tree, section).items():
         default = 0.01 if key == "weight_decay" and decoupled else node.default  # torch.optim.AdamW's own

@@ -275,13 +275,12 @@ class ZeroOptimization(Group):
     stage3_prefetch_bucket_size: int | str = key(
         "int", 50000000, "Elements fetched ahead of use (stage 3).", low=0, alias="prefetch_bucket_size", auto=True
     )
-    stage3_param_persistence_threshold: int | str = key(
+    stage3_param_persistence_threshold: int = key(
         "int",
         100000,
         "Parameters smaller than this stay whole on every rank (stage 3).",
         low=0,
         alias="param_persistence_threshold",
-        auto=True,
     )
     stage3_model_persistence_threshold: int = key(
         "int", sys.maxsize, "Most elements that may stay whole (stage 3).", low=0, alias="model_persistence_threshold"

@@ -1,5 +1,5 @@
-"""What is to be said about a configuration: errors, warnings and notes, each with its place, what is allowed and what
-to do.
+"""What is to be said about a configuration: errors, what is adapted, warnings and notes, each with its place, what is
+allowed and what to do.
 
 The rules put findings into a collector; train.py refuses on errors and prints the rest, `chatgot check` lists them all.
 """
@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 from chatgot.errors import ConfigError
 
-Level = Literal["error", "warning", "note"]
-LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+Level = Literal["error", "adapted", "warning", "note"]
+"""error: it would fail or train wrongly, and is refused. adapted: it runs, differently from the letter. warning: it has
+no effect, or is unwise. note: good to know.
+"""
+LEVELS: tuple[Level, ...] = ("error", "adapted", "warning", "note")
 
 ABSENT: Any = object()
 """Value of a finding about a key that stands nowhere."""

@@ -16,6 +16,8 @@ from chatgot.deepspeed_json.values import Values, given_arguments, is_offloaded,
 DEEPSPEED_OPTIMIZERS = ("adam", "adamw", "adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
 TORCH_OPTIMIZERS = tuple(n.removeprefix("torch.") for n in schema.OPTIMIZER_PARAMS if n.startswith("torch."))
 ZERO_TESTED_OPTIMIZERS = ("adam", "adamw", "adagrad", "lion", "muon")
+ELEMENTWISE_OPTIMIZERS = ("sgd", "rmsprop", "adadelta", "adamax", "asgd", "nadam", "radam", "rprop")
+"""Those of torch's whose update is the same on ZeRO's flat partitions, by their names in lower case."""
 CUDA_OPTIMIZERS = ("lamb", "lion")
 """Their fused kernels exist for CUDA only; lion has a CPU version under optimizer offload."""
 REFUSED_OPTIMIZERS = {

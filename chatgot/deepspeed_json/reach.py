@@ -74,6 +74,8 @@ NEVER = {
     "optimizer.legacy_fusion": "it is for fp16 at ZeRO stage 0, which ChatGoT refuses",
     "seq_parallel_communication_data_type": "it is for sequence parallelism, which ChatGoT does not have",
     "vocabulary_size": "DeepSpeed only warns when it is no multiple of 8",
+    "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed ignores it; write pin_memory inside offload_param or "
+    "offload_optimizer",
     "zero_optimization.allgather_partitions": "DeepSpeed reads it and uses it nowhere",
 }
 """Keys that never change a run of ChatGoT, and why."""
@@ -141,14 +143,16 @@ def note_idle(values: Values, findings: Findings) -> None:
                 why = f"stands here but is off: {switch.rpartition('.')[2]} is not given"
                 findings.add("note", name, value, why)
             continue
-        if node.instead:
+        if node.instead and value and dotted not in NEVER:
             findings.add("note", name, value, f"is deprecated: write {node.instead}")
         if value in (node.default, "auto"):
             continue
         if section and is_off(values, section) and dotted != section_switch(section):
             off.setdefault(section, []).append(dotted)
         elif reason := idle(values, dotted):
-            findings.add("warning" if dotted in STAGES else "note", name, value, f"does nothing: {reason}")
+            findings.add(
+                "warning" if dotted in STAGES or dotted in NEVER else "note", name, value, f"does nothing: {reason}"
+            )
     for section, keys in off.items():
         switch = section_switch(section) or section
         names = ", ".join(key.rpartition(".")[2] for key in keys)

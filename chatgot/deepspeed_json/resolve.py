@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.deepspeed_json import machine, schema
+from chatgot.deepspeed_json.adapt import RUN_LENGTH, Adaptation
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, Batch, resolve_batch
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import read_fields
@@ -73,9 +74,9 @@ class EngineConfig:
     activation_backend: Literal["torch", "deepspeed"] | None
     """Which implementation recomputes; None: no recomputation."""
     notes: tuple[str, ...] = field(compare=False)
-    """Every derived or resolved value with its reason, then warnings and notes, one line each."""
+    """Every derived or resolved value with its reason, then what is adapted, warnings and notes, one line each."""
     findings: tuple[Finding, ...] = field(compare=False, repr=False)
-    """The warnings and notes."""
+    """What is adapted, the warnings and the notes."""
     source: dict[str, Any] = field(compare=False, repr=False)
     """The JSON as read, overrides not applied."""
 
@@ -128,6 +129,8 @@ class Resolved:
         subject = dataclasses.replace(self.subject, batch=batch, n_params=n_params)
         _fill_buckets(values, n_params, derived)
         apply(RULES, subject, findings, late=True)
+        if RUN_LENGTH in derived and max_steps is not None:
+            derived.add(RUN_LENGTH, max_steps, '"auto", train.max_steps')
         schedule = subject.chatgot.schedule
         if schedule is not None and max_steps is not None and schedule.warmup_steps > max_steps:
             why = f"the run ends at train.max_steps = {max_steps}, before the learning rate reaches its peak"
@@ -149,7 +152,7 @@ class Resolved:
             if derived.inform_deepspeed:
                 _put(deepspeed, values.name(dotted), derived.value)
         optimizer = deepspeed.get("optimizer")
-        remarks = tuple(self.findings.at_level("warning", "note"))
+        remarks = tuple(self.findings.at_level("adapted", "warning", "note"))
         wandb = values.wandb
         return EngineConfig(
             path=self.document.name,
@@ -168,7 +171,7 @@ class Resolved:
             gradient_clipping=float(values.gradient_clipping),
             activation_checkpointing=plain_copy(deepspeed.get("activation_checkpointing")),
             activation_backend=self.backend,
-            notes=(*self.derived.lines(), *(f"{finding.level}: {finding.text}" for finding in remarks)),
+            notes=(*self.derived.lines(besides=remarks), *(f"{finding.level}: {finding.text}" for finding in remarks)),
             findings=remarks,
             source=plain_copy(self.document.tree),
         )
@@ -192,7 +195,7 @@ def resolve(
     section = tree.get("chatgot", {})  # anything but a mapping was noted by read_values
     chatgot = read_fields(ChatGoTSection, section if isinstance(section, dict) else {}, "chatgot", findings)
     derived = Derivations(values)
-    _resolve_precision(values, facts, derived)
+    Adaptation(values, tree, facts, world_size, findings, derived).run()
     batch = resolve_batch(values, world_size, findings, derived)
     subject = Subject(values, tree, chatgot, facts, world_size, batch)
     check_optimizer(values, tree, findings)
@@ -238,23 +241,6 @@ def build_engine_config(
     return resolved.complete(n_params).engine_config()
 
 
-def _resolve_precision(values: Values, facts: DeviceFacts, derived: Derivations) -> None:
-    """bf16.enabled and fp16.enabled "auto": bf16 where it is supported, else fp16, else neither."""
-    auto = [name for name in ("bf16", "fp16") if values[f"{name}.enabled"] == "auto"]
-    device, supported = facts.name or facts.kind, {"bf16": facts.bf16, "fp16": facts.fp16}
-    taken = next((key for key in ("torch_autocast", "bf16", "fp16") if values[f"{key}.enabled"] is True), None)
-    chosen = None if taken else next((name for name in auto if supported[name]), None)
-    for name in auto:
-        if taken:
-            reason = f"{taken}.enabled is true"
-        elif chosen:
-            reason = f"{device} supports {chosen}"
-        else:
-            reason = f"{device} does not support {name}; training in fp32"
-        values[f"{name}.enabled"] = name == chosen
-        derived.add(f"{name}.enabled", name == chosen, f'"auto", {reason}')
-
-
 def _fill_defaults(values: Values, derived: Derivations) -> None:
     """State the defaults that DeepSpeed changed in 2026, so that the stored file means the same under any version."""
     stated = ["gradient_clipping"]
@@ -264,9 +250,6 @@ def _fill_defaults(values: Values, derived: Derivations) -> None:
     for dotted in stated:
         if dotted not in values:
             derived.add(dotted, values[dotted], "not given, DeepSpeed's default since 2026")
-    persistence = "zero_optimization.stage3_param_persistence_threshold"
-    if values[persistence] == "auto":
-        derived.add(persistence, _default(persistence), '"auto", DeepSpeed\'s default')
 
 
 def _default(dotted: str) -> Any:
@@ -327,9 +310,10 @@ def _precision(values: Values) -> Precision:
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Write a resolved value where the file states none, or "auto"."""
+    """Write a resolved value where the file states none, "auto", or what is adapted."""
     *sections, key = dotted.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
-    if tree.get(key) in (None, "auto"):
-        tree[key] = value
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[key] = value

@@ -111,6 +111,11 @@ def error(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str 
     return Rule("error", keys, when, why, source, **more)
 
 
+def adapted(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:
+    """A rule about what ChatGoT runs differently from the letter."""
+    return Rule("adapted", keys, when, why, source, **more)
+
+
 def warning(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:
     """A rule about something legal that is wrong or unwise."""
     return Rule("warning", keys, when, why, source, **more)
@@ -147,7 +152,12 @@ def apply(rules: Iterable[Rule], subject: Subject, findings: Findings, *, late: 
 
 def rules_about(rules: tuple[Rule, ...], dotted: str) -> Iterator[str]:
     """What the rules say about a key: its own ones, then those of other keys whose message names it."""
-    words = {"error": "May be refused", "warning": "May be warned of", "note": "May be noted"}
+    words = {
+        "error": "May be refused",
+        "adapted": "May be adapted",
+        "warning": "May be warned of",
+        "note": "May be noted",
+    }
     own = [rule for rule in rules if dotted in rule.keys.split()]
     yield from (f"{words[rule.level]}: {rule.text()}." for rule in own)
     for rule in rules:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import ABSENT, Findings, meant, one_slip_apart, shown
+from chatgot.deepspeed_json.findings import ABSENT, Finding, Findings, meant, one_slip_apart, shown
 from chatgot.deepspeed_json.schema import Key, Section
 
 
@@ -19,6 +20,8 @@ class Values(schema.Root):
         """Documented dotted name -> value read; sections stand here as True."""
         self.spelled: dict[str, str] = {}
         """Documented dotted name -> the name in the file."""
+        self.autos: list[str] = []
+        """Documented dotted names of keys that are "auto" and have their default: DeepSpeed drops such a key."""
 
     def __getitem__(self, dotted: str) -> Any:
         """A value by its dotted name, for rules that are data; None for a section."""
@@ -71,9 +74,11 @@ class Derivations(dict[str, Derived]):
         """Note one value and why it is so."""
         self[dotted] = Derived(self._values.name(dotted), value, reason, inform_deepspeed)
 
-    def lines(self) -> list[str]:
-        """'key = value: reason', one per value."""
-        return [f"{one.name} = {shown(one.value)}: {one.reason}" for one in self.values()]
+    def lines(self, besides: Iterable[Finding] = ()) -> list[str]:
+        """'key = value: reason', one per value, without those of which a finding says that they are adapted."""
+        said = tuple(finding.key for finding in besides if finding.level == "adapted")
+        unsaid = [one for one in self.values() if not f"{one.name}.".startswith(tuple(f"{key}." for key in said))]
+        return [f"{one.name} = {shown(one.value)}: {one.reason}" for one in unsaid]
 
 
 def read_values(tree: dict[str, Any], findings: Findings) -> Values:
@@ -99,10 +104,13 @@ def _read_section(
             findings.error(place, value, f"is another spelling of {other}, which stands here too; keep one of them")
             continue
         values.spelled[name] = place
-        if isinstance(node, Section):
+        dropped = value == "auto" and (section.typed or name == "gradient_clipping")  # transformers fills the latter
+        if isinstance(node, Section) and not dropped:
             _read_subsection(value, node, place, name, findings, values)
-        elif value == "auto" and (node.auto or (node.kind in ("texts", "text") and node.default == "auto")):
+        elif value == "auto" and isinstance(node, Key) and (node.auto or node.default == "auto"):
             values[name] = "auto"
+        elif dropped or isinstance(node, Section):
+            values.autos.append(name)
         else:
             try:
                 values[name] = node.read(value, section.typed)

@@ -138,15 +138,16 @@ def wire_activation_checkpointing(model: GPT, config: EngineConfig) -> str:
         return f"activation checkpointing: {which} recomputed, by torch.utils.checkpoint (non-reentrant)"
     import deepspeed
 
-    section, recomputed = config.activation_checkpointing or {}, len(range(0, len(model.layers), every))
-    room = section.get("number_checkpoints") or 0
+    section, recomputed = dict(config.activation_checkpointing or {}), len(range(0, len(model.layers), every))
+    room = section.get("number_checkpoints") or recomputed
     # DeepSpeed allocates this room and fails at the block after it (checkpointing.py, partition_activations).
     if section.get("contiguous_memory_optimization") and room < recomputed:
         raise ConfigError(
             f"{config.path}: activation_checkpointing.number_checkpoints = {room}: contiguous_memory_optimization must "
             f"have room for the {recomputed} blocks that this model recomputes; write {recomputed}"
         )
-    deepspeed.checkpointing.configure(None, deepspeed_config=dict(config.deepspeed))
+    section["number_checkpoints"] = room
+    deepspeed.checkpointing.configure(None, deepspeed_config={**config.deepspeed, "activation_checkpointing": section})
     model.set_activation_checkpointing(deepspeed.checkpointing.checkpoint, every)
     return f"activation checkpointing: {which} recomputed, by deepspeed.checkpointing"
 

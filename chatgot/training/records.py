@@ -121,6 +121,7 @@ def open_records(
         "resumed" if resumed else "started",
         step=step,
         **origin,
+        adapted=[finding.text for finding in engine.config.findings if finding.level == "adapted"],
         changes=list(dict.fromkeys([*differences, *changes])),
         world_size=place.world_size,
         zero_stage=engine.config.zero_stage,

@@ -64,7 +64,7 @@ def test_json_format_is_for_programs(run, write) -> None:
     code, out, _ = run(path, "--format", "json", "--effective")
     report = json.loads(out)
     assert code == report["exit_code"] == 2
-    assert report["counts"] == {"error": 1, "warning": 0, "note": 0}
+    assert report["counts"] == {"error": 1, "adapted": 0, "warning": 0, "note": 0}
     assert report["findings"] == [
         {
             "level": "error",
