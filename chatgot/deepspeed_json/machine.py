@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from chatgot.deepspeed_json.findings import Findings
-from chatgot.deepspeed_json.optimizers import optimizer_arguments
+from chatgot.deepspeed_json.optimizers import cpu_adam_key, optimizer_arguments
 from chatgot.deepspeed_json.rule_types import Subject
 
 _MONITORS = {"tensorboard": ("tensorboard", "tensorboardX"), "comet": ("comet_ml",), "wandb": ("wandb",)}
@@ -76,6 +76,7 @@ def _compiled(subject: Subject) -> dict[str, str]:
         kind, params = str(subject.v.optimizer.type), subject.arguments
         variant = optimizer_arguments(kind, params, subject.offloaded)
         asked = params.get("torch_adam") is False or params.get("bias_correction") is False
+        asked = asked or bool(cpu_adam_key(subject.v, subject.tree))
         if variant in ("lamb", "lion/fused", "lion/cpu", "adagrad/cpu") or (
             variant in ("adam/fused", "adam/cpu") and asked
         ):

@@ -62,6 +62,28 @@ def known_arguments(values: Values, tree: dict[str, Any], section: str) -> dict[
     return schema.OPTIMIZER_PARAMS.get(variant, {})
 
 
+_OFFLOAD = "zero_optimization.offload_optimizer"
+_CPU_ADAM_ONLY = (f"{_OFFLOAD}.ratio", f"{_OFFLOAD}.super_offload")
+_CPU_ADAM_ONLY += ("bf16.bf16_master_weights_and_grads", "fp16.fp16_master_weights_and_grads")
+"""Keys with which DeepSpeed takes no other optimizer state outside of the device than its CPUAdam's (zero/stage3.py,
+zero/stage_1_and_2.py), or makes another CPUAdam of it (superoffload).
+"""
+
+
+def cpu_adam_key(values: Values, tree: dict[str, Any]) -> str:
+    """The key for which DeepSpeed must build its CPUAdam; empty where torch's AdamW does the same update."""
+    name, params = str(values.optimizer.type).lower(), given_arguments(tree, "optimizer")
+    if name not in ("adam", "adamw") or params.get("torch_adam") or not is_offloaded(values):
+        return ""
+    keys = ("zero_force_ds_cpu_optimizer", *_CPU_ADAM_ONLY)
+    return next((key for key in keys if key in values and _is_asked(values[key])), "")
+
+
+def _is_asked(value: Any) -> bool:
+    """Whether a switch is on, or a ratio below 1."""
+    return value if isinstance(value, bool) else value < 1
+
+
 def check_optimizer(values: Values, tree: dict[str, Any], findings: Findings) -> None:
     """Note what is wrong with the optimizer's type and arguments."""
     if "optimizer" not in tree and not any(finding.suggestion == "optimizer" for finding in findings.all):
@@ -137,8 +159,19 @@ RULES: tuple[Rule, ...] = (
           "state; use AdamW, or zero_optimization.offload_optimizer.device = none"),
     error("fp16.loss_scale", lambda s, scale: s.optimizer == "lamb" and scale != 0,
           "lamb needs dynamic loss scaling; set 0"),
-    error("optimizer.params.amsgrad", lambda s, _: _variant(s) == "adam/fused" and s.arguments.get("amsgrad") is True
-          and {"value": True}, 'DeepSpeed\'s fused Adam does not have it; add "torch_adam": true'),
+    error("optimizer.params.amsgrad", lambda s, _: _variant(s) in ("adam/fused", "adam/cpu")
+          and s.arguments.get("amsgrad") is True and {"value": True},
+          'DeepSpeed\'s Adam does not have it; add "torch_adam": true'),
+    error(" ".join(_CPU_ADAM_ONLY), lambda s, value: _is_asked(value) and s.offloaded and s.stage and s.optimizer
+          and _variant(s) != "adam/cpu", "DeepSpeed takes its CPUAdam only for it: optimizer.type must be AdamW or "
+          "Adam, without torch_adam"),
+    error("optimizer.params.adam_w_mode", lambda s, _: s.optimizer == "adam" and s.stage == 3 and s.offloaded
+          and s.arguments.get("adam_w_mode") is False and any(_is_asked(s.v[key]) for key in _CPU_ADAM_ONLY[:2])
+          and {"value": False}, "DeepSpeed steps a part of the weights with AdamW where offload_optimizer.ratio is "
+          "below 1 or super_offload is on; delete it, or them", "zero/stage3.py, superoffload/superoffload_utils.py"),
+    warning(f"{_OFFLOAD}.super_offload", lambda s, on: on and s.stage == 3,
+            "keeps the optimizer's state in a process of its own, which no checkpoint reaches: a resumed run starts "
+            "with a new state", "superoffload/superoffload_utils.py"),
     error("optimizer.params.foreach", lambda s, _: _variant(s) == "adam/torch" and s.arguments.get("fused")
           and s.arguments.get("foreach") and {"value": True}, "torch takes fused or foreach, not both"),
     error("optimizer.params.adam_w_mode", lambda s, _: s.optimizer == "adamw"

@@ -18,7 +18,7 @@ from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, Batch, resolve_bat
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import read_fields
 from chatgot.deepspeed_json.findings import Finding, Findings
-from chatgot.deepspeed_json.optimizers import check_optimizer, check_scheduler
+from chatgot.deepspeed_json.optimizers import check_optimizer, check_scheduler, cpu_adam_key
 from chatgot.deepspeed_json.reach import note_idle
 from chatgot.deepspeed_json.read import Document, apply_overrides, check_document, plain_copy, read_document
 from chatgot.deepspeed_json.rule_types import Subject, apply
@@ -67,6 +67,8 @@ class EngineConfig:
     offload_optimizer: OffloadDevice
     offload_param: OffloadDevice
     optimizer: OptimizerConfig | None
+    cpu_adam_key: str
+    """The key for which DeepSpeed must build its CPUAdam, or an empty text."""
     scheduler: dict[str, Any] | None
     gradient_clipping: float
     activation_checkpointing: dict[str, Any] | None
@@ -167,6 +169,7 @@ class Resolved:
             offload_optimizer="cpu" if zero.cpu_offload else values["zero_optimization.offload_optimizer.device"],
             offload_param="cpu" if zero.cpu_offload_param else values["zero_optimization.offload_param.device"],
             optimizer=None if optimizer is None else _optimizer(optimizer),
+            cpu_adam_key=cpu_adam_key(values, tree),
             scheduler=plain_copy(deepspeed.get("scheduler")),
             gradient_clipping=float(values.gradient_clipping),
             activation_checkpointing=plain_copy(deepspeed.get("activation_checkpointing")),

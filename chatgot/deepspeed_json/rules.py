@@ -26,6 +26,7 @@ CUDA_ONLY = (
     "zero_optimization.zero_quantized_weights",
     "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.offload_optimizer.super_offload",
     "aio.use_gds",
     "compile.deepcompile",
     "activation_checkpointing.cpu_checkpointing",

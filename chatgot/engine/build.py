@@ -107,6 +107,10 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
             )
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"{config.path}: DeepSpeed refuses it: {error}") from error
+    except RuntimeError as error:  # of an operator that is compiled at the first start
+        if "failed to build" not in str(error):
+            raise
+        raise MachineError(f"{config.path}: {error} It needs g++ and ninja: {error.__cause__}") from error
     except ImportError as error:  # of a monitor, or of a package that an optimizer or an operator needs
         what = f"DeepSpeed needs what is not installed here: {error}"
         raise MachineError(f"{config.path}: {what}; install it, or take the section out") from error

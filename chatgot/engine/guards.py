@@ -31,6 +31,8 @@ def install(engine: Any, muon: bool, on_overflow: Callable[[], None]) -> Stage0G
     # The BF16_Optimizer (bf16, stage 1, fp32 accumulation) clips raw gradients before Muon, which is right.
     if muon and hasattr(engine.optimizer, "unscale_and_clip_grads"):
         ClipAdamGroupsOnly(engine.optimizer)
+    if hasattr(engine.optimizer, "backup_optimizer"):
+        unite_the_two_adams(engine.optimizer)
     if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
         forget_skipped_gradients(engine.optimizer)
     return None
@@ -170,6 +172,23 @@ def forget_skipped_gradients(zero: Any) -> None:
             zero.averaged_gradients[group] = None
 
     zero.reset_cpu_buffers = reset_cpu_buffers
+
+
+def unite_the_two_adams(zero: Any) -> None:
+    """Lets what ZeRO-3 keeps on the device with offload_optimizer.ratio below 1 follow schedules and be saved.
+
+    DeepSpeed steps it with a second optimizer (stage3.py, _optimizer_step), whose first group keeps its first learning
+    rate, and whose state it never saves. Here the second one steps with the groups and the state of the first one.
+    """
+    step, second = zero._optimizer_step, zero.backup_optimizer
+
+    def step_alike(sub_group_id: int) -> None:
+        second.param_groups, second.state = zero.optimizer.param_groups, zero.optimizer.state
+        for group in second.param_groups:
+            group.update({key: value for key, value in second.defaults.items() if key not in group})
+        step(sub_group_id)
+
+    zero._optimizer_step = step_alike
 
 
 def tell_overflow(optimizer: Any, call: Callable[[], None]) -> None:

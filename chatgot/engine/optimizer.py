@@ -53,7 +53,7 @@ def build_client_optimizer(
 
     DeepSpeed's FusedAdam and CPUAdam compute the same update but are compiled at the first start, with nvcc or g++.
     `"torch_adam": false` in the JSON asks for them explicitly and gets them; so does false for an argument that only
-    they have.
+    they have, and so do the keys with which DeepSpeed takes nothing but its CPUAdam.
 
     Returns:
         The optimizer or None, and one line that says what was chosen and why.
@@ -66,6 +66,8 @@ def build_client_optimizer(
     asked = any(params.get(key) is False for key in ONLY_DEEPSPEED) and not params.get("torch_adam")
     if not _is_adam(config.optimizer) or asked or params.get("torch_adam") is False:
         return None, f"optimizer: {config.optimizer.type}, built by DeepSpeed from the JSON"
+    if key := config.cpu_adam_key:
+        return None, f"optimizer: DeepSpeed's CPUAdam, for {key}; compiled at the first start, which takes minutes"
     for theirs in ("torch_adam", "adam_w_mode", "set_grad_none", *ONLY_DEEPSPEED):
         params.pop(theirs, None)
     if "foreach" not in params:

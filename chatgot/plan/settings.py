@@ -118,6 +118,10 @@ def read_settings(
     accumulator_bytes = parameter_bytes if wanted is None else FP32 if wanted in FP32_NAMES else HALF
     low_precision = bf16 and values.bf16.bf16_master_weights_and_grads
     low_precision = low_precision or (fp16 and values.fp16.fp16_master_weights_and_grads)
+    # CPUAdam's are in fp32 unless the JSON says otherwise; those of all others are like the masters.
+    half_moments = values.bf16.bf16_optimizer_states or params.get("fp32_optimizer_states") is False
+    fp32_moments = bool(engine.cpu_adam_key) and not half_moments
+    kind = "DeepSpeedCPUAdam" if engine.cpu_adam_key else kind
     unknown = ("zero_quantized_weights", "zero_quantized_gradients", "parameter_alignment", "zenflow")
     names = [f"zero_optimization.{key}" for key in unknown]
     notes = [f"{name} is not part of this arithmetic" for name in names if values[name]]
@@ -144,7 +148,7 @@ def read_settings(
         parameter_bytes=parameter_bytes,
         accumulator_bytes=accumulator_bytes,
         master_bytes=HALF if low_precision else FP32,
-        moment_bytes=HALF if low_precision or (bf16 and values.bf16.bf16_optimizer_states) else FP32,
+        moment_bytes=HALF if low_precision and not fp32_moments else FP32,
         offload_optimizer=offload,
         offload_ratio=float(zero.offload_optimizer.ratio),
         offload_param=engine.zero_stage == 3 and engine.offload_param != "none",

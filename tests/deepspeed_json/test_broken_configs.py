@@ -239,5 +239,9 @@ def test_what_the_machine_lacks_is_a_warning(tmp_path: Path, monkeypatch: pytest
         assert warned["chatgot.compile.enabled"].endswith(
             "lacks g++" if facts is CPU else "lacks a C compiler (gcc), so that it stays eager"
         )
+    ratio = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    for params, compiled in (({"torch_adam": True}, False), ({}, True)):
+        report = looked_at(tmp_path, {"optimizer.params": params, ZERO: ratio})
+        assert any("DeepSpeed's AdamW is compiled at the first start" in f.why for f in report.findings) == compiled
     monkeypatch.undo()
     assert not [f for f in looked_at(tmp_path, {"wandb.enabled": True}).findings if f.key.startswith("wandb")]

@@ -543,6 +543,24 @@ def test_persistence_threshold_auto_is_the_default(read) -> None:
         ({"gradient_predivide_factor": 2.0, "zero_optimization.stage": 2}, "reduce_scatter = false"),
         ({"prescale_gradients": True, "zero_optimization.stage": 2}, "reduce_scatter = false"),
         ({"gradient_allreduce_op": "sum", "zero_optimization.stage": 3}, 'use "mean"'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "takes its CPUAdam only for it: optimizer.type must be AdamW or Adam, without torch_adam",
+        ),
+        (
+            {
+                "optimizer": {"type": "AdamW", "params": {"amsgrad": True}},
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            },
+            "DeepSpeed's Adam does not have it",
+        ),
+        (
+            {
+                "optimizer": {"type": "Adam", "params": {"adam_w_mode": False}},
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            },
+            "steps a part of the weights with AdamW",
+        ),
         ({"allgather_size": 5}, "write zero_optimization.allgather_bucket_size"),
         ({"optimizer": {"type": "Muon"}, "zero_optimization.stage": 3}, "reduce_scatter = false"),
         (
@@ -553,6 +571,21 @@ def test_persistence_threshold_auto_is_the_default(read) -> None:
 )
 def test_zero_settings_that_contradict_each_other_are_refused(refused, keys: dict, said: str) -> None:
     assert said in "\n".join(refused(keys))
+
+
+def test_cpu_adam_is_deepspeeds_where_it_takes_no_other_and_the_file_or_the_key_asks_for_it(read, refused) -> None:
+    plain = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    ratio, super_offload = (f"zero_optimization.offload_optimizer.{key}" for key in ("ratio", "super_offload"))
+    assert read(plain).cpu_adam_key == read({**plain, ratio: 1.0}).cpu_adam_key == ""
+    assert read({**plain, ratio: 0.5}).cpu_adam_key == ratio
+    assert read({**plain, "zero_force_ds_cpu_optimizer": True}).cpu_adam_key == "zero_force_ds_cpu_optimizer"
+    assert read({**plain, "zero_force_ds_cpu_optimizer": False}).cpu_adam_key == ""
+    assert read({"zero_force_ds_cpu_optimizer": True}).cpu_adam_key == ""  # nothing is offloaded
+    config = read({**plain, super_offload: True})
+    assert config.cpu_adam_key == super_offload
+    assert any("a resumed run starts with a new state" in note for note in config.notes)
+    (line,) = refused({**plain, super_offload: True}, facts=CPU)
+    assert "works on CUDA only" in line
 
 
 def test_muon_is_accepted_where_it_works(read) -> None:

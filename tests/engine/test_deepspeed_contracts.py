@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chatgot.deepspeed_json.machine import has_command
 from chatgot.engine import guards
 from chatgot.engine.step import poisoned_by
 from tests.support import environment, present
@@ -346,6 +347,22 @@ def test_offload_in_16_bit_never_trains_again_after_a_skipped_step(stage):
     train(engine, scale=math.inf)
     train(engine, steps=3)
     assert engine.skipped_steps == 5
+
+
+@pytest.mark.skipif(not has_command("g++", "c++"), reason="DeepSpeed compiles its CPUAdam")
+def test_zero_3_steps_what_it_does_not_offload_at_a_constant_rate_and_saves_no_state_of_it():
+    offload = {"device": "cpu", "ratio": 0.5, "pin_memory": False}
+    adamw = {"type": "AdamW", "params": {"lr": 1e-2}}
+    engine = stock(optimizer=adamw, zero_optimization={"stage": 3, "offload_optimizer": offload, "sub_group_size": 200})
+    zero = engine.optimizer
+    zero.subgroup_to_device[0] = "cpu:0"  # as on a GPU, where this is another device
+    zero.param_groups[0]["lr"] = 0.0
+    before = [flat.clone() for flat in zero.fp32_partitioned_groups_flat]
+    train(engine)
+    moved = [not torch.equal(a, b) for a, b in zip(before, zero.fp32_partitioned_groups_flat)]
+    states = len(zero.state_dict()["optimizer_state_dict"]["state"])
+    engine.destroy()
+    assert (moved, states) == ([True, False], 1), mended("backup_optimizer", "guards.unite_the_two_adams")
 
 
 @pytest.mark.parametrize("stage", [1, 3])

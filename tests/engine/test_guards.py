@@ -14,10 +14,12 @@ import torch
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.chatgot_section import CompileConfig
+from chatgot.deepspeed_json.machine import has_command
 from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.engine import guards
 from chatgot.engine.build import build
+from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ConfigError
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json
@@ -106,6 +108,40 @@ def test_losses_that_a_graph_writes_to_one_place_are_kept_apart():
     engine.engine.destroy()
     assert seen[0] != seen[1]
     assert float(loss) == pytest.approx(sum(seen) / 2)
+
+
+@pytest.mark.skipif(not has_command("g++", "c++"), reason="DeepSpeed compiles its CPUAdam")
+@pytest.mark.usefixtures("process_group")
+def test_what_zero_3_does_not_offload_follows_the_schedule_and_is_saved(tmp_path):
+    tree = engine_json(3, batch=2, micro=2, optimizer={"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}})
+    tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "ratio": 0.5, "pin_memory": False}
+    config = build_engine_config(
+        tree, "ds.json", world_size=1, facts=DeviceFacts("cpu", bf16=True, fp16=False), n_params=30_000
+    )
+
+    def engine(kept: bool) -> TrainingEngine:
+        model = GPT(ModelConfig(**TINY_MODEL), 64)
+        model.init_weights(1)
+        engine = build(model, config, torch.device("cpu"))
+        if kept:
+            engine.engine.optimizer.subgroup_to_device[0] = "cpu:0"  # as on a GPU, where this is another device
+        return engine
+
+    def steps(engine: TrainingEngine, numbers: range) -> list[float]:
+        losses = []
+        for number in numbers:
+            engine.set_learning_rate(1 / (1 + number))
+            batch = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(number))
+            losses.append(float(engine.train_step([(batch, batch)])))
+        return losses
+
+    offloaded, half = engine(kept=False), engine(kept=True)
+    expected = steps(offloaded, range(6))
+    assert steps(half, range(3)) == pytest.approx(expected[:3], rel=1e-6)
+    half.engine.save_checkpoint(str(tmp_path))
+    again = engine(kept=True)
+    again.engine.load_checkpoint(str(tmp_path))
+    assert steps(again, range(3, 6)) == steps(half, range(3, 6)) == pytest.approx(expected[3:], rel=1e-6)
 
 
 @pytest.mark.usefixtures("process_group")

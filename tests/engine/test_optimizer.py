@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.machine import has_command
 from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.engine.build import build
@@ -106,6 +107,56 @@ def test_what_torchs_adam_is_not_is_left_to_deepspeed(kind, params):
     optimizer, note = build_client_optimizer(read(kind, params=params), parameter_groups(model(), 0.1))
     assert optimizer is None
     assert note == f"optimizer: {kind}, built by DeepSpeed from the JSON"
+
+
+OFFLOAD: dict[str, Any] = {"device": "cpu", "pin_memory": False}
+MASTERS = {"enabled": True, "bf16_master_weights_and_grads": True}
+
+
+@pytest.mark.skipif(not has_command("g++", "c++"), reason="DeepSpeed compiles its CPUAdam")
+@pytest.mark.parametrize(
+    ("stage", "keys", "key"),
+    [
+        (3, {"offload_optimizer": {**OFFLOAD, "ratio": 0.5}}, "zero_optimization.offload_optimizer.ratio"),
+        (2, {"bf16": MASTERS}, "bf16.bf16_master_weights_and_grads"),
+        (3, {"bf16": {**MASTERS, "bf16_optimizer_states": True}}, "bf16.bf16_master_weights_and_grads"),
+        (1, {"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer"),
+    ],
+)
+@pytest.mark.usefixtures("process_group")
+def test_cpu_adam_is_deepspeeds_where_it_takes_no_other_and_trains_as_stock_does(stage, keys, key):
+    tree = engine_json(stage, batch=2, micro=2, optimizer={"type": "AdamW", "params": {"lr": 1e-2}}, **keys)
+    tree["zero_optimization"]["offload_optimizer"] = tree.pop("offload_optimizer", OFFLOAD)
+    tree["chatgot"]["schedule"] = None
+    config = build_engine_config(tree, "ds.json", world_size=1, facts=CPU, n_params=30_000)
+    engine = build(model(), config, torch.device("cpu"))
+    assert type(engine.engine.basic_optimizer).__name__ == "DeepSpeedCPUAdam"
+    assert any(f"DeepSpeed's CPUAdam, for {key}" in note for note in engine.notes)
+    torch.manual_seed(0)
+    batches = [torch.randint(64, (2, 16)) for _ in range(4)]
+    ours = [float(engine.train_step([(batch, batch)])) for batch in batches]
+    engine.engine.destroy()
+    assert ours == pytest.approx(stock_losses(tree, batches), rel=5e-7)
+    assert ours[-1] < ours[0]
+
+
+def stock_losses(tree: dict[str, Any], batches: list[torch.Tensor], groups: bool = True) -> list[float]:
+    """What a loop around stock DeepSpeed makes of a JSON, with weight decay where ChatGoT has it unless told."""
+    import deepspeed
+
+    gpt = model()
+    decay = tree["optimizer"]["params"].get("weight_decay", 0.0)
+    parameters: Any = parameter_groups(gpt, decay) if groups else list(gpt.parameters())
+    given = {key: value for key, value in tree.items() if key != "chatgot"}
+    engine = deepspeed.initialize(model=gpt, model_parameters=parameters, config=given, dist_init_required=False)[0]
+    losses = []
+    for batch in batches:
+        loss = engine(batch, batch)
+        losses.append(float(loss.detach()))
+        engine.backward(loss)
+        engine.step()
+    engine.destroy()
+    return losses
 
 
 @pytest.mark.parametrize(
