@@ -98,21 +98,18 @@ class Adaptation:
         if "auto" not in given.values() or (isinstance(given[TOTAL], int) and given[MICRO] is not None):
             return
         name, shipped = self._shipped
-        if isinstance(given[TOTAL], int):
-            micro, accumulation = None, 1
-        else:
+        found, reason = {ACCUMULATION: 1}, "1, DeepSpeed's default"
+        if not isinstance(given[TOTAL], int):
             micro = given[MICRO] if isinstance(given[MICRO], int) else shipped[MICRO]
             accumulation, rest = divmod(shipped[TOTAL], micro * self.ranks)
-            accumulation = 1 if rest else accumulation
-        for dotted, value, source in (
-            (MICRO, micro, f"as in {name}"),
-            (ACCUMULATION, accumulation, f"for the {shipped[TOTAL]} samples of {name}, or 1 where they do not fit"),
-        ):
-            if value is not None and not isinstance(given[dotted], int):
-                reason = f"{shown_auto(given[dotted])}, {source}"
+            found = {MICRO: micro, ACCUMULATION: 1 if rest else accumulation}
+            reason = reason if rest else f"{accumulation}, for {shipped[TOTAL]} samples a step as in {name}"
+        for dotted, value in found.items():
+            if not isinstance(given[dotted], int):
+                why = reason if dotted == ACCUMULATION else f"{value}, as in {name}"
                 values[dotted] = value
-                self.derived.add(dotted, value, reason)
-                self.findings.add("adapted", dotted, given[dotted] or ABSENT, f"{value}: {reason}")
+                self.derived.add(dotted, value, why.partition(", ")[2])
+                self.findings.add("adapted", dotted, given[dotted] or ABSENT, why)
 
     def _give_optimizer(self) -> None:
         if "optimizer" in self.tree or any(one.suggestion == "optimizer" for one in self.findings.all):
@@ -151,7 +148,7 @@ class Adaptation:
             params[key] = value
             dotted = f"{section}.params.{key}"
             self.derived.add(dotted, value, f'"auto", {source}')
-            self.findings.add("adapted", dotted, "auto", f"{json.dumps(value)}: {source}")
+            self.findings.add("adapted", dotted, "auto", f"{json.dumps(value)}, {source}")
 
     def _drop_offload_below_its_stage(self) -> None:
         stage = self.values.zero_optimization.stage
@@ -173,8 +170,3 @@ class Adaptation:
         if str(values.optimizer.type).lower() in ELEMENTWISE_OPTIMIZERS and not values.zero_allow_untested_optimizer:
             self.values["zero_allow_untested_optimizer"] = True
             self.derived.add("zero_allow_untested_optimizer", True, "the stage is 1 because of 16 bit")
-
-
-def shown_auto(value: Any) -> str:
-    """How a batch number that has no value stands there."""
-    return '"auto"' if value == "auto" else "not given"

@@ -251,7 +251,7 @@ def _fill_defaults(values: Values, derived: Derivations) -> None:
     for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
         stated += [f"{section}.pin_memory"] if values[f"{section}.device"] != "none" else []
     for dotted in stated:
-        if dotted not in values:
+        if dotted not in values and dotted not in derived:
             derived.add(dotted, values[dotted], "not given, DeepSpeed's default since 2026")
 
 

@@ -66,7 +66,7 @@ CASES: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
     ({"train_batch_size": 9}, "error", "train_batch_size", "train_batch_size = 8 or train_batch_size = 12", {}),
     ({"gradient_accumulation_steps": 3}, "error", "train_batch_size", "gradient_accumulation_steps = 2", {}),
     ({"train_batch_size": 12}, "error", "train_batch_size", "train_micro_batch_size_per_gpu = 3", {"world_size": 2}),
-    ({"train_batch_size": "auto"}, "adapted", "gradient_accumulation_steps", "8: not given, for the 32 samples", {}),
+    ({"train_batch_size": "auto"}, "adapted", "gradient_accumulation_steps", "8, for 32 samples a step", {}),
     ({"train_batch_size": ...}, "note", "train_batch_size", "4 follows from the number of ranks", {}),
     # precision
     ({"bf16.enabled": True, "fp16.enabled": True}, "error", "fp16.enabled", "enable one of them", {}),
