@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +152,8 @@ class Resolved:
         tree, values, batch, zero = self.subject.tree, self.subject.v, self.batch, self.subject.v.zero_optimization
         assert batch is not None  # else there was an error
         deepspeed = {key: plain_copy(value) for key, value in tree.items() if key not in ("chatgot", "wandb")}
+        for *sections, key in values.ignored:
+            del reduce(getitem, sections, deepspeed)[key]
         for dotted, derived in self.derived.items():
             if derived.inform_deepspeed:
                 _put(deepspeed, values.name(dotted), derived.value)

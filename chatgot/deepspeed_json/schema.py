@@ -6,8 +6,11 @@ deepspeed_keys.py holds the keys as data; what ChatGoT accepts of them stands in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
+from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.deepspeed_keys import OPTIMIZER_PARAMS, SCHEDULER_PARAMS, Root
+from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.deepspeed_json.key_types import Effect, Key, Section
 
 __all__ = ["NODES", "OPTIMIZER_PARAMS", "REMOVED", "ROOT", "SCHEDULER_PARAMS", "Key", "Root", "Section"]
@@ -52,6 +55,30 @@ def _walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Key | Secti
 
 NODES: dict[str, Key | Section] = dict(_walk(ROOT))
 """Every section and key by its dotted name, aliases left out."""
+
+RUN_KEYS = tuple(
+    f"{section}.{key}".rstrip(".")
+    for section, keys in {
+        "model": " architecture d_model n_layers n_head n_kv_head d_hid max_seq_length dropout tie_embeddings "
+        "rope_theta init_std zero_init_projections",
+        "data": " tokenizer bpe_vocab_size unknown_characters val_fraction test_fraction split_by encoding",
+        "train": " max_steps seed log_every eval_every eval_tokens sample_every sample_prompts sample_max_new_tokens "
+        "sample_temperature sample_top_k sample_seed sample_stop",
+    }.items()
+    for key in keys.split(" ")
+)
+"""Sections and keys of the run YAML, which a higher room reads; a test compares them."""
+
+
+@cache
+def homes() -> dict[str, list[str]]:
+    """The last part of every dotted name that has a home, in lower case -> those names."""
+    found: dict[str, list[str]] = {}
+    tables = {"optimizer": OPTIMIZER_PARAMS, "scheduler": SCHEDULER_PARAMS}
+    arguments = (f"{owner}.params.{key}" for owner, table in tables.items() for keys in table.values() for key in keys)
+    for dotted in dict.fromkeys((*NODES, *arguments, *dotted_keys(ChatGoTSection, "chatgot."), *RUN_KEYS)):
+        found.setdefault(dotted.rpartition(".")[2].lower(), []).append(dotted)
+    return found
 
 
 def spellings(section: Section) -> dict[str, str]:

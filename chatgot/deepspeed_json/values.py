@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import ABSENT, Finding, Findings, meant, one_slip_apart, shown
+from chatgot.deepspeed_json.findings import ABSENT, Finding, Findings, Level, meant, one_slip_apart, shown
 from chatgot.deepspeed_json.schema import Key, Section
+
+_COMMENT = re.compile(r"_|//|#|\$|comments?$")
+"""How a key begins that nobody reads."""
+_OTHER_NAMES = {
+    "clip_grad": "gradient_clipping",
+    "gradient_checkpointing": "activation_checkpointing",
+    "learning_rate": "optimizer.params.lr",
+    "max_grad_norm": "gradient_clipping",
+    "mixed_precision": "bf16",
+    "zero_stage": "zero_optimization.stage",
+}
+"""What other programs call keys that stand here."""
+_SHORT = 4
+"""Letters of a name that is too short for a slip of it to be told from another word, in another section."""
+_LIKENESS = 0.85
+"""difflib's ratio from which on a key is taken for one of another section."""
 
 
 class Values(schema.Root):
@@ -22,6 +40,8 @@ class Values(schema.Root):
         """Documented dotted name -> the name in the file."""
         self.autos: list[str] = []
         """Documented dotted names of keys that are "auto" and have their default: DeepSpeed drops such a key."""
+        self.ignored: list[tuple[str, ...]] = []
+        """The path of every key that DeepSpeed and ChatGoT ignore, as the file spells it."""
 
     def __getitem__(self, dotted: str) -> Any:
         """A value by its dotted name, for rules that are data; None for a section."""
@@ -84,19 +104,20 @@ class Derivations(dict[str, Derived]):
 def read_values(tree: dict[str, Any], findings: Findings) -> Values:
     """Hold a tree against the whole schema and note every problem."""
     values = Values()
-    _read_section(tree, schema.ROOT, "", "", findings, values)
+    _read_section(tree, schema.ROOT, (), "", findings, values)
     return values
 
 
 def _read_section(
-    tree: dict[str, Any], section: Section, spelled: str, dotted: str, findings: Findings, values: Values
+    tree: dict[str, Any], section: Section, spelled: tuple[str, ...], dotted: str, findings: Findings, values: Values
 ) -> None:
     known = schema.spellings(section)
     for key, value in tree.items():
-        place = f"{spelled}{key}"
+        place = ".".join((*spelled, key))
         if key not in known:
             if not section.open or any(one_slip_apart(key.lower(), name) for name in known):
-                _note_unknown(key, place, value, section, dotted, findings)
+                level = _note_unknown(key, place, value, section, dotted, findings)
+                values.ignored += [(*spelled, key)] if level != "error" else []
             continue
         name, node = dotted + known[key], section.keys[known[key]]
         if name in values:
@@ -106,7 +127,7 @@ def _read_section(
         values.spelled[name] = place
         dropped = value == "auto" and (section.typed or name == "gradient_clipping")  # transformers fills the latter
         if isinstance(node, Section) and not dropped:
-            _read_subsection(value, node, place, name, findings, values)
+            _read_subsection(value, node, (*spelled, key), name, findings, values)
         elif value == "auto" and isinstance(node, Key) and (node.auto or node.default == "auto"):
             values[name] = "auto"
         elif dropped or isinstance(node, Section):
@@ -118,20 +139,22 @@ def _read_section(
                 _note_wrong(place, value, node, section.typed, findings)
     for key, node in section.keys.items():
         if isinstance(node, Key) and node.required and dotted + key not in values.spelled:
-            findings.error(f"{spelled}{key}", ABSENT, f"must be given: {node.help or node.allowed()}")
+            findings.error(".".join((*spelled, key)), ABSENT, f"must be given: {node.help or node.allowed()}")
 
 
-def _read_subsection(value: Any, node: Section, place: str, name: str, findings: Findings, values: Values) -> None:
+def _read_subsection(
+    value: Any, node: Section, spelled: tuple[str, ...], name: str, findings: Findings, values: Values
+) -> None:
     if isinstance(value, dict):
         values[name] = True
-        _read_section(value, node, place + ".", name + ".", findings, values)
+        _read_section(value, node, spelled, name + ".", findings, values)
     elif isinstance(value, bool) and value in node.bare:
         if name == "zero_optimization":  # the form of 2020; runtime/zero/config.py, read_zero_config_deprecated
             values[name] = True
             values[f"{name}.stage"] = int(value)
     elif not (value is None and node.null):
         allowed = "a section {...}" + (" or null" if node.null else "")
-        findings.error(place, value, _consequence(node.typed), allowed=allowed)
+        findings.error(".".join(spelled), value, _consequence(node.typed), allowed=allowed)
 
 
 def _note_wrong(place: str, value: Any, node: Key, typed: bool, findings: Findings) -> None:
@@ -148,19 +171,51 @@ def _consequence(typed: bool) -> str:
     )
 
 
-def _note_unknown(key: str, place: str, value: Any, section: Section, dotted: str, findings: Findings) -> None:
+def _note_unknown(key: str, place: str, value: Any, section: Section, dotted: str, findings: Findings) -> Level:
+    """Note a key that the section does not have, and return how bad that is."""
     if removed := schema.REMOVED.get(dotted + key):
         findings.error(place, value, removed)
-        return
-    homes = [name for name in schema.NODES if name.rpartition(".")[2] == key]
+        return "error"
     known = schema.spellings(section)
-    findings.error(
-        place,
-        value,
-        f"unknown key, DeepSpeed would {'refuse' if section.typed else 'ignore'} it",
-        allowed="one of " + ", ".join(known),
-        suggestion=homes[0] if len(homes) == 1 else meant(key, known),
-    )
+    is_comment = _COMMENT.match(key) is not None
+    homes = _homes(key, list(known), is_comment)
+    if homes or section.typed or findings.from_override(place):
+        why = f"unknown key, DeepSpeed would {'refuse' if section.typed else 'ignore'} it"
+        if is_comment and not homes:
+            why += "; comments may stand at the top level"
+        elif len(homes) > 1:
+            why += f"; it belongs at {' or '.join(homes)}"
+        elif homes and homes[0] in schema.RUN_KEYS:
+            why += "; the run YAML (--config) has it"
+        allowed, suggestion = "one of " + ", ".join(known), homes[0] if len(homes) == 1 else ""
+        findings.error(place, value, why, allowed=allowed, suggestion=suggestion)
+        return "error"
+    level = "note" if is_comment else "warning"
+    what = "a comment: DeepSpeed" if is_comment else "no key of DeepSpeed, which"
+    findings.add(level, place, value, f"{what} ignores it, and so does ChatGoT")
+    return level
+
+
+def _homes(key: str, known: list[str], is_comment: bool) -> list[str]:
+    """What a key is likely to be a slip of: one of the known keys around it, else one that stands elsewhere; several
+    where its name stands in several sections.
+    """
+    word = key.lower()
+    if is_comment:
+        word = word.lstrip("_")
+        near = any(one_slip_apart(name, spelled) for name in (key.lower(), word) for spelled in map(str.lower, known))
+        homes = [] if near else schema.homes().get(word, [])
+        return [meant(word, known)] if near else homes if len(homes) == 1 else []
+    if any(one_slip_apart(word, name.lower()) for name in known):
+        return [meant(key, known)]
+    if exact := [_OTHER_NAMES[word]] if word in _OTHER_NAMES else schema.homes().get(word):
+        return exact
+    if near := meant(key, known):
+        return [near]
+    long = [name for name in schema.homes() if min(len(name), len(word)) > _SHORT]
+    close = [name for name in long if one_slip_apart(word, name)]
+    close = close or difflib.get_close_matches(word, long, n=1, cutoff=_LIKENESS)
+    return schema.homes()[close[0]] if close else []
 
 
 def read_arguments(
