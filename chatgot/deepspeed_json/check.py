@@ -144,7 +144,7 @@ def effective(resolved: Resolved) -> Iterator[Effective]:
     }
     for dotted, node in schema.NODES.items():
         if isinstance(node, schema.Section):
-            if dotted in ("optimizer.params", "scheduler.params") and dotted in values:
+            if dotted in ("optimizer.params", "scheduler.params") and dotted.partition(".")[0] in values:
                 yield from _arguments(resolved, dotted)
             elif dotted == "chatgot":
                 yield from _chatgot(resolved, resolved.subject.chatgot.model_dump(by_alias=True), "chatgot")
@@ -187,9 +187,9 @@ def _arguments(resolved: Resolved, dotted: str) -> Iterator[Effective]:
     for key, value in params.items():
         name, derived = f"{dotted}.{key}", resolved.derived.get(f"{dotted}.{key}")
         yield Effective(name, derived.value, "derived", derived.reason) if derived else _stated(resolved, name, value)
-    decoupled = str(kind).lower() in ("adam", "adamw") and params.get("torch_adam") and params.get("adam_w_mode", True)
+    coupled = str(kind).lower() == "adam" and params.get("adam_w_mode") is False
     for key, node in known_arguments(resolved.subject.v, resolved.subject.tree, section).items():
-        default = 0.01 if key == "weight_decay" and decoupled else node.default  # torch.optim.AdamW's own
+        default = 0.0 if key == "weight_decay" and coupled else node.default  # torch.optim.Adam's, not AdamW's
         if key not in params and default is not None:
             yield Effective(f"{dotted}.{key}", default, "default", str(kind))
 

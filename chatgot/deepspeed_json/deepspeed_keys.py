@@ -193,9 +193,11 @@ class ZeroOptimizationZenflow(Group):
         "When the important columns are chosen anew: by step, by epoch, or found out.",
         choices=("auto", "step", "epoch"),
     )
-    select_interval: str = key("text", "auto", "Steps or epochs between choices; auto: found out.")
-    update_interval: str = key(
-        "text", "auto", "Steps over which unimportant gradients are gathered before they are applied; auto: found out."
+    select_interval: str | int = key("interval", "auto", "Steps or epochs between choices; auto: found out.")
+    update_interval: str | int = key(
+        "interval",
+        "auto",
+        "Steps over which unimportant gradients are gathered before they are applied; auto: found out.",
     )
     overlap_step: bool = key("flag", False, "Run the CPU's optimizer step beside the next forward and backward pass.")
     offload: bool = key("flag", False, "Keep the state of the important columns in CPU memory too.")
@@ -929,14 +931,14 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "torch_adam": key("flag", False, "torch's AdamW in place of DeepSpeed's, which needs a compiler."),
         "adam_w_mode": key("flag", True, "Decoupled weight decay (AdamW); false: decay inside the gradient."),
         "fp32_optimizer_states": key(
-            "flag", None, "Keep the moments in fp32; false: in the parameters' type.", null=True
+            "flag", True, "Keep the moments in fp32; false: in the parameters' type.", null=True
         ),
     },
     "adam/torch": {
         "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
         "betas": key("betas", [0.9, 0.999], "Decay rates of the two averages."),
         "eps": key("float", 1e-08, "Added to the denominator.", low=0.0),
-        "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
+        "weight_decay": key("float", 0.01, "Weight decay.", low=0.0),
         "amsgrad": key("flag", False, "Divide by the largest second moment so far."),
         "foreach": key("flag", None, "Step all parameters in few calls; null: torch decides.", null=True),
         "maximize": key("flag", False, "Climb instead of descending."),
@@ -950,19 +952,19 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         ),
     },
     "adagrad/torch": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
+        "lr": key("float", 0.01, "Peak learning rate.", low=0.0),
         "lr_decay": key("float", 0.0, "Decay of the rate with the steps.", low=0.0),
         "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
         "initial_accumulator_value": key("float", 0.0, "Where the sum of squares starts.", low=0.0),
-        "eps": key("float", 1e-08, "Added to the denominator.", low=0.0),
+        "eps": key("float", 1e-10, "Added to the denominator.", low=0.0),
         "foreach": key("flag", None, "Step all parameters in few calls; null: torch decides.", null=True),
         "maximize": key("flag", False, "Climb instead of descending."),
         "differentiable": key("flag", False, "Let gradients flow through the step."),
         "fused": key("flag", None, "Step in one kernel; null: torch decides, true in ChatGoT.", null=True),
     },
     "adagrad/cpu": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
-        "eps": key("float", 1e-08, "Added to the denominator.", low=0.0),
+        "lr": key("float", 0.01, "Peak learning rate.", low=0.0),
+        "eps": key("float", 1e-10, "Added to the denominator.", low=0.0),
         "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
         "amsgrad": key("flag", False, "Divide by the largest second moment so far."),
         "fp32_optimizer_states": key("flag", True, "Keep the moments in fp32; false: in the parameters' type."),
@@ -997,8 +999,8 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "momentum": key("float", 0.95, "Muon's momentum.", low=0.0, below=1.0),
         "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
         "ns_method": key("text", "gram", "Newton-Schulz iteration.", choices=("gram", "standard")),
-        "betas": key("betas", [0.9, 0.999], "Decay rates of the two averages."),
-        "eps": key("float", 1e-08, "Added to the denominator.", low=0.0),
+        "betas": key("betas", [0.9, 0.95], "Decay rates of the two averages."),
+        "eps": key("float", 1e-10, "Added to the denominator.", low=0.0),
         "per_head_muon": key(
             "flag", False, "Orthogonalise every attention head by itself; needs a transformers model."
         ),
@@ -1009,7 +1011,7 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         ),
     },
     "torch.ASGD": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
+        "lr": key("float", 0.01, "Peak learning rate.", low=0.0),
         "lambd": key("float", 0.0001, "Decay term."),
         "alpha": key(
             "float", 0.75, "Decay rate of an average: of the squared gradients (RMSprop), or of the step size (ASGD)."
@@ -1022,9 +1024,9 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "capturable": key("flag", False, "Safe to record in a CUDA graph."),
     },
     "torch.Adadelta": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
+        "lr": key("float", 1.0, "Peak learning rate.", low=0.0),
         "rho": key("float", 0.9, "Decay rate of the averages.", low=0.0, high=1.0),
-        "eps": key("float", 1e-08, "Added to the denominator.", low=0.0),
+        "eps": key("float", 1e-06, "Added to the denominator.", low=0.0),
         "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
         "foreach": key("flag", None, "Step all parameters in few calls; null: torch decides.", null=True),
         "maximize": key("flag", False, "Climb instead of descending."),
@@ -1032,16 +1034,16 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "capturable": key("flag", False, "Safe to record in a CUDA graph."),
     },
     "torch.Adafactor": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
+        "lr": key("float", 0.01, "Peak learning rate.", low=0.0),
         "beta2_decay": key("float", -0.8, "Exponent by which the second moment's decay approaches 1.", high=0.0),
-        "eps": key("numbers", None, "Added to the denominator."),
+        "eps": key("numbers", [None, 0.001], "Added to the denominator."),
         "d": key("float", 1.0, "Update clipping threshold.", low=1.0),
         "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
         "foreach": key("flag", None, "Step all parameters in few calls; null: torch decides.", null=True),
         "maximize": key("flag", False, "Climb instead of descending."),
     },
     "torch.Adamax": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
+        "lr": key("float", 0.002, "Peak learning rate.", low=0.0),
         "betas": key("betas", [0.9, 0.999], "Decay rates of the two averages."),
         "eps": key("float", 1e-08, "Added to the denominator.", low=0.0),
         "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
@@ -1051,7 +1053,7 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "capturable": key("flag", False, "Safe to record in a CUDA graph."),
     },
     "torch.NAdam": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
+        "lr": key("float", 0.002, "Peak learning rate.", low=0.0),
         "betas": key("betas", [0.9, 0.999], "Decay rates of the two averages."),
         "eps": key("float", 1e-08, "Added to the denominator.", low=0.0),
         "weight_decay": key("float", 0.0, "Weight decay.", low=0.0),
@@ -1074,7 +1076,7 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "capturable": key("flag", False, "Safe to record in a CUDA graph."),
     },
     "torch.RMSprop": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
+        "lr": key("float", 0.01, "Peak learning rate.", low=0.0),
         "alpha": key(
             "float",
             0.99,
@@ -1091,9 +1093,9 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
         "capturable": key("flag", False, "Safe to record in a CUDA graph."),
     },
     "torch.Rprop": {
-        "lr": key("float", 0.001, "Peak learning rate.", low=0.0),
-        "etas": key("numbers", None, "Factors of decrease and increase."),
-        "step_sizes": key("numbers", None, "Smallest and largest step."),
+        "lr": key("float", 0.01, "Peak learning rate.", low=0.0),
+        "etas": key("numbers", [0.5, 1.2], "Factors of decrease and increase."),
+        "step_sizes": key("numbers", [1e-06, 50], "Smallest and largest step."),
         "foreach": key("flag", None, "Step all parameters in few calls; null: torch decides.", null=True),
         "maximize": key("flag", False, "Climb instead of descending."),
         "differentiable": key("flag", False, "Let gradients flow through the step."),
@@ -1117,8 +1119,8 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Key]] = {
 
 SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
     "LRRangeTest": {
-        "lr_range_test_min_lr": key("numbers", None, "First rate of the test.", low=0.0),
-        "lr_range_test_step_size": key("int", None, "Steps between rises.", low=1),
+        "lr_range_test_min_lr": key("numbers", 0.001, "First rate of the test.", low=0.0),
+        "lr_range_test_step_size": key("int", 2000, "Steps between rises.", low=1),
         "lr_range_test_step_rate": key("float", 1.0, "How fast the rate rises.", low=0.0),
         "lr_range_test_staircase": key("flag", False, "Raise the rate in stairs."),
         "last_batch_iteration": key("int", -1, "Step to go on from; -1: start.", low=-1),
@@ -1127,7 +1129,7 @@ SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
         "cycle_min_lr": key("numbers", None, "Lowest rate of the cycle.", low=0.0, required=True),
         "cycle_max_lr": key("numbers", None, "Highest rate of the cycle.", low=0.0, required=True),
         "decay_lr_rate": key("float", 0.0, "Decay of the rate after the cycle.", low=0.0),
-        "cycle_first_step_size": key("int", None, "Steps of the way up.", low=1),
+        "cycle_first_step_size": key("int", 2000, "Steps of the way up.", low=1),
         "cycle_second_step_size": key("int", None, "Steps of the way down; null: as on the way up.", null=True, low=1),
         "cycle_first_stair_count": key("int", 0, "Stairs on the way up; 0: a slope.", low=0),
         "cycle_second_stair_count": key(
@@ -1141,31 +1143,31 @@ SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
         "last_batch_iteration": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "WarmupLR": {
-        "warmup_min_lr": key("numbers", None, "Rate at the start of the warm-up.", low=0.0),
+        "warmup_min_lr": key("numbers", 0.0, "Rate at the start of the warm-up.", low=0.0),
         "warmup_max_lr": key("numbers", None, "Rate at the end of the warm-up.", null=True, low=0.0),
-        "warmup_num_steps": key("int", None, "Steps of the warm-up.", low=1),
+        "warmup_num_steps": key("int", 1000, "Steps of the warm-up.", low=1),
         "warmup_type": key("text", "log", "Shape of the warm-up.", choices=("log", "linear")),
         "last_batch_iteration": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "WarmupDecayLR": {
         "total_num_steps": key("int", None, "Steps of the whole schedule.", low=1, required=True),
-        "warmup_min_lr": key("numbers", None, "Rate at the start of the warm-up.", low=0.0),
-        "warmup_max_lr": key("numbers", None, "Rate at the end of the warm-up.", low=0.0),
-        "warmup_num_steps": key("int", None, "Steps of the warm-up.", low=1),
+        "warmup_min_lr": key("numbers", 0.0, "Rate at the start of the warm-up.", low=0.0),
+        "warmup_max_lr": key("numbers", 0.001, "Rate at the end of the warm-up.", low=0.0),
+        "warmup_num_steps": key("int", 1000, "Steps of the warm-up.", low=1),
         "warmup_type": key("text", "log", "Shape of the warm-up.", choices=("log", "linear")),
         "last_batch_iteration": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "WarmupCosineLR": {
         "total_num_steps": key("int", None, "Steps of the whole schedule.", low=1, required=True),
         "warmup_min_ratio": key("float", 0.0, "First rate over the peak.", low=0.0),
-        "warmup_num_steps": key("int", None, "Steps of the warm-up.", low=1),
+        "warmup_num_steps": key("int", 1000, "Steps of the warm-up.", low=1),
         "cos_min_ratio": key("float", 0.0001, "Last rate over the peak.", low=0.0),
         "warmup_type": key("text", "log", "Shape of the warm-up.", choices=("log", "linear")),
         "last_batch_iteration": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "ConstantLR": {
         "factor": key("float", 0.3333333333333333, "Rate over the optimizer's until total_iters.", low=0.0, high=1.0),
-        "total_iters": key("int", None, "Steps until the factor is the last one.", low=1),
+        "total_iters": key("int", 5, "Steps until the factor is the last one.", low=1),
         "last_epoch": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "CosineAnnealingLR": {
@@ -1175,14 +1177,14 @@ SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
     },
     "CosineAnnealingWarmRestarts": {
         "T_0": key("int", None, "Steps of the first cycle.", low=1, required=True),
-        "T_mult": key("int", None, "Every cycle is this many times as long as the one before.", low=1),
+        "T_mult": key("int", 1, "Every cycle is this many times as long as the one before.", low=1),
         "eta_min": key("float", 0.0, "Lowest rate.", low=0.0),
         "last_epoch": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "CyclicLR": {
         "base_lr": key("numbers", None, "Lowest rate of the cycle.", low=0.0, required=True),
         "max_lr": key("numbers", None, "Highest rate.", low=0.0, required=True),
-        "step_size_up": key("int", None, "Steps of the way up.", low=1),
+        "step_size_up": key("int", 2000, "Steps of the way up.", low=1),
         "step_size_down": key("int", None, "Steps of the way down; null: as up.", null=True, low=1),
         "mode": key("text", "triangular", "Shape of the cycles.", choices=("triangular", "triangular2", "exp_range")),
         "gamma": key("float", 1.0, "Factor of every decay.", low=0.0),
@@ -1199,7 +1201,7 @@ SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
     "LinearLR": {
         "start_factor": key("float", 0.3333333333333333, "First rate over the optimizer's.", high=1.0, above=0.0),
         "end_factor": key("float", 1.0, "Last rate over the optimizer's.", low=0.0, high=1.0),
-        "total_iters": key("int", None, "Steps until the factor is the last one.", low=1),
+        "total_iters": key("int", 5, "Steps until the factor is the last one.", low=1),
         "last_epoch": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "MultiStepLR": {
@@ -1223,7 +1225,7 @@ SCHEDULER_PARAMS: dict[str, dict[str, Key]] = {
         "last_epoch": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },
     "PolynomialLR": {
-        "total_iters": key("int", None, "Steps until the factor is the last one.", low=1),
+        "total_iters": key("int", 5, "Steps until the factor is the last one.", low=1),
         "power": key("float", 1.0, "Exponent of the way down."),
         "last_epoch": key("int", -1, "Step to go on from; -1: start.", low=-1),
     },

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-Kind = Literal["flag", "int", "float", "text", "path", "texts", "words", "betas", "numbers", "mapping"]
+Kind = Literal["flag", "int", "float", "text", "path", "texts", "words", "betas", "numbers", "mapping", "interval"]
 Effect = Literal["batches", "numbers", "rounding", "nothing"]
 """What another value does to a run's numbers. batches: other samples, and so other numbers. numbers: the same samples,
 other numbers. rounding: the same mathematics, other roundings. nothing: every bit stays.
@@ -213,6 +213,10 @@ def _read_mapping(value: Any, typed: bool) -> dict[str, Any]:
     raise ValueError
 
 
+def _read_interval(value: Any, typed: bool) -> str | int:
+    return value if isinstance(value, str) else _read_int(value, typed)
+
+
 _READERS: dict[Kind, tuple[str, Callable[[Any, bool], Any]]] = {
     "flag": ("true or false", _read_flag),
     "int": ("a whole number", _read_int),
@@ -224,5 +228,6 @@ _READERS: dict[Kind, tuple[str, Callable[[Any, bool], Any]]] = {
     "betas": ("a list of two numbers, each >= 0 and < 1", _read_betas),
     "numbers": ("a number or a list of numbers", _read_numbers),
     "mapping": ("a mapping of keys", _read_mapping),
+    "interval": ("a text or a whole number", _read_interval),
 }
 """Kind -> what it is in words, and its reader."""

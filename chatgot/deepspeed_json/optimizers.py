@@ -24,6 +24,7 @@ REFUSED_OPTIMIZERS = {
     **dict.fromkeys(
         ("muadam", "muadamw", "musgd"), "needs the mup package and base shapes that ChatGoT's model does not set"
     ),
+    **dict.fromkeys(("onebitadam", "onebitlamb", "zerooneadam"), "was removed from DeepSpeed 0.19"),
     "LBFGS": "needs a closure, which DeepSpeed's step() does not give",
     "SparseAdam": "needs sparse gradients, which ChatGoT's model does not have",
 }

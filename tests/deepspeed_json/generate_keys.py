@@ -5,19 +5,23 @@
 Sections that DeepSpeed reads with pydantic models get their keys, defaults, ranges and deprecations from the models;
 what DeepSpeed does not say (descriptions, choices, what ChatGoT resolves, what a key does to a run's numbers) is kept
 from the file as it stands. A key that is new arrives without a description, and one that is gone leaves. The other
-sections have no model: test_schema_contract.py names what moved in them.
+sections have no model: test_schema_contract.py names what moved in them. Defaults of optimizers and schedulers are
+those of their classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from deepspeed.runtime import lr_schedules
 from pydantic_core import PydanticUndefined
 
 from chatgot.deepspeed_json import deepspeed_keys as keys
@@ -35,7 +39,19 @@ TYPES = {
     "betas": "list[float]",
     "numbers": "float | list[float]",
     "mapping": "dict[str, Any]",
+    "interval": "str | int",
 }
+OPTIMIZERS = {
+    "adam/fused": "deepspeed.ops.adam:FusedAdam",
+    "adam/cpu": "deepspeed.ops.adam:DeepSpeedCPUAdam",
+    "adam/torch": "torch.optim:AdamW",
+    "adagrad/torch": "torch.optim:Adagrad",
+    "adagrad/cpu": "deepspeed.ops.adagrad:DeepSpeedCPUAdagrad",
+    "lamb": "deepspeed.ops.lamb:FusedLamb",
+    "lion/fused": "deepspeed.ops.lion:FusedLion",
+    "lion/cpu": "deepspeed.ops.lion:DeepSpeedCPULion",
+}
+"""The class that DeepSpeed builds for an entry of OPTIMIZER_PARAMS; Muon's gives its defaults to parameter groups."""
 KINDS = ((bool, "flag"), (int, "int"), (float, "float"), (str, "text"), (dict, "mapping"))
 LIMITS = {"ge": "low", "gt": "above", "le": "high", "lt": "below"}
 
@@ -79,6 +95,31 @@ def _updated_key(node: Key | Section | None, info: Any) -> Key | Section:
         if hasattr(limit, theirs)
     }
     return dataclasses.replace(node, default=default, **limits)
+
+
+def class_of(owner: str) -> Any:
+    """The optimizer's or scheduler's class; None for Muon's."""
+    if place := OPTIMIZERS.get(owner):
+        module, _, name = place.partition(":")
+        return getattr(importlib.import_module(module), name)
+    if owner.startswith("torch."):
+        return getattr(torch.optim, owner.removeprefix("torch."))
+    return getattr(lr_schedules, owner, None) or getattr(torch.optim.lr_scheduler, owner, None)
+
+
+def with_defaults(owner: str, arguments: dict[str, Key]) -> dict[str, Key]:
+    """The arguments with the defaults of the class that takes them."""
+    parameters = inspect.signature(class_of(owner)).parameters if class_of(owner) else {}
+    found = {}
+    for name, node in arguments.items():
+        default = parameters[name].default if name in parameters else node.default
+        default = None if default is inspect.Parameter.empty else default
+        if isinstance(default, tuple):
+            default = list(default)
+        elif node.kind == "float" and default is not None:
+            default = float(default)
+        found[name] = dataclasses.replace(node, default=default)
+    return found
 
 
 def literal(value: Any) -> str:
@@ -133,12 +174,12 @@ def classes(section: Section, name: str) -> list[str]:
 
 
 def table(name: str) -> str:
-    """A table of arguments, as it stands."""
+    """A table of arguments, as it stands but for the defaults."""
     lines = [f"{name}: dict[str, dict[str, Key]] = {{"]
     for owner, arguments in getattr(keys, name).items():
         lines += [
             f"    {literal(owner)}: {{",
-            *(f"{literal(key)}: {call(node)}," for key, node in arguments.items()),
+            *(f"{literal(key)}: {call(node)}," for key, node in with_defaults(owner, arguments).items()),
             "},",
         ]
     text = FILE.read_text(encoding="utf-8")

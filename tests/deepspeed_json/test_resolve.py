@@ -138,6 +138,13 @@ def test_invariant_10_unknown_key_is_refused_at_every_depth(refused, typo: str, 
         assert f"did you mean '{meant}'?" in about[0]
 
 
+@pytest.mark.parametrize("interval", [4, "auto"])
+def test_zenflow_is_refused_for_itself_not_for_the_type_of_its_intervals(refused, interval: object) -> None:
+    zenflow = {"update_interval": interval, "select_interval": interval}
+    (line,) = refused({"zero_optimization.zenflow": zenflow})
+    assert 'zenflow = "{...}": not supported by ChatGoT: ZenFlow' in line
+
+
 def test_key_in_the_wrong_place_is_sent_home(refused) -> None:
     (line,) = refused({"cpu_checkpointing": True})
     assert line.endswith(
@@ -275,7 +282,9 @@ def test_known_optimizers_are_accepted(read, kind: str) -> None:
     [
         ({"type": "AdamQ"}, "unknown optimizer"),
         ({"type": "sgd"}, "did you mean 'SGD'?"),
-        ({"type": "OneBitAdam"}, "unknown optimizer"),
+        ({"type": "OneBitAdam"}, '"OneBitAdam": was removed from DeepSpeed 0.19; use AdamW or Muon'),
+        ({"type": "OnebitLamb", "params": {"freeze_step": 1}}, "was removed from DeepSpeed 0.19; use AdamW or Muon"),
+        ({"type": "zerooneadam"}, "was removed from DeepSpeed 0.19; use AdamW or Muon"),
         ({"type": "MuAdam"}, "needs the mup package"),
         ({"type": "LBFGS"}, "needs a closure"),
         ({"params": {"lr": 1e-3}}, "optimizer.type: must be given"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,11 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from chatgot.deepspeed_json import optimizers, schema
-from chatgot.deepspeed_json.resolve import build_engine_config
+from chatgot.deepspeed_json.check import effective
+from chatgot.deepspeed_json.read import Document
+from chatgot.deepspeed_json.resolve import build_engine_config, resolve
 from chatgot.deepspeed_json.schema import Key, Section
+from chatgot.engine.guards import run_muon_uncompiled
 from chatgot.errors import ConfigError
 from tests.deepspeed_json import generate_keys
 from tests.deepspeed_json.conftest import (
@@ -321,22 +323,10 @@ def test_torch_optimizer_arguments(entry: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("entry", "place", "hidden"),
-    [
-        ("adam/fused", "deepspeed.ops.adam:FusedAdam", ()),
-        ("adam/cpu", "deepspeed.ops.adam:DeepSpeedCPUAdam", ("adamw_mode",)),
-        ("adam/torch", "torch.optim:AdamW", ()),
-        ("adagrad/torch", "torch.optim:Adagrad", ()),
-        ("adagrad/cpu", "deepspeed.ops.adagrad:DeepSpeedCPUAdagrad", ()),
-        ("lamb", "deepspeed.ops.lamb:FusedLamb", ("max_grad_norm",)),
-        ("lion/fused", "deepspeed.ops.lion:FusedLion", ()),
-        ("lion/cpu", "deepspeed.ops.lion:DeepSpeedCPULion", ()),
-    ],
-)
-def test_deepspeed_optimizer_arguments(entry: str, place: str, hidden: tuple[str, ...]) -> None:
-    module, _, name = place.partition(":")
-    theirs = arguments(getattr(importlib.import_module(module), name).__init__, hidden)
+@pytest.mark.parametrize("entry", generate_keys.OPTIMIZERS)
+def test_deepspeed_optimizer_arguments(entry: str) -> None:
+    hidden = {"adam/cpu": ("adamw_mode",), "lamb": ("max_grad_norm",)}.get(entry, ())
+    theirs = arguments(generate_keys.class_of(entry).__init__, hidden)
     switches = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"} if entry.startswith("adam/") else set()
     assert set(schema.OPTIMIZER_PARAMS[entry]) == theirs | switches
 
@@ -344,6 +334,49 @@ def test_deepspeed_optimizer_arguments(entry: str, place: str, hidden: tuple[str
 def test_muon_arguments() -> None:
     theirs = {*DeepSpeedEngine._MUON_HALF_KEYS, *DeepSpeedEngine._ADAM_HALF_KEYS, "muon_lr", "adam_lr", "per_head_muon"}
     assert set(schema.OPTIMIZER_PARAMS["muon"]) == theirs | {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}
+
+
+def test_muon_defaults() -> None:
+    run_muon_uncompiled()
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "use_muon": use_muon} for use_muon in (True, False)]
+    theirs: dict[str, Any] = {}
+    for group in MuonWithAuxAdam(groups).param_groups:
+        theirs |= group
+    ours = {name: node.default for name, node in schema.OPTIMIZER_PARAMS["muon"].items() if name != "lr"}
+    both = ours.keys() & theirs
+    assert both == {"momentum", "weight_decay", "ns_method", "betas", "eps"}
+    assert {name: ours[name] for name in both} == {
+        name: list(value) if isinstance(value := theirs[name], tuple) else value for name in both
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "default"),
+    [
+        *(("Adadelta", "lr", 1.0), ("Adagrad", "lr", 0.01), ("ASGD", "lr", 0.01), ("RMSprop", "lr", 0.01)),
+        *(("Rprop", "lr", 0.01), ("Adafactor", "lr", 0.01), ("Adamax", "lr", 0.002), ("NAdam", "lr", 0.002)),
+        *(("SGD", "lr", 0.001), ("AdamW", "lr", 0.001), ("Lamb", "lr", 0.001), ("Lion", "lr", 0.001)),
+        *(("Adagrad", "eps", 1e-10), ("Adadelta", "eps", 1e-6), ("Rprop", "etas", [0.5, 1.2])),
+    ],
+)
+def test_default_that_is_not_stated_is_the_classs(kind: str, argument: str, default: Any) -> None:
+    tree = with_keys({"optimizer": {"type": kind}, "zero_allow_untested_optimizer": True}, VALID)
+    ours = resolve(Document(tree), world_size=1, facts=GPU)
+    shown = {value.key: value.value for value in effective(ours)}
+    assert shown[f"optimizer.params.{argument}"] == default
+    if argument == "lr":
+        assert f"is not stated: the default is {default:g}" in [finding.why for finding in ours.findings.all]
+
+
+@pytest.mark.parametrize(
+    ("params", "decay"),
+    [({"torch_adam": True}, 0.01), ({"torch_adam": True, "adam_w_mode": False}, 0.0), ({}, 0.0)],
+)
+def test_default_decay_of_adam(params: dict[str, Any], decay: float) -> None:
+    ours = resolve(Document(with_keys({"optimizer": {"type": "Adam", "params": params}})), world_size=1, facts=GPU)
+    assert {value.key: value.value for value in effective(ours)}["optimizer.params.weight_decay"] == decay
 
 
 @pytest.mark.parametrize("name", schema.SCHEDULER_PARAMS)
