@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.check import Report, check
-from chatgot.deepspeed_json.resolve import build_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config, read_engine_config
 from chatgot.deepspeed_json.schema import Key, Section
 from tests.deepspeed_json.conftest import (
     CPU,
@@ -156,25 +157,41 @@ def test_shipped_json_has_no_error_and_no_warning(path: Path, ranks: int) -> Non
     ] == []
 
 
-EXPLAINED = {
-    "adam_fp16_stage1": set(),
-    "gpt_zero2_fp16": {"scheduler.type", "zero_optimization.overlap_comm", "zero_optimization.allgather_bucket_size"},
-    "image_classifier_warmup": {"scheduler.type", "zero_optimization.overlap_comm"},
-    "lamb_stage0_fp32": set(),
-    "one_cycle_sgd": set(),
-    "torch_autocast_stage2": {"tensorboard.enabled"},  # where the package is not installed
-    "zero2_bf16_plain": set(),
-    "zero3_bf16_offload": set(),
-}
-"""The warnings that a stock example deserves."""
+def verdict(path: Path) -> tuple[str, set[str], set[str]]:
+    """What the file's first line says of it: accepted, adapted or refused, by which keys, and which warnings are fine.
+
+    `// adapted: optimizer zero_optimization.stage; warned: scheduler.type`
+    """
+    said, _, warned = path.read_text().partition("\n")[0].removeprefix("// ").partition("; warned: ")
+    kind, _, keys = said.partition(": ")
+    return kind, set(keys.split()), set(warned.split())
 
 
 @pytest.mark.parametrize("path", STOCK, ids=lambda path: path.stem)
-def test_stock_example_has_no_error_and_no_unexplained_warning(path: Path) -> None:
-    assert not deepspeed_rejects(str(path))
+def test_json_after_a_public_pattern_has_the_verdict_that_it_states(path: Path) -> None:
+    kind, keys, warned = verdict(path)
     report = check(str(path), world_size=1, facts=GPU, n_params=124_000_000)
-    assert {f.key for f in report.findings if f.level == "error"} == set()
-    assert {f.key for f in report.findings if f.level == "warning"} <= EXPLAINED[path.stem]
+    found = {level: {f.key for f in report.findings if f.level == level} for level in ("error", "adapted", "warning")}
+    assert found["error"] == (keys if kind == "refused" else set())
+    if kind == "refused":
+        return
+    assert found["adapted"] == (keys if kind == "adapted" else set())
+    assert found["warning"] <= warned
+    assert not deepspeed_rejects(str(path)) or '"auto"' in path.read_text()
+    ours = read_engine_config(path, world_size=1, facts=GPU, n_params=124_000_000)
+    assert not deepspeed_rejects(ours.deepspeed)
+    stored = build_engine_config(ours.to_dict(), "ds_config.json", world_size=1, facts=GPU, n_params=124_000_000)
+    assert stored == ours, "the run folder's JSON reads back to something else"
+    by_the_model = {"activation_checkpointing.contiguous_memory_optimization"}
+    still = {f.key for f in stored.findings if f.level == "adapted"}
+    assert still <= by_the_model, "what is adapted once is stated in the run folder"
+
+
+def test_jsons_after_public_patterns_are_many_and_of_all_verdicts() -> None:
+    kinds = Counter(verdict(path)[0] for path in STOCK)
+    assert kinds.keys() == {"accepted", "adapted", "refused"}
+    assert min(kinds.values()) >= 15, kinds
+    assert kinds.total() >= 60, kinds
 
 
 TRAINED: list[dict[str, Any]] = [
