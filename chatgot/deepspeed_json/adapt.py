@@ -56,6 +56,9 @@ class Adaptation:
         if self.values.checkpoint.load_universal:
             why = "is not passed on: a resume takes any checkpoint to any ranks, stage and precision without it"
             self._instead("checkpoint.load_universal", True, False, why)
+        if self.values.data_efficiency.enabled:
+            why = "is not passed on: DeepSpeed drops tokens (random_ltd) only in layers that a program wraps itself"
+            self._instead("data_efficiency.enabled", True, False, f"{why}, and ChatGoT wraps none")
 
     @cached_property
     def _shipped(self) -> tuple[str, dict[str, Any]]:

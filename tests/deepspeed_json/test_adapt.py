@@ -64,6 +64,8 @@ CASES: list[tuple[dict[str, Any], DeviceFacts, dict[str, Any], dict[str, str]]] 
      {f"{ZERO}.cpu_offload": "stage is 0", f"{ZERO}.cpu_offload_param": "stage is 0"}),
     ({"checkpoint.load_universal": True}, GPU, {"checkpoint.load_universal": False},
      {"checkpoint.load_universal": "takes any checkpoint to any ranks"}),
+    ({"data_efficiency": {"enabled": True, "data_routing": {"enabled": True, "random_ltd": {"enabled": True}}}}, GPU,
+     {"data_efficiency.enabled": False}, {"data_efficiency.enabled": "only in layers that a program wraps itself"}),
     ({"activation_checkpointing": {"partition_activations": True, "contiguous_memory_optimization": True}}, GPU, {},
      {"activation_checkpointing.contiguous_memory_optimization": "the number of recomputed blocks"}),
 ]  # fmt: skip

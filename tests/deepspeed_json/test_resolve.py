@@ -645,8 +645,6 @@ def test_defaults_that_changed_are_stated(read) -> None:
         {"tensor_parallel.dtype": "float16"},
         {"expert_parallel.load_balance_coeff": 0.1},
         {"expert_parallel.enabled": True},
-        {"data_efficiency.enabled": True},
-        {"data_efficiency.data_routing.random_ltd.enabled": True},
         {"autotuning.enabled": True},
         {"weight_quantization": {}},
         {"pipeline.stages": 2},
