@@ -28,6 +28,7 @@ REFUSED_OPTIMIZERS = {
     "LBFGS": "needs a closure, which DeepSpeed's step() does not give",
     "SparseAdam": "needs sparse gradients, which ChatGoT's model does not have",
 }
+DEEPSPEED_SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 REFUSED_SCHEDULERS = {
     "LambdaLR": "needs a Python function",
     "MultiplicativeLR": "needs a Python function",
@@ -194,6 +195,9 @@ RULES: tuple[Rule, ...] = (
     note("optimizer.params.lr", lambda s, _: _no_lr(s), "is not stated: the default is {lr}", absent=True),
     error("scheduler", lambda s, on: on and s.chatgot.schedule is not None and {"value": s.tree["scheduler"]},
           "chatgot.schedule stands here too, and both would move the lr; keep one of them"),
+    error("scheduler.type", lambda s, kind: s.stage > 0 and kind in schema.SCHEDULER_PARAMS
+          and kind not in DEEPSPEED_SCHEDULERS, "torch's schedulers fail on ZeRO's optimizers, which are none of "
+          "torch's; use chatgot.schedule, or WarmupDecayLR or another one of DeepSpeed's"),
     warning("scheduler.type", lambda s, kind: kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
             and {"peak": " and never reaches the peak" if kind == "WarmupCosineLR" else ""},
             "spends its first two steps at a learning rate of 0{peak} (measured with 0.19.8); chatgot.schedule "

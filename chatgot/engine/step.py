@@ -31,6 +31,8 @@ class TrainingEngine:
         self._scheduler_start = copy.deepcopy((scheduler.state_dict(), groups)) if scheduler is not None else None
         self.skips_in_a_row = 0
         """Skipped steps, not counting those with which dynamic loss scaling looks for its scale."""
+        self.step_rate = 0.0
+        """Learning rate of the first parameter group in the last step. A stock scheduler has moved on since."""
         self.layer_grad_norms: dict[str, float] | None = None
         """Of the last step, if it was skipped: {'embed_tokens': ..., 'layers.0': ..., ...}, averaged over ranks,
         unclipped and without a loss scale."""
@@ -53,7 +55,7 @@ class TrainingEngine:
         Raises:
             NumericsError: fp16's loss scale is at its minimum.
         """
-        self.layer_grad_norms = None
+        self.layer_grad_norms, self.step_rate = None, self.learning_rate
         losses = []
         for input_ids, targets in micro_batches:
             losses.append(self._forward_backward(input_ids, targets))

@@ -43,7 +43,7 @@ class Digest:
     grad_norm: float | None
     """Global norm before clipping; None where DeepSpeed does not measure it."""
     lr: float
-    """Learning rate of the first parameter group in this step."""
+    """Learning rate of the first parameter group after this step: a stock scheduler has moved on to the next one's."""
     rng: str
     """16 hex digits: the random state of all ranks at the start of the step."""
     setup: str

@@ -247,7 +247,7 @@ class Loop:
             return
         metrics: dict[str, Any] = {
             "train/loss": mean_loss,
-            "optim/lr": self.engine.learning_rate,
+            "optim/lr": self.engine.step_rate,
             "optim/grad_norm": self.engine.grad_norm,
             "optim/loss_scale": self.engine.loss_scale,
             "optim/skipped_steps": self.engine.engine.skipped_steps,

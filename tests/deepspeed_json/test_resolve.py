@@ -330,6 +330,7 @@ def test_fused_kernels_are_refused_on_a_cpu(refused) -> None:
         ({"type": "WarmupLR", "params": {"warmup_type": "cubic"}}, "one of log, linear"),
         ({"type": "ReduceLROnPlateau", "params": {}}, "needs a metric"),
         ({"type": "LambdaLR", "params": {}}, "needs a Python function"),
+        ({"type": "StepLR", "params": {"step_size": 2}}, "torch's schedulers fail on ZeRO's optimizers"),
     ],
 )
 def test_scheduler_that_would_fail_is_refused(refused, scheduler: dict, said: str) -> None:

@@ -57,6 +57,37 @@ def test_loss_is_the_undivided_mean_over_micro_batches(tmp_path, text_file):
     assert found[2] == pytest.approx(found[8], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step..` has been overridden")  # the stage 0 guard has
+@pytest.mark.parametrize(
+    ("stage", "kind", "params"),
+    [
+        (1, "WarmupLR", {"warmup_max_lr": 1e-3, "warmup_num_steps": 3, "warmup_type": "linear"}),
+        (2, "OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 3e-3, "cycle_first_step_size": 3}),
+        (0, "CosineAnnealingLR", {"T_max": 8}),
+    ],
+)
+def test_the_journaled_rate_of_a_stock_scheduler_is_the_one_that_the_step_used(
+    stage, kind, params, tmp_path, text_file
+):
+    import deepspeed
+
+    tree = engine_json(stage, chatgot={"schedule": None}, scheduler={"type": kind, "params": params})
+    config = write_run_yaml(tmp_path / "run.yaml", max_steps=7)
+    assert in_process.train(argv(write_json(tmp_path / "ds.json", tree), tmp_path / "out", config, text_file)) == 0
+    del tree["chatgot"]
+    used, net = [], torch.nn.Linear(4, 1)
+    with in_process.cpu_environment():
+        engine = deepspeed.initialize(model=net, model_parameters=list(net.parameters()), config=tree)[0]  # type: ignore[arg-type]
+        for _ in range(7 * engine.gradient_accumulation_steps()):
+            engine.backward(engine(torch.ones(1, 4)).sum())
+            if engine.is_gradient_accumulation_boundary():
+                used.append(engine.optimizer.param_groups[0]["lr"])
+            engine.step()
+        engine.destroy()
+    assert len(set(used)) > 3, "the rate changes, so that the comparison can fail"
+    assert list(series(tmp_path / "out", "optim/lr").values()) == pytest.approx(used, rel=1e-12)
+
+
 def test_first_loss_is_that_of_the_initial_weights_on_the_first_global_batch(tmp_path, text_file):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=1)
     loop = in_process.prepare(
