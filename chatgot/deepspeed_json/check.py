@@ -33,9 +33,9 @@ class Effective:
 
     key: str
     value: Any
-    source: Literal["file", "override", "derived", "default"]
+    source: Literal["file", "override", "adapted", "derived", "default"]
     where: str
-    """'file:line', 'override', the reason of a derived value, or whose default it is."""
+    """'file:line', 'override', the reason of an adapted or derived value, or whose default it is."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,14 @@ class Report:
 
     def effective(self) -> list[Effective]:
         """Every value in use; empty when the file could not be read."""
-        return list(effective(self.resolved)) if self.resolved is not None else []
+        said = {finding.key for finding in self.findings if finding.level == "adapted"}
+        values = list(effective(self.resolved)) if self.resolved is not None else []
+        return [
+            dataclasses.replace(one, source="adapted")
+            if one.source == "derived" and said & {one.key, *_around(one.key)}
+            else one
+            for one in values
+        ]
 
 
 def check(
@@ -115,7 +122,8 @@ def as_text(report: Report, with_effective: bool) -> Iterator[str]:
 
 
 def _source(value: Effective) -> str:
-    return {"default": f"default of {value.where}", "derived": f"derived: {value.where}"}.get(value.source, value.where)
+    prefix = {"default": "default of ", "derived": "derived: ", "adapted": "adapted: "}.get(value.source, "")
+    return prefix + value.where
 
 
 def as_json(report: Report, with_effective: bool) -> str:

@@ -95,7 +95,8 @@ def test_it_runs_and_says_how(
     effective = {one.key: (one.value, one.source) for one in report.effective()}
     for dotted, used in values.items():
         if not isinstance(used, dict):
-            assert effective.get(dotted, (used, "derived")) == (used, "derived")
+            assert effective.get(dotted, (used, "adapted")) in ((used, "adapted"), (used, "derived"))
+    assert {source for key, (_, source) in effective.items() if key in found} <= {"adapted", "file"}
     stored = build_engine_config(config.to_dict(), "stored", world_size=1, facts=facts)
     assert stored == config
     assert not {one.key for one in stored.findings if one.level == "adapted"} - {
