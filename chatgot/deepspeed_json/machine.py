@@ -84,6 +84,8 @@ def _compiled(subject: Subject) -> dict[str, str]:
     for section in _OFFLOADS:
         if subject.v[f"{section}.device"] == "nvme":
             needs[f"{section}.device"] = "DeepSpeed's asynchronous file access"
+    if subject.v.compile.deepcompile and subject.stage:
+        needs["compile.deepcompile"] = "DeepCompile"
     if subject.chatgot.compile.enabled:
         needs["chatgot.compile.enabled"] = "the model"
     return needs
@@ -96,7 +98,8 @@ def _compiler(subject: Subject, dotted: str) -> dict[str, bool]:
     needs = {"g++": has_command("g++", "c++")}
     if dotted != "chatgot.compile.enabled":
         needs["ninja"] = has_command("ninja") or has_package("ninja")
-    if dotted == "optimizer.type" and subject.facts.kind == "cuda" and not subject.offloaded:
+    on_cuda = dotted == "compile.deepcompile" or (dotted == "optimizer.type" and not subject.offloaded)
+    if on_cuda and subject.facts.kind == "cuda":
         needs["nvcc (CUDA toolkit)"] = has_cuda_compiler()
     if dotted.endswith(".device"):
         needs["libaio"] = has_library("aio")

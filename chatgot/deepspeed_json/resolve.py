@@ -203,6 +203,7 @@ def resolve(
     chatgot = read_fields(ChatGoTSection, section if isinstance(section, dict) else {}, "chatgot", findings)
     derived = Derivations(values)
     Adaptation(values, tree, facts, world_size, findings, derived).run()
+    chatgot = _with_compile(chatgot, values, findings, derived)
     batch = resolve_batch(values, world_size, findings, derived)
     subject = Subject(values, tree, chatgot, facts, world_size, batch)
     check_optimizer(values, tree, findings)
@@ -215,6 +216,16 @@ def resolve(
     _fill_defaults(values, derived)
     backend = _recomputation_backend(subject, derived)
     return Resolved(document, subject, derived, backend, findings)
+
+
+def _with_compile(chatgot: ChatGoTSection, values: Values, findings: Findings, derived: Derivations) -> ChatGoTSection:
+    """Compile the model for DeepCompile, unless the file says whether to: DeepSpeed leaves that call to the loop."""
+    if not values.compile.deepcompile or "enabled" in chatgot.compile.model_fields_set:
+        return chatgot
+    why = "compile.deepcompile needs it: DeepSpeed leaves it to the training loop to compile the model"
+    derived.add("chatgot.compile.enabled", True, why, inform_deepspeed=False)
+    findings.add("adapted", values.name("compile.deepcompile"), True, "turns chatgot.compile.enabled on as well")
+    return chatgot.model_copy(update={"compile": chatgot.compile.model_copy(update={"enabled": True})})
 
 
 def read_engine_config(

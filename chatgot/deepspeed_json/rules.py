@@ -250,8 +250,13 @@ RULES: tuple[Rule, ...] = (
     warning("activation_checkpointing.partition_activations", lambda s, on: on,
             "saves nothing here: DeepSpeed shares activations over model-parallel ranks only, and ChatGoT has none"),
     error("compile.deepcompile", lambda s, on: on and not s.chatgot.compile.enabled,
-          "does nothing without chatgot.compile.enabled = true; add it"),
-    error("compile.deepcompile", lambda s, on: on and s.stage == 0, "needs ZeRO stage 1, 2 or 3"),
+          "does nothing with chatgot.compile.enabled = false; take one of them out"),
+    adapted("compile.deepcompile", lambda s, on: on and s.stage == 0,
+            "torch.compile does it at ZeRO stage 0, as in DeepSpeed itself: DeepCompile is for stages 1, 2 and 3",
+            "engine.py, get_deepcompile_backend"),
+    error("chatgot.compile.mode", lambda s, mode: s.v.compile.deepcompile and s.stage > 0 and mode != "default",
+          'is for torch.compile, and compile.deepcompile takes its place; use "default"',
+          "engine.py, compile: torch hands the mode to a backend that takes none"),
     error("chatgot.compile.mode", lambda s, _: s.facts.kind == "cuda" and s.chatgot.compile.enabled
           and s.chatgot.compile.mode != "default" and s.stage < 2 and s.batch is not None and s.batch.accumulation > 1
           and {"value": s.chatgot.compile.mode, "accumulation": s.batch.accumulation},

@@ -243,5 +243,9 @@ def test_what_the_machine_lacks_is_a_warning(tmp_path: Path, monkeypatch: pytest
     for params, compiled in (({"torch_adam": True}, False), ({}, True)):
         report = looked_at(tmp_path, {"optimizer.params": params, ZERO: ratio})
         assert any("DeepSpeed's AdamW is compiled at the first start" in f.why for f in report.findings) == compiled
+    found = looked_at(tmp_path, {"compile.deepcompile": True, ZERO: {"stage": 3}}).findings
+    assert [f.why for f in found if f.key == "compile.deepcompile" and f.level == "warning"] == [
+        "DeepCompile is compiled at the first start, and this machine lacks g++, ninja, nvcc (CUDA toolkit)"
+    ]
     monkeypatch.undo()
     assert not [f for f in looked_at(tmp_path, {"wandb.enabled": True}).findings if f.key.startswith("wandb")]

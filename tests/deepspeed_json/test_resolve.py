@@ -652,7 +652,6 @@ def test_defaults_that_changed_are_stated(read) -> None:
         {"sequence_parallel_size": 2},
         {"data_parallel_size": 2},
         {"managed_gradient_accumulation": False},
-        {"compile.deepcompile": True},
         {"compile.passes": ["autosp"]},
     ],
 )
@@ -735,6 +734,28 @@ def test_recomputation_that_cannot_work_is_refused(refused, section, backend, mo
 def test_refinement_without_the_section_is_refused(refused) -> None:
     (line,) = refused({"chatgot.activation_checkpointing.every_n_layers": 2})
     assert "does nothing without the DeepSpeed section" in line
+
+
+def test_deepcompile_compiles_the_model_by_itself(read, refused, write) -> None:
+    for keys, said in (
+        ({"compile.deepcompile": True}, "turns chatgot.compile.enabled on as well"),
+        ({"compile": {"deepcompile": True, "passes": ["z1"]}}, "turns chatgot.compile.enabled on as well"),
+        ({"compile.deepcompile": True, "zero_optimization.stage": 0}, "torch.compile does it at ZeRO stage 0"),
+        ({"compile.deepcompile": True, "chatgot.compile.enabled": True, "zero_optimization.stage": 0}, "torch.compile"),
+    ):
+        config = read(keys)
+        assert config.chatgot.compile.enabled
+        assert any(f.level == "adapted" and said in f.why for f in config.findings)
+        assert read_engine_config(write(config.to_dict()), world_size=1, facts=GPU) == config
+    both = {"compile.deepcompile": True, "chatgot.compile.enabled": True}
+    assert not [f for f in read(both).findings if f.level == "adapted"]
+    assert not read({"compile": {"deepcompile": False}}).chatgot.compile.enabled
+    (line,) = refused({"compile.deepcompile": True, "chatgot.compile.enabled": False})
+    assert "take one of them out" in line
+    (line,) = refused({**both, "chatgot.compile.mode": "reduce-overhead", "zero_optimization.stage": 2})
+    assert 'use "default"' in line
+    (line,) = refused({"compile.deepcompile": True}, facts=CPU)
+    assert "works on CUDA only" in line
 
 
 # --- what comes of it ---
