@@ -108,6 +108,7 @@ def train(
     allow_batch_change: bool = False,
     run_name: str | None = None,
     overrides: Sequence[str] | Mapping[str, object] = (),
+    strict: bool = False,
 ) -> Run:
     """Train in this process, as `python launch/train.py` does with the same arguments; returns the finished run.
 
@@ -115,6 +116,7 @@ def train(
         deepspeed_config: a JSON, or the name of a shipped one (`chatgot configs`); None: the device decides.
         config: a preset's name (`chatgot presets`), or a run YAML.
         overrides: {"train.max_steps": 200, "ds.optimizer.params.lr": 3e-4}, or the same as texts, "KEY=VALUE".
+        strict: whether a warning about the JSON refuses the run.
 
     Raises:
         RunAgainError: a signal interrupted the run, which is saved, or memory ran out: the same call goes on.
@@ -123,13 +125,15 @@ def train(
     from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
 
     texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else ()
-    named = refuse_wrong_settings(str(config), deepspeed_config, texts or tuple(overrides), str(data), Path(out_dir))
+    settings = (str(config), deepspeed_config, texts or tuple(overrides), str(data), Path(out_dir))
+    named = refuse_wrong_settings(*settings, strict=strict)
     settle_environment()
     from chatgot.training.run import TrainArguments
     from chatgot.training.run import train as run
 
     arguments = TrainArguments(named, Path(out_dir), str(config), str(data), resume_from)
     arguments = replace(arguments, allow_data_change=allow_data_change, allow_batch_change=allow_batch_change)
-    if run(replace(arguments, overrides=tuple(texts or overrides), run_name=run_name)) == EXIT_INTERRUPTED:
+    arguments = replace(arguments, overrides=tuple(texts or overrides), strict=strict)
+    if run(replace(arguments, run_name=run_name)) == EXIT_INTERRUPTED:
         raise RunAgainError(f"{out_dir}: interrupted and saved; the same call goes on")
     return Run(out_dir)

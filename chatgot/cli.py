@@ -50,6 +50,7 @@ def train_parser() -> argparse.ArgumentParser:
     change = "resume with other data, or with another train.seed, which orders them; the run goes on at the same sample"
     add("--allow_data_change", action="store_true", help=f"{change} number")
     add("--allow_batch_change", action="store_true", help="resume with another train_batch_size")
+    add("--strict", action="store_true", help="refuse where the DeepSpeed JSON deserves a warning")
     add("--run_name", help="name on the dashboard (default: the run folder's name)")
     add("--debug", action="store_true", help="show the traceback of a refusal")
     add("--local_rank", "--local-rank", type=int, help="set by launchers")
@@ -168,6 +169,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("--world_size", type=count, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
     _overrides(add)
+    add("--strict", action="store_true", help="every warning is an error")
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
     add("--effective", action="store_true", help="print every value in use and where it comes from")
     add("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
@@ -282,7 +284,7 @@ def _check(arguments: argparse.Namespace) -> int:
         refused += check.findings_of(error, "--config")
     facts = assumed_device(arguments.device)
     size = {"world_size": arguments.world_size, "n_params": n_params, "max_steps": max_steps}
-    report = check.check(arguments.json, ds_overrides, facts=facts, **size)
+    report = check.check(arguments.json, ds_overrides, facts=facts, strict=arguments.strict, **size)
     report = replace(report, findings=(*refused, *report.findings))
     lines = check.as_text(report, arguments.effective) if arguments.format == "text" else None
     print("\n".join(lines) if lines else check.as_json(report, arguments.effective))

@@ -72,6 +72,7 @@ def check(
     facts: DeviceFacts,
     n_params: int | None = None,
     max_steps: int | None = None,
+    strict: bool = False,
 ) -> Report:
     """Hold a DeepSpeed JSON against every rule; see `resolve` and `Resolved.complete` for the arguments. Its content
     raises nothing.
@@ -81,7 +82,7 @@ def check(
         document = read_document(Path(path))
     except ConfigError as error:
         return Report(path, findings_of(error, path), None)
-    resolved = resolve(document, overrides, world_size=world_size, facts=facts)
+    resolved = resolve(document, overrides, world_size=world_size, facts=facts, strict=strict)
     resolved = resolved.complete(n_params, max_steps=max_steps)
 
     def order(finding: Finding) -> tuple[int, bool, int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from chatgot.errors import ConfigError
@@ -133,6 +133,8 @@ class Findings:
     marks: Mapping[str, Mark] = field(default_factory=dict)
     """Where each key stands in the file; empty when the tree came from elsewhere."""
     all: list[Finding] = field(default_factory=list)
+    strict: bool = False
+    """Whether every warning is an error."""
 
     def add(self, level: Level, key: str, value: Any, why: str, **more: str) -> None:
         """Note something about a key; `more` is allowed or suggestion."""
@@ -152,6 +154,8 @@ class Findings:
         self.add("error", key, value, why, **more)
 
     def _add(self, finding: Finding) -> None:
+        if self.strict and finding.level == "warning":
+            finding = replace(finding, level="error", why=f"{finding.why} (a warning, refused because of --strict)")
         if finding not in self.all:
             self.all.append(finding)
 

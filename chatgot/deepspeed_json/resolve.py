@@ -185,7 +185,12 @@ class Resolved:
 
 
 def resolve(
-    document: Document, overrides: dict[str, Any] | None = None, *, world_size: int, facts: DeviceFacts
+    document: Document,
+    overrides: dict[str, Any] | None = None,
+    *,
+    world_size: int,
+    facts: DeviceFacts,
+    strict: bool = False,
 ) -> Resolved:
     """Hold a JSON against all rules and fill in what can be filled in. Nothing is raised about its content.
 
@@ -194,9 +199,10 @@ def resolve(
         overrides: {'optimizer.params.lr': 3e-4}, dotted names without the leading 'ds.'.
         world_size: number of ranks.
         facts: what the device can do.
+        strict: whether every warning is an error.
     """
     tree = apply_overrides(plain_copy(document.tree), overrides or {})
-    findings = Findings(document.name, frozenset(overrides or {}), document.marks)
+    findings = Findings(document.name, frozenset(overrides or {}), document.marks, strict=strict)
     check_document(document, findings)
     values = read_values(tree, findings)
     section = tree.get("chatgot", {})  # anything but a mapping was noted by read_values

@@ -50,6 +50,7 @@ def refuse_wrong_settings(
     data: str,
     out_dir: Path,
     local_rank: int | None = None,
+    strict: bool = False,
 ) -> str | None:
     """Check the arguments of train.py as far as that goes without torch, on every rank alike; the run checks them again
     with the device known.
@@ -72,7 +73,8 @@ def refuse_wrong_settings(
     place, facts = find_place(local_rank, dict(os.environ)), assumed_device("auto")
     named = None if deepspeed_config is None else find_json(deepspeed_config)
     document = read_document(named or default_json(facts, place.world_size))
-    resolve(document, ds_overrides, world_size=place.world_size, facts=facts).findings.refuse()
+    resolved = resolve(document, ds_overrides, world_size=place.world_size, facts=facts, strict=strict)
+    resolved.complete(max_steps=run.train.max_steps).findings.refuse()
     check_encoding(run.data.encoding)
     if place.world_size == 1:  # with several ranks rank 0 looks, and tells the others
         run_folder.check_writable(out_dir)

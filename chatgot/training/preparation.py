@@ -49,6 +49,8 @@ class TrainArguments:
     overrides: tuple[str, ...] = ()
     run_name: str | None = None
     local_rank: int | None = None
+    strict: bool = False
+    """Whether a warning about the JSON refuses the run."""
 
 
 @dataclass(frozen=True)

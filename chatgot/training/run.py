@@ -133,7 +133,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     facts, world_size = device_facts(), place.world_size
     named = arguments.deepspeed_config
     document = read_document(Path(named) if named else default_json(facts, world_size))
-    resolved = resolve(document, ds_overrides, world_size=world_size, facts=facts)
+    resolved = resolve(document, ds_overrides, world_size=world_size, facts=facts, strict=arguments.strict)
     resolved.findings.refuse()  # before anything expensive
     device = join(place, facts.kind)
     ranks = ControlGroup()

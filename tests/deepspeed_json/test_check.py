@@ -59,6 +59,21 @@ def test_clean_file_ends_with_0_and_broken_one_with_2(run, write) -> None:
     ]
 
 
+def test_strict_makes_every_warning_an_error_and_nothing_else(run, write) -> None:
+    path = write(with_keys({"author": "x", "_comment": "y", "optimizer": ..., "zero_optimization.stage": 1}))
+    words = (path, "--device", "cuda")
+    code, out, _ = run(*words)
+    assert (code, out.splitlines()[-1]) == (0, f"{path}: 1 adapted, 1 warning, 1 note")
+    code, out, _ = run(*words, "--strict")
+    assert (code, out.splitlines()[-1]) == (2, f"{path}: 1 error, 1 adapted, 1 note")
+    assert (
+        "    no key of DeepSpeed, which ignores it, and so does ChatGoT (a warning, refused because of --strict)" in out
+    )
+    late = write(with_keys({"chatgot": {"schedule": {"warmup_steps": 5000}}}))
+    assert run(late, "--device", "cuda", "--config", "tiny")[0] == 0
+    assert run(late, "--device", "cuda", "--config", "tiny", "--strict")[0] == 2
+
+
 def test_json_format_is_for_programs(run, write) -> None:
     path = write(json.dumps(with_keys({"zero_optimization.stage": 4}), indent=2))
     code, out, _ = run(path, "--format", "json", "--effective")

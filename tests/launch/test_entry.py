@@ -65,6 +65,8 @@ REFUSED = {
     "an encoding": (["data.encoding=utf-9"], "unknown encoding"),
     "the text": (["--data", "my_bock.txt"], "did you mean 'my_book.txt'"),
     "the run folder": (["--out_dir", "my_book.txt"], "--out_dir my_book.txt"),
+    "a warning": (["--deepspeed_config", "warned.json"], "does ChatGoT (a warning, refused because of --strict)"),
+    "a warning about steps": (["ds.chatgot.schedule.warmup_steps=99", "train.max_steps=9"], "warmup_steps = 99"),
     "a launcher's variable": ([], "MASTER_PORT = 'x'"),
 }
 
@@ -74,16 +76,18 @@ REFUSED = {
 def test_a_wrong_configuration_is_refused_before_torch_is_imported(case: str, entry: str, tmp_path: Path) -> None:
     words, said = REFUSED[case]
     write_json(tmp_path / "wrong.json", engine_json(gradient_cliping=1.0))
+    write_json(tmp_path / "warned.json", engine_json(author="x"))
     write_text(tmp_path / "my_book.txt")
+    strict = ["--strict"] if "warning" in case else []
     given = {"--data": "my_book.txt", "--out_dir": "run"} | dict(zip(words[::2], words[1::2], strict=False))
     overrides = [word for word in words if "=" in word]
     if entry == "train":
         flags = [word for pair in given.items() if "=" not in pair[0] for word in pair]
-        call = f"from chatgot import cli\ncli.train({[*flags, *overrides]!r})"
+        call = f"from chatgot import cli\ncli.train({[*flags, *strict, *overrides]!r})"
     else:
         arguments = {name.removeprefix("--"): value for name, value in given.items() if "=" not in name}
         arguments.setdefault("deepspeed_config", "fp32_zero0_muon")
-        call = f"import chatgot\nchatgot.train(**{arguments!r}, overrides={overrides!r})"
+        call = f"import chatgot\nchatgot.train(**{arguments!r}, overrides={overrides!r}, strict={bool(strict)})"
     program = f"""
 import atexit, sys
 atexit.register(lambda: print([name for name in ("torch", "deepspeed") if name in sys.modules]))
