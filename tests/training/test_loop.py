@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,8 @@ def test_the_journaled_rate_of_a_stock_scheduler_is_the_one_that_the_step_used(
     del tree["chatgot"]
     used, net = [], torch.nn.Linear(4, 1)
     with in_process.cpu_environment():
-        engine = deepspeed.initialize(model=net, model_parameters=list(net.parameters()), config=tree)[0]  # type: ignore[arg-type]
+        parameters: Any = list(net.parameters())
+        engine: Any = deepspeed.initialize(model=net, model_parameters=parameters, config=tree)[0]
         for _ in range(7 * engine.gradient_accumulation_steps()):
             engine.backward(engine(torch.ones(1, 4)).sum())
             if engine.is_gradient_accumulation_boundary():
