@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import struct
+import zlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ class Place:
 
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+_SLURM_SIZES = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+_PMI = ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE")
+"""Of MPICH and Intel MPI."""
 _OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -61,14 +64,22 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
             environ.setdefault("MASTER_ADDR", "127.0.0.1")
             environ.setdefault("MASTER_PORT", str(free_port()))
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
-    elif "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-        _copy(environ, _SLURM)
+    elif "SLURM_PROCID" in environ and (size := _slurm_size(environ))[1] != "1":
+        if "SLURM_STEP_ID" not in environ:  # an sbatch script itself, which is no task of a step
+            raise MachineError(
+                f"environment: {size[0]} = {size[1]}, but srun did not start this process, and the other ranks would "
+                f"never come; in an sbatch script write `srun python launch/train.py ...`, or `launch/run -- ...` for "
+                f"the processes of one machine"
+            )
+        _copy(environ, ("SLURM_PROCID", "SLURM_LOCALID", size[0]))
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         environ.setdefault("MASTER_ADDR", first_host(nodes))
-        environ.setdefault("MASTER_PORT", str(10000 + int(environ.get("SLURM_JOB_ID", "0")) % 50000))
+        job, step = (environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = zlib.crc32(f"{job}.{step}".encode()) % 20000  # below the kernel's own range of free ports
+        environ.setdefault("MASTER_PORT", str(10000 + port))
         launcher = "slurm"
-    elif "OMPI_COMM_WORLD_RANK" in environ:
-        _copy(environ, _OPEN_MPI)
+    elif "OMPI_COMM_WORLD_RANK" in environ or "PMI_RANK" in environ:
+        _copy(environ, _OPEN_MPI if "OMPI_COMM_WORLD_RANK" in environ else _PMI)
         launcher = "mpi"
     else:
         environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -102,9 +113,14 @@ def free_port() -> int:
 
 
 def first_host(node_list: str) -> str:
-    """First host of a SLURM node list: 'gpu[003-007,9],cpu1' -> 'gpu003'."""
-    prefix, _, rest = node_list.split(",")[0].partition("[")
-    return prefix + re.split(r"[]-]", rest)[0]
+    """First host of a SLURM node list: 'rack[2-3]gpu[003-007,9]-ib,cpu1' -> 'rack2gpu003-ib'."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", node_list)
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else "")
+
+
+def _slurm_size(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Name and value of the variable that tells the number of tasks; empty texts where none does."""
+    return next(((name, environ[name]) for name in _SLURM_SIZES if environ.get(name)), ("", "1"))
 
 
 def gloo_interface(master: str) -> str | None:

@@ -22,6 +22,7 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "8",
     "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
     "SLURM_JOB_NODELIST": "gpu[003-007,9],cpu1",
 }
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -77,10 +78,29 @@ def test_slurm_step():
     environ = dict(SLURM)
     assert find_place(environ=environ) == Place(5, 1, 8, "slurm")
     assert environ["MASTER_ADDR"] == "gpu003"
-    assert 10000 <= int(environ["MASTER_PORT"]) < 60000
+    assert 10000 <= int(environ["MASTER_PORT"]) < 30000
     again = {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     find_place(environ=again)
-    assert again["MASTER_PORT"] == environ["MASTER_PORT"]  # all ranks of a job must agree
+    assert again["MASTER_PORT"] == environ["MASTER_PORT"]  # all ranks of a step must agree
+    beside = {**SLURM, "SLURM_STEP_ID": "1"}
+    find_place(environ=beside)
+    assert beside["MASTER_PORT"] != environ["MASTER_PORT"]
+
+
+@pytest.mark.parametrize("name", ["SLURM_NPROCS", "SLURM_STEP_NUM_TASKS"])
+def test_slurms_other_names_for_the_number_of_tasks(name):
+    assert find_place(environ={**without(SLURM, "SLURM_NTASKS"), name: "8"}) == Place(5, 1, 8, "slurm")
+    assert find_place(environ={**SLURM, "SLURM_STEP_NUM_TASKS": "6"}).world_size == 6  # the step's, not the job's
+
+
+def test_an_sbatch_script_without_srun_is_told_so():
+    with pytest.raises(MachineError, match=r"SLURM_NTASKS = 8, but srun did not start this process"):
+        find_place(environ={**without(SLURM, "SLURM_STEP_ID"), "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+
+
+def test_mpich():
+    environ = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+    assert find_place(environ=environ) == Place(2, 0, 4, "mpi")
 
 
 def test_slurm_step_nodes_come_before_the_jobs():
@@ -136,6 +156,9 @@ def test_rank_outside_the_world_is_refused(rank):
         ("gpu[003-007,9],cpu1", "gpu003"),
         ("gpu[7,9]", "gpu7"),
         ("a-b[01-02]", "a-b01"),
+        ("rack[1-2]node[1-4]", "rack1node1"),
+        ("gpu[1-4]-ib", "gpu1-ib"),
+        ("rack[2,4]gpu[08-09]x,cpu[1-2]", "rack2gpu08x"),
         ("", ""),
     ],
 )
