@@ -1,39 +1,57 @@
-"""How a run is asked to stop: once politely, twice at once. Works before torch is imported."""
+"""How a run is asked to stop: once politely, twice at once, and by the end of its launcher. Works before torch is
+imported.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from chatgot.errors import EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, RunAgainError
+from chatgot.launcher.command import ATTEMPT
+from chatgot.launcher.supervisor import PR_SET_PDEATHSIG
 
 STUCK_SECONDS = 2.0
 """After a signal, how long a start may take to come back to Python before its process is ended."""
+ORPHAN_SECONDS = 25.0
+"""How long a rank whose launcher is gone may take to save and end, before it is killed."""
+_LAUNCHED = (ATTEMPT, "TORCHELASTIC_RUN_ID", "CROSS_RANK", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Variables that tell of a launcher as parent: launch/run, torchrun, DeepSpeed's, srun, mpirun."""
 
 
 class StopSignals:
-    """Within `with`, SIGTERM, SIGINT and SIGUSR1 raise a flag for the loop; a second SIGINT exits 130 at once.
+    """Within `with`, SIGTERM, SIGINT, SIGUSR1 and SIGHUP raise a flag for the loop; a second SIGINT exits 130 at once.
+    So does the end of the launcher that started this rank.
 
     While the run is `starting` they end it, since nothing can be lost yet; also where the process waits for another
     rank in a call out of Python, which would notice a signal only when the other comes.
     """
 
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, starting: bool = False) -> None:
         self.starting = starting
         self.received: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
         self._writing: int | None = None
+        self._left = threading.Event()
 
     def __enter__(self) -> StopSignals:
         for number in self.handled:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # under nohup, a closed terminal stops nothing
             self._previous[number] = signal.signal(number, self._handle)
+        if any(name in os.environ for name in _LAUNCHED):
+            ancestors = _ancestors(2 if "CROSS_RANK" in os.environ else 1)  # DeepSpeed's runner is above its launch.py
+            threading.Thread(target=self._end_with_launcher, args=(ancestors,), name="launcher", daemon=True).start()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # launch/run's ranks would be killed, unsaved
         if self.starting:
             reading, self._writing = os.pipe()
             os.set_blocking(self._writing, False)
@@ -57,8 +75,19 @@ class StopSignals:
                 os._exit(EXIT_INTERRUPTED)
         os.close(reading)
 
+    def _end_with_launcher(self, ancestors: list[int]) -> None:
+        """Ask this process to save and end when one of them is gone, and kill it if it does not."""
+        while _ancestors(len(ancestors)) == ancestors:
+            if self._left.wait(0.5):
+                return
+        print("chatgot: the launcher of this rank is gone: saving, as after SIGTERM", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._left.wait(ORPHAN_SECONDS):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def __exit__(self, *exc: object) -> None:
         self.started()
+        self._left.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -71,6 +100,18 @@ class StopSignals:
             error = RunAgainError(_before_the_first_step(self.received))
             error.shared = True  # a launcher sends it to every rank
             raise error
+
+
+def _ancestors(generations: int) -> list[int]:
+    """Process ids of the parent, its parent and so on; a process that is gone has none above it."""
+    found = [os.getppid()]
+    while len(found) < generations:
+        try:
+            status = Path(f"/proc/{found[-1]}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            break
+        found.append(int(status.rpartition(")")[2].split()[1]))  # the name before it may hold anything
+    return found
 
 
 def _before_the_first_step(received: str) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from chatgot.observe.journal import newest_step
 from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
-from tests.training.in_process import argv, contents, events, series
+from tests.training.in_process import argv, contents, events, series, tags
 
 BIN = Path(sys.executable).parent
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -92,3 +96,49 @@ def test_wrong_command_line_is_refused_once_by_two_ranks(files, text_file):
     assert done.returncode == 2
     assert done.stderr.count("chatgot: override train.max_step=3: no such key; did you mean 'train.max_steps'?") == 1
     assert not (files / "refused").exists()
+
+
+def wait_until(what: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+def processes(out: Path) -> list[int]:
+    """Everything that has the run folder on its command line: the launchers and the ranks."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(out).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("launch/run", signal.SIGKILL), ("torchrun", signal.SIGUSR1), ("deepspeed", signal.SIGKILL)],
+)
+def test_ranks_save_and_end_when_their_launcher_is_gone(name, number, files, text_file, tmp_path):
+    out, port = tmp_path / "out", free_port()
+    words = argv(files / "engine.json", out, files / "run.yaml", text_file, "train.max_steps=1000000")
+    process = subprocess.Popen(
+        [*(word.format(port=port) for word in LAUNCHERS[name]), *words],
+        env=environment(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}"),
+        cwd=files,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: newest_step(out / "metrics.jsonl") is not None, 300)
+        os.kill(process.pid, number)  # DeepSpeed's runner: its launch.py and the ranks stay
+        wait_until(lambda: process.poll() is not None, 30)
+        wait_until(lambda: not processes(out), 60)
+    finally:
+        for pid in processes(out):
+            os.kill(pid, signal.SIGKILL)
+    [event] = events(out, "preempted")
+    assert event["step"] == newest_step(out / "metrics.jsonl") == tags(out)[-1]
+    done = launch("python", files, text_file, str(out), f"train.max_steps={event['step'] + 1}")
+    assert done.returncode == 0, done.stderr
