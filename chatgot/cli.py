@@ -162,6 +162,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("--replay", type=count, metavar="K", help="train K steps from a checkpoint again and compare with the journal")
     add("--tag", help="check this checkpoint only, and replay from it (default: all; the oldest with K steps after it)")
 
+    add = command("status", _status, "what became of a run: exit code 0 finished, 10 running, 75 run it again")
+    add("run", type=Path, metavar="RUN", help="the run folder; it is only read")
+
     add = command("check", _check, "say everything about a DeepSpeed JSON before anything runs")
     add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
     add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
@@ -309,6 +312,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
         whole = replay(arguments.run, arguments.replay, arguments.tag) and whole
     return EXIT_DONE if whole else EXIT_CHECKPOINT
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from chatgot.observe.status import status
+
+    said, code = status(arguments.run)
+    print(f"{arguments.run}: {said}")
+    return code
 
 
 def _plan(arguments: argparse.Namespace) -> None:

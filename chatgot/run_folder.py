@@ -288,6 +288,29 @@ def acquire_lock(folder: Path) -> str | None:
     return note
 
 
+def holder(folder: Path) -> str | None:
+    """Say which process holds the lock of a run folder; None: nobody does.
+
+    A lock of this machine's is looked up without touching it, since a run that starts in that moment would be refused.
+    """
+    try:
+        file = open_file(folder / LOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        text, status = _holder(file), os.fstat(file)
+        if f"on host {socket.gethostname()}," in text:
+            place = f":{status.st_ino} "  # the device before it is not always that of stat
+            lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+            return text if any("FLOCK" in line and place in line for line in lines) else None
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return text
+    finally:
+        os.close(file)
+
+
 def release_lock(folder: Path) -> None:
     """Delete the lock if it is held, and the folders that were made for it if they are still empty."""
     if (key := _key(folder)) is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from chatgot.observe.journal import newest_step
+from chatgot.observe.status import status
 from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
 from tests.training.in_process import argv, contents, events, series, tags
 
@@ -132,6 +133,8 @@ def test_ranks_save_and_end_when_their_launcher_is_gone(name, number, files, tex
     )
     try:
         wait_until(lambda: newest_step(out / "metrics.jsonl") is not None, 300)
+        said, code = status(out)
+        assert (code, said.startswith("running, pid ")) == (10, True), said
         os.kill(process.pid, number)  # DeepSpeed's runner: its launch.py and the ranks stay
         wait_until(lambda: process.poll() is not None, 30)
         wait_until(lambda: not processes(out), 60)
@@ -140,5 +143,8 @@ def test_ranks_save_and_end_when_their_launcher_is_gone(name, number, files, tex
             os.kill(pid, signal.SIGKILL)
     [event] = events(out, "preempted")
     assert event["step"] == newest_step(out / "metrics.jsonl") == tags(out)[-1]
+    said, code = status(out)
+    assert (code, "saved at step" in said) == (75, True), said
     done = launch("python", files, text_file, str(out), f"train.max_steps={event['step'] + 1}")
     assert done.returncode == 0, done.stderr
+    assert status(out)[1] == 0

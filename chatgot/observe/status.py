@@ -1,0 +1,49 @@
+"""`chatgot status`: what became of a run, from its folder alone, with an exit code for scripts that start it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import chatgot.run_folder as run_folder
+from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError
+from chatgot.observe.journal import newest_step, read_lines
+
+EXIT_RUNNING = 10
+_TURNS = ("started", "resumed", "finished", "preempted", "out_of_memory", "failed")
+"""Events that begin or end a start; of those that end one, the first says why."""
+
+
+def status(folder: Path) -> tuple[str, int]:
+    """Tell the state of the run in `folder`, and the exit code that goes with it: 0 finished, 10 running, 75 run the
+    same command again, else the code of the failure.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+    """
+    events = [event for event in read_lines(folder / run_folder.EVENTS) if event is not None]
+    last: dict[str, Any] = {}
+    for event in events:
+        if (kind := event.get("event")) in _TURNS and (kind in _TURNS[:2] or last.get("event") in (None, *_TURNS[:2])):
+            last = event
+    holder = run_folder.holder(folder)
+    if not last and holder is None:
+        raise ConfigError(f"{folder}: no run has started here; give the --out_dir of one")
+    saved = next((event.get("step") for event in reversed(events) if event.get("event") == "saved"), None)
+    state = "nothing is saved" if saved is None else f"saved at step {saved}"
+    again = f"{state}: run the same command again"
+    step, kind = last.get("step"), last.get("event")
+    if holder is not None:
+        return f"running, {holder}: at step {newest_step(folder / run_folder.METRICS) or 0}, {state}", EXIT_RUNNING
+    if kind == "finished":
+        val = f", val/loss {last['val/loss']:.4f}" if isinstance(last.get("val/loss"), float) else ""
+        return f"finished at step {step}{val}", EXIT_DONE
+    if kind == "preempted":
+        return f"stopped by {last.get('signal')} at step {step}, {again}", EXIT_INTERRUPTED
+    if kind in ("out_of_memory", "failed"):
+        code = last.get("exit_code")
+        why = last.get("error") or f"memory ran out in {last.get('doing')}"
+        code = code if isinstance(code, int) else 1
+        return f"failed with exit code {code}: {why}; {again if code == EXIT_INTERRUPTED else state}", code
+    at = newest_step(folder / run_folder.METRICS) or 0
+    return f"ended without a word at step {at} or later (killed, or the machine went down), {again}", EXIT_INTERRUPTED

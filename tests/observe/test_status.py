@@ -1,0 +1,77 @@
+"""What `chatgot status` says of a run folder, for each way in which a run can end. A run that is running, one that was
+stopped and one that is complete are in tests/distributed/test_launchers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import chatgot.run_folder as run_folder
+from chatgot.errors import ConfigError
+from chatgot.observe.journal import Events, Journal
+from chatgot.observe.status import status
+
+MEMORY = {"doing": "step 7", "micro_batch": 4}
+
+
+def written(folder: Path, *events: tuple[str, dict[str, Any]]) -> Path:
+    """A run folder with these events, and a journal up to step 7."""
+    writer, journal = Events(folder / run_folder.EVENTS), Journal(folder / run_folder.METRICS)
+    for kind, fields in events:
+        writer.event(kind, **fields)
+    journal.append({"step": 7, "train/loss": 1.0})
+    writer.close()
+    journal.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("events", "code", "said"),
+    [
+        ([("started", {"step": 0})], 75, "ended without a word at step 7 or later"),
+        ([("started", {"step": 0}), ("saved", {"step": 5})], 75, "saved at step 5: run the same command again"),
+        ([("started", {"step": 0}), ("failed", {"step": 6, "exit_code": 5, "error": "diverged"})], 5, "code 5: div"),
+        ([("started", {"step": 0}), ("out_of_memory", {**MEMORY, "exit_code": 75}),
+          ("failed", {"step": 7, "exit_code": 6, "error": "x"})], 75, "memory ran out in step 7; nothing"),
+        ([("started", {"step": 0}), ("preempted", {"step": 7, "signal": "SIGHUP"}), ("resumed", {"step": 7}),
+          ("finished", {"step": 9, "val/loss": 1.25})], 0, "finished at step 9, val/loss 1.2500"),
+        ([("finished", {"step": 9}), ("resumed", {"step": 9})], 75, "ended without a word"),
+        ([("started", {"step": 0}), ("failed", {"step": 6, "exit_code": "x"})], 1, "failed with exit code 1"),
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_the_last_start_decides(tmp_path: Path, events: Any, code: int, said: str) -> None:
+    found = status(written(tmp_path, *events))
+    assert (found[1], said in found[0]) == (code, True), found
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match="no run has started here"):
+            status(folder)
+
+
+def test_a_lock_counts_as_long_as_somebody_holds_it(tmp_path: Path) -> None:
+    written(tmp_path, ("started", {"step": 0}))
+    lock = "import sys, pathlib, chatgot.run_folder as r; r.acquire_lock(pathlib.Path(sys.argv[1])); print(); input()"
+    run = subprocess.Popen([sys.executable, "-c", lock, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    run.stdout.readline()
+    assert status(tmp_path) == (
+        f"running, {run_folder.holder(tmp_path)}: at step 7, nothing is saved",
+        10,
+    )
+    assert run_folder.holder(tmp_path) is not None
+    run.kill()
+    run.communicate()
+    assert status(tmp_path)[1] == 75  # the file is still there
+    lock_file = tmp_path / run_folder.LOCK
+    lock_file.write_text(lock_file.read_text().replace(json.dumps(socket.gethostname()), '"elsewhere"'))
+    assert status(tmp_path)[1] == 75
