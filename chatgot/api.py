@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -99,7 +100,7 @@ def load(path: str | PathLike[str], tag: str | None = None, device: str = "auto"
 
 
 def train(
-    deepspeed_config: str | PathLike[str] | None,
+    deepspeed_config: str | PathLike[str] | Mapping[str, object] | None,
     out_dir: str | PathLike[str],
     config: str | PathLike[str] = "tiny",
     data: str | PathLike[str] = "wars_of_the_roses",
@@ -113,7 +114,8 @@ def train(
     """Train in this process, as `python launch/train.py` does with the same arguments; returns the finished run.
 
     Args:
-        deepspeed_config: a JSON, or the name of a shipped one (`chatgot configs`); None: the device decides.
+        deepspeed_config: a JSON, or the name of a shipped one (`chatgot configs`); a mapping, or base64 of its JSON;
+            None: the device decides.
         config: a preset's name (`chatgot presets`), or a run YAML.
         overrides: {"train.max_steps": 200, "ds.optimizer.params.lr": 3e-4}, or the same as texts, "KEY=VALUE".
         strict: whether a warning about the JSON refuses the run.
@@ -125,6 +127,8 @@ def train(
     from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
 
     texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else ()
+    if isinstance(deepspeed_config, Mapping):
+        deepspeed_config = urlsafe_b64encode(json.dumps(dict(deepspeed_config)).encode()).decode()
     settings = (str(config), deepspeed_config, texts or tuple(overrides), str(data), Path(out_dir))
     named = refuse_wrong_settings(*settings, strict=strict)
     settle_environment()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import functools
 import json
@@ -36,6 +37,11 @@ TINY_MODEL: dict[str, Any] = {
     "max_seq_length": 16,
     "dropout": 0.0,
 }
+
+
+def encoded(tree: dict[str, Any]) -> str:
+    """A JSON as DeepSpeed takes it in place of a path."""
+    return base64.urlsafe_b64encode(json.dumps(tree).encode()).decode()
 
 
 def write_text(path: Path, characters: int = 20_000, seed: int = 0) -> Path:

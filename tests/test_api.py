@@ -15,7 +15,7 @@ import pytest
 import chatgot
 from chatgot.errors import CheckpointError, ConfigError
 from chatgot.inference.sample import SampleArguments, sample
-from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml
+from tests.support import ROOT, encoded, engine_json, environment, write_json, write_run_yaml
 from tests.training.in_process import cpu_environment
 
 
@@ -81,6 +81,17 @@ def test_training_again_goes_on_and_overrides_may_be_texts(arguments: dict[str, 
     with cpu_environment():
         longer = chatgot.train(**arguments, overrides=["train.max_steps=5", "ds.optimizer.params.lr=1e-3"])
     assert [line["step"] for line in longer.metrics if "train/loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_the_json_may_be_a_mapping_or_base64_of_it(arguments: dict[str, Any], tmp_path: Path) -> None:
+    tree = engine_json(author="ō" * 300)
+    with cpu_environment():
+        for number, json_given in enumerate((tree, encoded(tree))):
+            given = {**arguments, "deepspeed_config": json_given, "out_dir": tmp_path / f"run{number}"}
+            run = chatgot.train(**given, overrides={"train.max_steps": 1})
+            assert run.deepspeed_config["optimizer"] == tree["optimizer"]
+            with pytest.raises(ConfigError, match="the JSON given as base64:1: author = "):
+                chatgot.train(**given, strict=True)
 
 
 def test_refusals_are_errors_with_the_commands_exit_code(arguments: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from chatgot.errors import (
     MachineError,
     NumericsError,
 )
-from tests.support import ROOT, environment
+from tests.support import ROOT, encoded, engine_json, environment
 
 HEAVY = ("torch", "deepspeed", "wandb", "numpy", "yaml", "transformers", "tqdm")
 PROGRAMS = {
@@ -143,6 +144,21 @@ def test_a_shipped_json_is_taken_by_name_and_a_file_of_that_name_comes_first(
     (tmp_path / "bf16_zero2").write_text("{")
     assert exit_code(cli.main, "check", "bf16_zero2") == 2
     assert "not valid JSON" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("padding", range(3))
+def test_check_and_plan_take_a_json_as_base64(padding: int, capsys: pytest.CaptureFixture[str]) -> None:
+    words = encoded({**engine_json(), "_comment": "x" * 300 + "x" * padding})
+    assert exit_code(cli.main, "check", words, "--device", "cpu", "ds.gradient_clipping=2", "--effective") == 0
+    said = capsys.readouterr().out
+    assert words not in said
+    assert "gradient_clipping = 2.0" in said
+    assert said.splitlines()[-1].startswith("the JSON given as base64: ")
+    assert exit_code(cli.main, "plan", words, "--device", "cpu", "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out)["deepspeed_config"] == "the JSON given as base64"
+    broken = base64.urlsafe_b64encode(b'{"train_batch_size": }').decode()
+    assert exit_code(cli.main, "check", broken) == 2
+    assert capsys.readouterr().out.startswith("the JSON given as base64:1:22: error: the file\n")
 
 
 @pytest.mark.parametrize(

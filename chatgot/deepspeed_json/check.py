@@ -18,7 +18,7 @@ from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.findings import ABSENT, LEVELS, OVERRIDE, ConfigRefusal, Finding, shown
 from chatgot.deepspeed_json.optimizers import given_arguments, known_arguments
 from chatgot.deepspeed_json.reach import idle, is_off, section_switch
-from chatgot.deepspeed_json.read import find_json, read_document
+from chatgot.deepspeed_json.read import find_json, name_of, read_document
 from chatgot.deepspeed_json.resolve import Resolved, resolve
 from chatgot.devices import DeviceFacts
 from chatgot.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
@@ -81,14 +81,14 @@ def check(
         path = str(find_json(path))
         document = read_document(Path(path))
     except ConfigError as error:
-        return Report(path, findings_of(error, path), None)
+        return Report(name_of(path), findings_of(error, path), None)
     resolved = resolve(document, overrides, world_size=world_size, facts=facts, strict=strict)
     resolved = resolved.complete(n_params, max_steps=max_steps)
 
     def order(finding: Finding) -> tuple[int, bool, int, int]:
         return LEVELS.index(finding.level), finding.file == OVERRIDE, finding.line or 0, finding.column or 0
 
-    return Report(path, tuple(sorted(resolved.findings.all, key=order)), resolved)
+    return Report(document.name, tuple(sorted(resolved.findings.all, key=order)), resolved)
 
 
 def findings_of(error: ConfigError, file: str) -> tuple[Finding, ...]:

@@ -6,6 +6,7 @@ remarked on. It forgets where things stood, so `_Finder` looks for the places by
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import os
@@ -15,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.findings import ABSENT, ConfigRefusal, Finding, Findings, Mark, shortened
 from chatgot.devices import DeviceFacts
 from chatgot.errors import ConfigError
 from chatgot.run_folder import LARGEST
+
+AS_BASE64 = "the JSON given as base64"
 
 
 @dataclass
@@ -38,13 +40,15 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """Read the file.
+    """Read the file, or the text that stands in the path's place as base64.
 
     Raises:
         ConfigError: no such file, a folder, not UTF-8, empty, not JSON (with line, column and a caret), not an object.
     """
     if path.suffix.lower() in (".yaml", ".yml"):
         raise ConfigError(f"{path}: YAML by its name, not a DeepSpeed JSON; --config takes a run YAML")
+    if text := _decoded(path):
+        return parse_document(text, AS_BASE64)
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
@@ -62,6 +66,20 @@ def read_document(path: Path) -> Document:
         byte = f"byte 0x{data[error.start]:02x} at offset {error.start}"
         raise ConfigError(f"{path}: not UTF-8: {byte}; save the file as UTF-8") from error
     return parse_document(text, str(path))
+
+
+def _decoded(path: Path) -> str:
+    """The JSON that a path is in URL-safe base64, as DeepSpeed takes it too where no such file exists; else empty."""
+    try:
+        text = base64.b64decode(str(path), altchars=b"-_", validate=True).decode()
+    except ValueError:
+        return ""
+    return text if text.lstrip().startswith("{") and not os.path.exists(path) else ""
+
+
+def name_of(path: str | os.PathLike[str]) -> str:
+    """What messages call the JSON of a command line."""
+    return AS_BASE64 if _decoded(Path(path)) else str(path)
 
 
 def parse_document(text: str, name: str) -> Document:
@@ -260,38 +278,6 @@ def plain_copy(value: Any) -> Any:
     return [plain_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Put overrides into the JSON's tree, under the spelling that the file uses; null takes a section out."""
-    for dotted, value in overrides.items():
-        section: schema.Section | None = schema.ROOT
-        here = tree
-        *parents, last = dotted.split(".")
-        for parent in parents:
-            name, node = _spelling(parent, here, section)
-            if not isinstance(here.get(name), dict):
-                here[name] = {}
-            here, section = here[name], node if isinstance(node, schema.Section) else None
-        name, node = _spelling(last, here, section)
-        if value is None and isinstance(node, schema.Section):
-            here.pop(name, None)
-        else:
-            here[name] = value
-    return tree
-
-
-def _spelling(
-    name: str, here: dict[str, Any], section: schema.Section | None
-) -> tuple[str, schema.Key | schema.Section | None]:
-    """How the file spells a key, and its node."""
-    if section is None:
-        return name, None
-    documented = schema.spellings(section).get(name, name)
-    node = section.keys.get(documented)
-    if node is not None and name not in here:
-        name = next((other for other in (documented, node.alias) if other and other in here), name)
-    return name, node
-
-
 # --- the JSONs that ship with ChatGoT ---
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -312,12 +298,13 @@ def shipped_jsons() -> dict[str, Path]:
 
 def find_json(name_or_path: str | os.PathLike[str]) -> Path:
     """The file that a command line means: what exists there or looks like a path, else the shipped JSON of that name.
+    A JSON as base64 stays as it is.
 
     Raises:
         ConfigError: neither a file nor a shipped name; with the names that come close.
     """
     path = Path(name_or_path)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if os.path.exists(path) or path.suffix or len(path.parts) != 1 or _decoded(path):
         return path  # whoever reads it says what is wrong with it
     shipped = shipped_jsons()
     if path.name in shipped:

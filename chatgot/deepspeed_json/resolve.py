@@ -22,10 +22,10 @@ from chatgot.deepspeed_json.fields import read_fields
 from chatgot.deepspeed_json.findings import Finding, Findings
 from chatgot.deepspeed_json.optimizers import check_optimizer, check_scheduler, cpu_adam_key
 from chatgot.deepspeed_json.reach import note_idle
-from chatgot.deepspeed_json.read import Document, apply_overrides, check_document, plain_copy, read_document
+from chatgot.deepspeed_json.read import Document, check_document, plain_copy, read_document
 from chatgot.deepspeed_json.rule_types import Subject, apply
 from chatgot.deepspeed_json.rules import RULES
-from chatgot.deepspeed_json.values import Derivations, Values, read_values
+from chatgot.deepspeed_json.values import Derivations, Values, apply_overrides, read_values
 from chatgot.devices import DeviceFacts
 
 Precision = Literal["fp32", "bf16", "fp16", "autocast_bf16", "autocast_fp16"]

@@ -263,3 +263,33 @@ def given_arguments(tree: dict[str, Any], section: str) -> dict[str, Any]:
     parent = tree.get(section)
     params = parent.get("params") if isinstance(parent, dict) else None
     return params if isinstance(params, dict) else {}
+
+
+def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Put overrides into the JSON's tree, under the spelling that the file uses; null takes a section out."""
+    for dotted, value in overrides.items():
+        section: Section | None = schema.ROOT
+        here = tree
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            name, node = _spelling(parent, here, section)
+            if not isinstance(here.get(name), dict):
+                here[name] = {}
+            here, section = here[name], node if isinstance(node, Section) else None
+        name, node = _spelling(last, here, section)
+        if value is None and isinstance(node, Section):
+            here.pop(name, None)
+        else:
+            here[name] = value
+    return tree
+
+
+def _spelling(name: str, here: dict[str, Any], section: Section | None) -> tuple[str, Key | Section | None]:
+    """How the file spells a key, and its node."""
+    if section is None:
+        return name, None
+    documented = schema.spellings(section).get(name, name)
+    node = section.keys.get(documented)
+    if node is not None and name not in here:
+        name = next((other for other in (documented, node.alias) if other and other in here), name)
+    return name, node

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from chatgot.errors import EXIT_CONFIG
@@ -42,8 +41,8 @@ class Parser(argparse.ArgumentParser):
         if self._takes_overrides:
             given, words = words, []
             for word in given:
-                is_one = re.match(r"[A-Za-z_][\w.]*=", word) and before not in self._followed_by_value
-                (overrides if is_one and not Path(word).exists() else words).append(word)
+                is_one = re.match(r"(?!\w{16,}==?$)[A-Za-z_][\w.]*=", word) and before not in self._followed_by_value
+                (overrides if is_one and not os.path.exists(word) else words).append(word)  # 16 letters are base64's
                 before = word
         found = self.parse_intermixed_args(words, namespace)
         if self._takes_overrides:

@@ -21,8 +21,9 @@ from chatgot.config.run import load_run_config
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import check_block_size
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
-from chatgot.deepspeed_json.read import apply_overrides, plain_copy, read_document
+from chatgot.deepspeed_json.read import name_of, plain_copy, read_document
 from chatgot.deepspeed_json.resolve import build_engine_config
+from chatgot.deepspeed_json.values import apply_overrides
 from chatgot.devices import GIB, DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
@@ -90,8 +91,9 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
     facts, world_size = device_facts(), arguments.world_size
-    tree = apply_overrides(read_document(arguments.deepspeed_config).tree, ds_overrides)
-    total = _total(tree, arguments, facts)
+    document = read_document(arguments.deepspeed_config)
+    tree = apply_overrides(document.tree, ds_overrides)
+    total = _total(tree, document.name, arguments, facts)
     tree = {**tree, TOTAL: total}
     data = prepare_cached(arguments.data, config.data)
     check_block_size(data.meta, config.model.max_seq_length)
@@ -152,9 +154,8 @@ def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts)
         yield Row(stage, recomputed, compiled, variant)
 
 
-def _total(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> int:
+def _total(tree: dict[str, Any], name: str, arguments: TuneArguments, facts: DeviceFacts) -> int:
     """The global batch, which stays. Refuses every other problem of the JSON."""
-    name = str(arguments.deepspeed_config)
     config = build_engine_config(tree, name, world_size=arguments.world_size, facts=facts)
     return config.train_batch_size
 
@@ -167,7 +168,9 @@ def _fastest(rows: Sequence[Row], arguments: TuneArguments, total: int) -> Row:
     """Log the fastest row that fits, and write its JSON. MachineError where none fits."""
     best = max((row for row in rows if row.outcome.fits), key=lambda row: row.outcome.tokens_per_sec, default=None)
     if best is None:
-        raise MachineError(f"{arguments.deepspeed_config}: nothing that was tried fits into memory; see the table")
+        raise MachineError(
+            f"{name_of(arguments.deepspeed_config)}: nothing that was tried fits into memory; see the table"
+        )
     assert best.micro_batch is not None
     logger.info(
         f"fastest that leaves {arguments.margin:.0%} of the memory free: ZeRO stage {best.stage}, recomputation "

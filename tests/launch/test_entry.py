@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chatgot.distributed import find_place
-from tests.support import ROOT, engine_json, environment, write_json, write_text
+from tests.support import ROOT, encoded, engine_json, environment, write_json, write_text
 
 CHATGOT = ["-c", "from chatgot.cli import main; main()"]
 SETTINGS = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
@@ -65,6 +65,7 @@ REFUSED = {
     "an encoding": (["data.encoding=utf-9"], "unknown encoding"),
     "the text": (["--data", "my_bock.txt"], "did you mean 'my_book.txt'"),
     "the run folder": (["--out_dir", "my_book.txt"], "--out_dir my_book.txt"),
+    "base64": (["--deepspeed_config", encoded({"gradient_cliping": 10})], "JSON given as base64:1: gradient"),
     "a warning": (["--deepspeed_config", "warned.json"], "does ChatGoT (a warning, refused because of --strict)"),
     "a warning about steps": (["ds.chatgot.schedule.warmup_steps=99", "train.max_steps=9"], "warmup_steps = 99"),
     "a launcher's variable": ([], "MASTER_PORT = 'x'"),
