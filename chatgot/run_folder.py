@@ -297,6 +297,7 @@ def holder(folder: Path) -> str | None:
         file = open_file(folder / LOCK)
     except FileNotFoundError:
         return None
+    text = ""
     try:
         text, status = _holder(file), os.fstat(file)
         if f"on host {socket.gethostname()}," in text:

@@ -32,6 +32,7 @@ from chatgot.tuning.probe import OUTSIDE, Outcome, Probes, Task
 
 logger = logging.getLogger(__name__)
 
+ZERO = "zero_optimization"
 SECTION = "activation_checkpointing"
 NOT_RUN = Outcome(False)
 
@@ -93,8 +94,9 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
     facts, world_size = device_facts(), arguments.world_size
     document = read_document(arguments.deepspeed_config)
     tree = apply_overrides(document.tree, ds_overrides)
-    total = _total(tree, document.name, arguments, facts)
-    tree = {**tree, TOTAL: total}
+    stated = build_engine_config(tree, document.name, world_size=world_size, facts=facts)  # refuses all other problems
+    total, zero = stated.train_batch_size, tree.get(ZERO)
+    tree = {**tree, TOTAL: total, ZERO: {**(zero if isinstance(zero, dict) else {}), "stage": stated.zero_stage}}
     data = prepare_cached(arguments.data, config.data)
     check_block_size(data.meta, config.model.max_seq_length)
     model, vocab_size = config.model.model_dump(), data.tokenizer.vocab_size
@@ -123,7 +125,9 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
     for kind in variants(tree, arguments, facts):
         try:
             first = _with_micro_batch(kind.tree, sizes[0])
-            build_engine_config(first, "tuned", world_size=world_size, facts=facts)
+            resolved = build_engine_config(first, "tuned", world_size=world_size, facts=facts)
+            if resolved.zero_stage != kind.stage:
+                raise ConfigError(next(one.why for one in resolved.findings if one.key == f"{ZERO}.stage"))
         except ConfigError as error:
             refusal = str(error).split("\n")[0].removeprefix("tuned: ")
             add(dataclasses.replace(kind, outcome=Outcome(False, f"refused: {refusal}")))
@@ -136,14 +140,13 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
 
 def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts) -> Iterator[Row]:
     """Yield every way of running that is to be tried, nothing measured yet."""
-    given = tree.get("zero_optimization")
-    zero = given if isinstance(given, dict) else {"stage": int(bool(given))}
-    stages = arguments.stages or ((0, 1, 2, 3) if arguments.world_size > 1 else (zero.get("stage", 0),))
+    zero = tree[ZERO]
+    stages = arguments.stages or ((0, 1, 2, 3) if arguments.world_size > 1 else (zero["stage"],))
     recomputation = arguments.recomputation or ("off", "on")
     compilation = arguments.compile or (("off", "on") if facts.kind == "cuda" else ("off",))
     section = tree.get(SECTION)
     for stage, recomputed, compiled in itertools.product(stages, recomputation, compilation):
-        variant = {**plain_copy(tree), "zero_optimization": {**zero, "stage": stage}}
+        variant = {**plain_copy(tree), ZERO: {**zero, "stage": stage}}
         chatgot = variant.setdefault("chatgot", {})
         if recomputed == "on":
             variant[SECTION] = section if isinstance(section, dict) else {}
@@ -152,12 +155,6 @@ def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts)
             chatgot.pop(SECTION, None)
         chatgot["compile"] = {**(chatgot.get("compile") or {}), "enabled": compiled == "on"}
         yield Row(stage, recomputed, compiled, variant)
-
-
-def _total(tree: dict[str, Any], name: str, arguments: TuneArguments, facts: DeviceFacts) -> int:
-    """The global batch, which stays. Refuses every other problem of the JSON."""
-    config = build_engine_config(tree, name, world_size=arguments.world_size, facts=facts)
-    return config.train_batch_size
 
 
 def _with_micro_batch(tree: dict[str, Any], micro: int) -> dict[str, Any]:
