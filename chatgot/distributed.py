@@ -105,6 +105,16 @@ def find_place(local_rank: int | None = None, environ: MutableMapping[str, str] 
     return place
 
 
+def tells_of_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, or does not answer: gloo's texts, NCCL's classes."""
+    text = str(error)
+    return (
+        "gloo/transport" in text
+        or "Timed out waiting" in text
+        or any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    )
+
+
 def free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.socket() as probe:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import chatgot.run_folder as run_folder
 from chatgot.devices import assumed_device
-from chatgot.distributed import find_place
-from chatgot.errors import EXIT_DONE, ChatGoTError, MachineError
+from chatgot.distributed import find_place, tells_of_lost_rank
+from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, ChatGoTError, MachineError
 from chatgot.launcher.arguments import on_rank_0
 from chatgot.launcher.command import thread_defaults
 
@@ -98,6 +98,16 @@ def guarded(program: Callable[[], int | None], debug: bool) -> int:
         elif on_rank_0() or isinstance(error, MachineError) or _raised_alone(error):
             print(f"chatgot: {error}", file=sys.stderr)
         return error.exit_code
+    except RuntimeError as error:
+        if debug or not tells_of_lost_rank(error):
+            raise
+        rank, (reason, *_) = os.environ.get("RANK", "0"), str(error).splitlines()
+        print(
+            f"chatgot: rank {rank}: another rank is gone or does not answer ({reason}); the first rank that failed "
+            f"says why. The run goes on from its last checkpoint when the same command is run again",
+            file=sys.stderr,
+        )
+        return EXIT_ENVIRONMENT
     except BrokenPipeError:  # the reader of our output went away (`chatgot sample ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -19,11 +19,11 @@ from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.deepspeed_json.read import default_json, read_document
 from chatgot.deepspeed_json.resolve import EngineConfig, resolve
 from chatgot.devices import device_facts, device_of_machine, is_out_of_memory, matmul_precision
-from chatgot.distributed import ControlGroup, Place, find_place
+from chatgot.distributed import ControlGroup, Place, find_place, tells_of_lost_rank
 from chatgot.engine.build import build, join
 from chatgot.engine.optimizer import describe_schedule
 from chatgot.engine.precision_check import check_precision
-from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, CheckpointError
+from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ChatGoTError, CheckpointError
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
 from chatgot.observe.meters import Mfu
@@ -81,6 +81,10 @@ def finish(loop: Loop) -> int:
         raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
+            if tells_of_lost_rank(error):
+                records.event(
+                    "failed", step=loop.step, error=f"another rank is gone: {error}", exit_code=EXIT_ENVIRONMENT
+                )
             raise
         asked = "auto" if loop.micro_batch_is_auto else loop.json_micro_batch
         config, world_size = loop.engine.config, loop.ranks.world_size

@@ -16,6 +16,7 @@ import chatgot.run_folder as run_folder
 from chatgot.data.loader import EvalBatches
 from chatgot.errors import RunAgainError
 from chatgot.observe.journal import newest_step
+from chatgot.observe.status import status
 from chatgot.training import evaluation, preparation, run
 from chatgot.training.loop import Loop
 from chatgot.training.saving import Saving
@@ -25,6 +26,19 @@ from tests.training import in_process
 from tests.training.in_process import argv, events, series, tags
 
 BOUND = 300  # seconds: a hang is a failure
+
+
+def test_the_death_of_a_rank_ends_the_other_with_6_and_no_traceback(endless, tmp_path):
+    out = tmp_path / "out"
+    ranks = start(endless, 2)
+    wait_for_step(out, 3, ranks)
+    ranks[1].kill()
+    said = end(ranks)[0]
+    assert ranks[0].returncode == 6, said
+    assert "chatgot: rank 0: another rank is gone or does not answer (" in said
+    assert "Traceback" not in said
+    assert events(out, "failed")[0]["exit_code"] == status(out)[1] == 6
+    assert not (out / run_folder.LOCK).exists()
 
 
 @pytest.fixture
