@@ -25,7 +25,7 @@ from chatgot.deepspeed_json.reach import note_idle
 from chatgot.deepspeed_json.read import Document, check_document, plain_copy, read_document
 from chatgot.deepspeed_json.rule_types import Subject, apply
 from chatgot.deepspeed_json.rules import RULES
-from chatgot.deepspeed_json.values import Derivations, Values, apply_overrides, read_values
+from chatgot.deepspeed_json.values import Derivations, Values, apply_overrides, read_values, without_comments
 from chatgot.devices import DeviceFacts
 
 Precision = Literal["fp32", "bf16", "fp16", "autocast_bf16", "autocast_fp16"]
@@ -205,8 +205,9 @@ def resolve(
     findings = Findings(document.name, frozenset(overrides or {}), document.marks, strict=strict)
     check_document(document, findings)
     values = read_values(tree, findings)
-    section = tree.get("chatgot", {})  # anything but a mapping was noted by read_values
-    chatgot = read_fields(ChatGoTSection, section if isinstance(section, dict) else {}, "chatgot", findings)
+    section = without_comments(tree.get("chatgot", {}), "chatgot", findings)
+    section = section if isinstance(section, dict) else {}  # anything but a mapping was noted by read_values
+    chatgot = read_fields(ChatGoTSection, section, "chatgot", findings)
     derived = Derivations(values)
     Adaptation(values, tree, facts, world_size, findings, derived).run()
     chatgot = _with_compile(chatgot, values, findings, derived)

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
+from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.deepspeed_json.findings import ABSENT, Finding, Findings, Level, meant, one_slip_apart, shown
 from chatgot.deepspeed_json.schema import Key, Section
 
 _COMMENT = re.compile(r"_|//|#|\$|comments?$")
 """How a key begins that nobody reads."""
+_IS_COMMENT = "a comment: DeepSpeed ignores it, and so does ChatGoT"
 _OTHER_NAMES = {
     "clip_grad": "gradient_clipping",
     "gradient_checkpointing": "activation_checkpointing",
@@ -190,10 +193,25 @@ def _note_unknown(key: str, place: str, value: Any, section: Section, dotted: st
         allowed, suggestion = "one of " + ", ".join(known), homes[0] if len(homes) == 1 else ""
         findings.error(place, value, why, allowed=allowed, suggestion=suggestion)
         return "error"
-    level = "note" if is_comment else "warning"
-    what = "a comment: DeepSpeed" if is_comment else "no key of DeepSpeed, which"
-    findings.add(level, place, value, f"{what} ignores it, and so does ChatGoT")
-    return level
+    if is_comment:
+        findings.add("note", place, value, _IS_COMMENT)
+        return "note"
+    findings.add("warning", place, value, "no key of DeepSpeed, which ignores it, and so does ChatGoT")
+    return "warning"
+
+
+def without_comments(section: Any, where: str, findings: Findings) -> Any:
+    """A section that DeepSpeed never sees without the comments in it, each of which is noted."""
+    if not isinstance(section, dict):
+        return section
+    names = [dotted.rpartition(".")[2] for dotted in dotted_keys(ChatGoTSection)]
+    kept = {}
+    for key, value in section.items():
+        if _COMMENT.match(str(key)) and not any(one_slip_apart(key.lower().lstrip("_"), name) for name in names):
+            findings.add("note", f"{where}.{key}", value, _IS_COMMENT)
+        else:
+            kept[key] = without_comments(value, f"{where}.{key}", findings)
+    return kept
 
 
 def _homes(key: str, known: list[str], is_comment: bool) -> list[str]:

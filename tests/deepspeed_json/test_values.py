@@ -86,7 +86,9 @@ def test_keys_of_the_run_yaml_are_known_here() -> None:
 
 
 @pytest.mark.parametrize("key", ["_comment", "//", "_note", "__doc", "// stage", "_optimizer_comment", "$schema", "#"])
-@pytest.mark.parametrize("section", ["", "optimizer.", "activation_checkpointing.", "timers."])
+@pytest.mark.parametrize(
+    "section", ["", "optimizer.", "activation_checkpointing.", "timers.", "chatgot.", "chatgot.checkpoint."]
+)
 def test_comment_is_a_note_where_deepspeed_takes_it(section: str, key: str) -> None:
     tree = with_keys({section + key: "of a person"})
     DeepSpeedConfig(tree)
@@ -108,6 +110,8 @@ def test_comment_is_refused_where_deepspeed_refuses_it() -> None:
         ("_zero_optimisation", "zero_optimization"),
         ("__gradient_clipping", "gradient_clipping"),
         ("optimizer._type", "type"),
+        ("chatgot._schedule", "schedule"),
+        ("chatgot.guard._on_diverge", "on_diverge"),
         ("_overlap_comm", "zero_optimization.overlap_comm"),
     ],
 )
