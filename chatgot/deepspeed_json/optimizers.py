@@ -9,7 +9,7 @@ from typing import Any
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.findings import ABSENT, Findings, meant
-from chatgot.deepspeed_json.rule_types import Rule, Subject, error, note, warning
+from chatgot.deepspeed_json.rule_types import Rule, Subject, adapted, error, note, warning
 from chatgot.deepspeed_json.schema import Key
 from chatgot.deepspeed_json.values import Values, given_arguments, is_offloaded, read_arguments
 
@@ -144,6 +144,18 @@ def _is_untested(s: Subject) -> bool:
     return built and not {s.optimizer, kind} & {*REFUSED_OPTIMIZERS, *ZERO_TESTED_OPTIMIZERS}
 
 
+def _has_bf16_optimizer(s: Subject) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which clips raw gradients before Muon sees them."""
+    return s.stage == 1 and s.v.bf16.enabled is True and s.v.data_types.grad_accum_dtype in schema.FP32_NAMES
+
+
+def has_one_group(stage: int, optimizer: str, offloaded: bool) -> bool:
+    """Whether all parameters must be in one group: ZeRO makes torch's Adagrad anew, of a flat list (zero/stage3.py and
+    zero/stage_1_and_2.py, initialize_optimizer_states).
+    """
+    return stage > 0 and optimizer.lower() == "adagrad" and not offloaded
+
+
 def _no_lr(s: Subject) -> dict[str, str] | None:
     if not s.optimizer or {"lr", "muon_lr", "adam_lr"} & set(s.arguments):
         return None
@@ -186,10 +198,13 @@ RULES: tuple[Rule, ...] = (
           "offload; use AdamW, or zero_optimization.offload_optimizer.device = none"),
     error("optimizer.params.per_head_muon", lambda s, _: s.optimizer == "muon" and s.arguments.get("per_head_muon")
           and {"value": True}, "needs a transformers model; delete it"),
-    note("optimizer.type", lambda s, _: s.optimizer == "muon" and s.stage and s.v.gradient_clipping > 0
-         and {"stage": s.stage, "norm": f"{s.v.gradient_clipping:g}"},
-         "stock DeepSpeed at ZeRO stage {stage} would clip Muon's orthogonalised updates to "
-         "gradient_clipping = {norm}, which stops it from learning; ChatGoT clips the AdamW groups only"),
+    adapted("optimizer.type", lambda s, _: s.optimizer == "muon" and s.v.gradient_clipping > 0
+            and not _has_bf16_optimizer(s) and {"stock": "the updates too, which stops it from learning" if s.stage
+                                                else "all gradients, by the norm of all"},
+            "gradient_clipping is for the AdamW groups only, by their own norm, which optim/grad_norm then is: Muon's "
+            "orthogonalised updates have a fixed size. Stock DeepSpeed would clip {stock}"),
+    note("optimizer.type", lambda s, _: s.optimizer == "adagrad" and has_one_group(s.stage, "adagrad", s.offloaded),
+         "DeepSpeed's ZeRO fails on two parameter groups of Adagrad: weight decay reaches biases and norms too"),
     note("optimizer.type", lambda s, _: s.optimizer == "adam" and "adam_w_mode" not in s.arguments,
          "DeepSpeed means AdamW by it (decoupled weight decay) unless adam_w_mode is false"),
     note("optimizer.params.lr", lambda s, _: _no_lr(s), "is not stated: the default is {lr}", absent=True),

@@ -17,11 +17,11 @@ _ZERO = "zero_optimization."
 # fmt: off
 STAGES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys((_ZERO + key for key in (
-        "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm", "load_from_fp32_weights",
-        "offload_optimizer",
+        "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm", "offload_optimizer",
     )), (1, 2, 3)),
     **dict.fromkeys((_ZERO + key for key in (
         "use_multi_rank_bucket_allreduce", "allgather_bucket_size", "compute_grad_norm", "elastic_checkpoint",
+        "load_from_fp32_weights",
         "ignore_unused_parameters", "round_robin_gradients", "parameter_alignment",
     )), (1, 2)),
     **dict.fromkeys((name for name in schema.NODES if name.startswith(_ZERO + "stage3_")), (3,)),

@@ -173,6 +173,9 @@ RULES: tuple[Rule, ...] = (
          "a fixed scale cannot follow an overflow; 0 lets DeepSpeed adapt it"),
     note("fp16.enabled", lambda s, on: on is True and s.facts.kind == "cuda" and s.facts.bf16 and s.facts.certain,
          "this device has bf16, which needs no loss scaling"),
+    note("communication_data_type", lambda s, dtype: dtype in ("fp16", "bf16") and dtype != s.precision
+         and s.ranks == 1 and {"dtype": dtype},
+         "one rank sends nothing, and DeepSpeed rounds the gradients to {dtype} all the same"),
     warning("communication_data_type", lambda s, dtype: dtype == "fp16" and s.v.fp16.enabled is not True,
             "fp16 overflows on gradients that nobody scales; use bf16, or leave it out"),
 
@@ -191,8 +194,12 @@ RULES: tuple[Rule, ...] = (
     error("zero_optimization.compute_grad_norm", lambda s, on: not on and s.stage == 1 and s.v.bf16.enabled
           and s.v.data_types.grad_accum_dtype in FP32_NAMES,
           "false does not work with bf16, fp32 accumulation and stage 1"),
-    error("zero_optimization.elastic_checkpoint", lambda s, on: on and s.stage == 3,
-          "stage 3 no longer has it; delete it"),
+    error("zero_optimization.elastic_checkpoint", lambda s, on: on and s.stage > 0,
+          "DeepSpeed cannot load what it saves with it; delete it: a resume takes any number of ranks without it",
+          "zero/stage_1_and_2.py, _restore_step_from_elastic_checkpoint; zero/stage3.py no longer has it"),
+    warning("zero_optimization.load_from_fp32_weights", lambda s, on: not on and s.stage in (1, 2)
+            and s.precision != "fp32" and {"precision": s.precision},
+            "false rounds the weights to {precision} at every resume, which is then not the same run; delete it"),
     error("zero_optimization.zero_hpz_partition_size",
           lambda s, size: size > 1 and s.ranks % size and {"ranks": s.ranks},
           "must divide the number of ranks, {ranks}"),
@@ -230,6 +237,9 @@ RULES: tuple[Rule, ...] = (
     error("chatgot.activation_checkpointing", lambda s, _: _RECOMPUTATION not in s.v and _refinement(s) is not None
           and {"value": _refinement(s)},
           'does nothing without the DeepSpeed section "activation_checkpointing": {{}}; add it'),
+    adapted(_RECOMPUTATION, lambda s, on: on and not s.needs_deepspeed() and _refinement(s) is None
+            and {"value": s.tree[_RECOMPUTATION]}, "recomputes every block, by torch.utils.checkpoint. DeepSpeed "
+            "itself leaves that to the model's code; delete the section to keep all activations"),
     error(" ".join(f"{_RECOMPUTATION}.{key}" for key in RECOMPUTATION_OF_DEEPSPEED),
           lambda s, on: on and s.chatgot.activation_checkpointing.backend == "torch",
           'only the backend "deepspeed" does this, and chatgot.activation_checkpointing says "torch"'),

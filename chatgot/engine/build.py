@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from chatgot.deepspeed_json.machine import has_c_compiler
+from chatgot.deepspeed_json.optimizers import has_one_group
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import Place, gloo_interface
 from chatgot.engine import guards
@@ -83,7 +84,8 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
 
     if config.optimizer is None:
         raise ConfigError(f"{config.path}: optimizer: missing; without it there is nothing to train with")
-    groups, given = parameter_groups(model, weight_decay(config)), dict(config.deepspeed)
+    in_one = has_one_group(config.zero_stage, config.optimizer.type, config.offload_optimizer != "none")
+    groups, given = parameter_groups(model, weight_decay(config), in_one), dict(config.deepspeed)
     optimizer, chosen = build_client_optimizer(config, groups)
     notes = [wire_activation_checkpointing(model, config), chosen]
     if optimizer is not None:
@@ -114,6 +116,8 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     except ImportError as error:  # of a monitor, or of a package that an optimizer or an operator needs
         what = f"DeepSpeed needs what is not installed here: {error}"
         raise MachineError(f"{config.path}: {what}; install it, or take the section out") from error
+    if in_one:
+        guards.adopt_new_adagrad(engine)
     if config.chatgot.compile.enabled and not has_c_compiler(device.type):
         why = "this machine has no C compiler, which torch.compile needs; install gcc and g++"
         notes.append(f"torch.compile: off, although chatgot.compile.enabled = true: {why}")

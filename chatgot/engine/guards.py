@@ -33,6 +33,8 @@ def install(engine: Any, muon: bool, on_overflow: Callable[[], None]) -> Stage0G
         ClipAdamGroupsOnly(engine.optimizer)
     if hasattr(engine.optimizer, "backup_optimizer"):
         unite_the_two_adams(engine.optimizer)
+    if getattr(engine.basic_optimizer, "fp32_optimizer_states", False):
+        keep_moments_in_fp32(engine.basic_optimizer)
     if engine.zero_optimization_stage() < 3 and getattr(engine.optimizer, "cpu_offload", False):
         forget_skipped_gradients(engine.optimizer)
     return None
@@ -75,7 +77,8 @@ class Stage0Gradients:
         engine.clip_fp32_gradients, engine.zero_grad, engine.optimizer.step = self.clip, self.zero_grad, self.step
         engine.optimizer.overflow = False
         # DeepSpeed flattens, reduces and copies back every gradient even where there is nobody to share it with.
-        if dist.get_world_size() == 1:
+        # It rounds them to communication_data_type on the way.
+        if dist.get_world_size() == 1 and engine.communication_data_type == torch.float32:
             engine.enable_backward_allreduce = False
 
     def before_step(self) -> None:
@@ -189,6 +192,33 @@ def unite_the_two_adams(zero: Any) -> None:
         step(sub_group_id)
 
     zero._optimizer_step = step_alike
+
+
+def adopt_new_adagrad(engine: Any) -> None:
+    """Lets a run with Adagrad under ZeRO be looked at and resumed: ZeRO replaces torch's Adagrad by a new one
+    (initialize_optimizer_states), of which the engine does not know, and whose parameters stage 3 would load twice.
+    """
+    engine.basic_optimizer = engine.optimizer.optimizer
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer._clear_fp32_optimizer_param_groups()
+
+
+def keep_moments_in_fp32(optimizer: Any) -> None:
+    """Lets a run with 16-bit master weights and CPUAdam's fp32 moments resume as the same run: torch rounds a loaded
+    moment to the dtype of its parameter (Optimizer.load_state_dict).
+    """
+    theirs = optimizer.load_state_dict
+
+    def load_state_dict(saved: dict[str, Any]) -> None:
+        theirs(saved)
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters):
+            state, moments = optimizer.state[parameter], saved["state"].get(number, {})
+            rounded = [key for key in state.keys() & moments.keys() if key.startswith("exp_avg")]
+            state.update({key: moments[key] for key in rounded if state[key].dtype != moments[key].dtype})
+
+    optimizer.load_state_dict = load_state_dict
 
 
 def tell_overflow(optimizer: Any, call: Callable[[], None]) -> None:

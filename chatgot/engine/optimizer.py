@@ -16,9 +16,15 @@ ONLY_DEEPSPEED = ("bias_correction", "fp32_optimizer_states")
 """Arguments of DeepSpeed's Adam whose value false torch's does not know."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split in two groups (GPT-2): matrices and embeddings decay; biases and norm gains, of one dimension, do not."""
+def parameter_groups(model: nn.Module, weight_decay: float, in_one: bool = False) -> list[dict[str, Any]]:
+    """Split in two groups (GPT-2): matrices and embeddings decay; biases and norm gains, of one dimension, do not.
+
+    Args:
+        in_one: all in one group, which decays.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
+    if in_one:
+        return [{"params": trained, "weight_decay": weight_decay}]
     decay, no_decay = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from chatgot.deepspeed_json.machine import has_command
 from chatgot.training import run
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
@@ -150,6 +151,48 @@ def test_stock_scheduler_follows_a_changed_rate(tmp_path, text_file):
     assert in_process.train(argv(tmp_path / "engine.json", tmp_path / "lower", tmp_path / "run.yaml", text_file)) == 0
     lower, rates = series(tmp_path / "lower", "optim/lr"), series(tmp_path / "out", "optim/lr")
     assert all(rates[step] == pytest.approx((3 if step <= STEPS else 1) * lower[step]) for step in lower)
+
+
+OFFLOAD = {"device": "cpu", "pin_memory": False}
+MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "zero", "keys"),
+    [
+        ("Adagrad", 1, 1, {}, {}),
+        ("Adagrad", 3, 3, {}, {}),
+        ("Adagrad", 3, 2, {}, {}),
+        ("Adagrad", 0, 3, {}, {}),
+        ("AdamW", 3, 3, {"offload_optimizer": {**OFFLOAD, "ratio": 0.5}}, {}),
+        ("AdamW", 2, 2, {"offload_optimizer": OFFLOAD}, MASTERS),
+        ("AdamW", 1, 3, {"offload_optimizer": OFFLOAD}, {"zero_force_ds_cpu_optimizer": True}),
+    ],
+)
+def test_an_optimizer_that_deepspeed_builds_goes_on_where_it_was(
+    kind, before, after, zero, keys, tmp_path, text_file, capsys
+):
+    if kind == "AdamW" and not has_command("g++", "c++"):
+        pytest.skip("DeepSpeed compiles its CPUAdam")
+
+    def written(stage: int) -> None:
+        saving = {"checkpoint": {"every_steps": STEPS, "every_minutes": None, "keep_best": 0}}
+        optimizer = {"type": kind, "params": {"lr": 3e-3, "weight_decay": 0.1 * (kind == "AdamW")}}
+        tree = engine_json(stage, optimizer=optimizer, chatgot=saving, **keys)
+        tree["zero_optimization"].update(zero)
+        write_json(tmp_path / "engine.json", tree)
+
+    write_run_yaml(tmp_path / "run.yaml", max_steps=2 * STEPS)
+    written(after)
+    assert in_process.train(argv(tmp_path / "engine.json", tmp_path / "whole", tmp_path / "run.yaml", text_file)) == 0
+    written(before)
+    in_process.abandon_after(STEPS, words(tmp_path, text_file))
+    written(after)
+    capsys.readouterr()
+    assert in_process.train(words(tmp_path, text_file)) == 0
+    whole, parts = (series(tmp_path / name, "train/loss") for name in ("whole", "out"))
+    assert parts == (whole if before == after else pytest.approx(whole, rel=1e-5))
+    assert not events(tmp_path / "out", "resume_differs")
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)

@@ -548,6 +548,14 @@ def test_persistence_threshold_auto_is_the_default(read) -> None:
         ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 3}}, "must be an even number"),
         ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "false needs gradient_clipping = 0"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "must divide the number of ranks, 1"),
+        (
+            {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
+            "cannot load what it saves with it; delete it",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "elastic_checkpoint": True}},
+            "cannot load what it saves with it; delete it",
+        ),
         ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "no longer has the old stage 1"),
         ({"zero_optimization": {"stage": 1, "zenflow": {}}}, "not supported by ChatGoT"),
         ({"gradient_predivide_factor": 2.0, "zero_optimization.stage": 2}, "reduce_scatter = false"),
@@ -605,6 +613,39 @@ def test_muon_is_accepted_where_it_works(read) -> None:
             read({"optimizer": {"type": "muon", "params": params}, "zero_optimization": zero}).zero_stage
             == zero["stage"]
         )
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks", "level", "said"),
+    [
+        ({"bf16.enabled": True, "zero_optimization.load_from_fp32_weights": False}, 1, "warning", "rounds the weights"),
+        ({"zero_optimization.load_from_fp32_weights": False}, 1, None, "rounds the weights"),  # they are fp32
+        ({"communication_data_type": "bf16"}, 1, "note", "rounds the gradients to bf16 all the same"),
+        ({"communication_data_type": "bf16"}, 2, None, "all the same"),
+        ({"optimizer.type": "Muon"}, 1, "adapted", "the updates too, which stops it from learning"),
+        ({"optimizer.type": "Muon", "zero_optimization.stage": 0}, 1, "adapted", "all gradients, by the norm of all"),
+        ({"optimizer.type": "Muon", "gradient_clipping": 0}, 1, None, "for the AdamW groups only"),
+        (
+            {"optimizer.type": "Muon", "bf16.enabled": True, "data_types.grad_accum_dtype": "fp32"},
+            1,
+            None,
+            "for the AdamW groups only",
+        ),
+        ({"optimizer": {"type": "Adagrad"}}, 1, "note", "weight decay reaches biases and norms too"),
+        ({"optimizer": {"type": "Adagrad"}, "zero_optimization.stage": 0}, 1, None, "biases and norms"),
+        ({"activation_checkpointing": {}}, 1, "adapted", "recomputes every block"),
+        ({"activation_checkpointing": {"profile": False}}, 1, "adapted", "recomputes every block"),
+        ({"activation_checkpointing": {"profile": True}}, 1, None, "recomputes every block"),
+        (
+            {"activation_checkpointing": {}, "chatgot.activation_checkpointing.every_n_layers": 2},
+            1,
+            None,
+            "recomputes every block",
+        ),
+    ],
+)
+def test_what_is_not_as_it_seems_is_said(read, keys: dict, ranks: int, level: str | None, said: str) -> None:
+    assert {f.level for f in read(keys, world_size=ranks).findings if said in f.why} == ({level} if level else set())
 
 
 def test_old_forms_are_understood(read) -> None:

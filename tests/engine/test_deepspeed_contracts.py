@@ -48,7 +48,7 @@ class Net(nn.Module):
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.1}}
 
 
-def stock(stage: int = 0, **keys: Any) -> Any:
+def stock(stage: int = 0, groups: int = 1, **keys: Any) -> Any:
     """A DeepSpeedEngine as DeepSpeed makes it, without anything of ours."""
     import deepspeed
 
@@ -57,7 +57,7 @@ def stock(stage: int = 0, **keys: Any) -> Any:
     config = {"train_batch_size": 1, "gradient_clipping": 0.0, "optimizer": ADAMW, "zero_optimization": zero, **keys}
     return deepspeed.initialize(
         model=(net := Net()),
-        model_parameters=list(net.parameters()),  # type: ignore[arg-type]
+        model_parameters=[{"params": [*net.parameters()][n::groups]} for n in range(groups)],  # type: ignore[arg-type]
         config=config,
         dist_init_required=False,
     )[0]
@@ -363,6 +363,53 @@ def test_zero_3_steps_what_it_does_not_offload_at_a_constant_rate_and_saves_no_s
     states = len(zero.state_dict()["optimizer_state_dict"]["state"])
     engine.destroy()
     assert (moved, states) == ([True, False], 1), mended("backup_optimizer", "guards.unite_the_two_adams")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_fails_on_two_groups_of_adagrad(stage):
+    adagrad = {"type": "Adagrad", "params": {"lr": 1e-2}}
+    with pytest.raises(IndexError):
+        train(stock(stage, optimizer=adagrad, groups=2))
+    engine = stock(stage, optimizer=adagrad)
+    remade = engine.basic_optimizer is not engine.optimizer.optimizer
+    assert remade, mended("Adagrad is made once", "guards.adopt_new_adagrad")
+    engine.destroy()
+
+
+@pytest.mark.skipif(not has_command("g++", "c++"), reason="DeepSpeed compiles its CPUAdam")
+def test_moments_become_16_bit_when_they_are_loaded_for_16_bit_master_weights(tmp_path: Path):
+    masters = {"enabled": True, "bf16_master_weights_and_grads": True}
+    zero = {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    kinds = []
+    for _ in range(2):
+        engine = stock(optimizer={"type": "AdamW", "params": {"lr": 1e-2}}, zero_optimization=zero, bf16=masters)
+        if kinds:
+            engine.load_checkpoint(str(tmp_path))
+        else:
+            train(engine)
+            engine.save_checkpoint(str(tmp_path))
+        kinds += [state["exp_avg"].dtype for state in engine.basic_optimizer.state.values()]
+        engine.destroy()
+    assert kinds == [torch.float32, torch.bfloat16], mended(
+        "moments are loaded as saved", "guards.keep_moments_in_fp32"
+    )
+
+
+def test_what_elastic_checkpoint_saves_cannot_be_loaded(tmp_path: Path):
+    zero = {"stage": 1, "elastic_checkpoint": True}
+    engine = stock(zero_optimization=zero)
+    train(engine)
+    engine.save_checkpoint(str(tmp_path))
+    engine.destroy()
+    engine = stock(zero_optimization=zero)
+    with pytest.raises(AssertionError):
+        engine.load_checkpoint(str(tmp_path))
+    engine.destroy()
+
+
+def test_max_grad_norm_is_no_argument_of_an_optimizer():
+    with pytest.raises(ValueError, match="gradient_clipping"):
+        stock(1, optimizer={"type": "AdamW", "params": {"lr": 1e-2, "max_grad_norm": 1.0}})
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -140,6 +140,35 @@ def test_cpu_adam_is_deepspeeds_where_it_takes_no_other_and_trains_as_stock_does
     assert ours[-1] < ours[0]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"optimizer": {"type": "Adagrad", "params": {"lr": 1e-2, "weight_decay": 0.1}}},
+        {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.1}},
+            "communication_data_type": "bf16",
+        },
+    ],
+    ids=["adagrad", "communication_data_type"],
+)
+@pytest.mark.usefixtures("process_group")
+def test_trains_as_stock_does(keys, stage):
+    tree = engine_json(stage, batch=2, micro=2, chatgot={"schedule": None}, **keys)
+    config = build_engine_config(tree, "ds.json", world_size=1, facts=CPU, n_params=30_000)
+    engine = build(model(), config, torch.device("cpu"))
+    groups = 1 if stage and "communication_data_type" not in keys else 2
+    assert len(engine.engine.optimizer.param_groups) == groups
+    batches = [torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    ours = [float(engine.train_step([(batch, batch)])) for batch in batches]
+    assert engine.engine.basic_optimizer.state, "what is stepped is looked at"
+    engine.engine.destroy()
+    assert ours == pytest.approx(stock_losses(tree, batches, groups=groups == 2), rel=5e-7)
+    if "communication_data_type" in keys:
+        del tree["communication_data_type"]
+        assert ours != pytest.approx(stock_losses(tree, batches), rel=5e-7), "it rounds, so the comparison can fail"
+
+
 def stock_losses(tree: dict[str, Any], batches: list[torch.Tensor], groups: bool = True) -> list[float]:
     """What a loop around stock DeepSpeed makes of a JSON, with weight decay where ChatGoT has it unless told."""
     import deepspeed
