@@ -27,6 +27,16 @@ _OFFLOADS = {
     "zero_optimization.cpu_offload_param": (3, False),
 }
 """Key -> the first ZeRO stage that reads it, and the value without it."""
+ADAPTED = {
+    "optimizer": 'is not given: it trains with that of {name}; to state it, paste "optimizer": {section}',
+    _STAGE: "{name} runs at ZeRO stage 1, also on one rank: at stage 0 DeepSpeed steps once before training begins",
+    **dict.fromkeys(_OFFLOADS, "is not passed on: it works from ZeRO stage {first} on, and the stage is {stage}"),
+    "checkpoint.load_universal": "is not passed on: a resume takes any checkpoint to any ranks, stage and precision "
+    "without it",
+    "data_efficiency.enabled": "is not passed on: DeepSpeed drops tokens (random_ltd) only in layers that a program "
+    "wraps itself, and ChatGoT wraps none",
+}
+"""Key -> what is run in place of it, as the rules in rules.py say it of the others."""
 RUN_LENGTH = "scheduler.params.total_num_steps"
 
 
@@ -53,12 +63,9 @@ class Adaptation:
         self._fill_arguments("scheduler")
         self._drop_offload_below_its_stage()
         self._raise_stage()
-        if self.values.checkpoint.load_universal:
-            why = "is not passed on: a resume takes any checkpoint to any ranks, stage and precision without it"
-            self._instead("checkpoint.load_universal", True, False, why)
-        if self.values.data_efficiency.enabled:
-            why = "is not passed on: DeepSpeed drops tokens (random_ltd) only in layers that a program wraps itself"
-            self._instead("data_efficiency.enabled", True, False, f"{why}, and ChatGoT wraps none")
+        for dotted in ("checkpoint.load_universal", "data_efficiency.enabled"):
+            if self.values[dotted]:
+                self._instead(dotted, True, False)
 
     @cached_property
     def _shipped(self) -> tuple[str, dict[str, Any]]:
@@ -66,9 +73,9 @@ class Adaptation:
         path = shipped_jsons()["fp32_zero0"] if self.facts.kind == "cpu" else default_json(self.facts, self.ranks)
         return path.name, read_document(path).tree
 
-    def _instead(self, dotted: str, stated: Any, value: Any, why: str) -> None:
+    def _instead(self, dotted: str, stated: Any, value: Any, **filled: Any) -> None:
         """Use another value than the one that stands there, and say so."""
-        name = self.values.name(dotted)
+        name, why = self.values.name(dotted), ADAPTED[dotted].format(**filled)
         self.findings.add("adapted", name, stated, why)
         self.values[dotted] = value
         self.derived.add(dotted, value, why)
@@ -126,7 +133,7 @@ class Adaptation:
         self.derived.add("optimizer.type", section["type"], reason)
         for key, value in section["params"].items():
             self.derived.add(f"optimizer.params.{key}", value, reason)
-        why = f'is not given: it trains with that of {name}; to state it, paste "optimizer": {json.dumps(section)}'
+        why = ADAPTED["optimizer"].format(name=name, section=json.dumps(section))
         self.findings.add("adapted", "optimizer", ABSENT, why)
 
     def _fill_arguments(self, section: str) -> None:
@@ -157,8 +164,7 @@ class Adaptation:
         stage = self.values.zero_optimization.stage
         for dotted, (first, off) in _OFFLOADS.items():
             if self.values[dotted] not in (None, off) and stage < first:
-                why = f"is not passed on: it works from ZeRO stage {first} on, and the stage is {stage}"
-                self._instead(dotted, self.values[dotted], off, why)
+                self._instead(dotted, self.values[dotted], off, first=first, stage=stage)
 
     def _raise_stage(self) -> None:
         """16 bit at stage 0: DeepSpeed takes an optimizer step with zero gradients before training begins
@@ -168,8 +174,7 @@ class Adaptation:
         name = next((name for name in ("bf16", "fp16") if values[f"{name}.enabled"] is True), None)
         if name is None or values.zero_optimization.stage != 0:
             return
-        why = f"{name} runs at ZeRO stage 1, also on one rank: at stage 0 DeepSpeed steps once before training begins"
-        self._instead(_STAGE, 0 if _STAGE in values else ABSENT, 1, why)
+        self._instead(_STAGE, 0 if _STAGE in values else ABSENT, 1, name=name)
         if str(values.optimizer.type).lower() in ELEMENTWISE_OPTIMIZERS and not values.zero_allow_untested_optimizer:
             self.values["zero_allow_untested_optimizer"] = True
             self.derived.add("zero_allow_untested_optimizer", True, "the stage is 1 because of 16 bit")

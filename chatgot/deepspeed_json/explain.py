@@ -5,18 +5,20 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json import rules, schema
+from chatgot.deepspeed_json.adapt import ADAPTED
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import Settings, described, keys_of, nested_class
 from chatgot.deepspeed_json.findings import meant, shown
 from chatgot.deepspeed_json.reach import NEEDS, NEVER, NEVER_SECTIONS, STAGES, section_switch, stages_in_words
-from chatgot.deepspeed_json.rule_types import rules_about
-from chatgot.deepspeed_json.rules import RULES
+from chatgot.deepspeed_json.rule_types import adapted, rules_about
 from chatgot.deepspeed_json.schema import Key, Section
 from chatgot.errors import ConfigError
 
 _OWNERS = {"optimizer.params": schema.OPTIMIZER_PARAMS, "scheduler.params": schema.SCHEDULER_PARAMS}
 _WIDTH = 110
+RULES = (*rules.RULES, *(adapted(key, lambda *_: None, why) for key, why in ADAPTED.items()))
+"""Every rule that explanations take from; what adapt.py does has no other condition than its own."""
 
 
 def explain(key: str, run: type[Settings] | None = None) -> str:

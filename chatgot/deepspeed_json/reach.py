@@ -71,7 +71,7 @@ NEVER = {
     "allgather_size": "only the old form zero_optimization: true reads it",
     "dataloader_drop_last": "it is for DeepSpeed's own data loader, and ChatGoT's only ever gives whole batches",
     "disable_allgather": "DeepSpeed reads it and uses it nowhere",
-    "optimizer.legacy_fusion": "it is for fp16 at ZeRO stage 0, which ChatGoT refuses",
+    "optimizer.legacy_fusion": "it is for fp16 at ZeRO stage 0, which ChatGoT runs at stage 1",
     "seq_parallel_communication_data_type": "it is for sequence parallelism, which ChatGoT does not have",
     "vocabulary_size": "DeepSpeed only warns when it is no multiple of 8",
     "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed ignores it; write pin_memory inside offload_param or "

@@ -302,6 +302,8 @@ def test_explanation_names_default_values_and_relations() -> None:
     assert "ZeRO stage 3 only" in explain("stage3_max_live_parameters")
     assert "not supported by ChatGoT" in explain("hybrid_engine.max_out_tokens")
     assert "deprecated" in explain("zero_optimization.cpu_offload")
+    assert "May be adapted: is not passed on: it works from ZeRO stage <first> on" in explain("cpu_offload")
+    assert "May be adapted: is not passed on: a resume takes any checkpoint" in explain("checkpoint.load_universal")
     assert shown(0.01) in explain("optimizer.params.min_coeff")
     assert "Optimizer steps between saves" in explain("chatgot.checkpoint.every_steps")
     assert explain("bfloat16") == explain("bf16")
