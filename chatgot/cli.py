@@ -175,6 +175,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("--strict", action="store_true", help="every warning is an error")
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
     add("--effective", action="store_true", help="print every value in use and where it comes from")
+    table = "print what of a stock JSON is passed on, adapted and refused, as a table; needs no JSON"
+    add("--rules", action="store_true", help=table)
     add("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
 
     add = command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts")
@@ -263,13 +265,16 @@ def _check(arguments: argparse.Namespace) -> int:
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import RunConfig, load_run_config
     from chatgot.deepspeed_json import check
-    from chatgot.deepspeed_json.explain import explain
+    from chatgot.deepspeed_json.explain import explain, verdict_table
     from chatgot.devices import assumed_device
     from chatgot.errors import ConfigError
     from chatgot.model.shapes import count_parameters
 
     if arguments.explain is not None:
         print(explain(arguments.explain, RunConfig))
+        return EXIT_DONE
+    if arguments.rules:
+        print(verdict_table(with_reasons=True))
         return EXIT_DONE
     if arguments.json is None:
         raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")

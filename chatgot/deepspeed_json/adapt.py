@@ -28,8 +28,9 @@ _OFFLOADS = {
 }
 """Key -> the first ZeRO stage that reads it, and the value without it."""
 ADAPTED = {
-    "optimizer": 'is not given: it trains with that of {name}; to state it, paste "optimizer": {section}',
-    _STAGE: "{name} runs at ZeRO stage 1, also on one rank: at stage 0 DeepSpeed steps once before training begins",
+    "optimizer": 'is not given: it trains with that of {shipped}; to state it, paste "optimizer": {section}',
+    _STAGE: "{precision} runs at ZeRO stage 1, also on one rank: at stage 0 DeepSpeed steps once before training "
+    "begins",
     **dict.fromkeys(_OFFLOADS, "is not passed on: it works from ZeRO stage {first} on, and the stage is {stage}"),
     "checkpoint.load_universal": "is not passed on: a resume takes any checkpoint to any ranks, stage and precision "
     "without it",
@@ -133,7 +134,7 @@ class Adaptation:
         self.derived.add("optimizer.type", section["type"], reason)
         for key, value in section["params"].items():
             self.derived.add(f"optimizer.params.{key}", value, reason)
-        why = ADAPTED["optimizer"].format(name=name, section=json.dumps(section))
+        why = ADAPTED["optimizer"].format(shipped=name, section=json.dumps(section))
         self.findings.add("adapted", "optimizer", ABSENT, why)
 
     def _fill_arguments(self, section: str) -> None:
@@ -174,7 +175,7 @@ class Adaptation:
         name = next((name for name in ("bf16", "fp16") if values[f"{name}.enabled"] is True), None)
         if name is None or values.zero_optimization.stage != 0:
             return
-        self._instead(_STAGE, 0 if _STAGE in values else ABSENT, 1, name=name)
+        self._instead(_STAGE, 0 if _STAGE in values else ABSENT, 1, precision=name)
         if str(values.optimizer.type).lower() in ELEMENTWISE_OPTIMIZERS and not values.zero_allow_untested_optimizer:
             self.values["zero_allow_untested_optimizer"] = True
             self.derived.add("zero_allow_untested_optimizer", True, "the stage is 1 because of 16 bit")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
+from dataclasses import replace
 
 from chatgot.deepspeed_json import rules, schema
 from chatgot.deepspeed_json.adapt import ADAPTED
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import Settings, described, keys_of, nested_class
 from chatgot.deepspeed_json.findings import meant, shown
+from chatgot.deepspeed_json.optimizers import REFUSED_OPTIMIZERS, REFUSED_SCHEDULERS
 from chatgot.deepspeed_json.reach import NEEDS, NEVER, NEVER_SECTIONS, STAGES, section_switch, stages_in_words
 from chatgot.deepspeed_json.rule_types import adapted, rules_about
 from chatgot.deepspeed_json.schema import Key, Section
@@ -34,6 +36,31 @@ def explain(key: str, run: type[Settings] | None = None) -> str:
     dotted = _find(key, of_run)
     paragraphs = [line for part in of_run.get(dotted) or sentences(dotted) for line in part.splitlines()]
     return "\n".join([dotted, *(textwrap.fill(f"  {one}", _WIDTH, subsequent_indent="    ") for one in paragraphs)])
+
+
+def verdict_table(with_reasons: bool) -> str:
+    """What becomes of a stock JSON, from the rules, as a table in Markdown: passed on, adapted, refused."""
+    rows, adapted, refused = [("verdict", "keys", "reason"), ("---", "---", "---")], dict[str, list[str]](), {}
+    for rule in RULES:
+        said = refused if rule.unsupported else adapted if rule.level == "adapted" else {}
+        said.setdefault(replace(rule, source="").text(), []).extend(rule.keys.split())
+    for key, kinds in (("optimizer.type", REFUSED_OPTIMIZERS), ("scheduler.type", REFUSED_SCHEDULERS)):
+        for why in dict.fromkeys(kinds.values()):
+            refused[why] = [f"{key} = {' or '.join(kind for kind in kinds if kinds[kind] == why)}"]
+    adapted["where DeepSpeed drops it: its default; anywhere else: as in the shipped JSON of this device"] = ['"auto"']
+    refused["removed from DeepSpeed, which refuses it too"] = list(schema.REMOVED)
+    idle = [*NEVER, *NEVER_SECTIONS]
+    elsewhere = {"chatgot", *idle, *(key for keys in refused.values() for key in keys)}
+    passed = [name for name in schema.ROOT.keys if not {name, section_switch(name)} & elsewhere]
+    for verdict, said in (
+        ("passed on", {"as it stands, but for the keys below; ChatGoT writes `wandb` itself": passed}),
+        ("adapted", adapted),
+        ("no effect", {"passed on, and changes nothing: `--explain` says why": idle}),
+        ("refused", refused),
+    ):
+        said = said if with_reasons else {"": [key for keys in said.values() for key in dict.fromkeys(keys)]}
+        rows += [(verdict, ", ".join(f"`{key}`" for key in keys), why) for why, keys in said.items()]
+    return "\n".join("| " + " | ".join(row if with_reasons else row[:2]) + " |" for row in rows)
 
 
 def explained_keys() -> list[str]:

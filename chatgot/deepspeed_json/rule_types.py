@@ -99,6 +99,8 @@ class Rule:
     """Whether it is about the device: only a warning where this machine may not be the one that runs."""
     late: bool = False
     """Whether the model's size or the batch must be known."""
+    unsupported: bool = False
+    """Whether ChatGoT cannot honour the key, whatever stands beside it."""
 
     def text(self) -> str:
         """The message with names in angle brackets where values will stand, and its source."""
@@ -129,8 +131,8 @@ def note(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str =
 def accepts(key: str, why: str, *allowed: Any) -> Rule:
     """A rule about a key that ChatGoT cannot honour: only these values pass; none of a section."""
     if isinstance(schema.NODES[key], schema.Section):
-        return error(key, lambda s, _: {"value": "{...}"} if key in s.v else None, why)
-    return error(key, lambda s, value: key in s.v and value not in allowed, why)
+        return error(key, lambda s, _: {"value": "{...}"} if key in s.v else None, why, unsupported=True)
+    return error(key, lambda s, value: key in s.v and value not in allowed, why, unsupported=True)
 
 
 def apply(rules: Iterable[Rule], subject: Subject, findings: Findings, *, late: bool) -> None:

@@ -17,10 +17,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from chatgot import cli
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.check import Effective, check
-from chatgot.deepspeed_json.explain import explain, explained_keys, sentences
+from chatgot.deepspeed_json.explain import explain, explained_keys, sentences, verdict_table
 from chatgot.deepspeed_json.findings import shown
 from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.errors import ConfigError
+from tests.deepspeed_json import generate_tables
 from tests.deepspeed_json.conftest import GPU, VALID, with_keys
 from tests.support import ROOT, environment
 
@@ -353,6 +354,27 @@ def test_a_run_yaml_in_place_of_the_json_is_said_once(run, tmp_path: Path) -> No
         assert code == 2
         assert "not a DeepSpeed JSON; --config takes" in out
         assert out.endswith(": 1 error\n")
+
+
+@pytest.mark.parametrize("file", generate_tables.FILES, ids=lambda file: file.parent.name)
+def test_the_tables_of_verdicts_are_those_of_the_rules(file: Path) -> None:
+    assert generate_tables.generate(file) == file.read_text(encoding="utf-8"), (
+        "python -m tests.deepspeed_json.generate_tables"
+    )
+
+
+def test_the_table_of_verdicts_has_every_key_once(run) -> None:
+    code, out, _ = run("--rules")
+    assert (code, out) == (0, verdict_table(with_reasons=True) + "\n")
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
+    keys = [(row[0], key.strip("`")) for row in rows for key in row[1].split(", ")]
+    assert len(keys) == len(set(keys))
+    top = {key.partition(".")[0] for verdict, key in keys if "." in key or verdict != "adapted"}
+    assert top >= {name for name in schema.ROOT.keys if name != "chatgot"}
+    passed = {key for verdict, key in keys if verdict == "passed on"}
+    assert {"zero_optimization", "bf16", "optimizer", "wandb"} <= passed
+    assert not {"hybrid_engine", "sequence_parallel_size", "pipeline", "tensor_parallel", "chatgot"} & passed
+    assert {("refused", "zero_optimization.zenflow"), ("adapted", "checkpoint.load_universal")} <= set(keys)
 
 
 def test_explain_needs_no_file(run) -> None:
