@@ -8,19 +8,22 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from chatgot.deepspeed_json.findings import meant
 from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE, CheckpointError
-from chatgot.launcher.arguments import Parser, RankParser, count
+from chatgot.launcher.arguments import (
+    Add,
+    Parser,
+    RankParser,
+    config_argument,
+    count,
+    given_to,
+    overrides_argument,
+)
 from chatgot.launcher.entry import escape_unwritable, guarded, refuse_wrong_settings, settle_environment
 from chatgot.version import __version__
-
-T = TypeVar("T")
-Add = Callable[..., argparse.Action]
-"""`add_argument` of a parser."""
 
 TRAIN_EPILOG = """overrides stand anywhere among the flags and edit the one home of a key:
   model.n_layers=4  data.tokenizer=byte  train.max_steps=200      the run YAML
@@ -41,7 +44,7 @@ def train_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     how = "how it is run: a DeepSpeed JSON, or the name of a shipped one (chatgot configs; default: by the device)"
     add("--deepspeed_config", metavar="NAME|JSON", help=how)
-    _config(add, "what is trained: a preset (chatgot presets) or a run YAML")
+    config_argument(add, "what is trained: a preset (chatgot presets) or a run YAML")
     text = "a text file, a folder of them, a prepared folder, or a built-in corpus (default: wars_of_the_roses)"
     add("--data", default="wars_of_the_roses", metavar="SPEC", help=text)
     add("--out_dir", required=True, type=Path, help="the run folder")
@@ -74,11 +77,11 @@ def _train(argv: Sequence[str], own_process: bool) -> NoReturn:
             if own_process:
                 escape_unwritable()
                 settle_environment(start_again=True)
-            json = _given(refuse_wrong_settings, arguments)
+            json = given_to(refuse_wrong_settings, arguments)
             from chatgot.training.run import TrainArguments, leave
             from chatgot.training.run import train as run
 
-            code = run(replace(_given(TrainArguments, arguments), deepspeed_config=json), stop)
+            code = run(replace(given_to(TrainArguments, arguments), deepspeed_config=json), stop)
         leave()
         sys.exit(code)
 
@@ -141,7 +144,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add = command("prepare", _prepare, "turn text into tokens on disk")
     add("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
     add("--out", required=True, type=Path, help="the prepared folder, for --data")
-    _config(add, "its data section says how")
+    config_argument(add, "its data section says how")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
     add = command("sample", _sample, "draw text from a run folder")
@@ -171,7 +174,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("--vocab_size", type=count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
     add("--world_size", type=count, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
-    _overrides(add)
+    overrides_argument(add)
     add("--strict", action="store_true", help="every warning is an error")
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
     add("--effective", action="store_true", help="print every value in use and where it comes from")
@@ -182,10 +185,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add = command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts")
     how = "how it is run: a DeepSpeed JSON, or the name of a shipped one; with --sweep a folder"
     add("deepspeed_config", nargs="?", type=Path, metavar="JSON", help=how)
-    _config(add, "what is trained: a preset or a run YAML")
+    config_argument(add, "what is trained: a preset or a run YAML")
     add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="h200", metavar="NAME|BYTES", help="h200, rtx4090, ..., cpu, or 24GiB (default: h200)")
-    _overrides(add)
+    overrides_argument(add)
     add("--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)")
     add("--sweep", action="store_true", help="a table of all JSONs that ship, or of those in the folder given")
     add("--format", default="text", choices=("text", "json"), help="json: for programs, in bytes")
@@ -193,7 +196,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add = command("tune", _tune, "find the micro-batch, ZeRO stage and other settings that train fastest")
     how = "a DeepSpeed JSON, or the name of a shipped one; its global batch stays"
     add("deepspeed_config", type=Path, metavar="JSON", help=how)
-    _config(add, "the model: a preset or a run YAML")
+    config_argument(add, "the model: a preset or a run YAML")
     add("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
     add("--world_size", type=count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
     add("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
@@ -208,21 +211,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     command("presets", _presets, "list the models that ship, for --config")
     command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
     return parser, commands.choices
-
-
-def _config(add: Add, what: str) -> None:
-    add("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
-
-
-def _overrides(add: Add) -> None:
-    what = "overrides, as for train.py; they may stand without --set too"
-    add("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help=what)
-
-
-def _given(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
-    """Make the arguments of a room's function from those of a command line, lists as tuples."""
-    given = {name: value for name, value in vars(arguments).items() if name in signature(kind).parameters}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _show_log() -> None:
@@ -250,7 +238,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{arguments.run}: {what}; give the --out_dir of a run")
     from chatgot.inference.sample import SampleArguments, sample
 
-    sample(_given(SampleArguments, arguments))
+    sample(given_to(SampleArguments, arguments))
 
 
 def _name_checkpoint(arguments: argparse.Namespace) -> None:
@@ -304,7 +292,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     from chatgot.tuning.tune import TuneArguments, tune
 
     _show_log()
-    tune(replace(_given(TuneArguments, arguments), deepspeed_config=find_json(arguments.deepspeed_config)))
+    tune(replace(given_to(TuneArguments, arguments), deepspeed_config=find_json(arguments.deepspeed_config)))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -330,7 +318,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> None:
     from chatgot.plan.command import PlanArguments, plan
 
-    print(plan(_given(PlanArguments, arguments)))
+    print(plan(given_to(PlanArguments, arguments)))
 
 
 def _presets(arguments: argparse.Namespace) -> None:

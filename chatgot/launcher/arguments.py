@@ -6,11 +6,16 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, NoReturn, TypeVar
 
 from chatgot.errors import EXIT_CONFIG
 from chatgot.version import __version__
+
+T = TypeVar("T")
+Add = Callable[..., argparse.Action]
+"""`add_argument` of a parser."""
 
 
 def on_rank_0() -> bool:
@@ -64,3 +69,20 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def config_argument(add: Add, what: str) -> None:
+    """Add --config to a parser."""
+    add("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")
+
+
+def overrides_argument(add: Add) -> None:
+    """Add --set to a parser that takes overrides among its flags too."""
+    what = "overrides, as for train.py; they may stand without --set too"
+    add("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help=what)
+
+
+def given_to(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
+    """Make the arguments of a room's function from those of a command line, lists as tuples."""
+    given = {name: value for name, value in vars(arguments).items() if name in signature(kind).parameters}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
