@@ -22,6 +22,7 @@ _OTHER_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "learning_rate": "optimizer.params.lr",
     "max_grad_norm": "gradient_clipping",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
     "mixed_precision": "bf16",
     "zero_stage": "zero_optimization.stage",
 }
@@ -187,10 +188,10 @@ def _note_unknown(key: str, place: str, value: Any, section: Section, dotted: st
         if is_comment and not homes:
             why += "; comments may stand at the top level"
         elif len(homes) > 1:
-            why += f"; it belongs at {' or '.join(homes)}"
+            why += f"; it belongs at {' or '.join(homes[:3])}{' or elsewhere' if len(homes) > 3 else ''}"
         elif homes and homes[0] in schema.RUN_KEYS:
             why += "; the run YAML (--config) has it"
-        allowed, suggestion = "one of " + ", ".join(known), homes[0] if len(homes) == 1 else ""
+        allowed, suggestion = ("", "") if len(homes) > 1 else ("one of " + ", ".join(known), "".join(homes))
         findings.error(place, value, why, allowed=allowed, suggestion=suggestion)
         return "error"
     if is_comment:

@@ -58,6 +58,7 @@ def test_unknown_key_like_no_other_is_a_warning_and_stays_behind(key: str) -> No
         ("optimizer.zero_optimization", "zero_optimization"),
         ("activation_checkpointing.every_n_layers", "chatgot.activation_checkpointing.every_n_layers"),
         ("learning_rate", "optimizer.params.lr"),
+        ("micro_batch_size", "train_micro_batch_size_per_gpu"),
         ("mixed_precision", "bf16"),
         ("gradient_checkpointing", "activation_checkpointing"),
     ],
@@ -78,7 +79,10 @@ def test_key_of_the_run_yaml_is_sent_there(key: str, home: str) -> None:
 def test_key_of_several_sections_is_refused() -> None:
     (finding,) = about({"device": "cpu"})
     assert finding.level == "error"
-    assert "zero_optimization.offload_param.device" in finding.message
+    where = "zero_optimization.offload_param.device or zero_optimization.offload_optimizer.device"
+    assert finding.message.endswith(f"it belongs at {where}")
+    (finding,) = about({"enabled": True})
+    assert finding.message.endswith("it belongs at fp16.enabled or bf16.enabled or torch_autocast.enabled or elsewhere")
 
 
 def test_keys_of_the_run_yaml_are_known_here() -> None:
