@@ -13,7 +13,7 @@ from typing import Any
 
 from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.findings import ABSENT, Findings
-from chatgot.deepspeed_json.optimizers import ELEMENTWISE_OPTIMIZERS, known_arguments
+from chatgot.deepspeed_json.optimizers import ELEMENTWISE_OPTIMIZERS, cpu_adam_key, known_arguments
 from chatgot.deepspeed_json.read import default_json, read_document, shipped_jsons
 from chatgot.deepspeed_json.schema import NODES, Key
 from chatgot.deepspeed_json.values import Derivations, Values, given_arguments
@@ -127,8 +127,11 @@ class Adaptation:
             return
         name, shipped = self._shipped
         section = shipped["optimizer"]
-        self.tree["optimizer"] = {**section, "params": dict(section["params"])}
         self.values["optimizer"], self.values["optimizer.type"] = True, section["type"]
+        of_deepspeed = {key: value for key, value in section["params"].items() if key not in ("torch_adam", "fused")}
+        if cpu_adam_key(self.values, {"optimizer": {"params": of_deepspeed}}):
+            section = {**section, "params": of_deepspeed}
+        self.tree["optimizer"] = {**section, "params": dict(section["params"])}
         self.values["optimizer.params"] = True
         reason = f"not given, as in {name}"
         self.derived.add("optimizer.type", section["type"], reason)

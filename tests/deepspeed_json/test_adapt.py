@@ -166,6 +166,15 @@ def test_bf16_inside_autocast_is_passed_on_with_a_warning(read: Callable[..., En
     assert [one.level for one in config.findings if one.key == "torch_autocast.enabled"] == ["warning"]
 
 
+def test_an_optimizer_that_is_not_given_fits_what_is_offloaded(read: Callable[..., EngineConfig]) -> None:
+    config = read({"optimizer": ..., ZERO: {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}})
+    of_deepspeed = {key: value for key, value in ADAMW["params"].items() if key not in ("torch_adam", "fused")}
+    assert config.deepspeed["optimizer"] == {**ADAMW, "params": of_deepspeed}
+    assert config.cpu_adam_key == f"{ZERO}.offload_optimizer.ratio"
+    plain = read({"optimizer": ..., ZERO: {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
+    assert plain.deepspeed["optimizer"] == ADAMW
+
+
 def test_a_misspelled_optimizer_is_not_replaced(refused: Callable[..., list[str]]) -> None:
     (line,) = refused({"optimizer": ..., "optimizr": {"type": "SGD"}})
     assert "did you mean 'optimizer'?" in line
