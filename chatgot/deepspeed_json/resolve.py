@@ -210,7 +210,7 @@ def resolve(
     chatgot = read_fields(ChatGoTSection, section, "chatgot", findings)
     derived = Derivations(values)
     Adaptation(values, tree, facts, world_size, findings, derived).run()
-    chatgot = _with_compile(chatgot, values, findings, derived)
+    chatgot = _with_compile(chatgot, values, derived)
     batch = resolve_batch(values, world_size, findings, derived)
     subject = Subject(values, tree, chatgot, facts, world_size, batch)
     check_optimizer(values, tree, findings)
@@ -225,13 +225,11 @@ def resolve(
     return Resolved(document, subject, derived, backend, findings)
 
 
-def _with_compile(chatgot: ChatGoTSection, values: Values, findings: Findings, derived: Derivations) -> ChatGoTSection:
-    """Compile the model for DeepCompile, unless the file says whether to: DeepSpeed leaves that call to the loop."""
+def _with_compile(chatgot: ChatGoTSection, values: Values, derived: Derivations) -> ChatGoTSection:
+    """Compile the model for DeepCompile, unless the file says whether to."""
     if not values.compile.deepcompile or "enabled" in chatgot.compile.model_fields_set:
         return chatgot
-    why = "compile.deepcompile needs it: DeepSpeed leaves it to the training loop to compile the model"
-    derived.add("chatgot.compile.enabled", True, why, inform_deepspeed=False)
-    findings.add("adapted", values.name("compile.deepcompile"), True, "turns chatgot.compile.enabled on as well")
+    derived.add("chatgot.compile.enabled", True, "compile.deepcompile needs it", inform_deepspeed=False)
     return chatgot.model_copy(update={"compile": chatgot.compile.model_copy(update={"enabled": True})})
 
 

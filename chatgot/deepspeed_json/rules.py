@@ -75,10 +75,10 @@ def _is_alone(s: Subject) -> bool:
     return s.ranks == 1 and not (s.offloaded or zero.offload_param.device != "none" or zero.cpu_offload_param)
 
 
-def _refinement(s: Subject) -> Any:
-    """The section chatgot.activation_checkpointing as given."""
+def _given(s: Subject, section: str) -> Any:
+    """A section of chatgot as given."""
     chatgot = s.tree.get("chatgot")
-    return chatgot.get(_RECOMPUTATION) if isinstance(chatgot, dict) else None
+    return chatgot.get(section) if isinstance(chatgot, dict) else None
 
 
 def _supported(s: Subject) -> str:
@@ -234,10 +234,10 @@ RULES: tuple[Rule, ...] = (
       for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")),
 
     # Activation checkpointing, compilation.
-    error("chatgot.activation_checkpointing", lambda s, _: _RECOMPUTATION not in s.v and _refinement(s) is not None
-          and {"value": _refinement(s)},
+    error("chatgot.activation_checkpointing", lambda s, _: _RECOMPUTATION not in s.v
+          and _given(s, _RECOMPUTATION) is not None and {"value": _given(s, _RECOMPUTATION)},
           'does nothing without the DeepSpeed section "activation_checkpointing": {{}}; add it'),
-    adapted(_RECOMPUTATION, lambda s, on: on and not s.needs_deepspeed() and _refinement(s) is None
+    adapted(_RECOMPUTATION, lambda s, on: on and not s.needs_deepspeed() and _given(s, _RECOMPUTATION) is None
             and {"value": s.tree[_RECOMPUTATION]}, "recomputes every block, by torch.utils.checkpoint. DeepSpeed "
             "itself leaves that to the model's code; delete the section to keep all activations"),
     error(" ".join(f"{_RECOMPUTATION}.{key}" for key in RECOMPUTATION_OF_DEEPSPEED),
@@ -261,8 +261,8 @@ RULES: tuple[Rule, ...] = (
             "saves nothing here: DeepSpeed shares activations over model-parallel ranks only, and ChatGoT has none"),
     error("compile.deepcompile", lambda s, on: on and not s.chatgot.compile.enabled,
           "does nothing with chatgot.compile.enabled = false; take one of them out"),
-    adapted("compile.deepcompile", lambda s, on: on and s.stage == 0,
-            "torch.compile does it at ZeRO stage 0, as in DeepSpeed itself: DeepCompile is for stages 1, 2 and 3",
+    adapted("compile.deepcompile", lambda s, on: on and (s.stage == 0 or "enabled" not in (_given(s, "compile") or ())),
+            "turns chatgot.compile.enabled on; at ZeRO stage 0 torch.compile does the work, as in DeepSpeed itself",
             "engine.py, get_deepcompile_backend"),
     error("chatgot.compile.mode", lambda s, mode: s.v.compile.deepcompile and s.stage > 0 and mode != "default",
           'is for torch.compile, and compile.deepcompile takes its place; use "default"',

@@ -99,7 +99,7 @@ CASES: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
     ({"optimizer": ...}, "adapted", "optimizer", 'it trains with that of bf16_zero1.json', {}),
     ({"optimizer.type": "AdamX"}, "error", "optimizer.type", "did you mean 'Adam", {}),
     ({"optimizer": {"type": "SGD", "params": {"lr": 1}}}, "error", "optimizer.type", "zero_allow_untested_optimizer", {}),
-    ({"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}, "note", "optimizer.type", "clip Muon's orthogonalised updates", {}),
+    ({"optimizer": {"type": "Muon", "params": {"lr": 0.02}}}, "adapted", "optimizer.type", "Muon's orthogonalised updates", {}),
     ({"optimizer": {"type": "Adam"}}, "note", "optimizer.params.lr", "the default is 0.001", {}),
     ({"scheduler": {"type": "WarmupLR", "params": {}}, "chatgot": {"schedule": {}}}, "error", "scheduler", "keep one of them", {}),
     ({"scheduler": {"type": "WarmupLR"}}, "error", "scheduler.params", "must be given", {}),

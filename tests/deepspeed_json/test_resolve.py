@@ -779,10 +779,13 @@ def test_refinement_without_the_section_is_refused(refused) -> None:
 
 def test_deepcompile_compiles_the_model_by_itself(read, refused, write) -> None:
     for keys, said in (
-        ({"compile.deepcompile": True}, "turns chatgot.compile.enabled on as well"),
-        ({"compile": {"deepcompile": True, "passes": ["z1"]}}, "turns chatgot.compile.enabled on as well"),
-        ({"compile.deepcompile": True, "zero_optimization.stage": 0}, "torch.compile does it at ZeRO stage 0"),
-        ({"compile.deepcompile": True, "chatgot.compile.enabled": True, "zero_optimization.stage": 0}, "torch.compile"),
+        ({"compile.deepcompile": True}, "turns chatgot.compile.enabled on"),
+        ({"compile": {"deepcompile": True, "passes": ["z1"]}}, "turns chatgot.compile.enabled on"),
+        ({"compile.deepcompile": True, "zero_optimization.stage": 0}, "at ZeRO stage 0 torch.compile"),
+        (
+            {"compile.deepcompile": True, "chatgot.compile.enabled": True, "zero_optimization.stage": 0},
+            "at ZeRO stage 0 torch.compile",
+        ),
     ):
         config = read(keys)
         assert config.chatgot.compile.enabled
