@@ -183,9 +183,10 @@ def test_json_after_a_public_pattern_has_the_verdict_that_it_states(path: Path) 
     assert not deepspeed_rejects(ours.deepspeed)
     stored = build_engine_config(ours.to_dict(), "ds_config.json", world_size=1, facts=GPU, n_params=124_000_000)
     assert stored == ours, "the run folder's JSON reads back to something else"
-    by_the_model = {"activation_checkpointing.contiguous_memory_optimization"}
+    # The model decides the one, the engine the other (which gradients are clipped): no value of the JSON says it.
+    unstated = {"activation_checkpointing.contiguous_memory_optimization", "optimizer.type"}
     still = {f.key for f in stored.findings if f.level == "adapted"}
-    assert still <= by_the_model, "what is adapted once is stated in the run folder"
+    assert still <= unstated, "what is adapted once is stated in the run folder"
 
 
 def test_jsons_after_public_patterns_are_many_and_of_all_verdicts() -> None:

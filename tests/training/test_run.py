@@ -11,7 +11,7 @@ import pytest
 
 from chatgot.deepspeed_json import read, resolve
 from chatgot.training import run
-from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml
+from tests.support import ROOT, engine_json, live_metrics, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 
 
@@ -70,3 +70,24 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path: Path, text_
     (tmp_path / "tmp").mkdir()
     run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, afresh=True, env={"TMPDIR": str(tmp_path / "tmp")})
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["transformers_zero2_auto", "transformers_zero3_auto", "neox_comments_and_tensorboard"]
+)
+def test_jsons_of_transformers_documentation_and_one_with_comments_train_and_resume(
+    name: str, tmp_path: Path, text_file: Path
+) -> None:
+    given = (ROOT / "tests" / "deepspeed_json" / "stock" / f"{name}.json").read_text()
+    # The one with comments also asks for tensorboard, which is not installed everywhere.
+    (path := tmp_path / "engine.json").write_text(
+        given.replace('"tensorboard": {"enabled": true', '"tensorboard": {"enabled": false')
+    )
+    short = ("train.log_every=1", "train.eval_tokens=256", "train.sample_max_new_tokens=8")
+    for steps in (3, 5):
+        words = in_process.argv(path, tmp_path / "run", "tiny", text_file, f"train.max_steps={steps}", *short)
+        assert in_process.train(words) == 0
+    assert [record["step"] for record in live_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if event["event"] in ("started", "resumed")] == ["started", "resumed"]
