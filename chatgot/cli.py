@@ -175,7 +175,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("--world_size", type=count, default=1, metavar="N", help="number of ranks (default: 1)")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
     overrides_argument(add)
-    add("--strict", action="store_true", help="every warning is an error")
+    add("--strict", action="store_true", help="every warning about the JSON is an error")
     add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
     add("--effective", action="store_true", help="print every value in use and where it comes from")
     table = "print what of a stock JSON is passed on, adapted and refused, as a table; needs no JSON"

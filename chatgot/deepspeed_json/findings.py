@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from chatgot.errors import ConfigError
@@ -134,10 +134,11 @@ class Findings:
     """Where each key stands in the file; empty when the tree came from elsewhere."""
     all: list[Finding] = field(default_factory=list)
     strict: bool = False
-    """Whether every warning is an error."""
+    """Whether every warning is an error, but for those of a machine: ranks on unlike ones must refuse alike."""
 
-    def add(self, level: Level, key: str, value: Any, why: str, **more: str) -> None:
-        """Note something about a key; `more` is allowed or suggestion."""
+    def add(self, level: Level, key: str, value: Any, why: str, of_machine: bool = False, **more: str) -> None:
+        """Note something about a key, or of this machine because of it; `more` is allowed or suggestion."""
+        level, why = (level, why) if of_machine else self._judged(level, why)
         mark, name = self.mark(key), shortened(key, 200)
         if self.from_override(key):
             self._add(Finding(level, OVERRIDE, None, None, name, value, why, **more))
@@ -146,16 +147,20 @@ class Findings:
 
     def at(self, mark: Mark | None, level: Level, key: str, why: str) -> None:
         """Note something about a place of the file."""
+        level, why = self._judged(level, why)
         place = (mark and mark.line, mark and mark.column)
         self._add(Finding(level, self.file, *place, shortened(key, 200), ABSENT, why))
 
     def error(self, key: str, value: Any, why: str, **more: str) -> None:
         """Note what forbids to start."""
-        self.add("error", key, value, why, **more)
+        self.add("error", key, value, why, False, **more)
+
+    def _judged(self, level: Level, why: str) -> tuple[Level, str]:
+        if self.strict and level == "warning":
+            return "error", f"{why} (a warning, refused because of --strict)"
+        return level, why
 
     def _add(self, finding: Finding) -> None:
-        if self.strict and finding.level == "warning":
-            finding = replace(finding, level="error", why=f"{finding.why} (a warning, refused because of --strict)")
         if finding not in self.all:
             self.all.append(finding)
 

@@ -56,17 +56,18 @@ def note_lacks(subject: Subject, findings: Findings) -> None:
         if values[f"{section}.enabled"] and not has_package(*packages):
             lost = "the run is not recorded there" if section == "wandb" else "DeepSpeed stops at the start"
             why = f"the package {' or '.join(packages)} is not installed: {lost}"
-            findings.add("warning", values.name(f"{section}.enabled"), True, why)
+            findings.add("warning", values.name(f"{section}.enabled"), True, why, of_machine=True)
     for dotted, what in _compiled(subject).items():
         if lacks := [name for name, there in _compiler(subject, dotted).items() if not there]:
             why = f"{what} is compiled at the first start, and this machine lacks {', '.join(lacks)}"
             value = True if dotted.startswith("chatgot") else values[dotted]
-            findings.add("warning", dotted if dotted.startswith("chatgot") else values.name(dotted), value, why)
+            name = dotted if dotted.startswith("chatgot") else values.name(dotted)
+            findings.add("warning", name, value, why, of_machine=True)
     for section in _OFFLOADS:
         path = values[f"{section}.nvme_path"]
         if values[f"{section}.device"] == "nvme" and path and not is_writable_folder(path):
             why = "is no folder that this machine can write to"
-            findings.add("warning", values.name(f"{section}.nvme_path"), path, why)
+            findings.add("warning", values.name(f"{section}.nvme_path"), path, why, of_machine=True)
 
 
 def _compiled(subject: Subject) -> dict[str, str]:

@@ -145,11 +145,12 @@ def apply(rules: Iterable[Rule], subject: Subject, findings: Findings, *, late: 
                 continue
             known = filled if isinstance(filled, dict) else {}
             why = rule.why.format(**known)
-            if rule.device and not subject.facts.certain:
+            guessed = rule.device and not subject.facts.certain
+            if guessed:
                 level, why = "warning", f"{why} (seen from this machine; --device says what the run will have)"
             name = dotted if dotted not in schema.NODES else subject.v.name(dotted)
             shown = ABSENT if rule.absent else known.get("value", value)
-            findings.add(known.get("level", level), name, shown, why)
+            findings.add(known.get("level", level), name, shown, why, guessed)
 
 
 def rules_about(rules: tuple[Rule, ...], dotted: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from chatgot import cli
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.check import Effective, check
 from chatgot.deepspeed_json.explain import explain, explained_keys, sentences, verdict_table
-from chatgot.deepspeed_json.findings import shown
+from chatgot.deepspeed_json.findings import Findings, shown
 from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.errors import ConfigError
 from tests.deepspeed_json import generate_tables
@@ -70,6 +70,14 @@ def test_strict_makes_every_warning_an_error_and_nothing_else(run, write) -> Non
     assert (
         "    no key of DeepSpeed, which ignores it, and so does ChatGoT (a warning, refused because of --strict)" in out
     )
+    lacks = write(
+        with_keys({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}})
+    )
+    assert run(lacks, "--device", "cuda", "--strict")[0] == 0
+    assert "is no folder that this machine can write to" in run(lacks, "--device", "cuda", "--strict")[1]
+    guessed = Findings("ds.json", strict=True)
+    guessed.add("warning", "bf16.enabled", True, "seen from this machine", of_machine=True)
+    assert guessed.at_level("error") == []
     late = write(with_keys({"chatgot": {"schedule": {"warmup_steps": 5000}}}))
     assert run(late, "--device", "cuda", "--config", "tiny")[0] == 0
     assert run(late, "--device", "cuda", "--config", "tiny", "--strict")[0] == 2
