@@ -223,7 +223,7 @@ def _homes(key: str, known: list[str], is_comment: bool) -> list[str]:
     if is_comment:
         word = word.lstrip("_")
         near = any(one_slip_apart(name, spelled) for name in (key.lower(), word) for spelled in map(str.lower, known))
-        homes = [] if near else schema.homes().get(word, [])
+        homes = [name for name in schema.homes().get(word, ()) if name not in schema.RUN_KEYS]
         return [meant(word, known)] if near else homes if len(homes) == 1 else []
     if any(one_slip_apart(word, name.lower()) for name in known):
         return [meant(key, known)]

@@ -89,7 +89,9 @@ def test_keys_of_the_run_yaml_are_known_here() -> None:
     assert set(schema.RUN_KEYS) == set(dotted_keys(RunConfig))
 
 
-@pytest.mark.parametrize("key", ["_comment", "//", "_note", "__doc", "// stage", "_optimizer_comment", "$schema", "#"])
+@pytest.mark.parametrize(
+    "key", ["_comment", "//", "_note", "__doc", "// stage", "_optimizer_comment", "_model", "$schema", "#"]
+)
 @pytest.mark.parametrize(
     "section", ["", "optimizer.", "activation_checkpointing.", "timers.", "chatgot.", "chatgot.checkpoint."]
 )
