@@ -205,7 +205,8 @@ def without_comments(section: Any, where: str, findings: Findings) -> Any:
     """A section that DeepSpeed never sees without the comments in it, each of which is noted."""
     if not isinstance(section, dict):
         return section
-    names = [dotted.rpartition(".")[2] for dotted in dotted_keys(ChatGoTSection)]
+    placed = (dotted.rpartition(".") for dotted in dotted_keys(ChatGoTSection, "chatgot."))
+    names = [name for around, _, name in placed if around == where]
     kept = {}
     for key, value in section.items():
         if _COMMENT.match(str(key)) and not any(one_slip_apart(key.lower().lstrip("_"), name) for name in names):
