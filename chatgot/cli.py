@@ -21,6 +21,7 @@ from chatgot.launcher.arguments import (
     count,
     given_to,
     overrides_argument,
+    seconds,
 )
 from chatgot.launcher.entry import escape_unwritable, guarded, refuse_wrong_settings, settle_environment
 from chatgot.version import __version__
@@ -54,6 +55,8 @@ def train_parser() -> argparse.ArgumentParser:
     add("--allow_data_change", action="store_true", help=f"{change} number")
     add("--allow_batch_change", action="store_true", help="resume with another train_batch_size")
     add("--strict", action="store_true", help="refuse where the DeepSpeed JSON deserves a warning")
+    hang = "end with exit 6 when a rank makes no progress for so many seconds, and say where all of them are"
+    add("--hang_timeout", type=seconds, default=300.0, metavar="S", help=f"{hang} (default: 300; 0: never)")
     add("--run_name", help="name on the dashboard (default: the run folder's name)")
     add("--debug", action="store_true", help="show the traceback of a refusal")
     add("--local_rank", "--local-rank", type=int, help="set by launchers")

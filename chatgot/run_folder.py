@@ -39,6 +39,8 @@ REPLACED = ".replaced-"
 PRUNED = ".pruned-"
 """Prefix of a checkpoint that is being deleted; what could not be deleted is tried again after the next save."""
 WANDB = "wandb"
+STACKS = "stacks"
+"""Where each rank stood when one hung."""
 MICRO_BATCH = "micro_batch.json"
 """The micro-batch that memory allows, see tuning/micro_batch.py."""
 LOCK = ".lock"
@@ -259,7 +261,7 @@ def acquire_lock(folder: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = _holder(file)
+                holder = holder_of(file)
                 os.close(file)
                 os.close(here)
                 raise ConfigError(
@@ -271,13 +273,15 @@ def acquire_lock(folder: Path) -> str | None:
                     os.close(file)
                     raise
                 alone = "see to it that no other run writes there"
-                note = f"{path}: this file system has no locks ({error}); {alone} (left there: {_holder(file) or '-'})"
+                note = (
+                    f"{path}: this file system has no locks ({error}); {alone} (left there: {holder_of(file) or '-'})"
+                )
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(LOCK, dir_fd=here, follow_symlinks=False)):
                     break
             os.close(file)  # its holder deleted it between our open and our lock
-        if note is None and (left_by := _holder(file)):
+        if note is None and (left_by := holder_of(file)):
             note = f"{path}: was left by a run that is gone ({left_by}); taken over"
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}).encode(), 0)
@@ -286,30 +290,6 @@ def acquire_lock(folder: Path) -> str | None:
         raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error.strerror}") from error
     _held[os.path.abspath(folder)] = _Held(file, here, made)
     return note
-
-
-def holder(folder: Path) -> str | None:
-    """Say which process holds the lock of a run folder; None: nobody does.
-
-    A lock of this machine's is looked up without touching it, since a run that starts in that moment would be refused.
-    """
-    try:
-        file = open_file(folder / LOCK)
-    except FileNotFoundError:
-        return None
-    text = ""
-    try:
-        text, status = _holder(file), os.fstat(file)
-        if f"on host {socket.gethostname()}," in text:
-            place = f":{status.st_ino} "  # the device before it is not always that of stat
-            lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
-            return text if any("FLOCK" in line and place in line for line in lines) else None
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return text
-    finally:
-        os.close(file)
 
 
 def release_lock(folder: Path) -> None:
@@ -360,7 +340,8 @@ def _key(folder: Path) -> str | None:
     return None
 
 
-def _holder(file: int) -> str:
+def holder_of(file: int) -> str:
+    """What an open lock says of the process that took it; empty where nobody did."""
     text = os.pread(file, 1000, 0).decode("utf-8", "replace")
     try:
         holder = json.loads(text)

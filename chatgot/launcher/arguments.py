@@ -71,6 +71,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """Read a number of seconds from 0 on, for add_argument."""
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+    return float(text)
+
+
 def config_argument(add: Add, what: str) -> None:
     """Add --config to a parser."""
     add("--config", default="tiny", metavar="NAME|YAML", help=f"{what} (default: tiny)")

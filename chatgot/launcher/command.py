@@ -32,6 +32,7 @@ from chatgot.errors import (
     ConfigError,
     MachineError,
 )
+from chatgot.launcher.arguments import seconds
 from chatgot.launcher.supervisor import Supervisor, say
 from chatgot.version import __version__
 
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     restarts = _at_least(0, "not a number of restarts from 0 on")
     add("--max_restarts", type=restarts, metavar="K", help="start again after a crash, K times at most (default: 0)")
     grace = f"seconds that ranks have to save and end after a signal (default: {GRACE_SECONDS:g})"
-    add("--grace", type=_seconds, metavar="S", help=grace)
+    add("--grace", type=seconds, metavar="S", help=grace)
     add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
     add("--script", metavar="PATH", help="another program to start instead of launch/train.py")
     return parser
@@ -108,12 +109,6 @@ def _at_least(low: int, otherwise: str, high: float = math.inf, auto: bool = Fal
         return int(text)
 
     return number
-
-
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
-    return float(text)
 
 
 def _interpreter(given: str | None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ def status(folder: Path) -> tuple[str, int]:
     for event in events:
         if (kind := event.get("event")) in _TURNS and (kind in _TURNS[:2] or last.get("event") in (None, *_TURNS[:2])):
             last = event
-    holder = run_folder.holder(folder)
+    holder = holder_of_lock(folder)
     if not last and holder is None:
         raise ConfigError(f"{folder}: no run has started here; give the --out_dir of one")
     saved = next((event.get("step") for event in reversed(events) if event.get("event") == "saved"), None)
@@ -47,3 +50,27 @@ def status(folder: Path) -> tuple[str, int]:
         return f"failed with exit code {code}: {why}; {again if code == EXIT_INTERRUPTED else state}", code
     at = newest_step(folder / run_folder.METRICS) or 0
     return f"ended without a word at step {at} or later (killed, or the machine went down), {again}", EXIT_INTERRUPTED
+
+
+def holder_of_lock(folder: Path) -> str | None:
+    """Say which process holds the lock of a run folder; None: nobody does.
+
+    A lock of this machine's is looked up without touching it, since a run that starts in that moment would be refused.
+    """
+    try:
+        file = run_folder.open_file(folder / run_folder.LOCK)
+    except FileNotFoundError:
+        return None
+    text = ""
+    try:
+        text, status = run_folder.holder_of(file), os.fstat(file)
+        if f"on host {socket.gethostname()}," in text:
+            place = f":{status.st_ino} "  # the device before it is not always that of stat
+            lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+            return text if any("FLOCK" in line and place in line for line in lines) else None
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return text
+    finally:
+        os.close(file)

@@ -31,8 +31,11 @@ from chatgot.training.memory import MemoryCheck
 from chatgot.training.records import Records
 from chatgot.training.saving import Position, Saving
 from chatgot.training.stop import StopSignals
+from chatgot.training.watchdog import PATIENCE, Watchdog
 
 logger = logging.getLogger(__name__)
+
+FIRST = "the first step"
 
 
 @dataclass
@@ -63,10 +66,11 @@ class Loop:
     """What the JSON says, or where it leaves that to memory what was found; less is used once memory has run out."""
     micro_batch_is_auto: bool
     position: Position
+    watchdog: Watchdog
     meter: Throughput = field(default_factory=Throughput)
     stopped_by: str | None = None
     """The signal that ended the loop."""
-    doing: str = "the first step"
+    doing: str = FIRST
     """What is running: 'step 7', for messages."""
 
     @property
@@ -141,6 +145,7 @@ class Loop:
             Interrupted: on all ranks; one of them was asked to stop.
             NumericsError: on all ranks; the state that was to be saved is not finite.
         """
+        self.watchdog.beat()
         signalled, minutes_over, writing, more = self.ranks.any(*self._flags(), more)
         if signalled:
             raise evaluation.Interrupted
@@ -196,11 +201,12 @@ class Loop:
 
     def _train_step(self) -> torch.Tensor:
         """One optimizer step; this rank's loss."""
+        self.watchdog.beat(PATIENCE if self.doing == FIRST else 1)
         self.doing = f"step {self.step + 1}"
         self.proof.begin_step()
         if (schedule := self.engine.config.chatgot.schedule) is not None:
             self.engine.set_learning_rate(schedule_factor(self.step, self.config.train.max_steps, schedule))
-        micro_batches = self.train_batches.micro_batches(self.position.next_sample)
+        micro_batches = self.watchdog.beating(self.train_batches.micro_batches(self.position.next_sample))
         try:
             loss = self.engine.train_step(micro_batches, before_update=self.memory.look)
         except NumericsError as error:
@@ -284,8 +290,10 @@ class Loop:
     def _doing(self, what: str, pause: str) -> Iterator[None]:
         """Leave what happens within out of the throughput, and name it in messages."""
         before, self.doing = self.doing, what
+        self.watchdog.beat(PATIENCE)
         with self.meter.paused(pause):
             yield
+        self.watchdog.beat()
         self.doing = before  # not after an error, whose message names it
 
     def _diverged(self, known: KnownLoss | None) -> Divergence | None:

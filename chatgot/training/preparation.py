@@ -49,6 +49,8 @@ class TrainArguments:
     overrides: tuple[str, ...] = ()
     run_name: str | None = None
     local_rank: int | None = None
+    hang_timeout: float = 300.0
+    """Seconds without progress after which a rank has hung; 0: never."""
     strict: bool = False
     """Whether a warning about the JSON refuses the run."""
 

@@ -38,6 +38,7 @@ from chatgot.training.preparation import Resumed, TrainArguments
 from chatgot.training.records import open_records
 from chatgot.training.saving import Position, Saving, open_saver
 from chatgot.training.stop import StopSignals
+from chatgot.training.watchdog import Watchdog
 from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ def finish(loop: Loop) -> int:
     """Run a prepared loop to its end, closing the records whatever happens; returns the exit code."""
     records, exit_code = loop.records, 1
     try:
-        for _ in loop.steps():
-            pass
+        with loop.watchdog:
+            for _ in loop.steps():
+                pass
         loop.proof.end()
         exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
         if loop.stopped_by:
@@ -234,6 +236,14 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         json_micro_batch=json_micro_batch,
         micro_batch_is_auto=answer is not None,
         position=position,
+        watchdog=Watchdog(
+            arguments.out_dir,
+            place.rank,
+            world_size,
+            arguments.hang_timeout,
+            doing=lambda: loop.doing,
+            tell=lambda report: records.event("failed", step=loop.step, error=report, exit_code=EXIT_ENVIRONMENT),
+        ),
     )
     for note in notes:
         logger.info(note)

@@ -16,7 +16,7 @@ import pytest
 import chatgot.run_folder as run_folder
 from chatgot.errors import ConfigError
 from chatgot.observe.journal import Events, Journal
-from chatgot.observe.status import status
+from chatgot.observe.status import holder_of_lock, status
 
 MEMORY = {"doing": "step 7", "micro_batch": 4}
 
@@ -65,10 +65,10 @@ def test_a_lock_counts_as_long_as_somebody_holds_it(tmp_path: Path) -> None:
     assert run.stdout is not None
     run.stdout.readline()
     assert status(tmp_path) == (
-        f"running, {run_folder.holder(tmp_path)}: at step 7, nothing is saved",
+        f"running, {holder_of_lock(tmp_path)}: at step 7, nothing is saved",
         10,
     )
-    assert run_folder.holder(tmp_path) is not None
+    assert holder_of_lock(tmp_path) is not None
     run.kill()
     run.communicate()
     assert status(tmp_path)[1] == 75  # the file is still there
