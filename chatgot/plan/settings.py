@@ -9,7 +9,7 @@ from math import prod
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.findings import Findings
-from chatgot.deepspeed_json.optimizers import OptimizerStates, optimizer_states
+from chatgot.deepspeed_json.optimizers import OptimizerStates, has_one_group, optimizer_states
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.deepspeed_json.schema import FP32_NAMES
 from chatgot.deepspeed_json.values import read_values
@@ -136,6 +136,7 @@ def read_settings(
     on_cpu = engine.activation_backend == "deepspeed" and bool(values.activation_checkpointing.cpu_checkpointing)
     muon = kind.lower() == "muon"
     offload = engine.zero_stage > 0 and engine.offload_optimizer != "none"
+    in_one = has_one_group(engine.zero_stage, kind, offload)
     return Settings(
         model=model,
         vocab_size=vocab_size,
@@ -152,7 +153,7 @@ def read_settings(
         offload_optimizer=offload,
         offload_ratio=float(zero.offload_optimizer.ratio),
         offload_param=engine.zero_stage == 3 and engine.offload_param != "none",
-        groups=_groups(model, vocab_size, optimizer_states(kind, params, offload), muon),
+        groups=_groups(model, vocab_size, optimizer_states(kind, params, offload), muon, in_one),
         fused=muon or ("foreach" not in params and params.get("fused", True) is not False),
         overlap_comm=engine.zero_stage == 3 if zero.overlap_comm is None else zero.overlap_comm,
         reduce_bucket=int(zero.reduce_bucket_size),
@@ -180,10 +181,14 @@ def _whole(shapes: Iterable[Shape], each: int, together: int) -> tuple[int, ...]
     return tuple(chosen)
 
 
-def _groups(model: ModelConfig, vocab_size: int, states: OptimizerStates, muon: bool) -> tuple[Group, ...]:
+def _groups(
+    model: ModelConfig, vocab_size: int, states: OptimizerStates, muon: bool, in_one: bool
+) -> tuple[Group, ...]:
     """As engine/optimizer.py makes them, and DeepSpeed's Muon splits them by name (engine.py, _muon_param_groups)."""
     shapes = parameter_shapes(model, vocab_size)
     matrices = {name: shape for name, shape in shapes.items() if len(shape) >= 2}
+    if in_one:
+        return (Group(tuple(shapes.values()), states),)
     vectors = Group(tuple(shape for shape in shapes.values() if len(shape) < 2), states)
     if not muon:
         return (Group(tuple(matrices.values()), states), vectors)

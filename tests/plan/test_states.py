@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chatgot.config.run import ModelConfig
+from chatgot.deepspeed_json.machine import has_command
 from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import DeviceFacts
 from chatgot.model.shapes import count_parameters
@@ -80,11 +81,21 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         (2, "AdamW", {"amsgrad": True, "torch_adam": True}),
         (2, "SGD", {"momentum": 0.9}),
         (3, "Adafactor", {}),
+        (2, "Adagrad", {}),
+        (3, "Adagrad", {}),
     ):
         optimizer = {"type": kind, "params": {"lr": 1e-3, **params}}
         found[f"{kind} {[*params]} stage {stage}"] = {
             "json": {"stage": stage, "optimizer": optimizer, "zero_allow_untested_optimizer": True, **shared}
         }
+    if has_command("g++", "c++"):  # DeepSpeed compiles its CPUAdam
+        masters, adamw = {**BF16, "bf16_master_weights_and_grads": True}, {"type": "AdamW", "params": {"lr": 1e-3}}
+        for stage in (1, 3):
+            for states in (False, True):
+                bf16 = {**masters, "bf16_optimizer_states": states}
+                found[f"stage {stage}, 16-bit masters offloaded, 16-bit moments {states}"] = {
+                    "json": {"stage": stage, "offload": True, "bf16": bf16, "optimizer": adamw, **shared}
+                }
     for case in found.values():
         case["model"] = ODD
     found["bf16 stage 2, modern, grouped heads, tied"] = {
