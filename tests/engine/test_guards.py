@@ -20,7 +20,7 @@ from chatgot.devices import DeviceFacts
 from chatgot.engine import guards
 from chatgot.engine.build import build
 from chatgot.engine.step import TrainingEngine
-from chatgot.errors import ConfigError
+from chatgot.errors import ConfigError, MachineError
 from chatgot.model.gpt import GPT
 from tests.support import TINY_MODEL, engine_json
 
@@ -155,3 +155,18 @@ def test_without_a_compiler_the_model_stays_eager_and_says_so(monkeypatch):
     input_ids = torch.randint(64, (8, 16))
     assert math.isfinite(float(engine.train_step([(input_ids, input_ids)])))
     engine.engine.destroy()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_without_a_compiler_cpu_adam_is_a_matter_of_the_machine(monkeypatch, tmp_path):
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    adamw = {"type": "AdamW", "params": {"lr": 1e-2}}
+    tree = engine_json(1, offload=True, optimizer=adamw, zero_force_ds_cpu_optimizer=True)
+    facts = DeviceFacts("cpu", bf16=True, fp16=False)
+    config = build_engine_config(tree, "ds.json", world_size=1, facts=facts, n_params=30_000)
+    with pytest.raises(MachineError, match=r"cpu_adam op, which failed to build/load. It needs g\+\+ and ninja"):
+        build(GPT(ModelConfig(**TINY_MODEL), 64), config, torch.device("cpu"))
