@@ -211,15 +211,7 @@ def _chatgot(resolved: Resolved, section: dict[str, Any], where: str) -> Iterato
             yield from _chatgot(resolved, value, dotted)
         elif derived is not None:
             yield Effective(dotted, derived.value, "derived", derived.reason)
-        elif _given(resolved.subject.tree, dotted):
+        elif resolved.subject.states(dotted):
             yield _stated(resolved, dotted, value)
         else:
             yield Effective(dotted, value, "default", "ChatGoT")
-
-
-def _given(tree: Any, dotted: str) -> bool:
-    for key in dotted.split("."):
-        if not isinstance(tree, dict) or key not in tree:
-            return False
-        tree = tree[key]
-    return True

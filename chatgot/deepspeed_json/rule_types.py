@@ -74,6 +74,15 @@ class Subject:
         section = self.v.activation_checkpointing
         return [key for key in RECOMPUTATION_OF_DEEPSPEED if getattr(section, key)]
 
+    def states(self, dotted: str) -> bool:
+        """Whether the file, or an override, has a key by this very name."""
+        tree: Any = self.tree
+        for key in dotted.split("."):
+            if not isinstance(tree, dict) or key not in tree:
+                return False
+            tree = tree[key]
+        return True
+
     def is_unstated(self, dotted: str) -> bool:
         """Whether a key stands nowhere, not even misspelled."""
         return dotted not in self.v.spelled and dotted not in self.v and dotted not in self.misspelled

@@ -75,10 +75,10 @@ def _is_alone(s: Subject) -> bool:
     return s.ranks == 1 and not (s.offloaded or zero.offload_param.device != "none" or zero.cpu_offload_param)
 
 
-def _given(s: Subject, section: str) -> Any:
-    """A section of chatgot as given."""
+def _refinement(s: Subject) -> Any:
+    """The section chatgot.activation_checkpointing as given."""
     chatgot = s.tree.get("chatgot")
-    return chatgot.get(section) if isinstance(chatgot, dict) else None
+    return chatgot.get(_RECOMPUTATION) if isinstance(chatgot, dict) else None
 
 
 def _supported(s: Subject) -> str:
@@ -235,9 +235,9 @@ RULES: tuple[Rule, ...] = (
 
     # Activation checkpointing, compilation.
     error("chatgot.activation_checkpointing", lambda s, _: _RECOMPUTATION not in s.v
-          and _given(s, _RECOMPUTATION) is not None and {"value": _given(s, _RECOMPUTATION)},
+          and _refinement(s) is not None and {"value": _refinement(s)},
           'does nothing without the DeepSpeed section "activation_checkpointing": {{}}; add it'),
-    adapted(_RECOMPUTATION, lambda s, on: on and not s.needs_deepspeed() and _given(s, _RECOMPUTATION) is None
+    adapted(_RECOMPUTATION, lambda s, on: on and not s.needs_deepspeed() and _refinement(s) is None
             and {"value": s.tree[_RECOMPUTATION]}, "recomputes every block, by torch.utils.checkpoint. DeepSpeed "
             "itself leaves that to the model's code; delete the section to keep all activations"),
     error(" ".join(f"{_RECOMPUTATION}.{key}" for key in RECOMPUTATION_OF_DEEPSPEED),
@@ -261,7 +261,7 @@ RULES: tuple[Rule, ...] = (
             "saves nothing here: DeepSpeed shares activations over model-parallel ranks only, and ChatGoT has none"),
     error("compile.deepcompile", lambda s, on: on and not s.chatgot.compile.enabled,
           "does nothing with chatgot.compile.enabled = false; take one of them out"),
-    adapted("compile.deepcompile", lambda s, on: on and (s.stage == 0 or "enabled" not in (_given(s, "compile") or ())),
+    adapted("compile.deepcompile", lambda s, on: on and (s.stage == 0 or not s.states("chatgot.compile.enabled")),
             "turns chatgot.compile.enabled on; at ZeRO stage 0 torch.compile does the work, as in DeepSpeed itself",
             "engine.py, get_deepcompile_backend"),
     error("chatgot.compile.mode", lambda s, mode: s.v.compile.deepcompile and s.stage > 0 and mode != "default",

@@ -794,6 +794,8 @@ def test_deepcompile_compiles_the_model_by_itself(read, refused, write) -> None:
     both = {"compile.deepcompile": True, "chatgot.compile.enabled": True}
     assert not [f for f in read(both).findings if f.level == "adapted"]
     assert not read({"compile": {"deepcompile": False}}).chatgot.compile.enabled
+    (line,) = refused({"compile.deepcompile": True, "chatgot": {"compile": 5}})
+    assert "chatgot.compile = 5" in line
     (line,) = refused({"compile.deepcompile": True, "chatgot.compile.enabled": False})
     assert "take one of them out" in line
     (line,) = refused({**both, "chatgot.compile.mode": "reduce-overhead", "zero_optimization.stage": 2})
