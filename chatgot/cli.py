@@ -19,9 +19,9 @@ from chatgot.launcher.arguments import (
     RankParser,
     config_argument,
     count,
+    duration,
     given_to,
     overrides_argument,
-    seconds,
 )
 from chatgot.launcher.entry import escape_unwritable, guarded, refuse_wrong_settings, settle_environment
 from chatgot.version import __version__
@@ -55,8 +55,10 @@ def train_parser() -> argparse.ArgumentParser:
     add("--allow_data_change", action="store_true", help=f"{change} number")
     add("--allow_batch_change", action="store_true", help="resume with another train_batch_size")
     add("--strict", action="store_true", help="refuse where the DeepSpeed JSON deserves a warning")
+    limit = "save and end with exit 75 after so many minutes (default: two minutes before the end of Slurm's job)"
+    add("--max_minutes", type=duration, metavar="T", help=limit)
     hang = "end with exit 6 when a rank makes no progress for so many seconds, and say where all of them are"
-    add("--hang_timeout", type=seconds, default=300.0, metavar="S", help=f"{hang} (default: 300; 0: never)")
+    add("--hang_timeout", type=duration, default=300.0, metavar="S", help=f"{hang} (default: 300; 0: never)")
     add("--run_name", help="name on the dashboard (default: the run folder's name)")
     add("--debug", action="store_true", help="show the traceback of a refusal")
     add("--local_rank", "--local-rank", type=int, help="set by launchers")
@@ -237,8 +239,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _sample(arguments: argparse.Namespace) -> None:
     _name_checkpoint(arguments)
     if not arguments.run.is_dir():
-        what = "no such folder, and no complete checkpoint"
-        raise CheckpointError(f"{arguments.run}: {what}; give the --out_dir of a run")
+        raise CheckpointError(f"{arguments.run}: no folder, and no complete checkpoint; give the --out_dir of a run")
     from chatgot.inference.sample import SampleArguments, sample
 
     sample(given_to(SampleArguments, arguments))
@@ -261,11 +262,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from chatgot.errors import ConfigError
     from chatgot.model.shapes import count_parameters
 
-    if arguments.explain is not None:
-        print(explain(arguments.explain, RunConfig))
-        return EXIT_DONE
-    if arguments.rules:
-        print(verdict_table(with_reasons=True))
+    if arguments.rules or arguments.explain is not None:
+        print(verdict_table(with_reasons=True) if arguments.rules else explain(arguments.explain, RunConfig))
         return EXIT_DONE
     if arguments.json is None:
         raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")

@@ -46,7 +46,6 @@ MICRO_BATCH = "micro_batch.json"
 LOCK = ".lock"
 """Held by the run that writes here."""
 
-
 LARGEST = 1 << 20
 """Bytes of a run.yaml, ds_config.json or environment.json that are read; a larger one is refused."""
 
@@ -136,7 +135,7 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "started": _now(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "cwd": os.getcwd(),
         **extra,
@@ -284,7 +283,8 @@ def acquire_lock(folder: Path) -> str | None:
         if note is None and (left_by := holder_of(file)):
             note = f"{path}: was left by a run that is gone ({left_by}); taken over"
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}).encode(), 0)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": now}).encode(), 0)
     except OSError as error:
         os.close(here)
         raise ConfigError(f"--out_dir {folder}: its lock cannot be taken: {error.strerror}") from error
@@ -348,7 +348,3 @@ def holder_of(file: int) -> str:
         return f"pid {holder['pid']} on host {holder['host']}, since {holder['started']}"
     except (ValueError, KeyError, TypeError):
         return text.strip()[:80]
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

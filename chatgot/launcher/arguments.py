@@ -71,10 +71,10 @@ def count(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """Read a number of seconds from 0 on, for add_argument."""
+def duration(text: str) -> float:
+    """Read a number of seconds or minutes from 0 on, for add_argument."""
     if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return float(text)
 
 

@@ -32,7 +32,7 @@ from chatgot.errors import (
     ConfigError,
     MachineError,
 )
-from chatgot.launcher.arguments import seconds
+from chatgot.launcher.arguments import duration
 from chatgot.launcher.supervisor import Supervisor, say
 from chatgot.version import __version__
 
@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         parser.exit(EXIT_CONFIG, "launch/run: the arguments of train.py are missing; they come after --\n")
     try:
         command = [_interpreter(arguments.python), _script(arguments.script), *argv[split + 1 :]]
+        if arguments.max_minutes is not None:
+            command += ["--max_minutes", f"{arguments.max_minutes:g}"]
         if arguments.hostfile is not None:
             return _exec_deepspeed(arguments, command)
         return _run_here(arguments, command)
@@ -91,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--master_port", type=port, metavar="P", help=rendezvous)
     restarts = _at_least(0, "not a number of restarts from 0 on")
     add("--max_restarts", type=restarts, metavar="K", help="start again after a crash, K times at most (default: 0)")
+    add("--max_minutes", type=duration, metavar="T", help="passed on to train.py: save and end after so many minutes")
     grace = f"seconds that ranks have to save and end after a signal (default: {GRACE_SECONDS:g})"
-    add("--grace", type=seconds, metavar="S", help=grace)
+    add("--grace", type=duration, metavar="S", help=grace)
     add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
     add("--script", metavar="PATH", help="another program to start instead of launch/train.py")
     return parser

@@ -118,7 +118,7 @@ class Loop:
             signalled = signalled or stopping
         last = step >= self.config.train.max_steps and not self.position.owed
         if signalled and not last:
-            self.stopped_by = self.ranks.from_rank_0(self.stop.received) or "a signal on another rank"
+            self.stopped_by = self.ranks.from_rank_0(self.stop.asked_by) or "a signal on another rank"
         if last or signalled or self.saving.due(step, minutes_over, improved):
             self.save(must=last or signalled)
 
@@ -135,8 +135,8 @@ class Loop:
         return improved
 
     def _flags(self) -> tuple[bool, bool, bool]:
-        """Of this rank: a signal came, it is time to save, it still works on the save that is under way."""
-        return self.stop.received is not None, self.saving.minutes_over(self.step), self.saving.saver.busy
+        """Of this rank: it is asked to stop, it is time to save, it still works on the save that is under way."""
+        return self.stop.asked_by is not None, self.saving.minutes_over(self.step), self.saving.saver.busy
 
     def _poll(self, more: bool = False) -> bool:
         """Between two forwards of an evaluation or a sample: save what is due; whether any rank has `more`. Collective.

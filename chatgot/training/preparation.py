@@ -49,6 +49,8 @@ class TrainArguments:
     overrides: tuple[str, ...] = ()
     run_name: str | None = None
     local_rank: int | None = None
+    max_minutes: float | None = None
+    """After which the run is saved and ended with exit code 75; None: no limit but that of Slurm's job."""
     hang_timeout: float = 300.0
     """Seconds without progress after which a rank has hung; 0: never."""
     strict: bool = False

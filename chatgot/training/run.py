@@ -133,6 +133,7 @@ def prepare_run(
 
 
 def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None, stop: StopSignals) -> Loop:
+    stop.limit(arguments.max_minutes)
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
     check_run_folder(arguments.out_dir, arguments.data)

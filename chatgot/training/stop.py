@@ -5,6 +5,7 @@ imported.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from chatgot.launcher.supervisor import PR_SET_PDEATHSIG
 
 STUCK_SECONDS = 2.0
 """After a signal, how long a start may take to come back to Python before its process is ended."""
+BEFORE_JOB_ENDS_SECONDS = 120
+"""How long before Slurm's job ends a run is saved and ended."""
 ORPHAN_SECONDS = 25.0
 """How long a rank whose launcher is gone may take to save and end, before it is killed."""
 _LAUNCHED = (ATTEMPT, "TORCHELASTIC_RUN_ID", "CROSS_RANK", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -39,6 +42,7 @@ class StopSignals:
     def __init__(self, starting: bool = False) -> None:
         self.starting = starting
         self.received: str | None = None
+        self._ends_at, self._limit = _end_of_job()
         self._previous: dict[signal.Signals, Any] = {}
         self._writing: int | None = None
         self._left = threading.Event()
@@ -58,6 +62,16 @@ class StopSignals:
             signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)  # written to at once, wherever Python is
             threading.Thread(target=self._end_if_stuck, args=(reading,), name="stop", daemon=True).start()
         return self
+
+    def limit(self, minutes: float | None) -> None:
+        """Ask the run to stop so many minutes from now; None: do not."""
+        if minutes is not None and time.time() + 60 * minutes < self._ends_at:
+            self._ends_at, self._limit = time.time() + 60 * minutes, f"--max_minutes {minutes:g}"
+
+    @property
+    def asked_by(self) -> str | None:
+        """What asks the run to stop, a signal or the time limit; None: nothing does."""
+        return self.received or (self._limit if time.time() > self._ends_at else None)
 
     def started(self) -> None:
         """From now on something can be lost: signals are left to the loop."""
@@ -100,6 +114,12 @@ class StopSignals:
             error = RunAgainError(_before_the_first_step(self.received))
             error.shared = True  # a launcher sends it to every rank
             raise error
+
+
+def _end_of_job() -> tuple[float, str]:
+    """When to stop because Slurm's job ends (Unix time, before that), and its name; never outside of a job."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return (int(end) - BEFORE_JOB_ENDS_SECONDS if end.isdecimal() else math.inf), "the end of Slurm's job"
 
 
 def _ancestors(generations: int) -> list[int]:

@@ -331,7 +331,7 @@ def test_a_chosen_port_is_used_and_a_busy_one_refused(launch: Launch) -> None:
         (("--nproc", "0"), "neither auto nor a number"),
         (("--master_port", "70000"), "not a port"),
         (("--max_restarts", "-1"), "max_restarts"),
-        (("--grace", "soon"), "not a number of seconds"),
+        (("--grace", "soon"), "not a number from 0 on"),
         (("--config", "tiny"), "come after --"),
         (("--script", "absent.py"), "absent.py"),
         (("--python", "absent"), "absent"),

@@ -16,6 +16,7 @@ from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.distributed import find_place
+from chatgot.launcher.arguments import given_to
 from chatgot.observe.journal import read_journal
 from chatgot.training import run
 from chatgot.training.loop import Loop
@@ -48,18 +49,7 @@ def argv(json: Path, out: Path, config: Path | str, data: Path | str, *more: str
 
 
 def arguments(command_line: list[str]) -> run.TrainArguments:
-    parsed = cli.train_parser().parse_args(command_line)
-    return run.TrainArguments(
-        deepspeed_config=parsed.deepspeed_config,
-        out_dir=parsed.out_dir,
-        config=parsed.config,
-        data=parsed.data,
-        resume_from=parsed.resume_from,
-        allow_data_change=parsed.allow_data_change,
-        allow_batch_change=parsed.allow_batch_change,
-        overrides=tuple(parsed.overrides),
-        run_name=parsed.run_name,
-    )
+    return given_to(run.TrainArguments, cli.train_parser().parse_args(command_line))
 
 
 def train(command_line: list[str], **environment: str | None) -> int:

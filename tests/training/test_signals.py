@@ -20,6 +20,7 @@ from chatgot.observe.status import status
 from chatgot.training import evaluation, preparation, run
 from chatgot.training.loop import Loop
 from chatgot.training.saving import Saving
+from chatgot.training.stop import BEFORE_JOB_ENDS_SECONDS
 from tests.distributed.programs.runs import weights_digest
 from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
 from tests.training import in_process
@@ -144,6 +145,17 @@ def test_each_signal_stops_after_the_step_in_which_it_came(number, endless, tmp_
     assert tags(tmp_path / "out") == [3]
     assert events(tmp_path / "out")[-1]["signal"] == number.name
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("limit", ["--max_minutes 0.02", "the end of Slurm's job"])
+def test_a_run_that_is_out_of_time_is_saved_and_ended(limit, endless, tmp_path, monkeypatch):
+    if not limit.startswith("--"):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 2 + BEFORE_JOB_ENDS_SECONDS))
+    more = limit.split() if limit.startswith("--") else []
+    assert in_process.train([*endless, *more]) == 75
+    [event] = events(tmp_path / "out", "preempted")
+    assert event["signal"] == limit
+    assert tags(tmp_path / "out")[-1] == event["step"] == newest_step(tmp_path / "out" / "metrics.jsonl")
 
 
 def test_signal_within_an_evaluation_ends_it_after_the_batch_and_the_resume_makes_up_for_it(
