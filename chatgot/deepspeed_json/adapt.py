@@ -36,6 +36,7 @@ ADAPTED = {
     "without it",
     "data_efficiency.enabled": "is not passed on: DeepSpeed drops tokens (random_ltd) only in layers that a program "
     "wraps itself, and ChatGoT wraps none",
+    "compile.deepcompile": "is not passed on where the device is a CPU, for which DeepCompile is not made",
 }
 """Key -> what is run in place of it, as the rules in rules.py say it of the others."""
 RUN_LENGTH = "scheduler.params.total_num_steps"
@@ -64,7 +65,9 @@ class Adaptation:
         self._fill_arguments("scheduler")
         self._drop_offload_below_its_stage()
         self._raise_stage()
-        for dotted in ("checkpoint.load_universal", "data_efficiency.enabled"):
+        off = ["checkpoint.load_universal", "data_efficiency.enabled"]
+        off += ["compile.deepcompile"] if self.facts.kind == "cpu" else []
+        for dotted in off:
             if self.values[dotted]:
                 self._instead(dotted, True, False)
 

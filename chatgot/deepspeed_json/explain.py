@@ -58,7 +58,7 @@ def verdict_table(with_reasons: bool) -> str:
         ("no effect", {"passed on, and changes nothing: `--explain` says why": idle}),
         ("refused", refused),
     ):
-        said = said if with_reasons else {"": [key for keys in said.values() for key in dict.fromkeys(keys)]}
+        said = said if with_reasons else {"": list(dict.fromkeys(key for keys in said.values() for key in keys))}
         rows += [(verdict, ", ".join(f"`{key}`" for key in keys), why) for why, keys in said.items()]
     return "\n".join("| " + " | ".join(row if with_reasons else row[:2]) + " |" for row in rows)
 

@@ -28,7 +28,6 @@ CUDA_ONLY = (
     "zero_optimization.zero_quantized_gradients",
     "zero_optimization.offload_optimizer.super_offload",
     "aio.use_gds",
-    "compile.deepcompile",
     "activation_checkpointing.cpu_checkpointing",
 )
 """Flags that fail on the CPU accelerator."""

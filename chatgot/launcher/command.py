@@ -225,7 +225,8 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the ranks' exit codes
     # blocked until this process ends: the supervisor waits for them
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})
-    restart = 0
+    restart, idle, out_dir = 0, 0, _out_dir(command)
+    newest = _newest_checkpoint(out_dir)
     while True:
         attempt = uuid.uuid4().hex
         port = rendezvous_port(arguments.master_port)
@@ -234,7 +235,7 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         ranks, threads = "ranks" if nproc > 1 else "rank", environments[0]["OMP_NUM_THREADS"]
         where = f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
         say(f"{nproc} {ranks} on {where}, OMP_NUM_THREADS={threads}, port {port}")
-        supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, _out_dir(command)))
+        supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, out_dir))
         code = supervisor.run(command, environments)
         if supervisor.stopping or signal.sigpending() & stops:
             return code
@@ -243,6 +244,11 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         elif code in NEVER_RESTARTED or restart == restarts:
             return code
         else:
+            before, newest = newest, _newest_checkpoint(out_dir)
+            idle = idle + 1 if restart and newest == before and out_dir is not None else 0
+            if idle == 2:
+                say("two restarts in a row have made no checkpoint: it is not started again")
+                return code
             restart += 1
             say(f"restart {restart} of {restarts}: all ranks start again")
 
@@ -252,6 +258,14 @@ def _out_dir(command: Sequence[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out_dir", type=Path)
     return parser.parse_known_args(command[2:])[0].out_dir
+
+
+def _newest_checkpoint(out_dir: Path | None) -> str | None:
+    """Read which checkpoint of a run folder is the newest."""
+    try:
+        return None if out_dir is None else (out_dir / run_folder.CHECKPOINTS / run_folder.LATEST).read_text()[:1000]
+    except (OSError, ValueError):
+        return None
 
 
 def _stored_by(attempt: str, out_dir: Path | None) -> bool:

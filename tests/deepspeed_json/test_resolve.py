@@ -800,8 +800,9 @@ def test_deepcompile_compiles_the_model_by_itself(read, refused, write) -> None:
     assert "take one of them out" in line
     (line,) = refused({**both, "chatgot.compile.mode": "reduce-overhead", "zero_optimization.stage": 2})
     assert 'use "default"' in line
-    (line,) = refused({"compile.deepcompile": True}, facts=CPU)
-    assert "works on CUDA only" in line
+    config = read({"compile.deepcompile": True}, facts=CPU)
+    assert (config.chatgot.compile.enabled, config.deepspeed["compile"]) == (False, {"deepcompile": False})
+    assert [f.key for f in config.findings if f.level == "adapted"] == ["compile.deepcompile"]
 
 
 # --- what comes of it ---

@@ -297,6 +297,13 @@ def test_restarts_come_to_an_end(launch: Launch) -> None:
     assert len(launch.ports(0)) == 3
 
 
+def test_restarts_that_make_no_checkpoint_come_to_an_end_earlier(launch: Launch, tmp_path: Path) -> None:
+    code, errors = launch.run("*:exit=6", f"--out_dir={tmp_path}", options=("--nproc", "2", "--max_restarts", "9"))
+    assert code == 6, errors
+    assert len(launch.ports(0)) == 3
+    assert "two restarts in a row have made no checkpoint" in errors
+
+
 @pytest.mark.parametrize("refusal", [2, 3, 4, 5, 130])
 def test_a_refusal_is_not_restarted(launch: Launch, refusal: int) -> None:
     code, _ = launch.run(f"*:exit={refusal}", options=("--nproc", "2", "--max_restarts", "3"))
