@@ -126,6 +126,8 @@ LONG: dict[str, dict[str, Any]] = {
     "stage 3, small sub-groups": tree(3, {"sub_group_size": 3000}),
     "stage 3, all-reduce to fetch": tree(3, {"stage3_use_all_reduce_for_fetch_params": True}),
     "stage 3, one after another": tree(3, {"stage3_allgather_sequential": True}),
+    "stage 3, coarse modules": tree(3, {"stage3_module_granularity_threshold": 500}),
+    "stage 3, whole blocks": tree(3, {"leaf_module": {"classes": ["chatgot.model.gpt.Block"]}}),
     "stage 3, no efficient linear": tree(3, {"memory_efficient_linear": False}),
     # optimizers
     "stage 2, Adam with L2": tree(
@@ -212,6 +214,9 @@ LONG_ON_TWO_RANKS = (
     "stage 2, SGD",
     "stage 3, 4 micro-batches",
     "stage 3, recomputed by DeepSpeed",
+    "stage 3, whole blocks",
+    "stage 2, Muon",
+    "stage 3, Adagrad",
 )
 
 TWO_RANKS = (
