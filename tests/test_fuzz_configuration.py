@@ -25,7 +25,7 @@ from chatgot.deepspeed_json.read import parse_document, shipped_jsons
 from chatgot.deepspeed_json.resolve import resolve
 from chatgot.devices import DeviceFacts
 from chatgot.errors import ChatGoTError
-from chatgot.launcher.command import read_hostfile
+from chatgot.launcher.hosts import read_hostfile
 from tests.support import ROOT
 
 CASES = int(os.environ.get("CHATGOT_FUZZ", "100"))

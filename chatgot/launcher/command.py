@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import socket
@@ -14,11 +13,11 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import NoReturn
 
 import chatgot.run_folder as run_folder
-from chatgot.deepspeed_json.findings import shortened
 from chatgot.devices import visible_gpus
 from chatgot.errors import (
     EXIT_CHECKPOINT,
@@ -33,7 +32,8 @@ from chatgot.errors import (
     MachineError,
 )
 from chatgot.launcher.arguments import duration
-from chatgot.launcher.supervisor import Supervisor, say
+from chatgot.launcher.hosts import PORT, is_here, master_address, node_command, obey, order, read_hostfile, take_order
+from chatgot.launcher.supervisor import Start, Supervisor, say
 from chatgot.version import __version__
 
 REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
@@ -44,7 +44,8 @@ ATTEMPT = "CHATGOT_ATTEMPT"
 """Environment variable that names this start of the ranks, so that one that runs out of memory can ask for another."""
 
 EPILOG = """With one process and no restarts, the program replaces launch/run: nothing stands between you and it.
-With --hostfile, launch/run becomes DeepSpeed's runner, which reaches the hosts by pdsh or ssh.
+With --hostfile, it starts itself on every host over ssh, at the same path and with the same Python, and supervises
+them; with --nnodes, somebody starts it on every node, with the same arguments but for --node_rank.
 
 exit code: that of the first rank that failed, 128 + N if signal N ended it; 75 interrupted and saved; 130 second
 Ctrl-C; 2 or 6 when launch/run itself refuses the command line or the machine"""
@@ -52,8 +53,17 @@ Ctrl-C; 2 or 6 when launch/run itself refuses the command line or the machine"""
 
 def main(argv: Sequence[str]) -> int:
     """Run `argv` (without the program's name); returns the exit code. Does not return where it execs."""
-    os.environ.pop(ATTEMPT, None)  # of a launcher around this one
-    argv = list(argv)
+    argv, orders = list(argv), None
+    if argv == ["--node"]:
+        orders = FileIO(os.dup(0))  # a thread that waits in a buffered stdin aborts the interpreter at its end
+    try:
+        if orders is not None:
+            argv = take_order(orders)
+        else:
+            os.environ.pop(ATTEMPT, None)  # of a launcher around this one
+    except MachineError as error:
+        say(str(error))
+        return error.exit_code
     split = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv[:split])
@@ -66,9 +76,9 @@ def main(argv: Sequence[str]) -> int:
         command = [_interpreter(arguments.python), _script(arguments.script), *argv[split + 1 :]]
         if arguments.max_minutes is not None:
             command += ["--max_minutes", f"{arguments.max_minutes:g}"]
-        if arguments.hostfile is not None:
-            return _exec_deepspeed(arguments, command)
-        return _run_here(arguments, command)
+        if arguments.nnodes is not None and (arguments.node_rank is None or arguments.master_addr is None):
+            raise ConfigError("--nnodes needs --node_rank and --master_addr, the address of the node whose rank is 0")
+        return _run(arguments, command, orders)
     except ChatGoTError as error:
         say(str(error))
         return error.exit_code
@@ -89,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--nproc", type=nproc, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)")
     add("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
     port = _at_least(1, "not a port: 1 to 65535, or leave it out for a free one", high=65535)
-    rendezvous = "port of the rendezvous (default: a free one, or 29500 with --hostfile)"
+    add("--nnodes", type=_at_least(1, "not a number of nodes from 1 on"), metavar="M", help="nodes of --nproc ranks")
+    add("--node_rank", type=_at_least(0, "not a node's number from 0 on"), metavar="R", help="of this node: 0 to M-1")
+    add("--master_addr", metavar="A", help="address of node 0 (default: the hostfile's first host)")
+    add("--ranks", type=_first_of_all, help=argparse.SUPPRESS)
+    rendezvous = f"port of the rendezvous (default: a free one, or {PORT} between machines)"
     add("--master_port", type=port, metavar="P", help=rendezvous)
     restarts = _at_least(0, "not a number of restarts from 0 on")
     add("--max_restarts", type=restarts, metavar="K", help="start again after a crash, K times at most (default: 0)")
@@ -114,6 +128,11 @@ def _at_least(low: int, otherwise: str, high: float = math.inf, auto: bool = Fal
     return number
 
 
+def _first_of_all(text: str) -> tuple[int, int]:
+    first, _, total = text.partition(":")
+    return int(first), int(total)
+
+
 def _interpreter(given: str | None) -> str:
     path = shutil.which(sys.executable if given is None else given)
     if path is None:
@@ -132,46 +151,6 @@ def _script(given: str | None) -> str:
     return str(path)
 
 
-def _exec_deepspeed(arguments: argparse.Namespace, command: Sequence[str]) -> int:
-    for name in ("nproc", "max_restarts", "grace"):
-        if getattr(arguments, name) is not None:
-            raise ConfigError(
-                f"--{name} does not go with --hostfile: DeepSpeed's runner then starts and stops the ranks, as many "
-                f"as the file has slots"
-            )
-    read_hostfile(arguments.hostfile)
-    python, *program = command
-    runner = [python, "-m", "deepspeed.launcher.runner", "-H", str(arguments.hostfile)]
-    if arguments.master_port is not None:
-        runner += ["--master_port", str(arguments.master_port)]
-    _exec([*runner, *program], os.environ)
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots of each host; ConfigError with the line number. DeepSpeed's own expression takes `slots=4x` for 4."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile {path}: cannot be read as text: {error}") from error
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d{1,9})", text)
-        if match is None or int(match[2]) == 0:
-            form = "`host slots=N` with N from 1 on, as in `worker-1 slots=8`"
-            raise ConfigError(f"{path}:{number}: {shortened(text)!r} is not of the form {form}")
-        if match[1] in hosts:
-            raise ConfigError(
-                f"{path}:{number}: host {shortened(match[1])!r} is listed twice; give its slots on one line"
-            )
-        hosts[match[1]] = int(match[2])
-    if not hosts:
-        raise ConfigError(f"{path}: no hosts in it; write one `host slots=N` per line")
-    return hosts
-
-
 def thread_defaults(environ: Mapping[str, str], nproc: int, on_gpu: bool) -> dict[str, str]:
     """Choose thread and allocator settings of each of `nproc` ranks of this machine, for where the user has none.
 
@@ -187,11 +166,25 @@ def thread_defaults(environ: Mapping[str, str], nproc: int, on_gpu: bool) -> dic
     return defaults
 
 
-def rank_environment(environ: Mapping[str, str], rank: int, nproc: int, port: int, on_gpu: bool) -> dict[str, str]:
-    """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc, "MASTER_PORT": port}
-    defaults = thread_defaults(environ, nproc, on_gpu)
-    return {**defaults, **environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}}
+def rank_environment(
+    environ: Mapping[str, str],
+    rank: int,
+    nproc: int,
+    port: int,
+    on_gpu: bool,
+    first: int = 0,
+    total: int | None = None,
+    address: str = "127.0.0.1",
+) -> dict[str, str]:
+    """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
+
+    Args:
+        rank: on this machine, of `nproc`; `first` of `total` is the first one here.
+        address: of the machine of rank 0.
+    """
+    ranks = {"RANK": first + rank, "LOCAL_RANK": rank, "WORLD_SIZE": total or nproc, "LOCAL_WORLD_SIZE": nproc}
+    defaults, texts = thread_defaults(environ, nproc, on_gpu), {name: str(value) for name, value in ranks.items()}
+    return {**defaults, **environ, "MASTER_ADDR": address, "MASTER_PORT": str(port), **texts}
 
 
 def rendezvous_port(wanted: int | None) -> int:
@@ -206,40 +199,51 @@ def rendezvous_port(wanted: int | None) -> int:
         return probe.getsockname()[1]
 
 
-def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO | None) -> int:
+    """Start the ranks of this machine, or the launch/run of all hosts, again after a crash where that is allowed.
+
+    Args:
+        orders: this is the launch/run of one host, which obeys another one.
+    """
     gpus = visible_gpus(os.environ)
+    hosts = None if arguments.hostfile is None else read_hostfile(arguments.hostfile)
     nproc = arguments.nproc or max(1, len(gpus))
-    if gpus and nproc > len(gpus):
+    if hosts is None and gpus and nproc > len(gpus):
         raise MachineError(
             f"--nproc {nproc}: more processes than the {len(gpus)} visible GPUs; give {len(gpus)} or fewer, or set "
             f"DS_ACCELERATOR=cpu"
         )
     restarts = arguments.max_restarts or 0
-    if nproc == 1 and restarts == 0:
-        _exec(command, rank_environment(os.environ, 0, 1, rendezvous_port(arguments.master_port), bool(gpus)))
+    if hosts is None and orders is None and nproc == 1 and restarts == 0:
+        [start] = _starts_here(arguments, command, 1, gpus, os.environ)
+        _exec(command, start.environment)
     grace = GRACE_SECONDS if arguments.grace is None else arguments.grace
 
     stops = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup, a closed terminal stops nothing
-        stops.add(signal.SIGHUP)
+    if orders is not None or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        stops.add(signal.SIGHUP)  # under nohup, a closed terminal stops nothing
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide the ranks' exit codes
     # blocked until this process ends: the supervisor waits for them
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})
+    if orders is not None:
+        obey(orders)
     restart, idle, out_dir = 0, 0, _out_dir(command)
     newest = _newest_checkpoint(out_dir)
     while True:
-        attempt = uuid.uuid4().hex
-        port = rendezvous_port(arguments.master_port)
-        environ = {**os.environ, ATTEMPT: attempt}
-        environments = [rank_environment(environ, rank, nproc, port, bool(gpus)) for rank in range(nproc)]
-        ranks, threads = "ranks" if nproc > 1 else "rank", environments[0]["OMP_NUM_THREADS"]
-        where = f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
-        say(f"{nproc} {ranks} on {where}, OMP_NUM_THREADS={threads}, port {port}")
+        attempt = os.environ[ATTEMPT] if orders is not None else uuid.uuid4().hex
+        if hosts is not None:
+            starts = _starts_of_hosts(arguments, command, hosts, attempt)
+        else:
+            starts = _starts_here(arguments, command, nproc, gpus, {**os.environ, ATTEMPT: attempt})
+            first, where = starts[0].environment, f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
+            ranks, threads = "ranks" if nproc > 1 else "rank", first["OMP_NUM_THREADS"]
+            say(f"{nproc} {ranks} on {where}, OMP_NUM_THREADS={threads}, port {first['MASTER_PORT']}")
         supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, out_dir))
-        code = supervisor.run(command, environments)
+        code = supervisor.run(starts)
         if supervisor.stopping or signal.sigpending() & stops:
             return code
-        if supervisor.ran_out:  # no restart of --max_restarts; it ends, because every one halves the micro-batch
+        if supervisor.ran_out and orders is None:
+            # no restart of --max_restarts; it ends, because every one halves the micro-batch
             say("all ranks start again with the smaller micro-batch")
         elif code in NEVER_RESTARTED or restart == restarts:
             return code
@@ -251,6 +255,43 @@ def _run_here(arguments: argparse.Namespace, command: Sequence[str]) -> int:
                 return code
             restart += 1
             say(f"restart {restart} of {restarts}: all ranks start again")
+
+
+def _starts_here(
+    arguments: argparse.Namespace, command: Sequence[str], nproc: int, gpus: Sequence[str], environ: Mapping[str, str]
+) -> list[Start]:
+    """The ranks of this machine, which is all there is, or one of --nnodes, or one of a hostfile (--ranks)."""
+    first, total, address = 0, nproc, "127.0.0.1"
+    if arguments.ranks is not None:
+        (first, total), address = arguments.ranks, arguments.master_addr
+    elif arguments.nnodes is not None:
+        first, total, address = arguments.node_rank * nproc, arguments.nnodes * nproc, arguments.master_addr
+    wanted = arguments.master_port or (None if total == nproc else PORT)
+    port = rendezvous_port(wanted) if first == 0 else wanted
+    assert port is not None  # several machines have agreed on one
+    alike = [rank_environment(environ, rank, nproc, port, bool(gpus), first, total, address) for rank in range(nproc)]
+    return [Start(f"rank {first + rank}", command, environment) for rank, environment in enumerate(alike)]
+
+
+def _starts_of_hosts(
+    arguments: argparse.Namespace, command: Sequence[str], hosts: Mapping[str, int], attempt: str
+) -> list[Start]:
+    """The launch/run of every host."""
+    for name in ("nproc", "nnodes"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name} does not go with --hostfile, whose slots say how many ranks a host has")
+    total, address, first, starts = sum(hosts.values()), master_address(hosts, arguments.master_addr), 0, list[Start]()
+    port = arguments.master_port or (rendezvous_port(None) if all(map(is_here, hosts)) else PORT)
+    python, script, *words = command
+    for host, slots in hosts.items():
+        options = {"nproc": slots, "ranks": f"{first}:{total}", "master_addr": address, "master_port": port}
+        options |= {"python": python, "script": script, "grace": arguments.grace or GRACE_SECONDS}
+        given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        order_line = order([*given, "--", *words], {ATTEMPT: attempt})
+        starts.append(Start(f"host {host}", node_command(host, python), os.environ, order_line))
+        first += slots
+    say(f"{total} ranks on {len(hosts)} host(s): {', '.join(hosts)}; rendezvous at {address}:{port}")
+    return starts
 
 
 def _out_dir(command: Sequence[str]) -> Path | None:

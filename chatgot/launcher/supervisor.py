@@ -1,8 +1,10 @@
-"""Ranks as processes: start them, pass signals on, see all of them to their end."""
+"""Ranks, or launch/run of other machines, as processes: start them, pass signals on, see all to their end."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -11,22 +13,55 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, MachineError
+from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, MachineError
 
 PEERS_END_SECONDS = 10.0
 """After one rank ended badly, the others often end by themselves with the same code: wait so long, then end them."""
+NODE_ENDS_SECONDS = 5.0
+"""How long a node that is to kill its ranks may take."""
+SSH_FAILED = 255
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is to be started."""
+
+    name: str
+    """'rank 0', or 'host worker-1'."""
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    order: bytes | None = None
+    """The first line of its stdin, for a node: signals then go there too, because ssh passes none on."""
 
 
 @dataclass(eq=False)
 class Rank:
-    """One started rank. `exit_code` is None while it runs, and -N if signal N ended it."""
+    """One started rank or node. `exit_code` is None while it runs, and -N if signal N ended it."""
 
-    index: int
+    name: str
     process: subprocess.Popen[bytes]
     exit_code: int | None = None
     told_to_end: bool = False
     """The launcher, not the user, sent it SIGTERM or SIGKILL: what it ends with says nothing about the cause."""
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        if self.process.stdin is None:
+            self.process.send_signal(number)
+            return
+        with contextlib.suppress(BrokenPipeError):  # it is ending
+            self.process.stdin.write(f"{number.name}\n".encode())
+            self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """Kill it; a node first kills its ranks."""
+        if self.process.stdin is not None:
+            self.send(signal.SIGINT)
+            self.send(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(NODE_ENDS_SECONDS)
+        self.process.kill()
 
 
 def say(message: str) -> None:
@@ -53,11 +88,11 @@ class Supervisor:
         self._end_peers_at: float | None = None
         self._kill_at: float | None = None
 
-    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+    def run(self, starts: Sequence[Start]) -> int:
         """Run all ranks; returns the exit code. Each is a session of its own: Ctrl-C reaches it through us, once."""
         try:
-            for index, environment in enumerate(environments):
-                self.ranks.append(Rank(index, _start(command, environment, self.stops | {signal.SIGCHLD})))
+            for start in starts:
+                self.ranks.append(Rank(start.name, _start(start, self.stops | {signal.SIGCHLD})))
             interrupts = 0
             while self._alive():
                 received = self._next_signal()
@@ -86,7 +121,7 @@ class Supervisor:
         if info is not None:
             return signal.Signals(info.si_signo)
         alive = self._alive()
-        names = f"rank{'s' if len(alive) > 1 else ''} {', '.join(str(rank.index) for rank in alive)}"
+        names = ", ".join(rank.name for rank in alive)
         if self._kill_at is not None:
             say(f"still running {self.grace:g} s after they were told to end, killed now: {names}")
             self._kill()
@@ -95,14 +130,14 @@ class Supervisor:
             self._kill_at = time.monotonic() + self.grace
             for rank in alive:
                 rank.told_to_end = True
-                rank.process.send_signal(signal.SIGTERM)
+                rank.send(signal.SIGTERM)
         return None
 
     def _forward(self, received: signal.Signals) -> None:
         """To all ranks before any of them has ended, because they agree together on the step to stop at."""
         passed_on = signal.SIGTERM if received == signal.SIGHUP else received
         for rank in self._alive():
-            rank.process.send_signal(passed_on)
+            rank.send(passed_on)
         if not self.stopping:
             self.stopping = True
             say(f"{received.name}: {passed_on.name} sent to all ranks, which have {self.grace:g} s to save and end")
@@ -115,16 +150,19 @@ class Supervisor:
         for rank in self._alive():
             rank.exit_code = rank.process.poll()
             if rank.exit_code is not None:
+                if rank.exit_code == SSH_FAILED and rank.process.stdin is not None:
+                    say(f"{rank.name} cannot be reached, or the connection broke; ssh says why")
+                    rank.exit_code = EXIT_ENVIRONMENT
                 ended.append((rank.exit_code >= 0, rank))
         for _, rank in sorted(ended, key=lambda pair: pair[0]):
             first = rank.exit_code != 0 and not any(earlier.exit_code != 0 for earlier in self._ended)
             self._ended.append(rank)
             if not self.ran_out and rank.exit_code == EXIT_INTERRUPTED and self._out_of_memory():
                 self.ran_out = True
-                say(f"rank {rank.index} ran out of memory and has stored a smaller micro-batch; the others are ended")
+                say(f"{rank.name} ran out of memory and has stored a smaller micro-batch; the others are ended")
                 self._kill()  # they wait for it in a collective, and have nothing to save
             elif first and not self.ran_out:
-                say(f"rank {rank.index} {_how_it_ended(rank)}")
+                say(f"{rank.name} {_how_it_ended(rank)}")
                 if self._kill_at is None:
                     self._end_peers_at = time.monotonic() + min(PEERS_END_SECONDS, self.grace)
 
@@ -133,7 +171,7 @@ class Supervisor:
         alive = self._alive()
         for rank in alive:
             rank.told_to_end = True
-            rank.process.kill()
+            rank.kill()
         for rank in alive:
             rank.exit_code = rank.process.wait()
             self._ended.append(rank)
@@ -146,9 +184,9 @@ class Supervisor:
             return EXIT_DONE
         own = [rank for rank in bad if not rank.told_to_end]
         cause = next((rank for rank in own if rank.exit_code != EXIT_INTERRUPTED), (own or bad)[0])
-        others = [f"rank {rank.index} {_how_it_ended(rank)}" for rank in bad if rank.exit_code != cause.exit_code]
+        others = [f"{rank.name} {_how_it_ended(rank)}" for rank in bad if rank.exit_code != cause.exit_code]
         if others:
-            say(f"the cause: rank {cause.index} {_how_it_ended(cause)}; then: {', '.join(others)}")
+            say(f"the cause: {cause.name} {_how_it_ended(cause)}; then: {', '.join(others)}")
         assert cause.exit_code is not None
         return cause.exit_code if cause.exit_code >= 0 else 128 - cause.exit_code
 
@@ -176,13 +214,18 @@ def dies_with_this_process(unblock: Set[signal.Signals] = frozenset()) -> Callab
     return before_exec
 
 
-def _start(
-    command: Sequence[str], environment: Mapping[str, str], unblock: set[signal.Signals]
-) -> subprocess.Popen[bytes]:
-    before_exec = dies_with_this_process(unblock)
+def _start(start: Start, unblock: set[signal.Signals]) -> subprocess.Popen[bytes]:
+    before_exec, stdin = dies_with_this_process(unblock), subprocess.DEVNULL
+    if start.order is not None:  # it notices by itself, from the end of its stdin, and lets its ranks save
+        before_exec, stdin = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, unblock), subprocess.PIPE
     try:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=before_exec
+        process = subprocess.Popen(
+            start.command, env=start.environment, stdin=stdin, start_new_session=True, preexec_fn=before_exec
         )
     except OSError as error:
-        raise MachineError(f"{command[0]}: rank {environment['RANK']} cannot be started: {error.strerror}") from error
+        raise MachineError(f"{start.command[0]}: {start.name} cannot be started: {error.strerror}") from error
+    if process.stdin is not None and start.order is not None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and is collected with its exit code
+            process.stdin.write(start.order)
+            process.stdin.flush()
+    return process

@@ -1,21 +1,34 @@
-"""--hostfile: what is refused, and that the rest reaches DeepSpeed's own runner."""
+"""--hostfile and --nnodes: what is refused, and ranks on several hosts over a real ssh server here: the first
+host is `localhost`, which needs no ssh; the second, 127.0.0.2, is reached by it.
+"""
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chatgot.errors import ConfigError
 from chatgot.launcher import main
-from chatgot.launcher.command import read_hostfile, rendezvous_port
+from chatgot.launcher.hosts import read_hostfile
+from chatgot.observe.journal import newest_step
+from tests.launch.test_run import PROGRAM, ROOT, Launch, running, wait_until
+from tests.support import engine_json, environment, free_port, write_json, write_run_yaml
+from tests.training.in_process import argv, events, series, tags
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PROGRAM = Path(__file__).resolve().parent / "program.py"
+SSHD, SSH = shutil.which("sshd") or "/usr/sbin/sshd", shutil.which("ssh")
+HOSTS = "localhost slots=1\n127.0.0.2 slots=1\n"
 
 
 def hostfile(folder: Path, text: str) -> Path:
@@ -37,6 +50,7 @@ def test_hosts_and_slots_are_read(tmp_path: Path) -> None:
         ("\n\na\n", ":3: 'a'"),
         ("a slots=0\n", ":1: 'a slots=0'"),
         ("a slots=1\na slots=2\n", ":2: host 'a' is listed twice"),
+        ("-oProxyCommand=x slots=1\n", ":1: '-oProxyCommand=x slots=1'"),
         ("# nobody\n", "no hosts"),
     ],
 )
@@ -51,48 +65,197 @@ def test_a_bad_hostfile_is_refused_with_its_line(
     assert where in capsys.readouterr().err
 
 
-def test_a_missing_hostfile_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--hostfile", str(tmp_path / "absent"), "--script", str(PROGRAM), "--"]) == 2
-    assert str(tmp_path / "absent") in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    "option", [("--nproc", "2"), ("--max_restarts", "1"), ("--grace", "5")], ids=lambda option: option[0]
+    ("options", "message"),
+    [
+        (("--hostfile", "absent"), "absent"),
+        (("--hostfile", "hosts", "--nproc", "2"), "--nproc does not go with --hostfile"),
+        (("--hostfile", "hosts"), "first host is localhost, which means another machine on every host"),
+        (("--nnodes", "2", "--node_rank", "0"), "--nnodes needs --node_rank and --master_addr"),
+    ],
 )
-def test_options_that_the_runner_decides_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:
-    path = hostfile(tmp_path, "localhost slots=2\n")
-    assert main(["--hostfile", str(path), *option, "--script", str(PROGRAM), "--"]) == 2
-    assert f"{option[0]} does not go with --hostfile" in capsys.readouterr().err
+    hostfile(tmp_path, HOSTS)
+    words = [str(tmp_path / word) if word in ("hosts", "absent") else word for word in options]
+    assert main([*words, "--script", str(PROGRAM), "--"]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_deepspeeds_runner_starts_the_ranks_of_the_hostfile(tmp_path: Path) -> None:
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    program = tmp_path / "program.py"  # DeepSpeed puts --local_rank before the arguments
-    program.write_text(
-        f"import sys\nsys.argv = [a for a in sys.argv if '--local_rank' not in "
-        f"a]\nexec(open({str(PROGRAM)!r}).read())\n"
+@pytest.fixture(scope="module")
+def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment in which `ssh 127.0.0.2` reaches this machine without asking."""
+    if not os.access(SSHD, os.X_OK) or SSH is None:
+        pytest.skip("needs ssh and sshd")
+    folder, port = tmp_path_factory.mktemp("ssh"), free_port()
+    for name in ("host", "user"):
+        key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+        subprocess.run(key, check=True, stdin=subprocess.DEVNULL)
+    shutil.copy(folder / "user.pub", folder / "authorized")
+    known = (folder / "host.pub").read_text().split()[:2]
+    (folder / "known").write_text(f"[127.0.0.2]:{port} {' '.join(known)}\n")
+    server = {"Port": port, "ListenAddress": "127.0.0.2", "HostKey": folder / "host", "StrictModes": "no"}
+    server |= {"AuthorizedKeysFile": folder / "authorized", "PidFile": "none", "UsePAM": "no"}
+    (folder / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in server.items()))
+    identity = f"-p {port} -l {getpass.getuser()} -i {folder}/user -o UserKnownHostsFile={folder}/known"
+    script = f'#!/bin/sh\nexec {SSH} {identity} "$@"\n'
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(script)
+    (folder / "bin" / "ssh").chmod(0o755)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    log = (folder / "log").open("w")
+    process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
+    path = {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    deadline = time.monotonic() + 30
+    while subprocess.run(["ssh", "-o", "BatchMode=yes", "127.0.0.2", "true"], env={**os.environ, **path}).returncode:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.skip(f"no ssh server can be started here: {(folder / 'log').read_text()[-300:]}")
+        time.sleep(0.2)
+    yield path
+    process.kill()
+    process.wait()
+
+
+class Hosts(Launch):
+    """launch/run on localhost and 127.0.0.2, one rank each."""
+
+    environment: dict[str, str]
+
+    def start(
+        self, *actions: str, options: tuple[str, ...] = (), env: dict[str, str] | None = None, **popen: Any
+    ) -> None:
+        known = hostfile(self.marks.parent, HOSTS)
+        where = ("--hostfile", str(known), "--master_addr", "127.0.0.1", "--master_port", str(free_port()))
+        super().start(*actions, options=(*where, *options), env={**self.environment, **(env or {})}, **popen)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, reached: dict[str, str]) -> Iterator[Hosts]:
+    (tmp_path / "marks").mkdir()
+    launch = Hosts(tmp_path / "marks")
+    launch.environment = reached
+    yield launch
+    if launch.process is not None:
+        launch.process.kill()
+        launch.process.communicate()
+
+
+def test_every_host_gets_its_ranks_and_no_key_is_on_a_command_line(hosts: Hosts) -> None:
+    code, errors = hosts.run(env={"WANDB_API_KEY": "secret", "MINE": "stays"})
+    assert code == 0, errors
+    first, second = (hosts.started(rank)["env"] for rank in range(2))
+    for rank, given in enumerate((first, second)):
+        assert (given["RANK"], given["LOCAL_RANK"]) == (str(rank), "0")
+        assert (given["WORLD_SIZE"], given["LOCAL_WORLD_SIZE"], given["MASTER_ADDR"]) == ("2", "1", "127.0.0.1")
+        assert given["WANDB_API_KEY"] == "secret"
+    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+    assert "SSH_CONNECTION" in second
+    assert "SSH_CONNECTION" not in first
+    assert "MINE" not in second
+    assert second["PWD"] == first["PWD"] or Path(second["PWD"]).exists()
+    assert "2 ranks on 2 host(s): localhost, 127.0.0.2" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_reaches_the_ranks_of_all_hosts(hosts: Hosts, number: signal.Signals) -> None:
+    hosts.start("*:save")
+    hosts.wait_for("start")
+    hosts.send(number)
+    code, errors = hosts.end()
+    assert code == 75, errors
+    assert len(list(hosts.marks.glob(f"{number.name}.*"))) == 2
+
+
+def test_a_crash_on_one_host_starts_all_of_them_again(hosts: Hosts) -> None:
+    code, errors = hosts.run("*:crash_once", options=("--max_restarts", "2"))
+    assert code == 0, errors
+    assert "restart 1 of 2" in errors
+    assert [len(hosts.ports(rank)) for rank in range(2)] == [2, 2]
+
+
+def test_the_first_failing_host_decides_and_the_others_are_ended(hosts: Hosts) -> None:
+    code, errors = hosts.run("1:exit=9", "0:linger=75")
+    assert code == 9, errors
+    assert "host 127.0.0.2 ended with exit code 9" in errors
+    assert not running(hosts.started(0)["pid"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
+def test_no_rank_of_any_host_survives(hosts: Hosts, number: signal.Signals) -> None:
+    """A killed launch/run asks the nodes to save, and a second Ctrl-C kills their ranks."""
+    hosts.start("*:deaf", options=("--grace", "2"))
+    hosts.wait_for("start")
+    pids = [hosts.started(rank)["pid"] for rank in range(2)]
+    hosts.send(number)
+    if number == signal.SIGINT:
+        hosts.wait_for("SIGINT")
+        hosts.send(number)
+        assert hosts.end()[0] == 130
+    else:
+        hosts.wait_for("SIGTERM")
+    wait_until(lambda: not any(map(running, pids)))
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.3"])
+def test_a_host_that_cannot_be_reached_is_named(hosts: Hosts, host: str) -> None:
+    """The second one has no known host key, and nobody listens there."""
+    known = hostfile(hosts.marks.parent, f"localhost slots=1\n{host} slots=1\n")
+    hosts.environment = {**hosts.environment}
+    Launch.start(
+        hosts, "0:linger=75", options=("--hostfile", str(known), "--master_addr", "127.0.0.1"), env=hosts.environment
     )
-    ssh = tmp_path / "ssh"  # the runner tries the first host; what it asks of that host, this machine answers
-    ssh.write_text('#!/bin/sh\nwhile [ "$1" != localhost ]; do shift; done\nshift\nexec "$@"\n')
-    ssh.chmod(0o755)
-    path = hostfile(tmp_path, "localhost slots=2\n")
-    port = str(rendezvous_port(None))
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "run"),
+    code, errors = hosts.end()
+    assert code == 6, errors
+    assert f"host {host} cannot be reached, or the connection broke" in errors
+
+
+def test_a_run_on_two_hosts_is_saved_by_a_signal_and_goes_on_alone(
+    tmp_path: Path, reached: dict[str, str], text_file: Path
+) -> None:
+    saving = {"checkpoint": {"every_steps": 1000, "every_minutes": None, "keep_best": 0}}
+    engine = write_json(tmp_path / "engine.json", engine_json(2, micro=2, chatgot=saving))
+    out, config = tmp_path / "out", write_run_yaml(tmp_path / "run.yaml", max_steps=1_000_000)
+    where = [
         "--hostfile",
-        str(path),
+        str(hostfile(tmp_path, HOSTS)),
+        "--master_addr",
+        "127.0.0.1",
         "--master_port",
-        port,
-        "--script",
-        str(program),
+        str(free_port()),
     ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    ended = subprocess.run([*command, "--", str(marks)], env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    started = [json.loads((marks / f"start.{rank}").read_text()) for rank in range(2)]
-    assert {mark["env"]["MASTER_PORT"] for mark in started} == {port}
-    assert all(mark["argv"][1:] == [str(marks)] for mark in started)
+    command = [sys.executable, str(ROOT / "launch" / "run"), *where, "--", *argv(engine, out, config, text_file)]
+    process = subprocess.Popen(command, env=environment(**reached), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while newest_step(out / "metrics.jsonl") is None and process.poll() is None:
+        assert time.monotonic() < deadline, "no step was made"
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    [step] = tags(out)
+    assert events(out, "preempted")[0]["step"] == step
+    assert json.loads((out / "environment.json").read_text())["world_size"] == 2
+    train = [sys.executable, str(ROOT / "launch" / "train.py"), *argv(engine, out, config, text_file)]
+    more = subprocess.run([*train, f"train.max_steps={step + 1}"], env=environment(), capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr
+    assert step + 1 in series(out, "train/loss")
+
+
+def test_nodes_that_somebody_else_starts_find_each_other(tmp_path: Path) -> None:
+    marks, port = tmp_path / "marks", str(free_port())
+    marks.mkdir()
+    nodes = []
+    for node in "01":
+        options = ["--nproc", "2", "--nnodes", "2", "--node_rank", node, "--master_addr", socket.gethostname()]
+        command = [sys.executable, str(ROOT / "launch" / "run"), *options, "--master_port", port]
+        command += ["--script", str(PROGRAM), "--", str(marks), "*:exit=0"]
+        nodes.append(subprocess.Popen(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}))
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    places = [json.loads((marks / f"start.{rank}").read_text())["env"] for rank in range(4)]
+    assert [(p["RANK"], p["LOCAL_RANK"], p["WORLD_SIZE"]) for p in places] == [
+        (str(r), str(r % 2), "4") for r in range(4)
+    ]
+    assert {(place["MASTER_ADDR"], place["MASTER_PORT"]) for place in places} == {(socket.gethostname(), port)}

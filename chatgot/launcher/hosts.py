@@ -1,0 +1,137 @@
+"""Several machines: the hostfile, and the launch/run that is started on each of them over ssh.
+
+launch/run on the first machine starts `launch/run --node` on every host and supervises these as it does ranks. What
+the node shall run stands in the first line of its stdin, signals follow, a line each; the end of stdin means that the
+first launch/run is gone, which stops the node as SIGHUP does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from chatgot.deepspeed_json.findings import shortened
+from chatgot.errors import ConfigError, MachineError
+
+PORT = 29500
+"""Of the rendezvous between machines, unless --master_port says another."""
+_SSH = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o")
+"""Never asks, notices a host that does not answer within 10 s, and one that is cut off within 30."""
+_PASSED_ON = (
+    "NCCL_",
+    "GLOO_",
+    "CHATGOT_",
+    "DS_",
+    "OMP_",
+    "GOMP_",
+    "MKL_",
+    "TORCH",
+    "WANDB_",
+    "PYTHONPATH",
+    "SLURM_JOB",
+)
+"""Prefixes of the environment variables that every host gets."""
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots of each host; ConfigError with the line number. DeepSpeed's own expression takes `slots=4x` for 4."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile {path}: cannot be read as text: {error}") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = re.fullmatch(r"([^\s-]\S*)\s+slots=(\d{1,9})", text)  # what begins with - is an option of ssh
+        if match is None or int(match[2]) == 0:
+            form = "`host slots=N` with N from 1 on, as in `worker-1 slots=8`"
+            raise ConfigError(f"{path}:{number}: {shortened(text)!r} is not of the form {form}")
+        if match[1] in hosts:
+            raise ConfigError(
+                f"{path}:{number}: host {shortened(match[1])!r} is listed twice; give its slots on one line"
+            )
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"{path}: no hosts in it; write one `host slots=N` per line")
+    return hosts
+
+
+def is_here(host: str) -> bool:
+    """Whether a name of the hostfile is this machine's, which needs no ssh."""
+    return host in ("localhost", "127.0.0.1", socket.gethostname())
+
+
+def master_address(hosts: Mapping[str, int], given: str | None) -> str:
+    """The address under which all hosts reach the first one.
+
+    Raises:
+        ConfigError: its name in the file means another machine on every host.
+    """
+    first = next(iter(hosts))
+    if given is not None or len(hosts) == 1:
+        return given or ("127.0.0.1" if is_here(first) else first)
+    if first in ("localhost", "127.0.0.1"):
+        raise ConfigError(
+            f"the hostfile's first host is {first}, which means another machine on every host; write its name or "
+            f"address, or give --master_addr"
+        )
+    return first
+
+
+def node_command(host: str, python: str) -> list[str]:
+    """The command that starts `launch/run --node` on a host, at the same path as here."""
+    run = str(Path(__file__).resolve().parent.parent.parent / "launch" / "run")
+    if is_here(host):
+        return [python, run, "--node"]
+    ssh = shutil.which("ssh")
+    if ssh is None:
+        raise MachineError(f"--hostfile: host {host}: there is no ssh on this machine, which reaches it; install it")
+    return [ssh, *_SSH, "ServerAliveCountMax=3", "--", host, f"exec {shlex.quote(python)} {shlex.quote(run)} --node"]
+
+
+def order(argv: Sequence[str], more: Mapping[str, str]) -> bytes:
+    """The first line of a node's stdin. In there and not on a command line, which everybody can read: it has keys."""
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    return json.dumps({"argv": list(argv), "cwd": os.getcwd(), "environ": {**passed, **more}}).encode() + b"\n"
+
+
+def take_order(stream: FileIO) -> list[str]:
+    """Read the first line of stdin, go to its folder and take its environment; returns the arguments.
+
+    Raises:
+        MachineError: there is no such folder on this host.
+    """
+    given: dict[str, Any] = json.loads(stream.readline())
+    try:
+        os.chdir(given["cwd"])
+    except OSError as error:
+        raise MachineError(
+            f"host {socket.gethostname()}: {given['cwd']}: {error.strerror}; all hosts need it"
+        ) from error
+    os.environ.update(given["environ"])
+    return given["argv"]
+
+
+def obey(stream: FileIO) -> None:
+    """Send this process every signal that stdin names, and SIGHUP at its end, from a thread that has them blocked."""
+
+    def listen() -> None:
+        for line in stream:
+            os.kill(os.getpid(), signal.Signals[line.decode().strip()])
+        print(f"launch/run: host {socket.gethostname()}: the first launch/run is gone", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    threading.Thread(target=listen, name="orders", daemon=True).start()
