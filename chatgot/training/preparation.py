@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import logging
 import platform
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ from chatgot.run_folder import flattened
 from chatgot.version import code_hash
 
 logger = logging.getLogger(__name__)
+SHARED_SECONDS = 15.0
+"""How long a network file system may take to show another machine a new file."""
+SKEW_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,13 @@ def refuse_unlike_ranks(config: RunConfig, resolved: Resolved, data: PreparedDat
     Raises:
         MachineError, ConfigError, DataError: on all ranks; code or packages, settings, or data are not the same.
     """
+    ranks.barrier()
+    clocks = ranks.gather((time.time(), socket.gethostname()))
+    (first, slow), (last, fast) = min(clocks), max(clocks)
+    if last - first > SKEW_SECONDS:
+        logger.warning(
+            f"the clocks of {slow} and {fast} differ by {last - first:.0f} s: times in the records will mislead"
+        )
     used = {"python": platform.python_version(), "numpy": numpy.__version__, **versions(), "code": code_hash()}
     derived = {name: one.value for name, one in resolved.derived.items()}
     settings = flattened(config.to_dict()) | flattened(resolved.subject.tree, "ds.") | flattened(derived, "ds.")
@@ -167,7 +179,34 @@ def choose_checkpoint(
         refuse_layouts(chosen, fields)
         return chosen, different
 
-    return ranks.on_rank_0(choose)
+    chosen = ranks.on_rank_0(choose)
+    _refuse_unshared(arguments.out_dir, ranks)
+    return chosen
+
+
+def _refuse_unshared(out_dir: Path, ranks: ControlGroup) -> None:
+    """See to it that every rank has the folder which rank 0 has locked. Collective.
+
+    Raises:
+        ConfigError: on all ranks; another machine has another folder under its name, or none.
+    """
+
+    def lock() -> bytes | None:
+        try:
+            return run_folder.read_bytes(out_dir / run_folder.LOCK)
+        except OSError:
+            return None
+
+    def look() -> None:
+        deadline = time.monotonic() + SHARED_SECONDS
+        while lock() != wanted:
+            if time.monotonic() > deadline:
+                here = f"host {socket.gethostname()} (rank {ranks.rank}) does not see the folder that rank 0 writes to"
+                raise ConfigError(f"--out_dir {out_dir}: {here}; give one that all machines share")
+            time.sleep(0.5)
+
+    wanted = ranks.from_rank_0(lock())
+    ranks.on_every_rank(look)
 
 
 def load_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -256,3 +257,22 @@ def test_ranks_that_would_not_train_the_same_run_are_refused(more, torch, code, 
     assert message in done[0].stderr
     assert "Traceback" not in done[0].stderr + done[1].stderr
     assert not files["out"].exists()
+
+
+def test_a_run_folder_that_the_ranks_do_not_share_is_refused(files, tmp_path):
+    plan = {"argv": argv(**files), "more": [[], ["--out_dir", str(tmp_path / "elsewhere")]]}
+    plan = json.loads(json.dumps(plan, default=str))
+    done = run_ranks(["-m", "tests.distributed.programs.unlike", json.dumps(plan)], 2, timeout=120, check=False)
+    assert [rank.returncode for rank in done] == [2, 2], [rank.stderr for rank in done]
+    said = f"host {socket.gethostname()} (rank 1) does not see the folder that rank 0 writes to"
+    assert said in done[0].stderr
+    assert not files["out"].exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_clocks_that_differ_are_warned_of(files):
+    plan = {"argv": [*argv(**files), "train.max_steps=1"], "more": [[], []], "clock": [0, 3600]}
+    plan = json.loads(json.dumps(plan, default=str))
+    done = run_ranks(["-m", "tests.distributed.programs.unlike", json.dumps(plan)], 2, timeout=120, check=False)
+    assert [rank.returncode for rank in done] == [0, 0], [rank.stderr for rank in done]
+    assert re.search(r"the clocks of \S+ and \S+ differ by 36\d\d s", done[0].stdout)
