@@ -32,7 +32,17 @@ from chatgot.errors import (
     MachineError,
 )
 from chatgot.launcher.arguments import duration
-from chatgot.launcher.hosts import PORT, is_here, master_address, node_command, obey, order, read_hostfile, take_order
+from chatgot.launcher.hosts import (
+    PORT,
+    is_here,
+    master_address,
+    node_command,
+    obey,
+    order,
+    read_hostfile,
+    take_order,
+    without_lost,
+)
 from chatgot.launcher.supervisor import Start, Supervisor, say
 from chatgot.version import __version__
 
@@ -40,6 +50,7 @@ REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
 NEVER_RESTARTED = (EXIT_DONE, *REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
 """A refusal would refuse again, and an interruption was asked for."""
 GRACE_SECONDS = 60.0
+REJOIN_MINUTES = 5.0
 ATTEMPT = "CHATGOT_ATTEMPT"
 """Environment variable that names this start of the ranks, so that one that runs out of memory can ask for another."""
 
@@ -108,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     restarts = _at_least(0, "not a number of restarts from 0 on")
     add("--max_restarts", type=restarts, metavar="K", help="start again after a crash, K times at most (default: 0)")
     add("--max_minutes", type=duration, metavar="T", help="passed on to train.py: save and end after so many minutes")
+    rejoin = f"minutes to wait for a host that was lost, before the others go on alone (default: {REJOIN_MINUTES:g})"
+    add("--rejoin_minutes", type=duration, default=REJOIN_MINUTES, metavar="T", help=rejoin)
     grace = f"seconds that ranks have to save and end after a signal (default: {GRACE_SECONDS:g})"
     add("--grace", type=duration, metavar="S", help=grace)
     add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
@@ -253,6 +266,11 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
             if idle == 2:
                 say("two restarts in a row have made no checkpoint: it is not started again")
                 return code
+            if hosts is not None and supervisor.lost:
+                lost = [name.removeprefix("host ") for name in supervisor.lost]
+                hosts = without_lost(hosts, lost, arguments.rejoin_minutes, out_dir)
+                if signal.sigpending() & stops:
+                    return code
             restart += 1
             say(f"restart {restart} of {restarts}: all ranks start again")
 
@@ -280,14 +298,16 @@ def _starts_of_hosts(
     for name in ("nproc", "nnodes"):
         if getattr(arguments, name) is not None:
             raise ConfigError(f"--{name} does not go with --hostfile, whose slots say how many ranks a host has")
-    total, address, first, starts = sum(hosts.values()), master_address(hosts, arguments.master_addr), 0, list[Start]()
+    whole = read_hostfile(arguments.hostfile)
+    given = arguments.master_addr if next(iter(hosts)) == next(iter(whole)) else None  # else that host is lost
+    total, address, first, starts = sum(hosts.values()), master_address(hosts, given), 0, list[Start]()
     port = arguments.master_port or (rendezvous_port(None) if all(map(is_here, hosts)) else PORT)
     python, script, *words = command
     for host, slots in hosts.items():
         options = {"nproc": slots, "ranks": f"{first}:{total}", "master_addr": address, "master_port": port}
         options |= {"python": python, "script": script, "grace": arguments.grace or GRACE_SECONDS}
-        given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        order_line = order([*given, "--", *words], {ATTEMPT: attempt})
+        told = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        order_line = order([*told, "--", *words], {ATTEMPT: attempt})
         starts.append(Start(f"host {host}", node_command(host, python), os.environ, order_line))
         first += slots
     say(f"{total} ranks on {len(hosts)} host(s): {', '.join(hosts)}; rendezvous at {address}:{port}")

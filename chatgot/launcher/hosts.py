@@ -14,15 +14,20 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import chatgot.run_folder as run_folder
+from chatgot.deepspeed_json.batch import MICRO, TOTAL
 from chatgot.deepspeed_json.findings import shortened
 from chatgot.errors import ConfigError, MachineError
+from chatgot.launcher.supervisor import say
 
 PORT = 29500
 """Of the rendezvous between machines, unless --master_port says another."""
@@ -135,3 +140,51 @@ def obey(stream: FileIO) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
 
     threading.Thread(target=listen, name="orders", daemon=True).start()
+
+
+def without_lost(hosts: Mapping[str, int], lost: Sequence[str], minutes: float, out_dir: Path | None) -> dict[str, int]:
+    """Wait for the lost hosts to answer again, and leave out those that do not.
+
+    The others go on with the largest number of ranks of which the run's global batch can be made.
+
+    Raises:
+        MachineError: no host is left, or no such number.
+    """
+    batch, micro = _batch(out_dir)
+    deadline, missing = time.monotonic() + 60 * minutes, list(lost)
+    while missing := [host for host in missing if not _answers(host)]:
+        if time.monotonic() > deadline or signal.sigpending():
+            break
+        time.sleep(5)
+    if not missing:
+        return dict(hosts)
+    left = {host: slots for host, slots in hosts.items() if host not in missing}
+    ranks = next((n for n in range(sum(left.values()), 0, -1) if batch % (micro * n) == 0), 0)
+    if not ranks:
+        raise MachineError(
+            f"{', '.join(missing)} did not come back, and train_batch_size {batch} fits no ranks of the rest"
+        )
+    used = dict[str, int]()
+    for host, slots in left.items():
+        if (free := ranks - sum(used.values())) > 0:
+            used[host] = min(slots, free)
+    say(
+        f"{', '.join(missing)} did not come back within {minutes:g} minutes: {ranks} rank(s) on {', '.join(used)} go on"
+    )
+    return used
+
+
+def _batch(out_dir: Path | None) -> tuple[int, int]:
+    """Global batch and micro-batch of a run, from its folder; where it has none, what any number of ranks can make."""
+    try:
+        assert out_dir is not None
+        stored = json.loads(run_folder.read_bytes(out_dir / run_folder.DS_CONFIG))
+        return int(stored[TOTAL]), int(stored[MICRO])
+    except (AssertionError, OSError, ValueError, KeyError, TypeError):
+        return 0, 1
+
+
+def _answers(host: str) -> bool:
+    """Whether ssh reaches a host."""
+    command = [shutil.which("ssh") or "ssh", *_SSH, "ServerAliveCountMax=3", "--", host, "true"]
+    return is_here(host) or subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0

@@ -83,6 +83,8 @@ class Supervisor:
         self._out_of_memory = out_of_memory
         self.stopping = False
         """The user sent a stop signal."""
+        self.lost: list[str] = []
+        """Names of the nodes that ssh did not reach, or lost."""
         self.ranks: list[Rank] = []
         self._ended: list[Rank] = []
         self._end_peers_at: float | None = None
@@ -153,6 +155,7 @@ class Supervisor:
                 if rank.exit_code == SSH_FAILED and rank.process.stdin is not None:
                     say(f"{rank.name} cannot be reached, or the connection broke; ssh says why")
                     rank.exit_code = EXIT_ENVIRONMENT
+                    self.lost.append(rank.name)
                 ended.append((rank.exit_code >= 0, rank))
         for _, rank in sorted(ended, key=lambda pair: pair[0]):
             first = rank.exit_code != 0 and not any(earlier.exit_code != 0 for earlier in self._ended)

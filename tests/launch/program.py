@@ -4,7 +4,8 @@ usage: program.py MARKS ACTION...     ACTION is RANK:VERB or *:VERB; the ranks t
 VERB: exit=N, signal=NAME (of itself), wait (until killed), deaf (leave a mark at a signal, go on),
     save (SIGTERM, SIGINT, SIGUSR1: leave a mark, end with 75 when all ranks have one),
     memory=K (in the first K starts: store a micro_batch.json, end with 75), wait_if_memory=K (meanwhile: wait),
-    crash_once (exit 9 the first time), linger=N (wait for SIGTERM, then exit N),
+    crash_once (exit 9 the first time), wait_first (the first time until killed, then exit 0),
+    linger=N (wait for SIGTERM, then exit N),
     linger_once=N and memory_late (in the first start: wait for SIGTERM, then exit N, or as memory)
 """
 
@@ -88,6 +89,8 @@ if verb == "memory" and starts() <= int(value):
 if verb in ("memory", "wait_if_memory") and starts() > int(value):
     sys.exit(0)
 if verb in ("linger_once", "memory_late") and starts() > 1:
+    sys.exit(0)
+if verb == "wait_first" and starts() > 1:
     sys.exit(0)
 if verb == "crash_once":
     sys.exit(9 if starts() == 1 else 0)

@@ -4,6 +4,7 @@ host is `localhost`, which needs no ssh; the second, 127.0.0.2, is reached by it
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -86,9 +87,16 @@ def test_what_does_not_go_together_is_refused(
 @pytest.fixture(scope="module")
 def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment in which `ssh 127.0.0.2` reaches this machine without asking."""
+    with ssh_server(tmp_path_factory.mktemp("ssh")) as (path, _):
+        yield path
+
+
+@contextlib.contextmanager
+def ssh_server(folder: Path) -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
+    """A server on 127.0.0.2, and the environment whose `ssh` reaches it."""
     if not os.access(SSHD, os.X_OK) or SSH is None:
         pytest.skip("needs ssh and sshd")
-    folder, port = tmp_path_factory.mktemp("ssh"), free_port()
+    port = free_port()
     for name in ("host", "user"):
         key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
         subprocess.run(key, check=True, stdin=subprocess.DEVNULL)
@@ -114,7 +122,7 @@ def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             process.kill()
             pytest.skip(f"no ssh server can be started here: {(folder / 'log').read_text()[-300:]}")
         time.sleep(0.2)
-    yield path
+    yield path, process
     process.kill()
     process.wait()
 
@@ -259,3 +267,51 @@ def test_nodes_that_somebody_else_starts_find_each_other(tmp_path: Path) -> None
         (str(r), str(r % 2), "4") for r in range(4)
     ]
     assert {(place["MASTER_ADDR"], place["MASTER_PORT"]) for place in places} == {(socket.gethostname(), port)}
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below one."""
+    found = [pid]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid:
+                found += descendants(int(folder.name))
+    return found
+
+
+def test_a_host_that_does_not_come_back_is_left_out(tmp_path: Path) -> None:
+    """The folder's global batch of 6 in micro-batches of 2 is for 3 or 1 of the 2 ranks that localhost has."""
+    out, marks = tmp_path / "out", tmp_path / "marks"
+    out.mkdir()
+    marks.mkdir()
+    write_json(out / "ds_config.json", {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2})
+    known = hostfile(tmp_path, "localhost slots=2\n127.0.0.2 slots=1\n")
+    with ssh_server(tmp_path / "out") as (path, server):
+        options = [
+            "--hostfile",
+            str(known),
+            "--master_addr",
+            "127.0.0.1",
+            "--max_restarts",
+            "3",
+            "--rejoin_minutes",
+            "0",
+        ]
+        program = ["--script", str(PROGRAM), "--", str(marks), "*:wait_first", f"--out_dir={out}"]
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "launch" / "run"), *options, *program],
+            env={**os.environ, "DS_ACCELERATOR": "cpu", **path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda: len(list(marks.glob("start.*"))) == 3)
+        for pid in descendants(server.pid):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
+                os.kill(pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "host 127.0.0.2 cannot be reached, or the connection broke" in errors
+    assert "127.0.0.2 did not come back within 0 minutes: 1 rank(s) on localhost go on" in errors
+    last = json.loads((marks / "start.0").read_text())["env"]
+    assert (last["RANK"], last["WORLD_SIZE"]) == ("0", "1")
