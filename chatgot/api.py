@@ -110,6 +110,8 @@ def train(
     run_name: str | None = None,
     overrides: Sequence[str] | Mapping[str, object] = (),
     strict: bool = False,
+    max_minutes: float | None = None,
+    hang_timeout: float = 0.0,
 ) -> Run:
     """Train in this process, as `python launch/train.py` does with the same arguments; returns the finished run.
 
@@ -119,9 +121,12 @@ def train(
         config: a preset's name (`chatgot presets`), or a run YAML.
         overrides: {"train.max_steps": 200, "ds.optimizer.params.lr": 3e-4}, or the same as texts, "KEY=VALUE".
         strict: whether a warning about the JSON refuses the run.
+        max_minutes: after which the run is saved and ends with RunAgainError.
+        hang_timeout: seconds without progress after which this process is ended (exit 6); 0: never.
 
     Raises:
-        RunAgainError: a signal interrupted the run, which is saved, or memory ran out: the same call goes on.
+        RunAgainError: a signal or the time limit ended the run, which is saved, or memory ran out: the same call
+            goes on.
         ChatGoTError: every other refusal; its exit_code is the command's.
     """
     from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
@@ -138,6 +143,7 @@ def train(
     arguments = TrainArguments(named, Path(out_dir), str(config), str(data), resume_from)
     arguments = replace(arguments, allow_data_change=allow_data_change, allow_batch_change=allow_batch_change)
     arguments = replace(arguments, overrides=tuple(texts or overrides), strict=strict)
-    if run(replace(arguments, run_name=run_name)) == EXIT_INTERRUPTED:
+    arguments = replace(arguments, run_name=run_name, max_minutes=max_minutes, hang_timeout=hang_timeout)
+    if run(arguments) == EXIT_INTERRUPTED:
         raise RunAgainError(f"{out_dir}: interrupted and saved; the same call goes on")
     return Run(out_dir)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import chatgot
-from chatgot.errors import CheckpointError, ConfigError
+from chatgot.errors import CheckpointError, ConfigError, RunAgainError
 from chatgot.inference.sample import SampleArguments, sample
 from tests.support import ROOT, encoded, engine_json, environment, write_json, write_run_yaml
 from tests.training.in_process import cpu_environment
@@ -132,6 +132,13 @@ def test_an_interrupted_run_is_saved_and_says_so(arguments: dict[str, Any], tmp_
     done = python(INTERRUPTED, words[0], str(tmp_path / "run"), *words[1:])
     assert "ENDED RunAgainError 75" in done.stdout, done.stdout + done.stderr
     assert chatgot.load(tmp_path / "run", device="cpu").sample("The night", max_new_tokens=3).startswith("The night")
+
+
+def test_a_run_that_is_out_of_time_says_so(arguments: dict[str, Any], tmp_path: Path) -> None:
+    with cpu_environment(), pytest.raises(RunAgainError, match="interrupted and saved"):
+        chatgot.train(
+            **arguments | {"out_dir": tmp_path / "short", "overrides": {"train.max_steps": 10**6}}, max_minutes=0.01
+        )
 
 
 def test_two_ranks_train_from_python(arguments: dict[str, Any], tmp_path: Path) -> None:
