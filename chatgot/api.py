@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
@@ -137,13 +138,16 @@ def train(
     settings = (str(config), deepspeed_config, texts or tuple(overrides), str(data), Path(out_dir))
     named = refuse_wrong_settings(*settings, strict=strict)
     settle_environment()
-    from chatgot.training.run import TrainArguments
+    from chatgot.training.run import TrainArguments, leave
     from chatgot.training.run import train as run
 
     arguments = TrainArguments(named, Path(out_dir), str(config), str(data), resume_from)
     arguments = replace(arguments, allow_data_change=allow_data_change, allow_batch_change=allow_batch_change)
     arguments = replace(arguments, overrides=tuple(texts or overrides), strict=strict)
     arguments = replace(arguments, run_name=run_name, max_minutes=max_minutes, hang_timeout=hang_timeout)
-    if run(arguments) == EXIT_INTERRUPTED:
+    code = run(arguments)
+    atexit.unregister(leave)
+    atexit.register(leave)  # of several ranks, one that the interpreter tears down while gloo's threads run aborts
+    if code == EXIT_INTERRUPTED:
         raise RunAgainError(f"{out_dir}: interrupted and saved; the same call goes on")
     return Run(out_dir)
