@@ -166,7 +166,8 @@ def test_offloading_that_cannot_move_is_refused_in_both_directions(
     offload, stated, halves, text_file, tmp_path, capsys
 ):
     folder = shutil.copytree(halves[0], tmp_path / "copy")
-    tree = engine_json(3, chatgot=SAVING)
+    adam = {"type": "AdamW", "params": {"lr": 3e-3}}  # for a ratio below 1 DeepSpeed takes its CPUAdam only
+    tree = engine_json(3, optimizer=adam, chatgot=SAVING)
     tree["zero_optimization"]["offload_optimizer"] = offload
     write_json(folder / "engine.json", tree)
     assert refused(words(folder, text_file)) == 4
