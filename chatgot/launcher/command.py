@@ -34,6 +34,7 @@ from chatgot.errors import (
 from chatgot.launcher.arguments import duration
 from chatgot.launcher.hosts import (
     PORT,
+    check_options,
     is_here,
     master_address,
     node_command,
@@ -87,8 +88,8 @@ def main(argv: Sequence[str]) -> int:
         command = [_interpreter(arguments.python), _script(arguments.script), *argv[split + 1 :]]
         if arguments.max_minutes is not None:
             command += ["--max_minutes", f"{arguments.max_minutes:g}"]
-        if arguments.nnodes is not None and (arguments.node_rank is None or arguments.master_addr is None):
-            raise ConfigError("--nnodes needs --node_rank and --master_addr, the address of the node whose rank is 0")
+        if orders is None:
+            check_options(arguments)
         return _run(arguments, command, orders)
     except ChatGoTError as error:
         say(str(error))
@@ -268,7 +269,9 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
                 return code
             if hosts is not None and supervisor.lost:
                 lost = [name.removeprefix("host ") for name in supervisor.lost]
-                hosts = without_lost(hosts, lost, arguments.rejoin_minutes, out_dir)
+                master, hosts = next(iter(hosts)), without_lost(hosts, lost, arguments.rejoin_minutes, out_dir)
+                if master not in hosts:
+                    arguments.master_addr = None  # it was that one's
                 if signal.sigpending() & stops:
                     return code
             restart += 1
@@ -295,12 +298,8 @@ def _starts_of_hosts(
     arguments: argparse.Namespace, command: Sequence[str], hosts: Mapping[str, int], attempt: str
 ) -> list[Start]:
     """The launch/run of every host."""
-    for name in ("nproc", "nnodes"):
-        if getattr(arguments, name) is not None:
-            raise ConfigError(f"--{name} does not go with --hostfile, whose slots say how many ranks a host has")
-    whole = read_hostfile(arguments.hostfile)
-    given = arguments.master_addr if next(iter(hosts)) == next(iter(whole)) else None  # else that host is lost
-    total, address, first, starts = sum(hosts.values()), master_address(hosts, given), 0, list[Start]()
+    address = master_address(hosts, arguments.master_addr)
+    total, first, starts = sum(hosts.values()), 0, list[Start]()
     port = arguments.master_port or (rendezvous_port(None) if all(map(is_here, hosts)) else PORT)
     python, script, *words = command
     for host, slots in hosts.items():

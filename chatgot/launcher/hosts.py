@@ -7,6 +7,7 @@ first launch/run is gone, which stops the node as SIGHUP does.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -72,6 +73,21 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise ConfigError(f"{path}: no hosts in it; write one `host slots=N` per line")
     return hosts
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options of several machines that do not go together, or that nothing would read; ConfigError."""
+    given = [name for name in ("nproc", "nnodes", "node_rank", "master_addr") if getattr(arguments, name) is not None]
+    if arguments.hostfile is not None:
+        if wrong := [name for name in given if name != "master_addr"]:
+            raise ConfigError(f"--{wrong[0]} does not go with --hostfile, whose slots say how many ranks a host has")
+    elif arguments.nnodes is None:
+        if wrong := [name for name in given if name != "nproc"]:
+            raise ConfigError(f"--{wrong[0]} is for several machines: give --nnodes, or --hostfile, too")
+    elif arguments.node_rank is None or arguments.master_addr is None:
+        raise ConfigError("--nnodes needs --node_rank and --master_addr, the address of the node whose rank is 0")
+    elif arguments.node_rank >= arguments.nnodes:
+        raise ConfigError(f"--node_rank {arguments.node_rank}: of {arguments.nnodes} nodes, from 0 on; give 0 to M-1")
 
 
 def is_here(host: str) -> bool:
@@ -176,11 +192,12 @@ def without_lost(hosts: Mapping[str, int], lost: Sequence[str], minutes: float, 
 
 def _batch(out_dir: Path | None) -> tuple[int, int]:
     """Global batch and micro-batch of a run, from its folder; where it has none, what any number of ranks can make."""
+    if out_dir is None:
+        return 0, 1
     try:
-        assert out_dir is not None
         stored = json.loads(run_folder.read_bytes(out_dir / run_folder.DS_CONFIG))
         return int(stored[TOTAL]), int(stored[MICRO])
-    except (AssertionError, OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0, 1
 
 

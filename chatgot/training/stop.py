@@ -30,8 +30,8 @@ _LAUNCHED = (ATTEMPT, "TORCHELASTIC_RUN_ID", "CROSS_RANK", "SLURM_STEP_ID", "OMP
 
 
 class StopSignals:
-    """Within `with`, SIGTERM, SIGINT, SIGUSR1 and SIGHUP raise a flag for the loop; a second SIGINT exits 130 at once.
-    So does the end of the launcher that started this rank.
+    """Within `with`, SIGTERM, SIGINT, SIGUSR1, SIGHUP and the end of the launcher that started this rank raise a flag
+    for the loop; a second SIGINT exits 130 at once.
 
     While the run is `starting` they end it, since nothing can be lost yet; also where the process waits for another
     rank in a call out of Python, which would notice a signal only when the other comes.

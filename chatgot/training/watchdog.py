@@ -116,10 +116,11 @@ class Watchdog:
             quiet += min(now - before, 2 * tick)  # a process that was stopped as a whole (Ctrl-Z) has not hung
             before = now
             if self._beats != seen:
+                if quiet > self.seconds * patience:  # faulthandler's thread may have written
+                    self._file.truncate(0)
                 longest = max(longest, quiet if patience == 1 else 0.0)
                 seen, patience, quiet = self._beats, self.patience, 0.0
                 allowed = max(self.seconds * patience, LONGEST * longest)
-                self._file.truncate(0)
                 faulthandler.dump_traceback_later(self.seconds * patience + tick / 2, file=self._file)
             elif quiet > allowed or (quiet > self.seconds / 2 and self._others_alarm.exists()):
                 try:

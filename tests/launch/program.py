@@ -78,7 +78,13 @@ with (marks / f"starts.{rank}").open("a") as ports:
 mark(
     "start",
     json.dumps(
-        {"pid": os.getpid(), "argv": sys.argv, "env": dict(os.environ), "blocked": len(signal.pthread_sigmask(0, []))}
+        {
+            "pid": os.getpid(),
+            "argv": sys.argv,
+            "cwd": os.getcwd(),
+            "env": dict(os.environ),
+            "blocked": len(signal.pthread_sigmask(0, [])),
+        }
     ),
 )
 if verb == "exit":
