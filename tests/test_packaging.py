@@ -5,7 +5,7 @@ Only ChatGoT itself is installed there; a .pth file lends it the libraries of th
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -19,7 +19,10 @@ from chatgot.config.run import preset_names
 from chatgot.deepspeed_json.read import shipped_jsons
 from tests.support import ROOT, write_text
 
-MISSING = [name for name in ("pip", "setuptools", "wheel") if importlib.util.find_spec(name) is None]
+# Looked up by their distributions: find_spec("pip") makes setuptools give up its distutils for the whole process, and
+# then nothing can be compiled in it any more.
+INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
+MISSING = [name for name in ("pip", "setuptools", "wheel") if name not in INSTALLED]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed")
 LEFT_OUT = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "tests")
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "-q", "--disable-pip-version-check")
