@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from chatgot.deepspeed_json.findings import meant
-from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE, CheckpointError
+from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE
+from chatgot.inference.commands import add_commands, name_checkpoint
 from chatgot.launcher.arguments import (
     Add,
     Parser,
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = commands[argv[0]].parse_args(argv[1:])
     if own_process:
         escape_unwritable()
-    if own_process and argv[0] in ("sample", "verify", "tune"):
+    if own_process and argv[0] in ("sample", "chat", "verify", "tune"):
         settle_environment(start_again=True)
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
 
@@ -152,18 +153,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     config_argument(add, "its data section says how")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
-    add = command("sample", _sample, "draw text from a run folder")
-    add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
-    add("--prompt", help="text to continue (default: the run's first sample prompt)")
-    add("--max_new_tokens", type=int, default=256, help="tokens to draw (default: 256)")
-    add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    add("--top_k", type=int, help="draw from the k likeliest tokens only")
-    add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
-    add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
-    add("--num_samples", type=int, default=1, help="continuations to draw (default: 1)")
-    add("--greedy", action="store_true", help="always take the likeliest token")
-    add("--tag", help="checkpoint to use (default: the newest)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+    add_commands(command)
 
     add = command("verify", _verify, "check a run folder: files of every checkpoint, and the journal")
     add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
@@ -236,23 +226,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
 
 
-def _sample(arguments: argparse.Namespace) -> None:
-    _name_checkpoint(arguments)
-    if not arguments.run.is_dir():
-        raise CheckpointError(f"{arguments.run}: no folder, and no complete checkpoint; give the --out_dir of a run")
-    from chatgot.inference.sample import SampleArguments, sample
-
-    sample(given_to(SampleArguments, arguments))
-
-
-def _name_checkpoint(arguments: argparse.Namespace) -> None:
-    """Understand a checkpoint's path in place of the run folder and --tag."""
-    from chatgot.checkpoint.load import take_apart
-
-    arguments.run, tag = take_apart(arguments.run)
-    arguments.tag = arguments.tag or tag
-
-
 def _check(arguments: argparse.Namespace) -> int:
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import RunConfig, load_run_config
@@ -299,7 +272,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from chatgot.verify.verify import verify
 
-    _name_checkpoint(arguments)
+    name_checkpoint(arguments)
     whole = verify(arguments.run, arguments.tag)
     if arguments.replay is not None:
         from chatgot.verify.replay import replay

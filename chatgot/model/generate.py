@@ -64,7 +64,7 @@ def generate(
     gpt = next((m for m in model.modules() if isinstance(m, GPT)), None)
     if gpt is None:
         raise ValueError(f"{type(model).__name__} contains no GPT")
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    check_settings(max_new_tokens, temperature, top_k, top_p)
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
         shape = tuple(input_ids.shape)
         raise ValueError(
@@ -160,7 +160,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError, naming it, for a setting of `generate` outside its range."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if not (temperature >= 0 and math.isfinite(temperature)):

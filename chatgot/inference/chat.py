@@ -1,0 +1,217 @@
+"""A text written in turns, you and the model: `chatgot chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from chatgot.data.tokenizer import StreamDecoder
+from chatgot.errors import ConfigError
+from chatgot.files import write_atomically
+from chatgot.inference.sample import LoadedModel, load_run
+from chatgot.model.generate import check_settings, generate
+
+HELP = """The model continues text: what you type is added to it, and the model goes on from there.
+A line such as "HENRY: Who goes there?" is a turn of a scene: it gets a line of its own, and the reply ends where
+HENRY would speak again. An empty line does the same as /more. Ctrl-C stops a reply, Ctrl-D ends the program.
+  /more             go on from where the text ends
+  /undo             take back your last line and its reply; the next reply is another one
+  /temperature X    0 is greedy          /top_p X    1 is everything          /seed N    begin to draw anew
+  /save PATH        write the text so far to a new file
+  /help             this                 /quit"""
+
+_TURN = re.compile(r"\s*([^\s:][^:]{0,40}):")
+"""The speaker of a turn stands before the first colon."""
+
+
+@dataclass(frozen=True)
+class ChatArguments:
+    """The command line of `chatgot chat`."""
+
+    run: Path
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    tag: str | None = None
+    device: str = "auto"
+
+
+def chat(arguments: ChatArguments, out: TextIO | None = None) -> None:
+    """Read lines from stdin until it ends or says /quit, and write replies to `out` (default: stdout).
+
+    Raises:
+        ConfigError: a setting out of range.
+        CheckpointError: see `load_run`.
+    """
+    _check(arguments)
+    with contextlib.suppress(ImportError):  # not on Windows: there the terminal itself edits lines
+        import readline  # noqa: F401  (input() then edits lines and remembers them)
+    talk = Conversation(load_run(arguments.run, arguments.tag, arguments.device), arguments, out or sys.stdout)
+    talk.say("/help explains, Ctrl-C stops a reply, Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            talk.say("")
+            return
+        except KeyboardInterrupt:  # at the prompt: forget the line, as shells do
+            talk.say("")
+            continue
+        if line.strip() in ("/quit", "/exit"):
+            return
+        try:
+            talk.answer(line)
+        except ConfigError as error:
+            talk.say(str(error))
+
+
+class Conversation:
+    """The text so far, and the settings that the next reply is drawn with."""
+
+    def __init__(self, model: LoadedModel, settings: ChatArguments, out: TextIO) -> None:
+        self.model = model
+        self.settings = settings
+        self.text = ""
+        self._out = out
+        self._before: list[str] = []  # the text before each turn that can be undone
+        self._drawn = 0  # replies since the seed was set: each draws from a seed of its own
+        self._speaker: str | None = None
+
+    def say(self, line: str) -> None:
+        print(line, file=self._out, flush=True)
+
+    def answer(self, line: str) -> None:
+        """Do what a line asks for: a command, or a turn and the reply to it.
+
+        Raises:
+            ConfigError: a command or value that is not understood, or characters that the model never saw.
+        """
+        if not line.startswith("/"):
+            self._turn(line)
+            return
+        name, _, value = line[1:].strip().partition(" ")
+        if name == "help":
+            self.say(HELP)
+        elif name == "more":
+            self._turn("")
+        elif name == "undo":
+            if not self._before:
+                raise ConfigError("/undo: there is nothing to take back")
+            self.text = self._before.pop()
+            self.say(f"taken back; the text now ends: {self.text[-60:]!r}" if self.text else "the text is empty again")
+        elif name in ("temperature", "top_p", "seed"):
+            self._set(name, value.strip())
+        elif name == "save":
+            self._save(value.strip())
+        else:
+            raise ConfigError(f"/{name}: no such command; /help lists them")
+
+    def _turn(self, line: str) -> None:
+        before, speaker = self.text, self._speaker
+        if name := _speaker_of(line):
+            speaker = name
+            added = ("\n" if before and not before.endswith("\n") else "") + line.strip() + "\n"
+        else:
+            added = line
+        text = before + added
+        if not text:
+            raise ConfigError("there is no text to go on from: type its beginning")
+        ids = self.model.tokenizer.encode_prompt(text)  # refuses before anything is changed
+        self._before.append(before)
+        self.text, self._speaker = text, speaker
+        self.text += self._reply(ids, f"\n{speaker}:" if speaker else None)
+
+    def _reply(self, ids: np.ndarray, end: str | None) -> str:
+        """Stream the continuation of ids up to `end`, which is left out, and return it; Ctrl-C ends it sooner."""
+        decoder, text, shown = StreamDecoder(self.model.tokenizer), "", 0
+
+        def on_token(row: int, token: int) -> None:
+            nonlocal text, shown
+            text += decoder.push(token)
+            sure = len(text) if end is None else _sure(text, end)
+            self._out.write(text[shown:sure])
+            self._out.flush()
+            shown = max(shown, sure)
+
+        settings = self.settings
+        seed, self._drawn = settings.seed + self._drawn, self._drawn + 1
+        device = next(self.model.gpt.parameters()).device
+        stopped = False
+        try:
+            generate(
+                self.model.gpt,
+                torch.from_numpy(ids.astype("int64"))[None].to(device),
+                settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                seed=seed % 2**63,
+                stop=None if end is None else lambda _: end in text,
+                on_token=on_token,
+            )
+            text += decoder.flush()
+        except KeyboardInterrupt:
+            stopped = True
+        if end is not None and end in text:
+            text = text[: text.index(end)] + "\n"
+        self._out.write(text[shown:])
+        self.say("\n[stopped]" if stopped else "" if text.endswith("\n") else "\n")
+        return text
+
+    def _set(self, name: str, value: str) -> None:
+        if not value:
+            self.say(f"{name} is {getattr(self.settings, name)}")
+            return
+        try:
+            number = int(value) if name == "seed" else float(value)
+        except ValueError:
+            raise ConfigError(f"/{name} {value}: is no {'whole ' if name == 'seed' else ''}number") from None
+        changed = replace(self.settings, **{name: number})
+        _check(changed)
+        self.settings = changed
+        if name == "seed":
+            self._drawn = 0
+        self.say(f"{name} is now {number}")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ConfigError("/save: give the path of a new file")
+        path = Path(name).expanduser()
+        if path.exists():
+            raise ConfigError(f"/save {path}: exists already; give another name")
+        try:
+            write_atomically(path, self.text)
+        except OSError as error:
+            raise ConfigError(f"/save {path}: {error.strerror or error}") from error
+        self.say(f"saved {len(self.text)} characters to {path}")
+
+
+def _check(settings: ChatArguments) -> None:
+    try:
+        check_settings(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not 0 <= settings.seed < 2**63:
+        raise ConfigError(f"seed {settings.seed}: must be >= 0 and below 2**63")
+
+
+def _speaker_of(line: str) -> str | None:
+    """Who speaks in a line like "KING HENRY: Who goes there?"; None for a line that is no turn of a scene."""
+    match = _TURN.match(line)
+    return match[1].strip() if match and match[1].upper() == match[1] and match[1].lower() != match[1] else None
+
+
+def _sure(text: str, end: str) -> int:
+    """Characters of text that are no part of `end`, nor can become one."""
+    if end in text:
+        return text.index(end)
+    return len(text) - next(n for n in range(min(len(end), len(text)), -1, -1) if text.endswith(end[:n]))

@@ -1,0 +1,68 @@
+"""Command lines of `chatgot sample` and `chatgot chat`. Imports no torch before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from chatgot.errors import CheckpointError
+from chatgot.launcher.arguments import Add, given_to
+
+
+class Command(Protocol):
+    """Adds a command to the parser; what it returns adds arguments to it."""
+
+    def __call__(self, name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add: ...
+
+
+def add_commands(command: Command) -> None:
+    """Add the commands that turn a run folder into text."""
+    add = command("sample", _sample, "draw text from a run folder")
+    _common(add, max_new_tokens=256)
+    add("--prompt", help="text to continue (default: the run's first sample prompt)")
+    add("--num_samples", type=int, default=1, help="continuations to draw (default: 1)")
+    add("--greedy", action="store_true", help="always take the likeliest token")
+
+    add = command("chat", _chat, "write a text in turns with a run's model, in the terminal")
+    _common(add, max_new_tokens=200)
+
+
+def _common(add: Add, max_new_tokens: int) -> None:
+    add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
+    add("--max_new_tokens", type=int, default=max_new_tokens, help=f"tokens to draw (default: {max_new_tokens})")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    add("--top_k", type=int, help="draw from the k likeliest tokens only")
+    add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    add("--tag", help="checkpoint to use (default: the newest)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+
+
+def name_checkpoint(arguments: argparse.Namespace) -> None:
+    """Understand a checkpoint's path in place of the run folder and --tag."""
+    from chatgot.checkpoint.load import take_apart
+
+    arguments.run, tag = take_apart(arguments.run)
+    arguments.tag = arguments.tag or tag
+
+
+def _find_run(arguments: argparse.Namespace) -> None:
+    name_checkpoint(arguments)
+    if not arguments.run.is_dir():
+        raise CheckpointError(f"{arguments.run}: no folder, and no complete checkpoint; give the --out_dir of a run")
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    _find_run(arguments)
+    from chatgot.inference.sample import SampleArguments, sample
+
+    sample(given_to(SampleArguments, arguments))
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    _find_run(arguments)
+    from chatgot.inference.chat import ChatArguments, chat
+
+    chat(given_to(ChatArguments, arguments))
