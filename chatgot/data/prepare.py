@@ -19,6 +19,7 @@ from pathlib import Path
 
 from chatgot.config.run import DataConfig
 from chatgot.data.corpus import Source, check_out_dir, resolve
+from chatgot.data.places import Part, noting_parts
 from chatgot.data.prepared import (
     FORMAT_VERSION,
     TOKENIZER_FILE,
@@ -33,7 +34,7 @@ from chatgot.data.prepared import (
     token_file,
     write_meta,
 )
-from chatgot.data.reading import SplitPlan, TextReader, check_encoding, plan_split, split_pieces
+from chatgot.data.reading import TextReader, check_encoding, plan_split, split_pieces
 from chatgot.data.repeats import RepeatDetector
 from chatgot.data.tokenizer import (
     BpeTokenizer,
@@ -202,7 +203,9 @@ def _build(
             f"data.unknown_characters: skip to leave them out, or make a new vocabulary"
         )
     repeats = RepeatDetector()
-    splits = _encode(source.text(encoding, hashes), plan, tokenizer, unknown, repeats, folder)
+    parts: dict[str, list[Part]] = {}
+    pieces = split_pieces(source.text(encoding, hashes), plan)
+    splits = _encode(noting_parts(pieces, file_characters, "".join(unknown), parts), tokenizer, repeats, folder)
     skipped = plan.total - sum(split.characters for split in splits.values())
     if skipped:
         logger.warning(f"left out {skipped:,} characters: {describe_unknown(unknown, tokenizer)}")
@@ -221,6 +224,7 @@ def _build(
         skipped_characters=skipped,
         repeated_share=round(repeats.repeated_share(), 4),
         val_in_train_share=round(repeats.val_in_train_share(), 4),
+        parts=None if "\n" in unknown else {name: tuple(of_split) for name, of_split in parts.items()},
     )
     check_block_size(meta, 1 if block_size is None else block_size)
     _warn_of_repeats(meta)
@@ -298,18 +302,12 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _encode(
-    text: Iterable[str],
-    plan: SplitPlan,
-    tokenizer: Tokenizer,
-    unknown: Sequence[str],
-    repeats: RepeatDetector,
-    folder: Path,
+    text: Iterable[tuple[str, str]], tokenizer: Tokenizer, repeats: RepeatDetector, folder: Path
 ) -> dict[str, SplitMeta]:
-    """Second pass: write the token files, without the characters that are `unknown`; returns each split's numbers."""
+    """Second pass, over (split, text): write the token files; returns each split's numbers."""
     splits: dict[str, SplitMeta] = {}
-    without_unknown = str.maketrans("", "", "".join(unknown))
-    for name, parts in groupby(split_pieces(text, plan), key=itemgetter(0)):
-        pieces = (piece.translate(without_unknown) if unknown else piece for _, piece in parts)
+    for name, parts in groupby(text, key=itemgetter(0)):
+        pieces = (piece for _, piece in parts if piece)
         tokens = characters = size = 0
         digest = hashlib.sha256()
         with (folder / token_file(name)).open("wb") as file:

@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from chatgot.data.places import Part
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
 from chatgot.errors import DataError, quoted
 from chatgot.files import sha256, sync, write_atomically
 
 FORMAT = "chatgot-prepared"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 has no `parts`."""
 META_FILE = "meta.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -58,7 +61,7 @@ class PreparedMeta:
     tokenizer_sha256: str
     vocab_size: int
     dtype: str
-    """uint8 or uint16, little-endian."""
+    """uint8, uint16 or uint32, little-endian."""
     split_by: str
     """position or file: where the cuts really are."""
     train: SplitMeta
@@ -70,6 +73,8 @@ class PreparedMeta:
     """Estimated share of the text that repeats an earlier passage."""
     val_in_train_share: float
     """Estimated share of the validation text that also stands in the training text."""
+    parts: dict[str, tuple[Part, ...]] | None = None
+    """Where each file begins in each split. None: prepared by an earlier version, or line ends were left out."""
 
     @property
     def splits(self) -> dict[str, SplitMeta]:
@@ -79,7 +84,7 @@ class PreparedMeta:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """An opened prepared folder. The token arrays are memory-mapped, read-only, of uint8 or uint16."""
+    """An opened prepared folder. The token arrays are memory-mapped, read-only, of `tokenizer.dtype`."""
 
     path: Path
     tokenizer: Tokenizer
@@ -138,13 +143,16 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
     if not file.is_file():
         what = f"not a prepared folder, {META_FILE} is missing" if path.is_dir() else "no such prepared folder"
         raise DataError(f"{path}: {what}; prepare the text again")
-    tree = read_own_json(file, FORMAT, FORMAT_VERSION, True, "; prepare the text again")
+    tree = read_own_json(file, FORMAT, READABLE_VERSIONS, True, "; prepare the text again")
     try:
         meta = TypeAdapter(PreparedMeta).validate_python(tree)
     except ValidationError as error:
         wrong = "; ".join(f"{quoted('.'.join(map(str, one['loc'])))}: {one['msg']}" for one in error.errors()[:5])
         raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
     again = f"prepare the text again (source: {quoted(meta.source)})"
+    for name, parts in (meta.parts or {}).items():
+        if name not in meta.splits or any(not 0 <= part.file < len(meta.files) for part in parts):
+            raise DataError(f"{file}: parts.{name} names a file or a split that is not there; {again}")
     tokenizer = load_tokenizer(path / TOKENIZER_FILE, follow=True)
     if tokenizer.fingerprint != meta.tokenizer_sha256:
         raise DataError(

@@ -32,8 +32,8 @@ _BPE_PARTS = {
 LARGEST = 64 << 20
 """Bytes of a tokenizer.json or meta.json that are read."""
 
-MAX_VOCAB_SIZE = 1 << 16
-"""Tokens are stored as uint8 or uint16."""
+MAX_VOCAB_SIZE = 1 << 20
+"""Larger ones are mistakes; the largest of published models have 262,144."""
 
 
 class Tokenizer(ABC):
@@ -44,8 +44,8 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of stored tokens: uint8 up to 256 entries, else uint16, little-endian."""
-        return np.dtype("u1") if self.vocab_size <= 256 else np.dtype("<u2")
+        """Type of stored tokens, little-endian: uint8 up to 256 entries, uint16 up to 65,536, else uint32."""
+        return np.dtype("u1" if self.vocab_size <= 1 << 8 else "<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     @property
     def fingerprint(self) -> str:
@@ -111,7 +111,7 @@ class CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, characters: Iterable[str]) -> None:
-        """Raises DataError unless `characters` are 1 to 65536 single, distinct characters in code point order."""
+        """Raises DataError unless `characters` are 1 to MAX_VOCAB_SIZE distinct single characters, by code point."""
         self.characters = tuple(characters)
         for c in self.characters:
             if not isinstance(c, str) or len(c) != 1 or 0xD800 <= ord(c) <= 0xDFFF:
@@ -252,7 +252,9 @@ def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def read_own_json(path: Path, format_name: str, version: int, follow: bool, hint: str = "") -> dict[str, Any]:
+def read_own_json(
+    path: Path, format_name: str, versions: Sequence[int], follow: bool, hint: str = ""
+) -> dict[str, Any]:
     """Read a JSON file that has `format` and `format_version`. Raises DataError, whose message ends with the hint.
 
     Args:
@@ -266,9 +268,9 @@ def read_own_json(path: Path, format_name: str, version: int, follow: bool, hint
         raise DataError(f"{path}: cannot be read: {error}{hint}") from error
     if not isinstance(tree, dict) or tree.get("format") != format_name:
         raise DataError(f"{path}: not a file of the format {format_name}{hint}")
-    if tree.get("format_version") != version:
-        theirs = quoted(tree.get("format_version"))
-        raise DataError(f"{path}: format_version {theirs}, this program reads {version}{hint}")
+    if tree.get("format_version") not in versions:
+        theirs, readable = quoted(tree.get("format_version")), " and ".join(map(str, versions))
+        raise DataError(f"{path}: format_version {theirs}, this program reads {readable}{hint}")
     return tree
 
 
@@ -279,7 +281,7 @@ def load_tokenizer(path: Path | str, follow: bool = False) -> Tokenizer:
         follow: a symbolic link, see `run_folder.open_file`.
     """
     path = Path(path)
-    tree = read_own_json(path, FORMAT, FORMAT_VERSION, follow)
+    tree = read_own_json(path, FORMAT, (FORMAT_VERSION,), follow)
     try:
         tokenizer = _from_content(tree)
     except DataError as error:

@@ -369,6 +369,34 @@ def test_folder_with_other_files_is_not_overwritten(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out", "t.txt"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_say_where_each_file_begins_in_each_split(kind, tmp_path):
+    texts = [prose(300, seed) + "\n" + prose(100 + 50 * seed, seed + 9) for seed in range(3)]
+    for number, text in enumerate(texts):
+        write(tmp_path / "texts" / f"{number}.txt", "\ufeff" + text.replace("\n", "\r\n"))
+    data = prepare(str(tmp_path / "texts"), tmp_path / "out", config(kind, split_by="position", val_fraction=0.5))
+    assert data.meta.parts is not None
+    seen: dict[int, str] = {}
+    for name, tokens in (("train", data.train), ("val", data.val)):
+        raw, parts = data.tokenizer.decode(tokens).encode(), data.meta.parts[name]
+        assert parts[0].begin == 0
+        for part, end in zip(parts, [*(later.begin for later in parts[1:]), len(raw)]):
+            before = seen.get(part.file, "")
+            assert part.line == 1 + before.count("\n"), "a split may begin in the middle of a file"
+            seen[part.file] = before + raw[part.begin : end].decode()
+    assert list(seen.values()) == [text + FILE_END for text in texts]
+
+
+def test_prepared_folder_of_the_first_format_opens_as_it_did(prepared):
+    meta = json.loads((prepared / "meta.json").read_text(encoding="utf-8"))
+    fingerprint = open_prepared(prepared).fingerprint
+    del meta["parts"]
+    (prepared / "meta.json").write_text(json.dumps({**meta, "format_version": 1}), encoding="utf-8")
+    data = open_prepared(prepared)
+    assert data.fingerprint == fingerprint
+    assert data.meta.parts is None
+
+
 # --- prepared folders -----------------------------------------------------------------------------------------------
 
 
@@ -398,9 +426,10 @@ def change_meta(folder: Path, **changes) -> None:
         (lambda d: os.truncate(d / "meta.json", 300), r"meta\.json: cannot be read"),
         (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer\.json: no such"),
         (lambda d: CharTokenizer("abc").save(d / "tokenizer.json"), r"tokenizer\.json: sha256 of the vocabulary"),
-        (lambda d: change_meta(d, format_version=99), r"format_version 99, this program reads 1"),
+        (lambda d: change_meta(d, format_version=99), r"format_version 99, this program reads 1 and 2"),
         (lambda d: change_meta(d, dtype="uint16"), r"dtype uint16"),
         (lambda d: change_meta(d, train=None), r"meta\.json.*train"),
+        (lambda d: change_meta(d, parts={"train": [{"file": 1, "begin": 0, "line": 1}]}), r"parts\.train"),
         (lambda d: change_meta(d, surprise=1), r"surprise: (Extra inputs|Unexpected keyword)"),
     ],
 )
@@ -502,7 +531,7 @@ def test_kill_between_the_renames_does_not_lose_the_earlier_folder(tmp_path, mon
 
 def test_fingerprint_is_that_of_the_tokens_whatever_the_format(prepared):
     data = open_prepared(prepared)
-    later = dataclasses.replace(data, meta=dataclasses.replace(data.meta, format_version=2))
+    later = dataclasses.replace(data, meta=dataclasses.replace(data.meta, format_version=1, parts=None))
     assert later.fingerprint == data.fingerprint
     assert (
         data.fingerprint

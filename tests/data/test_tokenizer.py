@@ -82,6 +82,14 @@ def test_more_than_256_characters_become_uint16():
     assert tokenizer.decode(tokenizer.encode(text + "\u4e00")) == text + "\u4e00"
 
 
+def test_more_than_65536_characters_become_uint32(tmp_path):
+    text = "".join(map(chr, [*range(0x20, 0xD800), *range(0xE000, 0x14000)]))
+    tokenizer = CharTokenizer(text)
+    assert tokenizer.encode(text).dtype == np.uint32
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "tokenizer.json").decode(tokenizer.encode(text[::-1])) == text[::-1]
+
+
 def test_prompt_with_unseen_characters_names_each_of_them():
     tokenizer = CharTokenizer("abc")
     with pytest.raises(ConfigError, match=r"2 characters .*'z' \(U\+007A\), 'ē' \(U\+0113\)"):
