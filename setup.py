@@ -22,15 +22,17 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.7,<3",
         "pyyaml>=6.0",
+        "safetensors>=0.4.3",
         "tqdm>=4.66",
         "wandb>=0.19",
         "ninja>=1.11",
     ],
     extras_require={
         "bpe": ["tokenizers>=0.20"],
+        "export": ["transformers>=5", "gguf>=0.17"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "import-linter"),
-            *("transformers>=5", "tokenizers>=0.20"),
+            *("transformers>=5", "tokenizers>=0.20", "gguf>=0.17"),
         ],
     },
     entry_points={"console_scripts": ["chatgot=chatgot.cli:main"]},

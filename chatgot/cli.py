@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = commands[argv[0]].parse_args(argv[1:])
     if own_process:
         escape_unwritable()
-    if own_process and argv[0] in ("sample", "chat", "verify", "tune"):
+    if own_process and argv[0] in ("sample", "chat", "export", "verify", "tune"):
         settle_environment(start_again=True)
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
 
@@ -154,6 +154,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
     add_commands(command)
+
+    add = command("export", _export, "the model for transformers and vLLM, or llama.cpp")
+    add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
+    add("--to", required=True, type=Path, metavar="DIR", help="the folder to make")
+    add("--format", default="transformers", choices=("transformers", "gguf"), help="default: transformers")
+    add("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="type of the weights (default: fp32)")
+    add("--tag", help="checkpoint to export (default: the newest)")
+    add("--data", metavar="SPEC", help="the run's text, for the comparison (default: where the run had it)")
 
     add = command("verify", _verify, "check a run folder: files of every checkpoint, and the journal")
     add("run", type=Path, metavar="RUN", help="the run folder; it is only read, also while it trains")
@@ -226,6 +234,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from chatgot.export.export import ExportArguments, export
+
+    _show_log()
+    name_checkpoint(arguments)
+    export(given_to(ExportArguments, arguments))
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import RunConfig, load_run_config
@@ -296,28 +312,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _presets(arguments: argparse.Namespace) -> None:
-    from chatgot.config.run import load_run_config, preset_names
-    from chatgot.model.shapes import count_parameters
+    from chatgot.launcher.listings import presets
 
-    rows = [("PRESET", "ARCHITECTURE", "PARAMETERS", "WIDTH x LAYERS x HEADS", "CONTEXT", "TOKENIZER")]
-    for name in preset_names():
-        config = load_run_config(name)
-        model, data = config.model, config.data
-        count = count_parameters(model, data.bpe_vocab_size if data.tokenizer == "bpe" else 95)
-        shape = f"{model.d_model} x {model.n_layers} x {model.n_head}"
-        rows.append((name, model.architecture, f"{count:,}", shape, f"{model.max_seq_length}", data.tokenizer))
-    _print_table(rows)
-    print("parameters: with the tokenizer's vocabulary for bpe, with 95 characters for char")
+    presets()
 
 
 def _configs(arguments: argparse.Namespace) -> None:
-    from chatgot.deepspeed_json.read import shipped_table
+    from chatgot.launcher.listings import configs
 
-    _print_table([("CONFIG", "PRECISION", "ZERO", "USE IT WHEN"), *shipped_table()])
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows, the first of which is the head, as columns."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
+    configs()

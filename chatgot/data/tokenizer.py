@@ -188,7 +188,7 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, definition: dict[str, Any]) -> None:
         """`definition`: the library's own JSON. Raises DataError if it is refused, ConfigError without the library."""
-        self._definition = definition
+        self.definition = definition
         for key, allowed in _BPE_PARTS.items():
             part = definition.get(key)
             if (part.get("type") if isinstance(part, dict) else part or None) != allowed:
@@ -201,7 +201,7 @@ class BpeTokenizer(Tokenizer):
             raise DataError(f"bpe tokenizer: the library tokenizers cannot read its definition: {why}") from error
         vocabulary: dict[str, int] = self._bpe.get_vocab()
         self.vocab_size = len(vocabulary)
-        byte_of = _byte_level_alphabet()
+        byte_of = byte_level_alphabet()
         spelled = set().union(*vocabulary) <= byte_of.keys() <= vocabulary.keys()
         if sorted(vocabulary.values()) != list(range(self.vocab_size)) or not spelled:
             raise DataError("bpe tokenizer: not a byte-level vocabulary with ids from 0")
@@ -233,7 +233,7 @@ class BpeTokenizer(Tokenizer):
         return self._bytes[token_id]
 
     def _content(self) -> dict[str, Any]:
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "tokenizers": self._definition}
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "tokenizers": self.definition}
 
 
 def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
@@ -312,7 +312,7 @@ def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:
     return f"{len(characters)} {noun} not in the vocabulary of {tokenizer.vocab_size}: {named}{more}"
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte (GPT-2's encoder.py, bytes_to_unicode)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]

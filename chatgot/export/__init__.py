@@ -1,0 +1,1 @@
+"""A run folder's model in the formats of other programs: transformers and llama.cpp."""

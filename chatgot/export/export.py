@@ -1,0 +1,124 @@
+"""`chatgot export`: a run folder's model for transformers and vLLM, or llama.cpp. Needs nothing but the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import chatgot.run_folder as run_folder
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.manifest import model_of
+from chatgot.checkpoint.portable import read_portable
+from chatgot.config.run import ModelConfig
+from chatgot.data.tokenizer import Tokenizer, load_tokenizer
+from chatgot.errors import CheckpointError, ConfigError
+from chatgot.export import gguf_file, parity
+from chatgot.export.card import model_card
+from chatgot.export.layout import transformers_config, transformers_parts
+from chatgot.export.tokenizer import library_definition, tokenizer_config
+from chatgot.export.weights import DTYPES, Weights, read_back, write_safetensors
+from chatgot.files import write_atomically
+from chatgot.model.gpt import GPT
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """The command line of `chatgot export`."""
+
+    run: Path
+    to: Path
+    format: str = "transformers"
+    dtype: str = "fp32"
+    tag: str | None = None
+    data: str | None = None
+    """The run's text, for the comparison; None: where the run had it."""
+
+
+def export(arguments: ExportArguments) -> None:
+    """Write the folder, prove that it computes what the run's model does, and only then give it its name.
+
+    Raises:
+        ConfigError: the folder exists, or a library that the format needs is missing.
+        CheckpointError: no complete checkpoint, or what was written does not compute the same; no folder is left.
+    """
+    if arguments.to.exists():
+        raise ConfigError(f"--to {arguments.to}: exists already; name a folder that does not")
+    if arguments.format == "gguf":
+        gguf_file.gguf_library()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # see inference.sample
+    where = arguments.run / run_folder.CHECKPOINTS
+    found = find(where, arguments.tag)
+    if found is None:
+        raise CheckpointError(f"{arguments.run}: no complete checkpoint in {where}; is it a run folder of train.py?")
+    for note in (*run_folder.linked_folders(arguments.run), *found.notes):
+        logger.warning(note)
+    tokenizer = load_tokenizer(arguments.run / run_folder.TOKENIZER)
+    if tokenizer.fingerprint != found.manifest["tokenizer"]:
+        raise CheckpointError(f"{arguments.run / run_folder.TOKENIZER} is not the tokenizer of {found.path}")
+    config, _ = model_of(found.manifest)
+    weights = {name: parameter.weight for name, parameter in read_portable(found).parameters.items()}
+    building = arguments.to.absolute().with_name(f".{arguments.to.absolute().name}.tmp-{os.getpid()}")
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--to {arguments.to}: cannot be made: {error.strerror}") from error
+    try:
+        if arguments.format == "gguf":
+            dtype = DTYPES[arguments.dtype]
+            name = arguments.run.resolve().name
+            gguf_file.write_gguf(building / gguf_file.FILE, config, tokenizer, weights, dtype, name)
+        else:
+            _write_transformers(building, arguments, config, tokenizer, weights)
+            _prove(building, arguments, config, tokenizer, weights)
+        card = model_card(arguments.run, found, config, tokenizer, arguments.dtype, arguments.format)
+        write_atomically(building / "README.md", card)
+        os.rename(building, arguments.to)
+    except OSError as error:
+        raise CheckpointError(f"--to {arguments.to}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    logger.info(f"exported step {found.manifest['step']} of {arguments.run} to {arguments.to}")
+
+
+def _write_transformers(
+    folder: Path, arguments: ExportArguments, config: ModelConfig, tokenizer: Tokenizer, weights: Weights
+) -> None:
+    vocab_size, dtype = tokenizer.vocab_size, DTYPES[arguments.dtype]
+    files: dict[str, Any] = {
+        "config.json": transformers_config(config, vocab_size, str(dtype).removeprefix("torch.")),
+        "generation_config.json": {"do_sample": True, "temperature": 0.8, "max_length": config.max_seq_length},
+        "tokenizer.json": library_definition(tokenizer),
+        "tokenizer_config.json": tokenizer_config(config.max_seq_length),
+    }
+    for name, tree in files.items():
+        write_atomically(folder / name, json.dumps(tree, ensure_ascii=False, indent=1) + "\n")
+    write_safetensors(folder, list(transformers_parts(config, vocab_size)), weights, dtype)
+
+
+def _prove(
+    folder: Path, arguments: ExportArguments, config: ModelConfig, tokenizer: Tokenizer, weights: Weights
+) -> None:
+    """Hold the folder against the run's model, rounded to the exported type and computed in fp32. See `export`."""
+    dtype = DTYPES[arguments.dtype]
+    own = GPT(config, tokenizer.vocab_size)
+    rounded = {name: stored.whole().to(dtype).float() for name, stored in weights.items()}
+    ours = parity.model_logits(parity.with_weights(own, rounded))
+    back = read_back(folder, list(transformers_parts(config, tokenizer.vocab_size)))
+    windows, texts = parity.windows_of(arguments.run, tokenizer, config.max_seq_length, arguments.data)
+    written = parity.model_logits(parity.with_weights(GPT(config, tokenizer.vocab_size), back))
+    logger.info(parity.compare(ours, written, windows).required("the exported files in our model"))
+    theirs = parity.transformers_logits(folder)
+    if theirs is None:
+        logger.warning("transformers is not installed: its own model was not compared (pip install transformers)")
+    else:
+        logger.info(parity.compare(ours, theirs, windows).required("the exported folder in transformers"))
+    logger.info(parity.check_tokenizer(folder, tokenizer, texts))

@@ -1,0 +1,194 @@
+"""`chatgot export` from every kind of run: loaded by transformers and llama.cpp, it computes the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatgot import cli
+from chatgot.checkpoint.load import find
+from chatgot.checkpoint.portable import read_portable
+from chatgot.checkpoint.portable import stored as as_stored
+from chatgot.data.loader import IGNORE_INDEX, EvalBatches
+from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from chatgot.errors import CheckpointError, ConfigError
+from chatgot.export import parity, weights
+from chatgot.export.export import ExportArguments, export
+from chatgot.export.layout import Part, transformers_parts
+from chatgot.export.tokenizer import library_definition
+from chatgot.export.weights import INDEX, write_safetensors
+from chatgot.inference.sample import load_run
+from chatgot.observe.journal import read_journal
+from tests.support import engine_json, write_json, write_run_yaml, write_text
+from tests.training import in_process
+
+pytestmark = pytest.mark.launches
+KINDS = [
+    (architecture, tokenizer, stage)
+    for architecture in ("gpt2", "modern")
+    for tokenizer, stage in (("char", 0), ("byte", 1), ("bpe", 2), ("char", 3))
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[tuple[str, str, int], Path]:
+    folder = tmp_path_factory.mktemp("export")
+    text = write_text(folder / "text.txt")
+    made = {}
+    for architecture, tokenizer, stage in KINDS:
+        model = {"architecture": architecture, "tie_embeddings": stage != 2, "max_seq_length": 80}
+        model |= {"n_kv_head": 1} if architecture == "modern" else {}
+        config = write_run_yaml(folder / "run.yaml", model=model, max_steps=8)
+        engine = write_json(folder / "engine.json", engine_json(stage))
+        out = folder / f"{architecture}-{tokenizer}-{stage}"
+        more = (f"data.tokenizer={tokenizer}", "data.bpe_vocab_size=300", "data.val_fraction=0.3")
+        assert in_process.train(in_process.argv(engine, out, config, text, *more)) == 0
+        made[architecture, tokenizer, stage] = out
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_transformers_loads_the_folder_and_computes_the_same(kind, dtype, runs, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    to = tmp_path / "out"
+    export(ExportArguments(runs[kind], to, dtype=dtype))
+    loaded = load_run(runs[kind], device="cpu")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(to)
+    prompt = "The night is dark"
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    assert tokenizer.decode(ids[0]) == prompt
+    new = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert new.shape[1] == ids.shape[1] + 8
+    if dtype == "fp32":
+        with torch.no_grad():
+            assert (loaded.gpt(ids) - theirs(ids).logits).abs().max() <= 1e-4
+    card = (to / "README.md").read_text()
+    assert all(known in card for known in ("val/loss", "text.txt", "optimizer steps | 8 |"))
+
+
+def test_the_exported_folder_scores_the_validation_split_as_the_run_does(runs, tmp_path):
+    pytest.importorskip("transformers")
+    for kind in (KINDS[0], KINDS[4]):
+        to = tmp_path / kind[0]
+        export(ExportArguments(runs[kind], to))
+        logits = parity.transformers_logits(to)
+        assert logits is not None
+        journal = [record for record in read_journal(runs[kind] / "metrics.jsonl")[0] if "val/loss" in record]
+        config = json.loads((to / "config.json").read_text())
+        length = config.get("n_positions") or config["max_position_embeddings"]
+        tokenizer = load_run(runs[kind], device="cpu").tokenizer
+        prepared = parity.validation_text(runs[kind], tokenizer, None)
+        total = count = 0.0
+        for ids, targets in EvalBatches(prepared.val, length, 8, 0, 1):
+            with torch.no_grad():
+                flat = logits(ids).flatten(0, 1)
+            total += float(torch.nn.functional.cross_entropy(flat, targets.flatten(), reduction="sum"))
+            count += int((targets != IGNORE_INDEX).sum())
+        assert total / count == pytest.approx(journal[-1]["val/loss"], abs=1e-4)
+
+
+def test_a_folder_that_computes_something_else_is_not_left(runs, tmp_path, monkeypatch):
+    """The control: weights that were written wrongly."""
+    right = weights.chunks
+    monkeypatch.setattr(weights, "chunks", lambda *given: (chunk + 0.01 for chunk in right(*given)))
+    with pytest.raises(CheckpointError, match="nothing was exported"):
+        export(ExportArguments(runs[KINDS[0]], tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_touched(runs, tmp_path):
+    with pytest.raises(ConfigError, match="exists already"):
+        export(ExportArguments(runs[KINDS[0]], tmp_path))
+
+
+def test_without_its_text_a_run_is_exported_and_it_says_so(runs, tmp_path, caplog):
+    moved = tmp_path / "moved"
+    shutil.copytree(runs[KINDS[0]], moved)
+    facts = json.loads((moved / "environment.json").read_text())
+    facts["data"]["spec"] = "gone.txt"
+    (moved / "environment.json").write_text(json.dumps(facts))
+    export(ExportArguments(moved, tmp_path / "out"))
+    assert "random tokens" in caplog.text
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_shards_have_an_index_and_load_alike(runs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    kind = KINDS[0]
+    export(ExportArguments(runs[kind], tmp_path / "one"))
+    found = find(runs[kind] / "checkpoints")
+    assert found is not None
+    stored = {name: one.weight for name, one in read_portable(found).parameters.items()}
+    loaded = load_run(runs[kind], device="cpu")
+    parts = list(transformers_parts(loaded.gpt.config, loaded.gpt.vocab_size))
+    shutil.copytree(tmp_path / "one", tmp_path / "many")
+    (tmp_path / "many" / "model.safetensors").unlink()
+    write_safetensors(tmp_path / "many", parts, stored, torch.float32, shard_bytes=20_000)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
+    assert set(index["weight_map"]) == {part.name for part in parts}
+    one, many = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")
+    )
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+TOKENIZERS: list[Tokenizer] = [
+    CharTokenizer(sorted(set("a bc\n\t\\é—龍👍'\"x  "))),
+    ByteTokenizer(),
+    BpeTokenizer.train(["a bc é—龍 👍 abc abc\n\n\t" * 9], 280),
+]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.kind)
+def test_the_library_encodes_as_we_do_and_gives_every_text_back(tokenizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(library_definition(tokenizer)))
+    for text in ("a bc", "\n\n\t a  b\\ c ", "é—龍👍", "'x\" 'x", " "):
+        ids = theirs.encode(text).ids
+        assert ids == tokenizer.encode(text).tolist()
+        assert theirs.decode(ids) == text
+
+
+def test_a_transposed_tensor_is_written_in_chunks_without_a_second_copy(monkeypatch):
+    monkeypatch.setattr(weights, "CHUNK", 10)
+    matrix = torch.arange(7 * 6, dtype=torch.float32).view(7, 6)
+    stored = {"m": as_stored(matrix, matrix.shape)}
+    for turned, wanted in ((False, matrix[2:6]), (True, matrix[2:6].T)):
+        pieces = list(weights.chunks(Part("x", "m", 2, 4, 6, turned), stored, torch.float32))
+        assert len(pieces) > 1
+        assert torch.equal(torch.cat(pieces), wanted.reshape(-1))
+
+
+def test_the_command_exports(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(runs[KINDS[0]]), "--to", str(tmp_path / "out"), "--dtype", "fp16"])
+    assert ended.value.code == 0
+    assert "max |Δlogits|" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[2] != 3], ids=str)
+def test_llama_cpp_continues_the_text_as_we_do(kind, runs, tmp_path):
+    pytest.importorskip("gguf")
+    llama = pytest.importorskip("xllamacpp")
+    export(ExportArguments(runs[kind], tmp_path / "out", format="gguf"))
+    loaded = load_run(runs[kind], device="cpu")
+    prompt, new = "The night", 64
+    params = llama.CommonParams()
+    params.model.path = str(tmp_path / "out" / "model.gguf")
+    params.n_ctx, params.warmup, params.n_gpu_layers = 128, False, 0
+    params.cpuparams.n_threads = 1
+    server = llama.Server(params)
+    answer = server.handle_completions({"prompt": prompt, "n_predict": new, "temperature": 0.0})
+    assert answer["choices"][0]["text"] == loaded.continuations(prompt, new, temperature=0.0)[0][len(prompt) :]
