@@ -25,7 +25,6 @@ from chatgot.export.layout import transformers_config, transformers_parts
 from chatgot.export.tokenizer import library_definition, tokenizer_config
 from chatgot.export.weights import DTYPES, Weights, read_back, write_safetensors
 from chatgot.files import write_atomically
-from chatgot.model.gpt import GPT
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +108,12 @@ def _prove(
 ) -> None:
     """Hold the folder against the run's model, rounded to the exported type and computed in fp32. See `export`."""
     dtype = DTYPES[arguments.dtype]
-    own = GPT(config, tokenizer.vocab_size)
+    vocab_size, length = tokenizer.vocab_size, config.max_seq_length
     rounded = {name: stored.whole().to(dtype).float() for name, stored in weights.items()}
-    ours = parity.model_logits(parity.with_weights(own, rounded))
-    back = read_back(folder, list(transformers_parts(config, tokenizer.vocab_size)))
-    windows, texts = parity.windows_of(arguments.run, tokenizer, config.max_seq_length, arguments.data)
-    written = parity.model_logits(parity.with_weights(GPT(config, tokenizer.vocab_size), back))
+    ours = parity.model_logits(parity.with_weights(config, vocab_size, rounded))
+    back = read_back(folder, list(transformers_parts(config, vocab_size)))
+    written = parity.model_logits(parity.with_weights(config, vocab_size, back))
+    windows, texts = parity.windows_of(arguments.run, tokenizer, length, arguments.data)
     logger.info(parity.compare(ours, written, windows).required("the exported files in our model"))
     theirs = parity.transformers_logits(folder)
     if theirs is None:

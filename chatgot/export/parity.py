@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import chatgot.run_folder as run_folder
-from chatgot.config.run import load_run_config
+from chatgot.config.run import ModelConfig, load_run_config
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData
 from chatgot.data.tokenizer import Tokenizer
@@ -141,9 +141,11 @@ def model_logits(model: GPT) -> Logits:
     return lambda ids: model(ids).float()
 
 
-def with_weights(model: GPT, weights: dict[str, torch.Tensor]) -> GPT:
-    """Fill our model; a tied head follows its embedding."""
-    if model.config.tie_embeddings:
+def with_weights(config: ModelConfig, vocab_size: int, weights: dict[str, torch.Tensor]) -> GPT:
+    """Our model made of these tensors, without copies of them; a tied head is its embedding."""
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    if config.tie_embeddings:
         weights = weights | {"lm_head.weight": weights["embed_tokens.weight"]}
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()

@@ -18,14 +18,14 @@ from chatgot.files import write_atomically
 Weights = Mapping[str, StoredTensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 """Elements that are converted at a time."""
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 
 
 def chunks(part: Part, weights: Weights, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The elements of an exported tensor in order, flattened, a few million at a time."""
+    """The elements of an exported tensor in order, flattened, about a million at a time."""
     width = part.columns or 1
     stored, start, numel = weights[part.ours], part.start * width, part.rows * width
     if not part.transposed:

@@ -169,6 +169,42 @@ def test_a_transposed_tensor_is_written_in_chunks_without_a_second_copy(monkeypa
         assert torch.equal(torch.cat(pieces), wanted.reshape(-1))
 
 
+def test_writing_takes_less_than_twice_the_largest_tensor(tmp_path, monkeypatch):
+    matrix = torch.rand(4096, 4096)
+    stored = {f"m{i}": as_stored(matrix, matrix.shape) for i in range(4)}
+    parts = [Part(f"x{i}", f"m{i}", 0, 4096, 4096, transposed=i % 2 == 0) for i in range(4)]
+    right, seen = weights.chunks, []
+
+    def anonymous() -> int:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    def watched(*given):
+        for chunk in right(*given):
+            seen.append(anonymous())
+            yield chunk
+
+    monkeypatch.setattr(weights, "chunks", watched)
+    before = anonymous()
+    write_safetensors(tmp_path, parts, stored, torch.float32)
+    assert max(seen) - before < 2 * matrix.numel() * 4
+
+
+def test_vllm_and_transformers_find_every_key_that_they_read(runs, tmp_path):
+    """vLLM: docs/models/supported_models and its loaders gpt2.py and qwen3.py, by the names of the config's keys."""
+    wanted = {
+        "gpt2": "architectures model_type vocab_size n_positions n_embd n_layer n_head n_inner activation_function "
+        "layer_norm_epsilon tie_word_embeddings dtype",
+        "modern": "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers hidden_act "
+        "num_attention_heads num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta "
+        "rope_parameters attention_bias tie_word_embeddings dtype",
+    }
+    for kind in (KINDS[0], KINDS[4]):
+        export(ExportArguments(runs[kind], tmp_path / kind[0]))
+        config = json.loads((tmp_path / kind[0] / "config.json").read_text())
+        assert set(wanted[kind[0]].split()) <= config.keys()
+        assert not {"auto_map", "quantization_config"} & config.keys()
+
+
 def test_the_command_exports(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", str(runs[KINDS[0]]), "--to", str(tmp_path / "out"), "--dtype", "fp16"])
