@@ -18,14 +18,18 @@ from chatgot.files import write_atomically
 from chatgot.inference.sample import LoadedModel, load_run
 from chatgot.model.generate import check_settings, generate
 
-HELP = """The model continues text: what you type is added to it, and the model goes on from there.
-A line such as "HENRY: Who goes there?" is a turn of a scene: it gets a line of its own, and the reply ends where
-HENRY would speak again. An empty line does the same as /more. Ctrl-C stops a reply, Ctrl-D ends the program.
+HELP = """The model continues text: what you type is added to it, and it goes on from there.
+A line such as "HENRY: Who goes there?" is a turn of a scene: it gets a line of
+its own, and the reply ends where HENRY would speak again. An empty line does
+the same as /more. Ctrl-C stops a reply, Ctrl-D ends the program.
   /more             go on from where the text ends
-  /undo             take back your last line and its reply; the next reply is another one
-  /temperature X    0 is greedy          /top_p X    1 is everything          /seed N    begin to draw anew
+  /undo             take back your last line and its reply; the next is another
+  /temperature X    0 is greedy
+  /top_p X          draw from the likeliest tokens of this probability; 1: all
+  /seed N           begin to draw anew
   /save PATH        write the text so far to a new file
-  /help             this                 /quit"""
+  /help             this
+  /quit"""
 
 _TURN = re.compile(r"\s*([^\s:][^:]{0,40}):")
 """The speaker of a turn stands before the first colon."""
@@ -82,9 +86,9 @@ class Conversation:
         self.settings = settings
         self.text = ""
         self._out = out
-        self._before: list[str] = []  # the text before each turn that can be undone
+        self._before: list[tuple[str, str | None]] = []  # text and speaker before each turn that can be undone
         self._drawn = 0  # replies since the seed was set: each draws from a seed of its own
-        self._speaker: str | None = None
+        self.speaker: str | None = None
 
     def say(self, line: str) -> None:
         print(line, file=self._out, flush=True)
@@ -106,7 +110,7 @@ class Conversation:
         elif name == "undo":
             if not self._before:
                 raise ConfigError("/undo: there is nothing to take back")
-            self.text = self._before.pop()
+            self.text, self.speaker = self._before.pop()
             self.say(f"taken back; the text now ends: {self.text[-60:]!r}" if self.text else "the text is empty again")
         elif name in ("temperature", "top_p", "seed"):
             self._set(name, value.strip())
@@ -116,7 +120,7 @@ class Conversation:
             raise ConfigError(f"/{name}: no such command; /help lists them")
 
     def _turn(self, line: str) -> None:
-        before, speaker = self.text, self._speaker
+        before, speaker = self.text, self.speaker
         if name := _speaker_of(line):
             speaker = name
             added = ("\n" if before and not before.endswith("\n") else "") + line.strip() + "\n"
@@ -126,8 +130,8 @@ class Conversation:
         if not text:
             raise ConfigError("there is no text to go on from: type its beginning")
         ids = self.model.tokenizer.encode_prompt(text)  # refuses before anything is changed
-        self._before.append(before)
-        self.text, self._speaker = text, speaker
+        self._before.append((before, self.speaker))
+        self.text, self.speaker = text, speaker
         self.text += self._reply(ids, f"\n{speaker}:" if speaker else None)
 
     def _reply(self, ids: np.ndarray, end: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.inference.chat import _speaker_of, _sure
+from chatgot.inference.chat import ChatArguments, Conversation, _speaker_of, _sure
+from chatgot.inference.sample import load_run
 from chatgot.training import run
 from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml, write_text
 from tests.training import in_process
@@ -124,3 +126,15 @@ def test_turns_of_a_scene_end_where_the_speaker_would_speak_again():
     assert _sure("abc\nKI", "\nKING:") == 3
     assert _sure("abc\nKU", "\nKING:") == 6
     assert _sure("abc\nKING: d", "\nKING:") == 3
+
+
+def test_undo_gives_back_the_speaker_too(folder):
+    settings = ChatArguments(folder, max_new_tokens=5)
+    talk = Conversation(load_run(folder, device="cpu"), settings, io.StringIO())
+    talk.answer("KING: The night.")
+    talk.answer("DUKE: The wolf.")
+    assert talk.speaker == "DUKE"
+    talk.answer("/undo")
+    assert talk.speaker == "KING"
+    talk.answer("/undo")
+    assert (talk.speaker, talk.text) == (None, "")
