@@ -1,0 +1,232 @@
+"""Find what a text has word for word from a prepared one: one pass over the tokens, no index, bounded memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from chatgot.data.prepared import PreparedData
+from chatgot.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from chatgot.errors import ConfigError
+
+MIN_CHARACTERS = 40
+"""Shorter passages are everybody's words."""
+KEPT_PLACES = 1000
+"""Places of one passage that are kept; all are counted."""
+_WINDOW = 1 << 20  # tokens that are decoded at once
+
+
+@dataclass(frozen=True)
+class Place:
+    """Tokens begin..end - 1 of a split, and where they begin. `file` and `line` (from 1) are None in a folder that an
+    earlier version prepared.
+    """
+
+    begin: int
+    end: int
+    file: str | None
+    line: int | None
+
+    def __str__(self) -> str:
+        return f"token {self.begin}" if self.file is None else f"{self.file}:{self.line}"
+
+
+@dataclass
+class Copy:
+    """A passage text[begin:end], in characters, that stands there `count` times and is part of no longer one."""
+
+    begin: int
+    end: int
+    count: int
+    places: list[Place]
+    """In reading order, at most KEPT_PLACES."""
+
+
+def find_copies(
+    text: str, data: PreparedData, min_characters: int = MIN_CHARACTERS, split: str = "train", most: int | None = None
+) -> list[Copy]:
+    """All longest passages of at least `min_characters` that stand verbatim in a split, in their order in `text`.
+
+    Args:
+        most: tokens of the split that are searched, from its beginning; None: all.
+
+    Raises:
+        ConfigError: fewer than one character asked for, or the library ahocorasick_rs is missing.
+    """
+    if min_characters < 1:
+        raise ConfigError(f"{min_characters} characters: a passage that is looked for has at least 1")
+    if len(text) < min_characters:
+        return []
+    where, matcher = Places(data, split), _Matcher(text, min_characters)
+    tokens, overlap = where.tokens[:most], 4 * min_characters  # a character has at most four bytes, a token at least 1
+    base, held = 0, b""
+    for begin in range(0, len(tokens), _WINDOW):
+        fresh = where.decode(tokens[begin : begin + _WINDOW])
+        where.note(begin, base, fresh)
+        matcher.search(held + fresh, base - len(held), len(held))
+        base, held = base + len(fresh), (held + fresh)[-overlap:]
+    return [
+        Copy(begin, end, passage.count, [where.place(*at) for at in passage.at])
+        for (begin, end), passage in matcher.longest().items()
+    ]
+
+
+def covered(found: Iterable[Copy]) -> int:
+    """Characters that stand in at least one of the passages."""
+    total = last = 0
+    for one in sorted(found, key=lambda one: one.begin):
+        total, last = total + max(0, one.end - max(one.begin, last)), max(last, one.end)
+    return total
+
+
+class Places:
+    """Bytes of a split's text -> tokens, files and lines. Knows as much of the text as `note` or `read` showed it."""
+
+    def __init__(self, data: PreparedData, split: str) -> None:
+        self.tokens: np.ndarray = getattr(data, split)
+        self.decode, self._sizes = _decoder(data.tokenizer)
+        self._parts = (data.meta.parts or {}).get(split, ())
+        self._names = [file.name for file in data.meta.files]
+        self._windows: list[tuple[int, int, int]] = []  # first byte, first token, line ends before
+        self._lines = 0
+        self._window = lru_cache(maxsize=4)(self._decoded)
+        self._lines_before = lru_cache(maxsize=1024)(self._count_lines)
+
+    def note(self, token: int, base: int, raw: bytes) -> None:
+        """Learn of the next window: its first token, its first byte, its text."""
+        self._windows.append((base, token, self._lines))
+        self._lines += raw.count(b"\n")
+
+    def read(self, most: int | None = None) -> Places:
+        """Learn of the windows up to token `most`, or of all."""
+        base = 0
+        for token in range(0, len(self.tokens[:most]), _WINDOW):
+            raw = self.decode(self.tokens[token : token + _WINDOW])
+            self.note(token, base, raw)
+            base += len(raw)
+        return self
+
+    def place(self, begin: int, end: int) -> Place:
+        """The place of the bytes begin..end - 1."""
+        return Place(self._token(begin), self._token(end - 1) + 1, *self._file_line(begin))
+
+    def of_token(self, token: int) -> Place:
+        """The place of one token."""
+        base, first, _ = self._windows[bisect_right(self._windows, token, key=lambda one: one[1]) - 1]
+        ids = self.tokens[first:token]
+        byte = base + (token - first if self._sizes is None else int(self._sizes[ids].sum()))
+        return Place(token, token + 1, *self._file_line(byte))
+
+    def _file_line(self, byte: int) -> tuple[str | None, int | None]:
+        if not self._parts:
+            return None, None
+        part = self._parts[bisect_right(self._parts, byte, key=lambda one: one.begin) - 1]
+        return self._names[part.file], part.line + self._count_lines(byte) - self._lines_before(part.begin)
+
+    def _at(self, byte: int) -> int:
+        return bisect_right(self._windows, byte, key=lambda one: one[0]) - 1
+
+    def _token(self, byte: int) -> int:
+        base, first, _ = self._windows[self._at(byte)]
+        if self._sizes is None:
+            return first + byte - base
+        return first + int(np.searchsorted(self._window(self._at(byte))[1], byte - base, side="right"))
+
+    def _count_lines(self, byte: int) -> int:
+        base, _, lines = self._windows[self._at(byte)]
+        return lines + self._window(self._at(byte))[0].count(b"\n", 0, byte - base)
+
+    def _decoded(self, number: int) -> tuple[bytes, np.ndarray]:
+        """A window's text, and where each of its tokens ends in it."""
+        first = self._windows[number][1]
+        ids = self.tokens[first : first + _WINDOW]
+        ends = np.arange(1, len(ids) + 1) if self._sizes is None else np.cumsum(self._sizes[ids])
+        return self.decode(ids), ends
+
+
+def _decoder(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray], bytes], np.ndarray | None]:
+    """A function from token ids to UTF-8, and the bytes of each token (None: one)."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return (lambda ids: ids.tobytes()), None
+    table = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    sizes = np.array([len(one) for one in table])
+    if int(sizes.max()) == 1:
+        single = np.frombuffer(b"".join(table), dtype=np.uint8)
+        return (lambda ids: single[ids].tobytes()), None
+    if isinstance(tokenizer, CharTokenizer):
+        return (lambda ids: tokenizer.decode(ids).encode("utf-8")), sizes
+    return (lambda ids: b"".join(map(table.__getitem__, ids.tolist()))), sizes
+
+
+@dataclass
+class _Passage:
+    count: int = 0
+    at: list[tuple[int, int]] = field(default_factory=list)
+    """First byte, and one past the last, in the split's text."""
+
+
+class _Matcher:
+    """Joins the matches of all stretches of `size` characters of a text to passages."""
+
+    def __init__(self, text: str, size: int) -> None:
+        try:
+            from ahocorasick_rs import BytesAhoCorasick
+        except ImportError as error:
+            raise ConfigError(
+                f"copies are looked for with ahocorasick_rs ({error}); pip install ahocorasick-rs"
+            ) from error
+        raw = [character.encode("utf-8", "replace") for character in text]
+        self._size = size
+        self._offset = np.cumsum([0, *map(len, raw)]).tolist()
+        stretches: dict[bytes, list[int]] = {}
+        for i in range(len(text) - size + 1):
+            stretches.setdefault(b"".join(raw[i : i + size]), []).append(i)
+        self._positions = list(stretches.values())
+        self._automaton = BytesAhoCorasick(list(stretches))
+        self._open: dict[int, list[int]] = {}
+        """Byte of the split minus byte of the text -> first and last stretch, first byte and end."""
+        self._found: dict[tuple[int, int], _Passage] = {}
+
+    def search(self, raw: bytes, base: int, known: int) -> None:
+        """Look through raw, which begins at byte `base`; matches within its first `known` bytes are known."""
+        for pattern, begin, end in self._automaton.find_matches_as_indexes(raw, overlapping=True):
+            if end <= known:
+                continue
+            for i in self._positions[pattern]:
+                shift = base + begin - self._offset[i]
+                run = self._open.get(shift)
+                if run is not None and run[1] == i - 1:
+                    run[1], run[3] = i, base + end
+                else:
+                    if run is not None:
+                        self._keep(run)
+                    self._open[shift] = [i, i, base + begin, base + end]
+        self._close(base + len(raw) - 4)
+
+    def _close(self, before: int) -> None:
+        """Count the passages that end before this byte and so can grow no more."""
+        for shift in [shift for shift, run in self._open.items() if run[3] < before]:
+            self._keep(self._open.pop(shift))
+
+    def _keep(self, run: list[int]) -> None:
+        passage = self._found.setdefault((run[0], run[1] + self._size), _Passage())
+        passage.count += 1
+        if passage.count <= KEPT_PLACES:
+            passage.at.append((run[2], run[3]))
+
+    def longest(self) -> dict[tuple[int, int], _Passage]:
+        """At the end: the passages that are part of no longer one, by first character and end."""
+        for run in self._open.values():
+            self._keep(run)
+        self._open.clear()
+        kept, furthest = dict[tuple[int, int], _Passage](), 0
+        for begin, end in sorted(self._found, key=lambda key: (key[0], -key[1])):
+            if end > furthest:
+                kept[begin, end], furthest = self._found[begin, end], end
+        for passage in kept.values():
+            passage.at.sort()
+        return kept
