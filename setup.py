@@ -30,9 +30,10 @@ setup(
     extras_require={
         "bpe": ["tokenizers>=0.20"],
         "export": ["transformers>=5", "gguf>=0.17"],
+        "copies": ["ahocorasick-rs>=1.0"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "import-linter"),
-            *("transformers>=5", "tokenizers>=0.20", "gguf>=0.17"),
+            *("transformers>=5", "tokenizers>=0.20", "gguf>=0.17", "ahocorasick-rs>=1.0"),
         ],
     },
     entry_points={"console_scripts": ["chatgot=chatgot.cli:main"]},
