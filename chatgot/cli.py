@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = commands[argv[0]].parse_args(argv[1:])
     if own_process:
         escape_unwritable()
-    if own_process and argv[0] in ("sample", "chat", "export", "verify", "tune"):
+    if own_process and argv[0] in ("sample", "chat", "export", "verify", "tune", "rehearse"):
         settle_environment(start_again=True)
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
 
@@ -211,6 +211,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("--steps", type=count, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
+    add = command("rehearse", _rehearse, "run everything once with a small model on this CPU, before the queue does")
+    add("deepspeed_config", type=Path, metavar="JSON", help="the run's DeepSpeed JSON, or the name of a shipped one")
+    config_argument(add, "the run's preset or YAML")
+    add("--data", default="wars_of_the_roses", metavar="SPEC", help="the run's text, as for train")
+    add("--nproc", type=count, default=2, metavar="N", help="ranks, as many as the run will have (default: 2)")
+    add("--out_dir", type=Path, metavar="DIR", help="the run's folder: the rehearsal writes beside it, not into it")
+    add("--full", action="store_true", help="then train the real model for two steps on this machine's devices")
+    overrides_argument(add)
+
     command("presets", _presets, "list the models that ship, for --config")
     command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
     return parser, commands.choices
@@ -283,6 +292,12 @@ def _tune(arguments: argparse.Namespace) -> None:
 
     _show_log()
     tune(replace(given_to(TuneArguments, arguments), deepspeed_config=find_json(arguments.deepspeed_config)))
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from chatgot.rehearse.rehearsal import RehearseArguments, rehearse
+
+    return rehearse(given_to(RehearseArguments, arguments))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
