@@ -58,7 +58,11 @@ def test_finds_what_brute_force_finds_with_file_and_line(prepared, tmp_path):
         for one in found:
             for place, at in zip(one.places, expected[one.begin, one.end]):
                 assert text[one.begin : one.end] in prepared.tokenizer.decode(prepared.train[place.begin : place.end])
-                line = (tmp_path / "texts" / place.file).read_text(encoding="utf-8").split("\n")[place.line - 1]
+                line = (
+                    (tmp_path / "texts" / str(place.file))
+                    .read_text(encoding="utf-8")
+                    .split("\n")[(place.line or 0) - 1]
+                )
                 assert text[one.begin : one.end].split("\n")[0] in line
                 assert len(prepared.tokenizer.decode(prepared.train[: place.begin])) <= at
         assert covered(found) == len(set().union(*(range(*key) for key in expected)))
@@ -70,9 +74,9 @@ def test_every_token_has_its_file_and_line(prepared, tmp_path):
         where = Places(prepared, split).read()
         for token in random.Random(1).sample(range(len(tokens) - 1), 60):
             place = where.of_token(token)
-            lines = [*(tmp_path / "texts" / place.file).read_text(encoding="utf-8").split("\n"), "", "", ""]
+            lines = [*(tmp_path / "texts" / str(place.file)).read_text(encoding="utf-8").split("\n"), "", "", ""]
             shown = prepared.tokenizer.decode(tokens[token : token + 1]).split("\n")[0].strip("\ufffd")
-            assert shown in lines[place.line - 1]
+            assert shown in lines[(place.line or 0) - 1]
 
 
 def test_one_file_repeating_itself_is_counted_and_kept_in_part(tmp_path, monkeypatch):
