@@ -155,7 +155,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
 
     add_commands(command)
 
-    add = command("export", _export, "the model for transformers and vLLM, or llama.cpp")
+    add = command("export", _export, "the model for transformers or llama.cpp")
     add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
     add("--to", required=True, type=Path, metavar="DIR", help="the folder to make")
     add("--format", default="transformers", choices=("transformers", "gguf"), help="default: transformers")

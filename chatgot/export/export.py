@@ -1,4 +1,4 @@
-"""`chatgot export`: a run folder's model for transformers and vLLM, or llama.cpp. Needs nothing but the run folder."""
+"""`chatgot export`: a run folder's model for transformers or llama.cpp. Needs nothing but the run folder."""
 
 from __future__ import annotations
 

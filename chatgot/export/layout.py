@@ -125,7 +125,7 @@ def transformers_config(config: ModelConfig, vocab_size: int, dtype: str) -> dic
     """config.json; `dtype` as torch names it: float32."""
     shared = {
         "dtype": dtype,
-        "torch_dtype": dtype,  # the name that transformers 4 and vLLM's older releases read
+        "torch_dtype": dtype,  # the name that transformers 4 reads
         "vocab_size": vocab_size,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,

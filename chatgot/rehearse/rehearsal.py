@@ -11,13 +11,9 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +24,8 @@ from chatgot.deepspeed_json import check
 from chatgot.deepspeed_json.read import find_json
 from chatgot.deepspeed_json.resolve import EngineConfig, Resolved
 from chatgot.devices import assumed_device
-from chatgot.distributed import python_path
 from chatgot.errors import (
-    EXIT_CHECKPOINT,
     EXIT_DONE,
-    EXIT_ENVIRONMENT,
     EXIT_NUMERICS,
     ChatGoTError,
     CheckpointError,
@@ -42,13 +35,12 @@ from chatgot.errors import (
 from chatgot.model.shapes import count_parameters
 from chatgot.observe.journal import read_journal
 from chatgot.proof import digest
+from chatgot.rehearse.rows import Table, failed, launch, reason
 
 SAVED, KILLED, END = 20, 30, 40
 """Steps: of the checkpoint, of the kill, of the last one."""
 BYTES = {"fp32": 12, "bf16": 14, "fp16": 14}
 """Of a checkpoint for each parameter, with Adam: weights and two moments in fp32, weights in 16 bit."""
-LAUNCH_SECONDS = 600.0
-"""After which a start of the small model has hung."""
 
 
 @dataclass(frozen=True)
@@ -65,36 +57,6 @@ class RehearseArguments:
     full: bool = False
     """Whether the real model is then trained for two steps."""
     overrides: tuple[str, ...] = ()
-
-
-@dataclass
-class _Table:
-    """The rows so far; the first that fails ends the rehearsal."""
-
-    rows: list[tuple[str, str, float, str]] = field(default_factory=list)
-    exit_code: int = EXIT_DONE
-
-    def row(self, name: str, work: Callable[[], str]) -> None:
-        """Do `work`, which says what it found or raises, and keep its time."""
-        if self.exit_code:
-            self.rows.append((name, "-", 0.0, "not reached"))
-            return
-        print(f"rehearsing: {name}", file=sys.stderr, flush=True)
-        began, verdict = time.monotonic(), "pass"
-        try:
-            said = work()
-        except ChatGoTError as error:
-            self.exit_code, verdict, said = error.exit_code, "FAIL", str(error)
-        if said.startswith("skipped"):
-            verdict = "skip"
-        self.rows.append((name, verdict, time.monotonic() - began, said))
-
-    def __str__(self) -> str:
-        first = [said.splitlines() or [""] for *_, said in self.rows]
-        return "\n".join(
-            f"{name:<18} {verdict:<5} {seconds:6.1f} s  {'; '.join(line.strip() for line in lines if line.strip())}"
-            for (name, verdict, seconds, _), lines in zip(self.rows, first)
-        )
 
 
 class _NumericsRow(ChatGoTError):
@@ -122,7 +84,7 @@ def shrunk(model: ModelConfig) -> ModelConfig:
 
 def rehearse(arguments: RehearseArguments) -> int:
     """Go through all rows and print the table; returns the exit code of the first that failed, or 0."""
-    table = _Table()
+    table = Table()
     with contextlib.ExitStack() as cleanup:
         rehearsal = Rehearsal(arguments, cleanup)
         rows: list[tuple[str, Callable[[], str]]] = [
@@ -267,13 +229,13 @@ class Rehearsal:
         task = {"steps": KILLED, "arguments": {**self._named("run"), "overrides": self._overrides()}}
         (self.work / "task.json").write_text(json.dumps(task), encoding="utf-8")
         script = str(Path(__file__).with_name("ranks.py"))
-        code, said = self._launch(self.arguments.nproc, ["--script", script, "--", str(self.work / "task.json")])
+        code, said = launch(self.arguments.nproc, ["--script", script, "--", str(self.work / "task.json")], self.work)
         self.digests = digest.history(self.work / "run").digests if (self.work / "run").exists() else {}
         if KILLED not in self.digests or code in (EXIT_DONE, None):
-            raise _failed("the training", code, said)
+            raise failed("the training", code, said)
         saved = list((self.work / "run" / run_folder.CHECKPOINTS).glob(f"*{SAVED}/manifest.json"))
         if not saved:
-            raise CheckpointError(f"no checkpoint of step {SAVED} was saved: {_reason(said)}")
+            raise CheckpointError(f"no checkpoint of step {SAVED} was saved: {reason(said)}")
         self.tag = saved[0].parent.name
         for step in (1, KILLED):
             loss = self.digests[step].loss
@@ -312,9 +274,9 @@ class Rehearsal:
 
     def _resumed(self, ranks: int, folder: str, resume_from: str, events: str) -> str:
         words = [word for name, value in self._named(folder).items() for word in (f"--{name}", str(value))]
-        code, said = self._launch(ranks, ["--", *words, "--resume_from", resume_from, *self._overrides(ranks)])
+        code, said = launch(ranks, ["--", *words, "--resume_from", resume_from, *self._overrides(ranks)], self.work)
         if code != EXIT_DONE:
-            raise _failed("the resume", code, said)
+            raise failed("the resume", code, said)
         read, _ = read_journal(self.work / folder / events)
         kinds = {event.get("event"): event for event in read}
         if "resume_verified" not in kinds:
@@ -362,9 +324,9 @@ class Rehearsal:
         short = ["train.max_steps=2", "train.eval_tokens=8192", "train.sample_max_new_tokens=8"]
         words = ["--deepspeed_config", str(self.json), "--config", given.config or "tiny", "--data", given.data]
         out = ["--out_dir", str(self.work / "full")]
-        code, said = self._launch(given.nproc, ["--", *words, *out, *given.overrides, *short], on_cpu=False)
+        code, said = launch(given.nproc, ["--", *words, *out, *given.overrides, *short], self.work, on_cpu=False)
         if code != EXIT_DONE:
-            raise _failed("the real model", code, said)
+            raise failed("the real model", code, said)
         return f"{self.n_params:,} parameters, two steps, saved"
 
     def _named(self, folder: str) -> dict[str, str]:
@@ -382,40 +344,3 @@ class Rehearsal:
         if ranks not in (None, self.arguments.nproc) and "gradient_accumulation_steps" in self.engine.source:
             ours.append(f"ds.train_batch_size={self.engine.train_batch_size}")
         return ours
-
-    def _launch(self, ranks: int, words: Sequence[str], on_cpu: bool = True) -> tuple[int | None, str]:
-        """Start ranks by launch/run; its exit code (None: it hung, and was ended) and what was said."""
-        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        environment = {name: value for name, value in os.environ.items() if name not in dropped}
-        environment |= {"PYTHONPATH": python_path(), "WANDB_MODE": "offline"}
-        environment |= {"DS_ACCELERATOR": "cpu"} if on_cpu else {}
-        start = "import sys; from chatgot.launcher import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", start, "--nproc", str(ranks), *words]
-        with open(self.work / "log.txt", "w+", encoding="utf-8", errors="replace") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            code: int | None = None
-            try:
-                code = process.wait(None if not on_cpu else LAUNCH_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-                    process.wait()
-            log.seek(0)
-            return code, log.read()
-
-
-def _reason(said: str) -> str:
-    """The refusal in what ranks said, else their last lines."""
-    refused = said.rpartition("\nchatgot: ")[2] if "\nchatgot: " in said else said[-600:]
-    return " ".join(refused.split())[:600]
-
-
-def _failed(what: str, code: int | None, said: str) -> ChatGoTError:
-    """The row's failure, with the ranks' own exit code."""
-    if code is None:
-        return MachineError(f"{what} did not end in {LAUNCH_SECONDS:.0f} s: {_reason(said)}")
-    error = MachineError(f"{what} ended with exit {code}: {_reason(said)}")
-    error.exit_code = code if code in (*range(2, 6), EXIT_CHECKPOINT) else EXIT_ENVIRONMENT
-    return error

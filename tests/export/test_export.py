@@ -189,8 +189,8 @@ def test_writing_takes_less_than_twice_the_largest_tensor(tmp_path, monkeypatch)
     assert max(seen) - before < 2 * matrix.numel() * 4
 
 
-def test_vllm_and_transformers_find_every_key_that_they_read(runs, tmp_path):
-    """vLLM: docs/models/supported_models and its loaders gpt2.py and qwen3.py, by the names of the config's keys."""
+def test_the_config_states_every_key_that_describes_the_model(runs, tmp_path):
+    """A reader that knows transformers' names finds each of them stated, and guesses none."""
     wanted = {
         "gpt2": "architectures model_type vocab_size n_positions n_embd n_layer n_head n_inner activation_function "
         "layer_norm_epsilon tie_word_embeddings dtype",
