@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,9 +138,12 @@ class Conversation:
     def _reply(self, ids: np.ndarray, end: str | None) -> str:
         """Stream the continuation of ids up to `end`, which is left out, and return it; Ctrl-C ends it sooner."""
         decoder, text, shown = StreamDecoder(self.model.tokenizer), "", 0
+        interrupts: list[int] = []
 
         def on_token(row: int, token: int) -> None:
             nonlocal text, shown
+            if interrupts:  # raised here: an exception out of a signal handler can be lost in a destructor
+                raise KeyboardInterrupt
             text += decoder.push(token)
             sure = len(text) if end is None else _sure(text, end)
             self._out.write(text[shown:sure])
@@ -150,6 +154,7 @@ class Conversation:
         seed, self._drawn = settings.seed + self._drawn, self._drawn + 1
         device = next(self.model.gpt.parameters()).device
         stopped = False
+        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         try:
             generate(
                 self.model.gpt,
@@ -165,6 +170,8 @@ class Conversation:
             text += decoder.flush()
         except KeyboardInterrupt:
             stopped = True
+        finally:
+            signal.signal(signal.SIGINT, before)
         if end is not None and end in text:
             text = text[: text.index(end)] + "\n"
         self._out.write(text[shown:])
