@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from chatgot.model.shapes import count_parameters
 from chatgot.observe.journal import read_journal
 from chatgot.version import __version__
 
+logger = logging.getLogger(__name__)
 LOADING = {
     "transformers": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,8 +35,8 @@ def model_card(run: Path, found: Found, config: ModelConfig, tokenizer: Tokenize
     facts: dict[str, Any] = {}
     try:
         facts = run_folder.read(run, run_folder.ENVIRONMENT)
-    except ConfigError:
-        facts = {}
+    except ConfigError as error:
+        logger.warning(f"the model card says less: {error}")
     data = facts.get("data") or {}
     latest: dict[str, Any] = {}
     if (run / run_folder.METRICS).is_file():

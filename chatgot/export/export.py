@@ -77,7 +77,7 @@ def export(arguments: ExportArguments) -> None:
             gguf_file.write_gguf(building / gguf_file.FILE, config, tokenizer, weights, dtype, name)
         else:
             _write_transformers(building, arguments, config, tokenizer, weights)
-            _prove(building, arguments, config, tokenizer, weights)
+            _prove(building, arguments, config, tokenizer, weights, found.manifest["data"])
         card = model_card(arguments.run, found, config, tokenizer, arguments.dtype, arguments.format)
         write_atomically(building / "README.md", card)
         os.rename(building, arguments.to)
@@ -104,16 +104,25 @@ def _write_transformers(
 
 
 def _prove(
-    folder: Path, arguments: ExportArguments, config: ModelConfig, tokenizer: Tokenizer, weights: Weights
+    folder: Path,
+    arguments: ExportArguments,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    weights: Weights,
+    fingerprint: str,
 ) -> None:
-    """Hold the folder against the run's model, rounded to the exported type and computed in fp32. See `export`."""
+    """Hold the folder against the run's model, rounded to the exported type and computed in fp32. See `export`.
+
+    Args:
+        fingerprint: of the run's data.
+    """
     dtype = DTYPES[arguments.dtype]
     vocab_size, length = tokenizer.vocab_size, config.max_seq_length
     rounded = {name: stored.whole().to(dtype).float() for name, stored in weights.items()}
     ours = parity.model_logits(parity.with_weights(config, vocab_size, rounded))
     back = read_back(folder, list(transformers_parts(config, vocab_size)))
     written = parity.model_logits(parity.with_weights(config, vocab_size, back))
-    windows, texts = parity.windows_of(arguments.run, tokenizer, length, arguments.data)
+    windows, texts = parity.windows_of(arguments.run, fingerprint, tokenizer, length, arguments.data)
     logger.info(parity.compare(ours, written, windows).required("the exported files in our model"))
     theirs = parity.transformers_logits(folder)
     if theirs is None:

@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import chatgot.run_folder as run_folder
-from chatgot.config.run import ModelConfig, load_run_config
-from chatgot.data.prepare import prepare_cached
-from chatgot.data.prepared import PreparedData
+from chatgot.config.run import ModelConfig
+from chatgot.data.recorded import recorded_data
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.errors import ChatGoTError, CheckpointError
 from chatgot.model.gpt import GPT
@@ -94,35 +92,14 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, texts: Sequence[str]) ->
     return f"{what}: the same tokens, and the same text back, for {sum(map(len, texts))} characters"
 
 
-def validation_text(run: Path, tokenizer: Tokenizer, data: str | None) -> PreparedData:
-    """The run's data, from its cache or prepared again.
-
-    Args:
-        data: the text, as for train.py; None: what environment.json says.
-
-    Raises:
-        CheckpointError, DataError, ConfigError: it is not known, not there, or another one by now.
-    """
-    facts = run_folder.read(run, run_folder.ENVIRONMENT)
-    given = facts.get("data")
-    if not isinstance(given, dict) or not isinstance(given.get("spec"), str):
-        raise CheckpointError(f"{run / run_folder.ENVIRONMENT} does not say which text it was")
-    spec = data or given["spec"]
-    near = Path(str(facts.get("cwd", "."))) / spec
-    if data is None and near.exists():
-        spec = str(near)
-    prepared = prepare_cached(spec, load_run_config(str(run / run_folder.RUN)).data)
-    if prepared.fingerprint != given.get("fingerprint") or prepared.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise CheckpointError(f"{spec} is not the text that this run was trained on")
-    return prepared
-
-
-def windows_of(run: Path, tokenizer: Tokenizer, length: int, data: str | None) -> tuple[torch.Tensor, list[str]]:
+def windows_of(
+    run: Path, fingerprint: str, tokenizer: Tokenizer, length: int, data: str | None
+) -> tuple[torch.Tensor, list[str]]:
     """At most WINDOWS windows (n, T) of validation text, and their texts; random tokens, with a warning, where the
-    text cannot be had. See `validation_text`.
+    text cannot be had. See `recorded_data`.
     """
     try:
-        tokens = validation_text(run, tokenizer, data).val
+        tokens = recorded_data(run, fingerprint, data)[1].val
         starts = np.linspace(0, len(tokens) - length, min(WINDOWS, len(tokens) // length)).astype(np.int64)
         windows = torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
     except ChatGoTError as error:

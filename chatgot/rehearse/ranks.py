@@ -5,14 +5,12 @@ Started by `chatgot rehearse` through launch/run, with the path of its task.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from chatgot.errors import ChatGoTError
+from chatgot.launcher.ranks import run_rank
 
 
 def _rank(task: dict[str, Any]) -> NoReturn:
@@ -35,8 +33,4 @@ def _rank(task: dict[str, Any]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    try:
-        _rank(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    except ChatGoTError as error:
-        print(f"\nchatgot: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)  # see cli.train: the process group is still joined
+    run_rank(_rank)

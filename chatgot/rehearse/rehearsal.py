@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,13 @@ from chatgot.deepspeed_json import check
 from chatgot.deepspeed_json.read import find_json
 from chatgot.deepspeed_json.resolve import EngineConfig, Resolved
 from chatgot.devices import assumed_device
-from chatgot.errors import (
-    EXIT_DONE,
-    EXIT_NUMERICS,
-    ChatGoTError,
-    CheckpointError,
-    ConfigError,
-    MachineError,
-)
+from chatgot.errors import EXIT_DONE, CheckpointError, ConfigError, MachineError, NumericsError
+from chatgot.launcher.ranks import launch, refusal
 from chatgot.model.shapes import count_parameters
 from chatgot.observe.journal import read_journal
 from chatgot.proof import digest
-from chatgot.rehearse.rows import Table, failed, launch, reason
+from chatgot.rehearse.rows import LAUNCH_SECONDS, Table, failed
+from chatgot.verify.replay import OUTSIDE
 
 SAVED, KILLED, END = 20, 30, 40
 """Steps: of the checkpoint, of the kill, of the last one."""
@@ -57,12 +52,6 @@ class RehearseArguments:
     full: bool = False
     """Whether the real model is then trained for two steps."""
     overrides: tuple[str, ...] = ()
-
-
-class _NumericsRow(ChatGoTError):
-    """The run's losses are not those of the plain loop (exit 5)."""
-
-    exit_code = EXIT_NUMERICS
 
 
 def shrunk(model: ModelConfig) -> ModelConfig:
@@ -229,18 +218,18 @@ class Rehearsal:
         task = {"steps": KILLED, "arguments": {**self._named("run"), "overrides": self._overrides()}}
         (self.work / "task.json").write_text(json.dumps(task), encoding="utf-8")
         script = str(Path(__file__).with_name("ranks.py"))
-        code, said = launch(self.arguments.nproc, ["--script", script, "--", str(self.work / "task.json")], self.work)
+        code, said = self._launch(self.arguments.nproc, ["--script", script, "--", str(self.work / "task.json")])
         self.digests = digest.history(self.work / "run").digests if (self.work / "run").exists() else {}
         if KILLED not in self.digests or code in (EXIT_DONE, None):
             raise failed("the training", code, said)
         saved = list((self.work / "run" / run_folder.CHECKPOINTS).glob(f"*{SAVED}/manifest.json"))
         if not saved:
-            raise CheckpointError(f"no checkpoint of step {SAVED} was saved: {reason(said)}")
+            raise CheckpointError(f"no checkpoint of step {SAVED} was saved: {refusal(said)}")
         self.tag = saved[0].parent.name
         for step in (1, KILLED):
             loss = self.digests[step].loss
             if loss != loss or loss == float("inf"):
-                raise _NumericsRow(f"the loss of step {step} is {loss}")
+                raise NumericsError(f"the loss of step {step} is {loss}")
         fall = f"loss {self.digests[1].loss:.3f} -> {self.digests[KILLED].loss:.3f}"
         return f"{KILLED} steps, {fall}; {self.tag} saved, rank 0 killed after step {KILLED}"
 
@@ -255,12 +244,12 @@ class Rehearsal:
         bound = BOUNDS[self.engine.precision]
         found = f"{KILLED} steps, losses differ by {largest:.1e} at most (relative, step {step}; bound {bound:.0e})"
         if largest > bound:
-            raise _NumericsRow(f"{found}: what is trained is not what the JSON says")
+            raise NumericsError(f"{found}: what is trained is not what the JSON says")
         return found
 
     def resume(self) -> str:
         """Start the same command again, to the end."""
-        return self._resumed(self.arguments.nproc, "run", "must", run_folder.EVENTS)
+        return self._resumed(self.arguments.nproc, "run", "must")
 
     def other_ranks(self) -> str:
         """Go on from the same checkpoint with another number of ranks, in another folder."""
@@ -270,14 +259,14 @@ class Rehearsal:
             return f"skipped: no other number up to {here + 1} divides the global batch"
         ranks = max((n for n in fits if n < here), default=fits[0])
         source = f"{self.work / 'run'}@{self.tag}"
-        return f"{ranks} rank(s): " + self._resumed(ranks, "other", source, run_folder.EVENTS)
+        return f"{ranks} rank(s): " + self._resumed(ranks, "other", source)
 
-    def _resumed(self, ranks: int, folder: str, resume_from: str, events: str) -> str:
+    def _resumed(self, ranks: int, folder: str, resume_from: str) -> str:
         words = [word for name, value in self._named(folder).items() for word in (f"--{name}", str(value))]
-        code, said = launch(ranks, ["--", *words, "--resume_from", resume_from, *self._overrides(ranks)], self.work)
+        code, said = self._launch(ranks, ["--", *words, "--resume_from", resume_from, *self._overrides(ranks)])
         if code != EXIT_DONE:
             raise failed("the resume", code, said)
-        read, _ = read_journal(self.work / folder / events)
+        read, _ = read_journal(self.work / folder / run_folder.EVENTS)
         kinds = {event.get("event"): event for event in read}
         if "resume_verified" not in kinds:
             told = next((kinds[k] for k in ("resume_differs", "resume_not_compared") if k in kinds), {})
@@ -289,7 +278,7 @@ class Rehearsal:
         lines, _ = read_journal(self.work / "run" / run_folder.METRICS)
         losses = [line["val/loss"] for line in lines if isinstance(line.get("val/loss"), float)]
         if not losses or losses[-1] != losses[-1]:
-            raise _NumericsRow("the run has no finite val/loss at its end")
+            raise NumericsError("the run has no finite val/loss at its end")
         return f"val/loss {losses[-1]:.3f}"
 
     def sample(self) -> str:
@@ -324,7 +313,7 @@ class Rehearsal:
         short = ["train.max_steps=2", "train.eval_tokens=8192", "train.sample_max_new_tokens=8"]
         words = ["--deepspeed_config", str(self.json), "--config", given.config or "tiny", "--data", given.data]
         out = ["--out_dir", str(self.work / "full")]
-        code, said = launch(given.nproc, ["--", *words, *out, *given.overrides, *short], self.work, on_cpu=False)
+        code, said = self._launch(given.nproc, ["--", *words, *out, *given.overrides, *short], on_cpu=False)
         if code != EXIT_DONE:
             raise failed("the real model", code, said)
         return f"{self.n_params:,} parameters, two steps, saved"
@@ -340,7 +329,20 @@ class Rehearsal:
     def _overrides(self, ranks: int | None = None) -> list[str]:
         ours = [word for word in self.arguments.overrides if word.startswith("ds.")]
         saving = ("every_steps=20", "every_minutes=null", "keep_last=3", "keep_best=0", "keep_every_steps=null")
-        ours += [*self.lowered, *(f"ds.chatgot.checkpoint.{word}" for word in saving)]
+        ours += [*self.lowered, *self._kept_inside(), *(f"ds.chatgot.checkpoint.{word}" for word in saving)]
         if ranks not in (None, self.arguments.nproc) and "gradient_accumulation_steps" in self.engine.source:
             ours.append(f"ds.train_batch_size={self.engine.train_batch_size}")
         return ours
+
+    def _kept_inside(self) -> list[str]:
+        """Overrides for what the JSON would write outside the rehearsal's folder, where the run's own may lie."""
+        tree = self.engine.deepspeed
+        boards = [name for name in OUTSIDE if name != "wandb" and (tree.get(name) or {}).get("enabled")]
+        zero = tree.get("zero_optimization") or {}
+        offloads = [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("nvme_path")]
+        nvme = [f"ds.zero_optimization.{name}.nvme_path={self.work / 'nvme'}" for name in offloads]
+        return [*(f"ds.{name}.enabled=false" for name in boards), *nvme]
+
+    def _launch(self, ranks: int, words: Sequence[str], on_cpu: bool = True) -> tuple[int | None, str]:
+        environment = {**os.environ, "WANDB_MODE": "offline"} | ({"DS_ACCELERATOR": "cpu"} if on_cpu else {})
+        return launch(ranks, words, environment, self.work / "log.txt", LAUNCH_SECONDS if on_cpu else None)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ from typing import Any
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
+from chatgot.data.recorded import recorded_data
 from chatgot.devices import visible_gpus
-from chatgot.distributed import find_place, python_path
-from chatgot.errors import ChatGoTError, CheckpointError, ConfigError, DataError, MachineError, NumericsError
+from chatgot.distributed import find_place
+from chatgot.errors import CheckpointError, ConfigError, DataError, MachineError, NumericsError
+from chatgot.launcher.ranks import launch, refusal, run_rank
 from chatgot.proof import digest
 from chatgot.proof.digest import History, Setup
 
@@ -51,7 +51,7 @@ def replay(run: Path, steps: int, tag: str | None = None) -> bool:
         print(f"replay: {available} journaled steps follow {found.tag}, fewer than {steps}: those are compared")
         steps = available
     step = int(found.manifest["step"])
-    data = _data(run, found)
+    data, _ = recorded_data(run, found.manifest["data"])
     setup = known.setups.get(known.digests[step + 1].setup)
     ranks = int(found.manifest["world_size"] if setup is None else setup.topology["world_size"])
     environment = _environment(setup)
@@ -121,30 +121,10 @@ def _following(known: History, step: int) -> int:
     return after - step - 1
 
 
-def _data(run: Path, found: Found) -> str:
-    """Find the text of the run, and see that it gives the same tokens; returns its spec."""
-    from chatgot.config.run import load_run_config
-    from chatgot.data.prepare import prepare_cached
-
-    environ = run_folder.read(run, run_folder.ENVIRONMENT)
-    recorded = environ.get("data")
-    spec = str(recorded.get("spec") if isinstance(recorded, dict) else None)
-    elsewhere = Path(str(environ.get("cwd", ""))) / spec
-    if not Path(spec).exists() and elsewhere.exists():
-        spec = str(elsewhere)
-    data = prepare_cached(spec, load_run_config(str(run / run_folder.RUN)).data)
-    if data.fingerprint != found.manifest["data"]:
-        prints = f"fingerprint {data.fingerprint[:12]}…, the checkpoint has {found.manifest['data'][:12]}…"
-        why = f"is not the data that {run} was trained on ({prints}), so that its steps cannot be trained again"
-        raise DataError(f"--data {spec}: {why}")
-    return spec
-
-
 def _environment(setup: Setup | None) -> dict[str, str]:
     """Make the ranks' environment: device and threads of the journal's steps, no dashboard, no rehearsed fault."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CHATGOT_FAULT")
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    environment |= {"PYTHONPATH": python_path(), "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    environment.pop("CHATGOT_FAULT", None)
     if setup is not None and str(setup.topology["device"]).startswith("cpu"):
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(setup.topology["threads"])}
     elif setup is not None and setup.deterministic:
@@ -172,16 +152,11 @@ def _train(
     }
     task = {**task, "arguments": arguments, "out_dir": str(folder / "run"), "result": str(folder / "result.json")}
     (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    start = "import sys; from chatgot.launcher import main; sys.exit(main(sys.argv[1:]))"
-    launch = [sys.executable, "-c", start, "--nproc", str(ranks), "--script", __file__, "--", str(folder / "task.json")]
-    with open(folder / "log.txt", "w+", encoding="utf-8", errors="replace") as log:
-        done = subprocess.run(launch, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-        log.seek(0)
-        said = log.read()
-    if done.returncode:
-        refusal = said.rpartition("\nchatgot: ")[2].strip() if "\nchatgot: " in said else said[-2000:].strip()
-        why = f"the replay from {found.tag} could not be trained (exit {done.returncode}): {refusal}"
-        raise _ERRORS.get(done.returncode, MachineError)(f"{run}: {why}")
+    words = ["--script", __file__, "--", str(folder / "task.json")]
+    code, said = launch(ranks, words, environment, folder / "log.txt")
+    if code:
+        why = f"the replay from {found.tag} could not be trained (exit {code}): {refusal(said)}"
+        raise _ERRORS.get(code, MachineError)(f"{run}: {why}")
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
@@ -212,8 +187,4 @@ def _rank(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _rank(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    except ChatGoTError as error:
-        print(f"\nchatgot: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)  # see cli.train: the process group is still joined
+    run_rank(_rank)

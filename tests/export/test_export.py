@@ -15,6 +15,7 @@ from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable import stored as as_stored
 from chatgot.data.loader import IGNORE_INDEX, EvalBatches
+from chatgot.data.recorded import recorded_data
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import CheckpointError, ConfigError
 from chatgot.export import parity, weights
@@ -85,8 +86,8 @@ def test_the_exported_folder_scores_the_validation_split_as_the_run_does(runs, t
         journal = [record for record in read_journal(runs[kind] / "metrics.jsonl")[0] if "val/loss" in record]
         config = json.loads((to / "config.json").read_text())
         length = config.get("n_positions") or config["max_position_embeddings"]
-        tokenizer = load_run(runs[kind], device="cpu").tokenizer
-        prepared = parity.validation_text(runs[kind], tokenizer, None)
+        recorded = json.loads((runs[kind] / "environment.json").read_text())["data"]
+        _, prepared = recorded_data(runs[kind], recorded["fingerprint"])
         total = count = 0.0
         for ids, targets in EvalBatches(prepared.val, length, 8, 0, 1):
             with torch.no_grad():

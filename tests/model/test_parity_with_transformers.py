@@ -7,21 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.config.run import ModelConfig
+from chatgot.export.layout import GPT2_BLOCK
 from chatgot.model.gpt import GPT
 from tests.model.shapes import GPT2, GROUPED, MODERN, VOCAB, random_gpt, random_ids
 from tests.support import present
 
 pytest.importorskip("transformers", reason="transformers is not installed: it needs Python 3.11")
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
-
-GPT2_BLOCK = {
-    "attention_norm": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.proj": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
 
 
 def gpt2_from_transformers(model: GPT) -> GPT2LMHeadModel:

@@ -93,7 +93,9 @@ def test_finds_what_stops_training(
 @pytest.mark.slow
 def test_passes_and_finds_a_changed_rate_and_a_truncated_checkpoint(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt")
-    given = RehearseArguments(write_json(tmp_path / "engine.json", JSON), "tiny", str(text), 1, tmp_path / "run")
+    board = {"enabled": True, "output_path": str(tmp_path / "board"), "job_name": "run"}
+    tree = {**JSON, "csv_monitor": board}
+    given = RehearseArguments(write_json(tmp_path / "engine.json", tree), "tiny", str(text), 1, tmp_path / "run")
     with contextlib.ExitStack() as cleanup:
         rows = Rehearsal(given, cleanup)
         for row in (rows.check, rows.read_data, rows.compiler, rows.folder, rows.train, rows.plain_loop):
@@ -113,4 +115,5 @@ def test_passes_and_finds_a_changed_rate_and_a_truncated_checkpoint(tmp_path: Pa
         states.write_bytes(whole)
         for row in (rows.resume, rows.other_ranks, rows.evaluate, rows.sample, rows.verify):
             row()
-    assert json.loads((tmp_path / "engine.json").read_text()) == JSON
+    assert json.loads((tmp_path / "engine.json").read_text()) == tree
+    assert not (tmp_path / "board").exists(), "what the JSON writes elsewhere belongs to the run"
