@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from chatgot.checkpoint.portable import StoredTensor
+from chatgot.errors import CheckpointError
 from chatgot.export.layout import Part
 from chatgot.files import write_atomically
 
@@ -25,7 +26,21 @@ INDEX = "model.safetensors.index.json"
 
 
 def chunks(part: Part, weights: Weights, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The elements of an exported tensor in order, flattened, about a million at a time."""
+    """The elements of an exported tensor in order, flattened, about a million at a time.
+
+    Raises:
+        CheckpointError: one is not finite, or too large for the type.
+    """
+    for chunk in _chunks(part, weights, dtype):
+        if not chunk.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{part.ours}: has values that are not finite in {kind}; take another --tag or --dtype"
+            )
+        yield chunk
+
+
+def _chunks(part: Part, weights: Weights, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     width = part.columns or 1
     stored, start, numel = weights[part.ours], part.start * width, part.rows * width
     if not part.transposed:

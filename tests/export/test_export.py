@@ -170,6 +170,14 @@ def test_a_transposed_tensor_is_written_in_chunks_without_a_second_copy(monkeypa
         assert torch.equal(torch.cat(pieces), wanted.reshape(-1))
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (1e6, torch.float16)])
+def test_values_that_the_type_cannot_hold_are_refused(value, dtype):
+    matrix = torch.zeros(3, 4)
+    matrix[2, 1] = value
+    with pytest.raises(CheckpointError, match=r"^m: has values that are not finite"):
+        list(weights.chunks(Part("x", "m", 0, 3, 4, True), {"m": as_stored(matrix, matrix.shape)}, dtype))
+
+
 def test_writing_takes_less_than_twice_the_largest_tensor(tmp_path, monkeypatch):
     matrix = torch.rand(4096, 4096)
     stored = {f"m{i}": as_stored(matrix, matrix.shape) for i in range(4)}
