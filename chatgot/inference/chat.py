@@ -61,6 +61,15 @@ def chat(arguments: ChatArguments, out: TextIO | None = None) -> None:
     with contextlib.suppress(ImportError):  # not on Windows: there the terminal itself edits lines
         import readline  # noqa: F401  (input() then edits lines and remembers them)
     talk = Conversation(load_run(arguments.run, arguments.tag, arguments.device), arguments, out or sys.stdout)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a script starts with &
+    try:
+        _talk(talk)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _talk(talk: Conversation) -> None:
+    """Read and answer lines until there are no more."""
     talk.say("/help explains, Ctrl-C stops a reply, Ctrl-D ends.")
     while True:
         try:
@@ -138,12 +147,9 @@ class Conversation:
     def _reply(self, ids: np.ndarray, end: str | None) -> str:
         """Stream the continuation of ids up to `end`, which is left out, and return it; Ctrl-C ends it sooner."""
         decoder, text, shown = StreamDecoder(self.model.tokenizer), "", 0
-        interrupts: list[int] = []
 
         def on_token(row: int, token: int) -> None:
             nonlocal text, shown
-            if interrupts:  # raised here: an exception out of a signal handler can be lost in a destructor
-                raise KeyboardInterrupt
             text += decoder.push(token)
             sure = len(text) if end is None else _sure(text, end)
             self._out.write(text[shown:sure])
@@ -154,7 +160,6 @@ class Conversation:
         seed, self._drawn = settings.seed + self._drawn, self._drawn + 1
         device = next(self.model.gpt.parameters()).device
         stopped = False
-        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         try:
             generate(
                 self.model.gpt,
@@ -170,8 +175,6 @@ class Conversation:
             text += decoder.flush()
         except KeyboardInterrupt:
             stopped = True
-        finally:
-            signal.signal(signal.SIGINT, before)
         if end is not None and end in text:
             text = text[: text.index(end)] + "\n"
         self._out.write(text[shown:])

@@ -102,8 +102,10 @@ def test_a_conversation_in_a_terminal(terminal, tmp_path):
     assert terminal.process.wait(60) == 0
 
 
-def test_ctrl_c_stops_the_reply_and_not_the_program(folder):
-    program = "from chatgot.cli import main; main()"
+@pytest.mark.parametrize("before", ["", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "])
+def test_ctrl_c_stops_the_reply_and_not_the_program(before, folder):
+    """Also where it was ignored before, as in what a script starts with &."""
+    program = f"{before}from chatgot.cli import main; main()"
     talk = Terminal(
         [sys.executable, "-c", program, "chat", str(folder), "--device", "cpu", "--max_new_tokens", "1000000"]
     )
