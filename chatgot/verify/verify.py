@@ -5,11 +5,12 @@ only, and needs no torch.
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import chatgot.run_folder as run_folder
-from chatgot.checkpoint.load import TAG, Found, find_again, tags_in
+from chatgot.checkpoint.load import MEANWHILE, TAG, Found, find_again, tags_in
 from chatgot.errors import CheckpointError, quoted
 from chatgot.observe.journal import Branch, read_journal, read_lines
 from chatgot.proof import digest
@@ -33,12 +34,13 @@ def verify(run: Path, tag: str | None = None) -> bool:
         raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags) or 'none'})")
     for note in run_folder.linked_folders(run):
         print(f"note: {note}")
-    whole, problems = _checkpoints(folder, tags if tag is None else [tag])
+    tags = tags if tag is None else [tag]
+    whole, problems = _checkpoints(folder, tags)
     if folder.exists() and not folder.is_dir():
         problems.append(f"{folder}: is no folder")
-    newest = max(whole, key=_sequence, default=None)
     if tag is None:
-        problems += _latest(folder, whole, newest, tags)
+        problems += _latest(folder, whole, tags)
+    newest = max(whole, key=_sequence, default=None)
     journal = JournalCheck(run)
     journal.read()
     problems += journal.problems
@@ -55,10 +57,12 @@ def verify(run: Path, tag: str | None = None) -> bool:
 
 
 def _checkpoints(folder: Path, tags: list[str]) -> tuple[list[Found], list[str]]:
-    """Check the files of checkpoints; returns those that are whole, and the problems."""
+    """Check the files of checkpoints; returns those that are whole, and the problems. One that the run deletes or
+    saves again meanwhile is neither, and taken out of `tags`.
+    """
     whole: list[Found] = []
     problems: list[str] = []
-    for tag in tags:
+    for tag in list(tags):
         try:
             checkpoint = find_again(folder, tag)
         except CheckpointError as error:
@@ -66,7 +70,8 @@ def _checkpoints(folder: Path, tags: list[str]) -> tuple[list[Found], list[str]]
             print(f"checkpoint {tag}: NOT WHOLE")
             continue
         if checkpoint is None:
-            print(f"checkpoint {tag}: deleted by the run meanwhile")
+            print(f"checkpoint {tag}: deleted or saved again by the run meanwhile")
+            tags.remove(tag)
             continue
         whole.append(checkpoint)
         for note in checkpoint.notes:
@@ -81,28 +86,40 @@ def _sequence(checkpoint: Found) -> int:
     return checkpoint.manifest["sequence"]
 
 
-def _latest(folder: Path, whole: list[Found], newest: Found | None, tags: list[str]) -> list[str]:
-    """Check stock DeepSpeed's `latest`; a kill right after a checkpoint's rename leaves it at the one before."""
-    if newest is None:
+def _latest(folder: Path, whole: list[Found], tags: list[str]) -> list[str]:
+    """Check stock DeepSpeed's `latest`; a kill right after a checkpoint's rename leaves it at the one before.
+
+    Args:
+        whole: the checkpoints that are; one that was published since counts too.
+        tags: those that were checked.
+    """
+    if not whole:
         if not tags_in(folder):
             print("no checkpoint yet")
         return []
-    path = folder / run_folder.LATEST
-    try:
-        named = run_folder.read_bytes(path).decode("utf-8").strip()
-    except (OSError, ValueError) as error:
-        return [f"{path}: cannot be read: {error}"]
-    if TAG.fullmatch(named) and named not in tags and named in tags_in(folder):  # published since they were listed
-        more, problems = _checkpoints(folder, [named])
-        return problems + _latest(folder, [*whole, *more], max([newest, *more], key=_sequence), [*tags, named])
+    path, named, problems = folder / run_folder.LATEST, "", list[str]()
+    for _ in range(MEANWHILE):
+        try:
+            named = run_folder.read_bytes(path).decode("utf-8").strip()
+        except (OSError, ValueError) as error:
+            return [f"{path}: cannot be read: {error}"]
+        if not TAG.fullmatch(named) or named in tags:
+            break
+        if named in tags_in(folder):  # published or saved again since they were listed
+            more, problems = _checkpoints(folder, checked := [named])
+            whole, tags = [*whole, *more], [*tags, *checked]
+        else:
+            time.sleep(0.01)  # it may just be making way for the same step, saved again
+    newest = max(whole, key=_sequence)
     if named == newest.tag:
         print(f"latest: {named}")
     elif any(named == checkpoint.tag for checkpoint in whole):
         why = "the run was killed in between, or is saving now"
         print(f"note: latest is {named}, and {newest.tag} is newer: {why}; a resume takes {newest.tag}")
     else:
-        return [f"{path}: names {quoted(repr(named))}, which is no whole checkpoint; the newest is {newest.tag}"]
-    return []
+        what = f"names {quoted(repr(named))}, which is no whole checkpoint"
+        problems.append(f"{path}: {what}; the newest is {newest.tag}")
+    return problems
 
 
 @dataclass

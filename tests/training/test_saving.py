@@ -62,6 +62,8 @@ def test_three_failures_end_the_run_only_when_they_are_spread_over_every_minutes
 def test_a_flush_that_is_slower_than_every_minutes_does_not_mean_a_save_at_every_step(tmp_path, text_file):
     loop, _ = drive(tmp_path, text_file, full=range(0), **{"async": True, "every_minutes": 0.01})
     saved = [event["step"] for event in events(tmp_path / "out", "saved")]
+    assert saved[-1] == 20
+    saved = saved[:-1]  # step 20 may be saved in its evaluation already, and is saved again with the result
     assert saved == sorted(set(saved))
     assert not loop.saving.saver.pending
-    assert all(later - earlier >= 2 for earlier, later in pairwise(saved[:-1])), "the next one follows an end"
+    assert all(later - earlier >= 2 for earlier, later in pairwise(saved)), "the next one follows an end"

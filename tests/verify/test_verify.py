@@ -17,7 +17,7 @@ import pytest
 
 from chatgot import cli, run_folder
 from chatgot.checkpoint import manifest
-from chatgot.checkpoint.load import find, tags_in
+from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.checkpoint.retention import prune
 from chatgot.checkpoint.writing import publish, tag_of
 from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
@@ -416,8 +416,35 @@ def test_nothing_is_deleted_under_a_reader_beside_a_run_that_saves_all_the_time(
             assert found is not None
             assert all("/latest says" in note for note in found.notes), found.notes  # it comes after the checkpoint
             whole, problems = verify_module._checkpoints(folder, tags := tags_in(folder))
-            newest = max(whole, key=verify_module._sequence, default=None)
-            assert problems + verify_module._latest(folder, whole, newest, tags) == []
+            assert problems + verify_module._latest(folder, whole, tags) == []
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_checkpoint_that_is_saved_again_while_it_is_looked_at_is_looked_at_again(tmp_path, capsys, monkeypatch):
+    """As after a rollback: for a moment there is none of that step, and then `latest` names the new one."""
+    folder, look = tmp_path / "checkpoints", verify_module.find_again
+    for step in (1, 2):
+        unfinished = folder / f".unfinished-{step}"
+        unfinished.mkdir(parents=True)
+        (unfinished / "weights").write_bytes(b"w" * 1000)
+        publish(unfinished, tag_of(step), {"step": step}, [{"weights": manifest.measure(unfinished / "weights")}])
+    away, looked = folder / ".away", []
+
+    def find_again(folder: Path, tag: str) -> Found | None:
+        looked.append(tag)
+        if looked == [tag_of(2)]:
+            (folder / tag).rename(away)
+        found = look(folder, tag)
+        if away.exists():
+            away.rename(folder / tag)
+        return found
+
+    monkeypatch.setattr(verify_module, "find_again", find_again)
+    whole, problems = verify_module._checkpoints(folder, tags := [tag_of(2), tag_of(1)])
+    assert problems + verify_module._latest(folder, whole, tags) == []
+    assert looked == [tag_of(2), tag_of(1), tag_of(2)]
+    out = capsys.readouterr().out
+    assert f"{tag_of(2)}: deleted or saved again by the run meanwhile" in out
+    assert f"latest: {tag_of(2)}" in out
