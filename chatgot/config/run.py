@@ -25,9 +25,11 @@ class ModelConfig(Settings):
     n_layers: Whole = Field(default=6, ge=1)
     """Number of transformer blocks."""
     n_head: Whole = Field(default=6, ge=1)
-    """Attention heads; d_model must be a multiple of it."""
+    """Attention heads; d_model must be a multiple of it, unless head_dim is given."""
     n_kv_head: Whole | None = Field(default=None, ge=1)
     """Key/value heads (grouped-query attention, modern only); null means n_head."""
+    head_dim: Whole | None = Field(default=None, ge=1)
+    """Width of one attention head (modern only); null means d_model / n_head."""
     d_hid: Whole = Field(default=1536, ge=1)
     """Inner width of the feed-forward layer."""
     max_seq_length: Whole = Field(default=256, ge=1)
@@ -38,6 +40,8 @@ class ModelConfig(Settings):
     """Whether the output head shares the token embedding's matrix."""
     rope_theta: Number = Field(default=10000.0, gt=0.0)
     """Base of the rotary frequencies (modern only)."""
+    norm_eps: Number | None = Field(default=None, gt=0.0)
+    """Added to the variance in every norm; null means 1e-6 (modern) or 1e-5 (gpt2)."""
     init_std: Number = Field(default=0.02, gt=0.0)
     """Standard deviation of the initial weights; block outputs are scaled by 1/sqrt(2 n_layers) (GPT-2)."""
     zero_init_projections: bool = False
@@ -45,20 +49,38 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _goes_together(self) -> ModelConfig:
-        if self.d_model % self.n_head:
+        if self.head_dim is None and self.d_model % self.n_head:
             raise ValueError(f"d_model = {self.d_model} is not a multiple of n_head = {self.n_head}")
+        if self.architecture == "gpt2" and self.attention_width != self.d_model:
+            raise ValueError(f"head_dim = {self.head_dim}: heads of another width need architecture: modern")
         if self.architecture == "gpt2" and self.n_kv_head not in (None, self.n_head):
             raise ValueError(f"n_kv_head = {self.n_kv_head}: grouped key/value heads need architecture: modern")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
-        if self.architecture == "modern" and (self.d_model // self.n_head) % 2:
-            raise ValueError(f"d_model / n_head = {self.d_model // self.n_head} must be even for rotary positions")
+        if self.architecture == "modern" and self.head_width % 2:
+            name = "d_model / n_head" if self.head_dim is None else "head_dim"
+            raise ValueError(f"{name} = {self.head_width} must be even for rotary positions")
         return self
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads in use."""
         return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head in use."""
+        return self.head_dim or self.d_model // self.n_head
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all heads' queries, and of what attention gives."""
+        return self.n_head * self.head_width
+
+    @property
+    def epsilon(self) -> float:
+        """What every norm adds to the variance."""
+        return self.norm_eps or (1e-5 if self.architecture == "gpt2" else 1e-6)
 
 
 class DataConfig(Settings):
@@ -117,8 +139,15 @@ class RunConfig(Settings):
     train: TrainConfig = TrainConfig()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain, YAML-ready form with every key, also those left at their default."""
-        return self.model_dump(mode="json")
+        """Plain, YAML-ready form with every key, also those left at their default.
+
+        Keys that came later are left out where they are null: runs without them keep their settings' hashes.
+        """
+        tree = self.model_dump(mode="json")
+        for key in ("head_dim", "norm_eps"):
+            if tree["model"][key] is None:
+                del tree["model"][key]
+        return tree
 
 
 def preset_names() -> list[str]:

@@ -59,8 +59,8 @@ NODES: dict[str, Key | Section] = dict(_walk(ROOT))
 RUN_KEYS = tuple(
     f"{section}.{key}".rstrip(".")
     for section, keys in {
-        "model": " architecture d_model n_layers n_head n_kv_head d_hid max_seq_length dropout tie_embeddings "
-        "rope_theta init_std zero_init_projections",
+        "model": " architecture d_model n_layers n_head n_kv_head head_dim d_hid max_seq_length dropout "
+        "tie_embeddings rope_theta norm_eps init_std zero_init_projections",
         "data": " tokenizer bpe_vocab_size unknown_characters val_fraction test_fraction split_by encoding",
         "train": " max_steps seed log_every eval_every eval_tokens sample_every sample_prompts sample_max_new_tokens "
         "sample_temperature sample_top_k sample_seed sample_stop",

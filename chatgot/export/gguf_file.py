@@ -44,14 +44,13 @@ def write_gguf(
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.kv_heads)
     if modern:
-        head_dim = config.d_model // config.n_head
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_key_length(config.head_width)
+        writer.add_value_length(config.head_width)
+        writer.add_layer_norm_rms_eps(config.epsilon)
         writer.add_rope_freq_base(config.rope_theta)
-        writer.add_rope_dimension_count(head_dim)
+        writer.add_rope_dimension_count(config.head_width)
     else:
-        writer.add_layer_norm_eps(1e-5)
+        writer.add_layer_norm_eps(config.epsilon)
     kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     writer.add_file_type(
         {"F32": gguf.LlamaFileType.ALL_F32, "BF16": gguf.LlamaFileType.MOSTLY_BF16}.get(

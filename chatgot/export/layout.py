@@ -117,8 +117,8 @@ def _cuts(config: ModelConfig, rows: int, parts: int) -> list[int]:
     """The rows of each part of a merged matrix: q, k, v; gate, up; or one."""
     if parts != 3:
         return [rows // parts] * parts
-    head_dim = config.d_model // config.n_head
-    return [config.n_head * head_dim, config.kv_heads * head_dim, config.kv_heads * head_dim]
+    kv = config.kv_heads * config.head_width
+    return [config.attention_width, kv, kv]
 
 
 def transformers_config(config: ModelConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def transformers_config(config: ModelConfig, vocab_size: int, dtype: str) -> dic
             "n_head": config.n_head,
             "n_inner": config.d_hid,
             "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
+            "layer_norm_epsilon": config.epsilon,
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
             **shared,
         }
@@ -155,10 +155,10 @@ def transformers_config(config: ModelConfig, vocab_size: int, dtype: str) -> dic
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.d_model // config.n_head,
+        "head_dim": config.head_width,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_length,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": config.epsilon,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,

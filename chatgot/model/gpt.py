@@ -4,8 +4,7 @@ gpt2:   LayerNorm, learned positions, GELU (tanh), biases; what transformers' GP
 modern: RMSNorm, rotary positions, QK-norm, SwiGLU, no biases, grouped key/value heads; what transformers'
     Qwen3ForCausalLM computes.
 
-Shapes in comments: B rows, T tokens, C = d_model, V = vocab_size, nh query heads, nkv key/value heads, hd = head_dim =
-C // nh.
+Shapes in comments: B rows, T tokens, C = d_model, V = vocab_size, nh query heads, nkv key/value heads, hd = head_width.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ class GPT(nn.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         else:
-            rope = rope_tables(positions, self.config.d_model // self.config.n_head, self.config.rope_theta, x.dtype)
+            rope = rope_tables(positions, self.config.head_width, self.config.rope_theta, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
 
         checkpoint = self._checkpoint if torch.is_grad_enabled() else None
@@ -169,12 +168,12 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.n_head, self.n_kv_head = config.n_head, config.kv_heads
-        self.head_dim = config.d_model // config.n_head
+        self.head_dim, self.eps = config.head_width, config.epsilon
         self.dropout = config.dropout
         bias = config.architecture == "gpt2"
         rows = (self.n_head + 2 * self.n_kv_head) * self.head_dim  # all of q, all of k, all of v
         self.qkv = _Linear(config.d_model, rows, bias=bias)
-        self.proj = _Linear(config.d_model, config.d_model, bias=bias)
+        self.proj = _Linear(config.attention_width, config.d_model, bias=bias)
         if config.architecture == "modern":
             # Parameters of this module and not of children: ZeRO-3 gathers a parameter when its own module runs.
             self.q_norm = nn.Parameter(torch.ones(self.head_dim))
@@ -183,11 +182,11 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hd), (B, nkv, T, hd)
@@ -201,7 +200,7 @@ class Attention(nn.Module):
             is_causal=T > 1,  # a single token attends to everything before it
             enable_gqa=self.n_kv_head != self.n_head,
         )
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.proj(y.transpose(1, 2).reshape(B, T, -1))  # from (B, T, nh hd)
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -235,12 +234,13 @@ class SwiGLU(nn.Module):
 class RMSNorm(nn.Module):
     """rms_norm with its weight."""
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
@@ -271,8 +271,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1")
-        head_dim = config.d_model // config.n_head
-        self._shape = (config.n_layers, 2, batch_size, config.kv_heads, config.max_seq_length, head_dim)
+        self._shape = (config.n_layers, 2, batch_size, config.kv_heads, config.max_seq_length, config.head_width)
         self._buffer: Tensor | None = None  # made with device and dtype of the first keys
         self.length = 0
         """Tokens stored so far: the position of the next one. 0 forgets them and keeps the memory."""
@@ -289,7 +288,8 @@ class KVCache:
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return RMSNorm(config.d_model) if config.architecture == "modern" else nn.LayerNorm(config.d_model, eps=1e-5)
+    kind = RMSNorm if config.architecture == "modern" else nn.LayerNorm
+    return kind(config.d_model, eps=config.epsilon)
 
 
 class _Linear(nn.Linear):

@@ -26,7 +26,7 @@ class _EagerRMSNorm(torch.autograd.Function):
     """On a CPU F.rms_norm is decomposed into many passes over memory; this forward and backward take half its time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         h = x.float()
         norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
         scale = norm.square_().mul_(1 / h.shape[-1]).add_(eps).rsqrt_()  # (..., 1)

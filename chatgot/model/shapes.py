@@ -26,13 +26,13 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
 
 def _block(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     d, f = config.d_model, config.d_hid
-    head_dim = d // config.n_head
+    head_dim = config.head_width
     qkv = (config.n_head + 2 * config.kv_heads) * head_dim
     yield from _norm(config, "attention_norm")
     if config.architecture == "modern":
         yield from (("attention.q_norm", (head_dim,)), ("attention.k_norm", (head_dim,)))
     yield from _linear(config, "attention.qkv", d, qkv)
-    yield from _linear(config, "attention.proj", d, d)
+    yield from _linear(config, "attention.proj", config.attention_width, d)
     yield from _norm(config, "mlp_norm")
     if config.architecture == "modern":
         yield from _linear(config, "mlp.gate_up", d, 2 * f)
@@ -66,12 +66,12 @@ def count_matmul_parameters(config: ModelConfig, vocab_size: int) -> int:
     return count_parameters(config, vocab_size) - looked_up * config.d_model
 
 
-def flops_per_token(n_params_non_embedding: int, n_layers: int, d_model: int, seq: int) -> float:
-    """Model FLOPs of forward and backward for one token: 6 N + 12 L d T.
+def flops_per_token(n_params_non_embedding: int, n_layers: int, attention_width: int, seq: int) -> float:
+    """Model FLOPs of forward and backward for one token: 6 N + 12 L a T.
 
     N counts the parameters that are multiplied with: all but the lookups, the output head included also where it is
     tied to the token embedding. The second term is attention's scores and weighted sum, causality not discounted.
     Recomputation (activation checkpointing) is not model work and does not count. Source: PaLM (arXiv:2204.02311),
-    appendix B, with heads x head size = d_model; the same formula as nanoGPT's estimate_mfu.
+    appendix B, a being heads x head size; where that is d_model, the same formula as nanoGPT's estimate_mfu.
     """
-    return 6.0 * n_params_non_embedding + 12.0 * n_layers * d_model * seq
+    return 6.0 * n_params_non_embedding + 12.0 * n_layers * attention_width * seq

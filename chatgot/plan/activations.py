@@ -83,12 +83,12 @@ def _norm(settings: Settings) -> int:
 
 def _block(settings: Settings) -> int:
     model, e = settings.model, _element(settings)
-    d, f = model.d_model, model.d_hid
-    kv = model.kv_heads * (d // model.n_head)
+    d, f, a = model.d_model, model.d_hid, model.attention_width
+    kv = model.kv_heads * model.head_width
     per_token = 2 * (_norm(settings) + d * e + d * _mask(settings))  # two norms, inputs of qkv and up, two dropouts
     if model.architecture == "modern":
         per_token += 4 * f * e  # gate and up in one, silu(gate), its product with up
-        per_token += FP32 * (model.n_head + model.kv_heads) + (0 if settings.on_cuda else FP32 * (d + kv))  # QK-norm
+        per_token += FP32 * (model.n_head + model.kv_heads) + (0 if settings.on_cuda else FP32 * (a + kv))  # QK-norm
     else:
         per_token += 2 * f * e  # before and after GELU
     grouped = model.kv_heads != model.n_head
@@ -101,10 +101,10 @@ def _block(settings: Settings) -> int:
         matrices = 0
     if matrices:
         # scaled q and k, v, the result
-        per_token += 3 * d * FP32 + d * e + matrices * FP32 * model.n_head * model.max_seq_length
+        per_token += 3 * a * FP32 + a * e + matrices * FP32 * model.n_head * model.max_seq_length
     else:
-        rotated = d + kv if model.architecture == "modern" else 0
-        per_token += (d + 2 * kv + rotated) * e + d * e + FP32 * model.n_head  # q, k, v; the result; logsumexp
+        rotated = a + kv if model.architecture == "modern" else 0
+        per_token += (a + 2 * kv + rotated) * e + a * e + FP32 * model.n_head  # q, k, v; the result; logsumexp
     return settings.tokens * per_token
 
 
@@ -113,9 +113,9 @@ def _ends(settings: Settings, recomputed: list[bool]) -> int:
     size = tokens * (model.d_model * (e + _mask(settings)) + _norm(settings))
     size += 2 * INT64 * tokens  # input_ids and targets
     if settings.precision.startswith("autocast"):
-        d, f = model.d_model, model.d_hid
-        kv = model.kv_heads * (d // model.n_head)
-        matrices = d * (d + 2 * kv) + d * d + (3 if model.architecture == "modern" else 2) * d * f
+        d, f, a = model.d_model, model.d_hid, model.attention_width
+        kv = model.kv_heads * model.head_width
+        matrices = d * (a + 2 * kv) + a * d + (3 if model.architecture == "modern" else 2) * d * f
         size += HALF * (settings.vocab_size * d + (len(recomputed) - sum(recomputed)) * matrices)  # weights as cast
     return size
 

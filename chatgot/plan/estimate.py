@@ -245,7 +245,7 @@ def _speed(settings: Settings, device: Device) -> Speed | None:
     """
     model = settings.model
     matmul = count_matmul_parameters(model, settings.vocab_size)
-    flops = flops_per_token(matmul, model.n_layers, model.d_model, model.max_seq_length)
+    flops = flops_per_token(matmul, model.n_layers, model.attention_width, model.max_seq_length)
     recomputed = 0.0
     if settings.recompute_every is not None:
         blocks = flops - 6.0 * settings.vocab_size * model.d_model

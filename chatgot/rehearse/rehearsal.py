@@ -64,6 +64,7 @@ def shrunk(model: ModelConfig) -> ModelConfig:
         "n_head": heads,
         "n_kv_head": None if model.n_kv_head is None else heads // grouped,
         "d_model": width,
+        "head_dim": None if model.head_dim is None else 32,
         "d_hid": max(16, round(width * model.d_hid / model.d_model)),
         "max_seq_length": min(model.max_seq_length, 64),
         "dropout": 0.0,

@@ -215,7 +215,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     if checked is not None:
         records.event("precision_check", **checked.to_json())
     matmul_params = count_matmul_parameters(config.model, vocab_size)
-    flops = flops_per_token(matmul_params, config.model.n_layers, config.model.d_model, block)
+    flops = flops_per_token(matmul_params, config.model.n_layers, config.model.attention_width, block)
     plan = estimate(config.model, vocab_size, engine.config, world_size, device_of_machine(facts, device))
     loop = Loop(
         engine=engine,

@@ -40,6 +40,9 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path: Path) -> None
     ("text", "said"),
     [
         ("model: {d_model: 100}\n", "run.yaml:1: model: d_model = 100 is not a multiple of n_head = 6"),
+        ("model: {head_dim: 7}", "run.yaml:1: model: head_dim = 7 must be even for rotary positions"),
+        ("model: {architecture: gpt2, head_dim: 32}", "model: head_dim = 32: heads of another width need architecture"),
+        ("model: {norm_eps: 0}", "model.norm_eps = 0: expected a number or null (> 0.0)"),
         ("[1]", "run.yaml: [1]: expected a section {...}"),
         ("train: {seed: 1, seed: 2}", "key 'seed' is given twice"),
         ("? [a]\n: 1", "unhashable key"),
@@ -119,3 +122,15 @@ def test_what_loses_nothing_is_accepted() -> None:
     assert repr((config.model.n_layers, config.model.dropout, config.model.init_std)) == "(3, 0.1, 1.0)"
     assert config.train.max_steps == 1000
     assert build_run_config(None, "run.yaml") == RunConfig()
+
+
+def test_heads_of_their_own_width_need_no_multiple() -> None:
+    model = RunConfig.model_validate({"model": {"d_model": 30, "n_head": 4, "head_dim": 8, "n_kv_head": 2}}).model
+    assert (model.head_width, model.attention_width) == (8, 32)
+
+
+def test_keys_that_came_later_are_written_only_where_they_are_given() -> None:
+    """The settings of a run from before them are the same ones, and so are their hashes."""
+    assert not {"head_dim", "norm_eps"} & RunConfig().to_dict()["model"].keys()
+    given = RunConfig.model_validate({"model": {"head_dim": 32, "norm_eps": 1e-5}})
+    assert RunConfig.model_validate(given.to_dict()) == given

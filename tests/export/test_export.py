@@ -44,6 +44,7 @@ def runs(tmp_path_factory) -> dict[tuple[str, str, int], Path]:
     for architecture, tokenizer, stage in KINDS:
         model = {"architecture": architecture, "tie_embeddings": stage != 2, "max_seq_length": 80}
         model |= {"n_kv_head": 1} if architecture == "modern" else {}
+        model |= {"head_dim": 24, "norm_eps": 1e-4, "rope_theta": 5e4} if (architecture, stage) == ("modern", 2) else {}
         config = write_run_yaml(folder / "run.yaml", model=model, max_steps=8)
         engine = write_json(folder / "engine.json", engine_json(stage))
         out = folder / f"{architecture}-{tokenizer}-{stage}"

@@ -26,6 +26,7 @@ def gpt2_from_transformers(model: GPT) -> GPT2LMHeadModel:
             n_layer=config.n_layers,
             n_head=config.n_head,
             n_inner=config.d_hid,
+            layer_norm_epsilon=config.epsilon,
             tie_word_embeddings=config.tie_embeddings,
         )
     )
@@ -50,7 +51,6 @@ def gpt2_from_transformers(model: GPT) -> GPT2LMHeadModel:
 
 def qwen3_from_transformers(model: GPT) -> Qwen3ForCausalLM:
     config = model.config
-    head_dim = config.d_model // config.n_head
     theirs = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCAB,
@@ -59,7 +59,8 @@ def qwen3_from_transformers(model: GPT) -> Qwen3ForCausalLM:
             num_hidden_layers=config.n_layers,
             num_attention_heads=config.n_head,
             num_key_value_heads=config.kv_heads,
-            head_dim=head_dim,
+            head_dim=config.head_width,
+            rms_norm_eps=config.epsilon,
             max_position_embeddings=config.max_seq_length,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=config.tie_embeddings,
@@ -71,10 +72,10 @@ def qwen3_from_transformers(model: GPT) -> Qwen3ForCausalLM:
         "model.norm.weight": ours["norm.weight"],
         "lm_head.weight": ours["lm_head.weight"],
     }
-    kv = config.kv_heads * head_dim
+    kv = config.kv_heads * config.head_width
     for layer in range(config.n_layers):
         block, their_block = f"layers.{layer}", f"model.layers.{layer}"
-        q, k, v = ours[f"{block}.attention.qkv.weight"].split([config.d_model, kv, kv])
+        q, k, v = ours[f"{block}.attention.qkv.weight"].split([config.attention_width, kv, kv])
         gate, up = ours[f"{block}.mlp.gate_up.weight"].chunk(2)
         weights |= {
             f"{their_block}.self_attn.q_proj.weight": q,
@@ -96,10 +97,13 @@ def qwen3_from_transformers(model: GPT) -> Qwen3ForCausalLM:
 CASES = {
     "gpt2-tied": GPT2,
     "gpt2-untied": GPT2.model_copy(update={"tie_embeddings": False}),
+    "gpt2-eps": GPT2.model_copy(update={"norm_eps": 0.03}),
     "modern-tied": MODERN,
     "modern-untied": MODERN.model_copy(update={"tie_embeddings": False}),
     "modern-grouped": GROUPED,
     "modern-one-kv-head-theta": MODERN.model_copy(update={"n_kv_head": 1, "rope_theta": 500.0}),
+    "modern-wide-heads-eps": GROUPED.model_copy(update={"head_dim": 14, "norm_eps": 0.03}),
+    "modern-narrow-heads": GROUPED.model_copy(update={"head_dim": 6, "tie_embeddings": False}),
 }
 
 

@@ -27,7 +27,9 @@ def test_every_preset(name, tied):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_kv_head": 1}, {"n_head": 4, "n_kv_head": 2}, {"architecture": "gpt2"}], ids=str
+    "changes",
+    [{}, {"n_kv_head": 1}, {"n_head": 4, "n_kv_head": 2}, {"head_dim": 6, "n_head": 3}, {"architecture": "gpt2"}],
+    ids=str,
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_both_architectures_and_grouped_heads(changes, tied):

@@ -79,9 +79,11 @@ def test_saved_bytes_within_a_tenth(architecture, precision, shape, every):
 
 
 @pytest.mark.parametrize(
-    "model", [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": False}, {"dropout": 0.1}], ids=str
+    "model",
+    [{"n_kv_head": 2}, {"n_kv_head": 1, "tie_embeddings": False}, {"dropout": 0.1}, {"head_dim": 256, "dropout": 0.1}],
+    ids=str,
 )
-def test_grouped_heads_and_dropout(model):
+def test_heads_and_dropout(model):
     plan, measured = both(SHAPES["wide"], **model)
     assert plan.saved == pytest.approx(measured, rel=0.1)
 
