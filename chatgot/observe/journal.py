@@ -37,8 +37,10 @@ METRICS = (
     "perf/mfu",
     "mem/peak_gib",
     "data/tokens",
+    "goodput/wall_seconds",
 )
-"""Every metric name. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over ranks."""
+"""Every metric name. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over ranks;
+wall_seconds since the run's first start, what lies between two starts included (observe/goodput.py)."""
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """How JSON, which has no words for them, is given numbers that are not finite."""

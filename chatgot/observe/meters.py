@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from chatgot.devices import Precision, peak_flops
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 _EMA_DECAY_PER_STEP = 0.99
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class Throughput:
         self._active = 0.0
         self.paused_seconds: dict[str, float] = {}
         """Seconds per kind of paused section, since construction."""
+        self.waited_seconds = 0.0
+        """Seconds of training that `waiting` has seen, since construction."""
         self._steps = self._tokens = 0
         self._since = 0.0
         """Active seconds at the interval's start."""
@@ -68,6 +71,24 @@ class Throughput:
         finally:
             self._charge()
             self._kinds.pop()
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """Give back the batches, and count how long they were waited for. That stays part of the throughput."""
+        while True:
+            before = self._clock()
+            batch = next(batches, None)
+            self.waited_seconds += self._clock() - before
+            if batch is None:
+                return
+            yield batch
+
+    def active(self) -> tuple[float, float | None, float | None]:
+        """Seconds of training since construction: in all, until the first step was done, and of a later step."""
+        self._charge()
+        later = self._total_steps - 1
+        if self._first_step_at is None or not later:
+            return self._active, self._first_step_at, None
+        return self._active, self._first_step_at, (self._active - self._first_step_at) / later
 
     def step(self, tokens: int) -> None:
         """An optimizer step over `tokens` tokens (all ranks) is done."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Loop:
     micro_batch_is_auto: bool
     position: Position
     watchdog: Watchdog
-    meter: Throughput = field(default_factory=Throughput)
+    meter: Throughput
     stopped_by: str | None = None
     """The signal that ended the loop."""
     doing: str = FIRST
@@ -132,6 +132,7 @@ class Loop:
             if self.position.owed:
                 self._sample(step)
             self.position.owed = ()
+        self.records.account(step)
         return improved
 
     def _flags(self) -> tuple[bool, bool, bool]:
@@ -181,6 +182,7 @@ class Loop:
             val_loss = val.get("val/loss") if val.get("step") == self.step else None
             fields: StateFields = {"tokens": tokens, "val_loss": val_loss, **self.fields}
             self.saving.save(self.engine.engine, self.client_state(), fields, must)
+        self.records.account(self.step)
 
     def client_state(self) -> ClientState:
         """What DeepSpeed does not save. Collective: ZeRO 0-2 store only rank 0's, so it holds every rank's RNG."""
@@ -206,7 +208,9 @@ class Loop:
         self.proof.begin_step()
         if (schedule := self.engine.config.chatgot.schedule) is not None:
             self.engine.set_learning_rate(schedule_factor(self.step, self.config.train.max_steps, schedule))
-        micro_batches = self.watchdog.beating(self.train_batches.micro_batches(self.position.next_sample))
+        micro_batches = self.watchdog.beating(
+            self.meter.waiting(self.train_batches.micro_batches(self.position.next_sample))
+        )
         try:
             loss = self.engine.train_step(micro_batches, before_update=self.memory.look)
         except NumericsError as error:
@@ -338,9 +342,7 @@ class Loop:
         self.position.skipped_samples += end - first
         done = {"from_step": from_step, "to_step": self.step, "first_sample": first, "samples": end - first}
         self.guard.rollbacks = [*earlier, {**done, "number": number, "why": why}]
-        if self.records.wandb is not None:
-            self.records.wandb.rolled_back(from_step)
-        self.records.event("rolled_back", checkpoint=good.tag, **self.guard.rollbacks[-1])
+        self.records.rolled_back(checkpoint=good.tag, **self.guard.rollbacks[-1])
         times = f"{number} of {self.guard.config.max_rollbacks} times"
         left_out = f"samples {first}..{end - 1} are left out, training goes on at sample {end}"
         logger.warning(f"{why}. Rolled back to {good.tag} ({times}); {left_out}")

@@ -14,7 +14,8 @@ from chatgot.devices import deterministic, device_name
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
 from chatgot.engine.step import TrainingEngine
-from chatgot.observe.journal import Events, Journal, TolerantWriter
+from chatgot.observe.goodput import Ledger
+from chatgot.observe.journal import Events, Journal, TolerantWriter, read_lines
 from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof import digest
@@ -34,6 +35,7 @@ class Records:
     journal: Journal | None = None
     events: Events | None = None
     wandb: WandbRun | None = None
+    ledger: Ledger | None = None
     _samples: TolerantWriter = field(default_factory=lambda: TolerantWriter("samples"))
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -42,11 +44,25 @@ class Records:
             self.events.event(kind, **fields)
 
     def metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append a step's metrics to metrics.jsonl and send them to the dashboard."""
+        """Append a step's metrics to metrics.jsonl and send them to the dashboard; now and then tell the ledger."""
+        if self.ledger is not None:
+            metrics = {**metrics, "goodput/wall_seconds": round(sum(self.ledger.seconds().values()), 3)}
         if self.journal is not None:
             self.journal.append({"step": step, **metrics})
         if self.wandb is not None:
             self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step)
+        self.account(step, due=False)
+
+    def account(self, step: int, due: bool = True) -> dict[str, Any] | None:
+        """Tell where the wall time has gone up to this step, if it is due or was not told for long; returns that."""
+        if self.ledger is None or not (due or self.ledger.due()):
+            return None
+        told = self.ledger.tell(step)
+        self.event("goodput", step=step, **told)
+        if self.wandb is not None:
+            parts = {f"goodput/{part}_seconds": seconds for part, seconds in told["seconds"].items()}
+            self.wandb.log({"goodput/fraction": told["goodput"], **parts}, step)
+        return told
 
     def sampled(self, step: int, samples: list[Sample], out_dir: Path) -> None:
         """Write samples/step-000500.txt, and show the beginning of the first sample."""
@@ -59,6 +75,14 @@ class Records:
         self.progress.say(f"sample at step {step}: {samples[0][0]}{samples[0][1][:200]}")
         if self.wandb is not None:
             self.wandb.log_text("samples", text, step)
+
+    def rolled_back(self, from_step: int, to_step: int, **fields: Any) -> None:
+        """The run goes back to the checkpoint of `to_step`."""
+        if self.wandb is not None:
+            self.wandb.rolled_back(from_step)
+        if self.ledger is not None:
+            self.ledger.go_back(from_step, to_step)
+        self.event("rolled_back", from_step=from_step, to_step=to_step, **fields)
 
     def flush(self) -> None:
         """Let journal and events reach the disk, as every checkpoint does."""
@@ -83,6 +107,7 @@ def open_records(
     data: PreparedData,
     resumed: Resumed | None,
     ranks: ControlGroup,
+    ledger: Ledger,
 ) -> tuple[Records, Proof]:
     """Rank 0 opens journal, events and wandb, and writes the resolved settings; the others get silent ones."""
     device, out_dir = engine.device, arguments.out_dir
@@ -104,7 +129,9 @@ def open_records(
         "world_size": place.world_size,
     }
     run_folder.write_settings(out_dir, run, engine_json, run_folder.environment(extra), data.tokenizer)
-    records = Records(progress, Journal(out_dir / run_folder.METRICS), Events(out_dir / run_folder.EVENTS))
+    journal = out_dir / run_folder.METRICS
+    ledger.go_on(read_lines(out_dir / run_folder.EVENTS), journal, step)
+    records = Records(progress, Journal(journal), Events(out_dir / run_folder.EVENTS), ledger=ledger)
     for change in changes:
         logger.info(f"changed since the checkpoint's run: {change}")
     records.wandb = WandbRun.start(

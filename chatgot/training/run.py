@@ -26,7 +26,8 @@ from chatgot.engine.precision_check import check_precision
 from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ChatGoTError, CheckpointError
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
-from chatgot.observe.meters import Mfu
+from chatgot.observe.goodput import Ledger, describe
+from chatgot.observe.meters import Mfu, Throughput
 from chatgot.observe.progress import Progress, human_count, show_log
 from chatgot.plan.estimate import estimate, slowness
 from chatgot.training import memory, preparation
@@ -69,12 +70,15 @@ def finish(loop: Loop) -> int:
                 pass
         loop.proof.end()
         exit_code = EXIT_INTERRUPTED if loop.stopped_by else EXIT_DONE
+        account = records.account(loop.step)
         if loop.stopped_by:
             records.event("preempted", step=loop.step, signal=loop.stopped_by)
             what = f"stopped by {loop.stopped_by} at step {loop.step}"
             logger.info(f"{what}; saved. Run the same command again to go on (exit {exit_code})")
         else:
             records.event("finished", **{**loop.position.last_val, "step": loop.step})
+        if account is not None:
+            logger.info(f"time: {describe(account)}")
     except ChatGoTError as error:
         exit_code = error.exit_code
         if error.shared or loop.ranks.world_size == 1:  # else the others are elsewhere: no collective
@@ -209,7 +213,9 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     notes += micro_notes
     max_steps = config.train.max_steps
     saver, disk_notes = open_saver(arguments.out_dir, engine, fields, checkpoint, max_steps, ranks)
-    records, proof = open_records(arguments, place, progress, config, engine, data, resumed, ranks)
+    meter = Throughput()
+    ledger = Ledger(meter, stop.began)
+    records, proof = open_records(arguments, place, progress, config, engine, data, resumed, ranks, ledger)
     if answer is not None and place.rank == 0:
         answer.store(arguments.out_dir)
     if checked is not None:
@@ -237,6 +243,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         json_micro_batch=json_micro_batch,
         micro_batch_is_auto=answer is not None,
         position=position,
+        meter=meter,
         watchdog=Watchdog(
             arguments.out_dir,
             place.rank,

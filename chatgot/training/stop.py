@@ -41,6 +41,8 @@ class StopSignals:
 
     def __init__(self, starting: bool = False) -> None:
         self.starting = starting
+        self.began = time.monotonic()
+        """When this start of the run began."""
         self.received: str | None = None
         self._ends_at, self._limit = _end_of_job()
         self._previous: dict[signal.Signals, Any] = {}

@@ -77,6 +77,7 @@ def test_the_metric_names_are_those_that_scripts_rely_on():
         "perf/mfu",
         "mem/peak_gib",
         "data/tokens",
+        "goodput/wall_seconds",
     )
 
 

@@ -1,0 +1,139 @@
+"""Where the wall time of a run has gone over all its starts: the goodput ledger, whose parts add up to the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from chatgot.observe.journal import read_lines
+from chatgot.observe.meters import Throughput
+from chatgot.observe.progress import human_seconds
+
+PARTS = {
+    "compute": "training",
+    "data": "waiting for batches",
+    "evaluation": "evaluation",
+    "sampling": "sampling",
+    "saving": "saving",
+    "startup": "start-up",
+    "compilation": "the first step's compilation",
+    "other": "rollbacks and diagnoses",
+    "lost": "steps trained again",
+    "downtime": "between two starts",
+}
+"""Every part of the wall time, and what a person calls it. Only `compute` is goodput."""
+_PAUSES = {"eval": "evaluation", "sample": "sampling", "save": "saving"}
+"""What the meter's pauses count as; the others are `other`."""
+EVERY_SECONDS = 60.0
+"""How often events.jsonl gets the ledger while a run only trains, so that a kill leaves little unaccounted for."""
+
+
+class Ledger:
+    """Rank 0's account of the run's wall time, in seconds.
+
+    This start's time is the meter's, and what came before the meter is start-up. The time of earlier starts is taken
+    from events.jsonl. When the run goes back to a checkpoint, the compute since that checkpoint becomes `lost`.
+    """
+
+    def __init__(
+        self, meter: Throughput, began: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Args: began: when this start began, by `clock`; default: now."""
+        self._meter, self._clock = meter, clock
+        self._began = clock() if began is None else began
+        self._before = dict.fromkeys(PARTS, 0.0)
+        """What other starts spent, and what has been moved from `compute` to `lost` since."""
+        self._compute_at: dict[int, float] = {0: 0.0}
+        """Compute by step at which it was told, of the run as it stands."""
+        self._told = float("-inf")
+        self.lost_steps = 0
+
+    def go_on(self, events: Iterable[Mapping[str, Any] | None], journal: Path, step: int) -> None:
+        """Take over the account of the run's earlier starts, of which the last may have been killed, and go back to
+        the checkpoint of `step`. Without such an account (an old run, another folder) it begins with this start.
+        """
+        told = [event for event in events if event is not None and _is_account(event)]
+        if not told:
+            return
+        for event in told:
+            self._compute_at = {at: compute for at, compute in self._compute_at.items() if at < event["step"]}
+            self._compute_at[event["step"]] = event["seconds"]["compute"]
+        last = told[-1]
+        self._before |= last["seconds"]
+        self.lost_steps = last["lost_steps"]
+        seen, trained = sum(last["seconds"].values()), set[int]()
+        for record in read_lines(journal, after=min(step, last["step"])):
+            if record is None or not isinstance(at := record.get("step"), int):
+                continue
+            if at > step and "digest" in record:
+                trained.add(at)
+            seen = max(seen, record.get("goodput/wall_seconds", 0.0))
+        gap = (datetime.now(timezone.utc) - datetime.fromisoformat(last["time"])).total_seconds()
+        gap = max(0.0, gap - (self._clock() - self._began))
+        alive = min(gap, seen - sum(last["seconds"].values()))
+        self._before["compute"] += alive
+        self._before["downtime"] += gap - alive
+        self._give_up(step, len(trained), self._before["compute"])
+
+    def go_back(self, from_step: int, to_step: int) -> None:
+        """The run is rolled back: the steps in between are lost."""
+        self._give_up(to_step, from_step - to_step, self.seconds()["compute"])
+
+    def _give_up(self, step: int, steps: int, compute: float) -> None:
+        self._compute_at = {at: seconds for at, seconds in self._compute_at.items() if at <= step}
+        lost = max(0.0, compute - max(self._compute_at.values())) if steps else 0.0
+        self._before["compute"] -= lost
+        self._before["lost"] += lost
+        self.lost_steps += steps
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of every part up to now; together they are the run's wall time."""
+        meter, parts = self._meter, dict(self._before)
+        training, first, later = meter.active()
+        parts["startup"] += self._clock() - self._began - training - sum(meter.paused_seconds.values())
+        for kind, seconds in meter.paused_seconds.items():
+            parts[_PAUSES.get(kind, "other")] += seconds
+        compilation = 0.0 if first is None or later is None else max(0.0, first - later)
+        parts["compilation"] += compilation
+        parts["data"] += meter.waited_seconds
+        parts["compute"] += training - compilation - meter.waited_seconds
+        return parts
+
+    def due(self) -> bool:
+        """Whether it is time to tell the account again, though nothing but training happened."""
+        return self._clock() - self._told >= EVERY_SECONDS
+
+    def tell(self, step: int) -> dict[str, Any]:
+        """The account after a step, as fields of an event."""
+        self._told, seconds = self._clock(), self.seconds()
+        self._compute_at = {at: compute for at, compute in self._compute_at.items() if at < step}
+        self._compute_at[step] = seconds["compute"]
+        wall = sum(seconds.values())
+        return {
+            "wall_seconds": round(wall, 3),
+            "goodput": round(seconds["compute"] / wall, 4) if wall else 0.0,
+            "lost_steps": self.lost_steps,
+            "seconds": {part: round(value, 3) for part, value in seconds.items()},
+        }
+
+
+def describe(told: Mapping[str, Any]) -> str:
+    """Say on one line where the time went: '12m03s in all: 93.1 % training, 4.0 % start-up, ...'."""
+    wall = told["wall_seconds"] or 1.0
+    shares = sorted(((seconds / wall, part) for part, seconds in told["seconds"].items()), reverse=True)
+    said = [f"{100 * share:.1f} % {PARTS[part]}" for share, part in shares if share >= 0.0005]
+    again = f"; {told['lost_steps']} steps were trained again" if told["lost_steps"] else ""
+    return f"{human_seconds(told['wall_seconds'])} in all: {', '.join(said)}{again}"
+
+
+def _is_account(event: Mapping[str, Any]) -> bool:
+    """Whether it is a whole event of this kind: a run folder may come from elsewhere."""
+    kinds = {"step": int, "lost_steps": int, "time": str, "seconds": dict}
+    if event.get("event") != "goodput" or not all(isinstance(event.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return event["seconds"].keys() == PARTS.keys() and all(
+        isinstance(seconds, (int, float)) for seconds in event["seconds"].values()
+    )
