@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+import chatgot.inference.commands as inference_commands
+import chatgot.proof.commands as proof_commands
 from chatgot.deepspeed_json.findings import meant
 from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE
-from chatgot.inference.commands import add_commands, name_checkpoint
+from chatgot.inference.commands import name_checkpoint
 from chatgot.launcher.arguments import (
     Add,
     Parser,
@@ -153,7 +155,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     config_argument(add, "its data section says how")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
-    add_commands(command)
+    inference_commands.add_commands(command)
+    proof_commands.add_commands(command)
 
     add = command("export", _export, "the model for transformers or llama.cpp")
     add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")

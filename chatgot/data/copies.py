@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -75,9 +76,18 @@ def find_copies(
     ]
 
 
-def covered(found: Iterable[Copy]) -> int:
-    """Characters that stand in at least one of the passages."""
-    total = last = 0
+class Passage(Protocol):
+    """A passage of a text, begin..end - 1 in characters."""
+
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+
+def covered(found: Iterable[Passage], since: int = 0) -> int:
+    """Characters from `since` on that stand in at least one of the passages."""
+    total, last = 0, since
     for one in sorted(found, key=lambda one: one.begin):
         total, last = total + max(0, one.end - max(one.begin, last)), max(last, one.end)
     return total

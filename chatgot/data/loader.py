@@ -44,27 +44,54 @@ class DataOrder:
         if indices.size and int(indices.min()) < 0:
             raise ValueError(f"negative sample index {indices.min()}")
         epochs, slots = np.divmod(indices.reshape(-1), self.samples_per_epoch)
-        keys = _mix(self._seed + _mix(epochs.astype(np.uint64)))  # one key an epoch
-        offsets = _mix(keys) % np.uint64(self._offsets)
+        keys, offsets = self._epochs(epochs)
         blocks = self._permute(slots.astype(np.uint64), keys)
         return (blocks * np.uint64(self.block_size) + offsets).astype(np.int64).reshape(indices.shape)
 
-    def _permute(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """The block of each slot of an epoch, both (n,) uint64 and below samples_per_epoch."""
-        blocks = self._feistel(slots, keys)
+    def samples_with(self, begin: int, end: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Global indices of the samples first..last whose window has any of the tokens begin..end - 1, in order, and
+        their `starts`, both (n,) int64: the way back, in time that does not depend on the length of the text.
+        """
+        if last < first or end <= begin:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        epochs = np.arange(first // self.samples_per_epoch, last // self.samples_per_epoch + 1)
+        keys, offsets = self._epochs(epochs)
+        shift = offsets.astype(np.int64)
+        lowest = -((shift + self.block_size - begin) // self.block_size)  # the first that reaches `begin`
+        highest = (end - 1 - shift) // self.block_size
+        blocks = lowest[:, None] + np.arange(int((highest - lowest).max(initial=-1)) + 1)
+        inside = (blocks >= 0) & (blocks <= np.minimum(highest, self.samples_per_epoch - 1)[:, None])
+        rows, _ = np.nonzero(inside)
+        slots = self._permute(blocks[inside].astype(np.uint64), keys[rows], back=True).astype(np.int64)
+        indices, starts = epochs[rows] * self.samples_per_epoch + slots, blocks[inside] * self.block_size + shift[rows]
+        asked = np.flatnonzero((indices >= first) & (indices <= last))
+        asked = asked[np.argsort(indices[asked])]
+        return indices[asked], starts[asked]
+
+    def _epochs(self, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The key and the offset of each epoch, all (n,) uint64."""
+        keys = _mix(self._seed + _mix(epochs.astype(np.uint64)))
+        return keys, _mix(keys) % np.uint64(self._offsets)
+
+    def _permute(self, slots: np.ndarray, keys: np.ndarray, back: bool = False) -> np.ndarray:
+        """The block of each slot of an epoch, or back, both (n,) uint64 and below samples_per_epoch."""
+        blocks = self._feistel(slots, keys, back)
         outside = np.flatnonzero(blocks >= self.samples_per_epoch)
         while outside.size:  # at most four values for each inside one, so this ends soon
-            blocks[outside] = self._feistel(blocks[outside], keys[outside])
+            blocks[outside] = self._feistel(blocks[outside], keys[outside], back)
             outside = outside[blocks[outside] >= self.samples_per_epoch]
         return blocks
 
-    def _feistel(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    def _feistel(self, values: np.ndarray, keys: np.ndarray, back: bool) -> np.ndarray:
         half = self._half_bits
         mask = (np.uint64(1) << half) - np.uint64(1)
         left, right = values >> half, values & mask
-        for round_number in range(1, _FEISTEL_ROUNDS + 1):
+        rounds = range(1, _FEISTEL_ROUNDS + 1)
+        if back:  # the same network with its halves exchanged and its rounds reversed
+            left, right, rounds = right, left, reversed(rounds)
+        for round_number in rounds:
             left, right = right, left ^ (_mix(right ^ (keys + np.uint64(round_number << 40))) & mask)
-        return (left << half) | right
+        return (right << half) | left if back else (left << half) | right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

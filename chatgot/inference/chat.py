@@ -16,6 +16,7 @@ import torch
 from chatgot.data.tokenizer import StreamDecoder
 from chatgot.errors import ConfigError
 from chatgot.files import write_atomically
+from chatgot.inference.copied import TrainingText, listed, marked, training_text
 from chatgot.inference.sample import LoadedModel, load_run
 from chatgot.model.generate import check_settings, generate
 
@@ -32,6 +33,8 @@ the same as /more. Ctrl-C stops a reply, Ctrl-D ends the program.
   /help             this
   /quit"""
 
+_BEFORE = 1000
+"""Characters before a reply in which a copied passage may begin."""
 _TURN = re.compile(r"\s*([^\s:][^:]{0,40}):")
 """The speaker of a turn stands before the first colon."""
 
@@ -48,6 +51,10 @@ class ChatArguments:
     seed: int = 0
     tag: str | None = None
     device: str = "auto"
+    mark_copied: int | None = None
+    """Say which passages of at least so many characters of a reply stand in the training text; None: don't look."""
+    data: str | None = None
+    """The training text, as for --data of train.py; None: where the run had it."""
 
 
 def chat(arguments: ChatArguments, out: TextIO | None = None) -> None:
@@ -56,11 +63,15 @@ def chat(arguments: ChatArguments, out: TextIO | None = None) -> None:
     Raises:
         ConfigError: a setting out of range.
         CheckpointError: see `load_run`.
+        DataError: copies are to be marked, and the training text is not at hand.
     """
     _check(arguments)
     with contextlib.suppress(ImportError):  # not on Windows: there the terminal itself edits lines
         import readline  # noqa: F401  (input() then edits lines and remembers them)
-    talk = Conversation(load_run(arguments.run, arguments.tag, arguments.device), arguments, out or sys.stdout)
+    model = load_run(arguments.run, arguments.tag, arguments.device)
+    marking = arguments.mark_copied is not None
+    source = training_text(arguments.run, model.checkpoint, arguments.data) if marking else None
+    talk = Conversation(model, arguments, out or sys.stdout, source)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a script starts with &
     try:
         _talk(talk)
@@ -91,8 +102,11 @@ def _talk(talk: Conversation) -> None:
 class Conversation:
     """The text so far, and the settings that the next reply is drawn with."""
 
-    def __init__(self, model: LoadedModel, settings: ChatArguments, out: TextIO) -> None:
+    def __init__(
+        self, model: LoadedModel, settings: ChatArguments, out: TextIO, source: TrainingText | None = None
+    ) -> None:
         self.model = model
+        self._source = source
         self.settings = settings
         self.text = ""
         self._out = out
@@ -143,6 +157,21 @@ class Conversation:
         self._before.append((before, self.speaker))
         self.text, self.speaker = text, speaker
         self.text += self._reply(ids, f"\n{speaker}:" if speaker else None)
+        self._show_copies(len(text))
+
+    def _show_copies(self, begin: int) -> None:
+        """Mark what is copied of the text from `begin` on, if that is asked for; a passage may begin before it."""
+        least = self.settings.mark_copied
+        if self._source is None or least is None or begin == len(self.text):
+            return
+        recent = self.text[max(0, begin - _BEFORE) :]
+        drawn = len(self.text) - begin
+        spans = self._source.spans(recent, least, after=len(recent) - drawn)
+        first = min(spans[0].begin, len(recent) - drawn) if spans else 0
+        spans = [replace(span, begin=span.begin - first, end=span.end - first) for span in spans]
+        if spans:
+            self.say(marked(recent[first:], spans, self._out) + "\n")
+        self.say(listed(recent[first:], spans, least, drawn) + "\n")
 
     def _reply(self, ids: np.ndarray, end: str | None) -> str:
         """Stream the continuation of ids up to `end`, which is left out, and return it; Ctrl-C ends it sooner."""

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from chatgot.errors import CheckpointError
-from chatgot.launcher.arguments import Add, given_to
-
-
-class Command(Protocol):
-    """Adds a command to the parser; what it returns adds arguments to it."""
-
-    def __call__(self, name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add: ...
+from chatgot.launcher.arguments import Add, Command, count, given_to
 
 
 def add_commands(command: Command) -> None:
@@ -38,6 +30,14 @@ def _common(add: Add, max_new_tokens: int) -> None:
     add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
     add("--tag", help="checkpoint to use (default: the newest)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+    copies_arguments(add)
+
+
+def copies_arguments(add: Add) -> None:
+    """Add --mark_copied and --data to a command that shows what a model wrote."""
+    what = "mark passages of K characters or more that stand in the training text, and say where and what fed them"
+    add("--mark_copied", type=count, nargs="?", const=40, metavar="K", help=f"{what} (default K: 40)")
+    add("--data", metavar="SPEC", help="the training text, for --mark_copied (default: where the run had it)")
 
 
 def name_checkpoint(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from chatgot.checkpoint.portable import fp32_weights
 from chatgot.config.run import load_run_config
 from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from chatgot.errors import CheckpointError, ConfigError, NumericsError
+from chatgot.inference.copied import listed, marked, training_text
 from chatgot.model.generate import generate
 from chatgot.model.gpt import GPT
 
@@ -39,13 +40,18 @@ class SampleArguments:
     greedy: bool = False
     tag: str | None = None
     device: str = "auto"
+    mark_copied: int | None = None
+    """Mark passages of at least so many characters that stand in the training text; None: don't look for them."""
+    data: str | None = None
+    """The training text, as for --data of train.py; None: where the run had it."""
 
 
 class LoadedModel(NamedTuple):
-    """A model (fp32, evaluation mode) and its tokenizer."""
+    """A model (fp32, evaluation mode), its tokenizer, and the checkpoint that it was read from."""
 
     gpt: GPT
     tokenizer: Tokenizer
+    checkpoint: Found
 
     def continuations(
         self,
@@ -118,7 +124,7 @@ def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedM
         raise NumericsError(f"{checkpoint.path}: {values} values that are not finite; name an earlier one with --tag")
     model = GPT(config, vocab_size)
     model.load_state_dict(weights, strict=True)
-    return LoadedModel(model.to(here if device == "auto" else device).eval(), tokenizer)
+    return LoadedModel(model.to(here if device == "auto" else device).eval(), tokenizer, checkpoint)
 
 
 def first_prompt(run: Path, tokenizer: Tokenizer) -> str:
@@ -153,21 +159,25 @@ def _newest_weights(run: Path, tag: str | None) -> tuple[Found, dict[str, torch.
 def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     """Write continuations of the prompt to `to` (default: stdout) as they are drawn, and return them.
 
-    Several samples are drawn as one batch: the first streams, the others follow when they are complete.
+    Several samples are drawn as one batch: the first streams, the others follow when they are complete. With
+    `mark_copied` all of them do.
 
     Raises:
         ConfigError: a prompt with unseen characters, or a setting out of range.
         CheckpointError: see `load_run`.
+        DataError: copies are to be marked, and the training text is not at hand.
     """
     out: TextIO = sys.stdout if to is None else to
     loaded = load_run(arguments.run, arguments.tag, arguments.device)
+    marking = arguments.mark_copied
+    source = None if marking is None else training_text(arguments.run, loaded.checkpoint, arguments.data)
     decoder = StreamDecoder(loaded.tokenizer)
     prompt = first_prompt(arguments.run, loaded.tokenizer) if arguments.prompt is None else arguments.prompt
     before = prompt  # written with the first token, when every setting has been accepted
 
     def stream(row: int, token: int) -> None:
         nonlocal before
-        if row == 0:
+        if row == 0 and source is None:
             out.write(before + decoder.push(token))
             out.flush()
             before = ""
@@ -182,7 +192,15 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
         num_samples=arguments.num_samples,
         on_token=stream,
     )
-    out.write(decoder.flush() + "\n")
-    for number, text in enumerate(texts[1:], start=2):
-        out.write(f"\n--- sample {number}\n{text}\n")
+    if source is None:
+        out.write(decoder.flush() + "\n")
+    for number, text in enumerate(texts, start=1):
+        if number > 1:
+            out.write(f"\n--- sample {number}\n")
+        if source is not None and marking is not None:
+            spans = source.spans(text, marking, after=len(prompt))
+            below = listed(text, spans, marking, drawn=len(text) - len(prompt))
+            out.write(f"{marked(text, spans, out)}\n\n{below}\n")
+        elif number > 1:
+            out.write(f"{text}\n")
     return texts

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from chatgot.errors import EXIT_CONFIG
 from chatgot.version import __version__
@@ -16,6 +16,12 @@ from chatgot.version import __version__
 T = TypeVar("T")
 Add = Callable[..., argparse.Action]
 """`add_argument` of a parser."""
+
+
+class Command(Protocol):
+    """Adds a command to the parser; what it returns adds arguments to it."""
+
+    def __call__(self, name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add: ...
 
 
 def on_rank_0() -> bool:

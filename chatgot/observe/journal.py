@@ -291,6 +291,18 @@ class Branch(Generic[T]):
         return given_up
 
 
+def last_step(path: str | os.PathLike) -> int | None:
+    """Find the step of the last whole line, where the run stands; None: there is none in the last MiB."""
+    try:
+        with os.fdopen(open_file(Path(path)), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _BLOCK))
+            lines = file.read(_BLOCK).split(b"\n")
+    except OSError:
+        return None
+    found = (_STEP.match(line) for line in reversed(lines) if _parsed(line) is not None)
+    return next((int(one[1]) for one in found if one), None)
+
+
 def newest_step(path: str | os.PathLike) -> int | None:
     """Find the highest step whose metrics were ever logged; None: there is none."""
     return newest_metrics(path)[0]

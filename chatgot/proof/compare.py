@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +17,7 @@ from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup
 from chatgot.observe.journal import Journal
 from chatgot.proof import digest
-from chatgot.proof.digest import Digest, History, Setup
+from chatgot.proof.digest import Digest, History, Setup, batches_id, short_hash
 from chatgot.run_folder import flattened
 
 logger = logging.getLogger(__name__)
@@ -64,21 +62,17 @@ def setup(
         "torch": versions["torch"],
         "deepspeed": versions["deepspeed"],
         "skips_delay_lr": True if engine.scheduler is not None and engine.precision == "fp16" else None,
-        "layout": _hash({name: value for name, value in settings.items() if effect(name) == "rounding"}),
+        "layout": short_hash({name: value for name, value in settings.items() if effect(name) == "rounding"}),
     }
     return Setup(
-        id=_hash({"numbers": numbers, "topology": topology, "deterministic": deterministic}),
-        numbers=_hash(numbers),
-        batches=_hash({"batches": [data, config.train.seed, engine.train_batch_size, config.model.max_seq_length]}),
+        id=short_hash({"numbers": numbers, "topology": topology, "deterministic": deterministic}),
+        numbers=short_hash(numbers),
+        batches=batches_id(data, config.train.seed, engine.train_batch_size, config.model.max_seq_length),
         dropout=config.model.dropout > 0,
         deterministic=deterministic,
         topology=topology,
         changes=tuple(line for line in changes if changes_numbers(line)),
     )
-
-
-def _hash(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

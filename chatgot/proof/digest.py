@@ -7,6 +7,8 @@ written with repr, which gives back the same bits, so a loss of the journal *is*
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -84,6 +86,16 @@ class Setup:
 
 
 _DIGEST, _SETUP = TypeAdapter(Digest), TypeAdapter(Setup)
+
+
+def short_hash(tree: dict[str, Any]) -> str:
+    """8 hex digits over plain values."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def batches_id(data: str, seed: int, train_batch_size: int, block_size: int) -> str:
+    """`Setup.batches`; `data` is the fingerprint of the tokens, `block_size` the length of a sample."""
+    return short_hash({"batches": [data, seed, train_batch_size, block_size]})
 
 
 def read_digest(tree: Any) -> Digest | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from chatgot.observe.progress import Progress
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof import digest
 from chatgot.proof.compare import Overlap, Proof, setup
+from chatgot.proof.fed import Order
 from chatgot.training import evaluation
 from chatgot.training.evaluation import Sample
 from chatgot.training.preparation import Resumed, TrainArguments
@@ -115,8 +116,11 @@ def open_records(
         return Records(progress), Proof(ranks, device)
     step, run, engine_json = engine.engine.global_steps, config.to_dict(), engine.config.to_dict()
     differences, changes, offset, known = list[str](), list[str](), 0, None
+    order = Order(0, engine.config.train_batch_size, config.train.seed, config.model.max_seq_length, data.fingerprint)
     if resumed is not None:  # all of it before this start writes its own
         earlier, offset = resumed.checkpoint.folder.parent, resumed.client_state.get("skipped_samples", 0)
+        other = None if earlier.resolve() == out_dir.resolve() else str(earlier.resolve())
+        order = replace(order, next_sample=resumed.client_state["next_sample"], run=other)
         differences, changes = resumed.changes, run_folder.changed_settings(earlier, run, engine_json)
         known = digest.history(earlier, after=step)
     data_changes = [line for line in differences if line.startswith("data:")]
@@ -153,6 +157,7 @@ def open_records(
         world_size=place.world_size,
         zero_stage=engine.config.zero_stage,
         precision=engine.config.precision,
+        data_order=order.to_json(),
         setup=now.to_json(),
     )
     overlap = Overlap(step, now, known, records.event, offset) if known else None

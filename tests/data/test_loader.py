@@ -197,3 +197,17 @@ def test_batch_hash_is_the_same_for_every_split_of_the_batch_and_not_for_another
     changed = tokens.copy()
     changed[int(order.starts(np.array([5]))[0]) + 7] ^= 1
     assert total(0, 8, 1, changed) != one
+
+
+@given(sizes, st.integers(0, 2**32), st.integers(0, 1000), st.integers(0, 300), st.data())
+@settings(max_examples=150, deadline=None)
+def test_the_way_back_from_tokens_to_samples_is_what_brute_force_finds(size, seed, first, more, data):
+    n_tokens, block = size
+    order, indices = DataOrder(n_tokens, block, seed), np.arange(first, first + more)
+    begin = data.draw(st.integers(0, n_tokens - 1))
+    end = data.draw(st.integers(begin + 1, n_tokens))
+    starts = order.starts(indices)
+    expected = indices[(starts < end) & (starts + block + 1 > begin)]
+    samples, at = order.samples_with(begin, end, first, first + more - 1)
+    assert samples.tolist() == expected.tolist()
+    assert at.tolist() == order.starts(samples).tolist()

@@ -94,8 +94,8 @@ def test_two_ranks_at_stage_3_train_the_model_of_one_process_at_stage_0(folder, 
     engine = write_json(tmp_path / "engine.json", engine_json(0, micro=8))
     assert in_process.train(argv(engine, tmp_path / "alone", folder / "greedy.yaml", text_file)) == 0
     assert series(folder / "greedy", "train/loss") == pytest.approx(series(tmp_path / "alone", "train/loss"), rel=1e-5)
-    ours, _ = load_run(folder / "greedy", device="cpu")
-    theirs, _ = load_run(tmp_path / "alone", device="cpu")
+    ours, *_ = load_run(folder / "greedy", device="cpu")
+    theirs, *_ = load_run(tmp_path / "alone", device="cpu")
     for name, weight in ours.state_dict().items():
         assert torch.allclose(weight, theirs.state_dict()[name], atol=1e-5), name
 
@@ -103,7 +103,7 @@ def test_two_ranks_at_stage_3_train_the_model_of_one_process_at_stage_0(folder, 
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_weights_of_two_ranks_load_in_one_process(stage, precision, folder, text_file):
     run = folder / f"{precision}-{stage}"
-    model, tokenizer = load_run(run, device="cpu")
+    model, tokenizer, *_ = load_run(run, device="cpu")
     text = text_file.read_text(encoding="utf-8")
     val = tokenizer.encode(text[int((1 - VAL_FRACTION) * len(text)) :])
     nats = tokens = 0.0

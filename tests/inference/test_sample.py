@@ -68,7 +68,7 @@ def text_of(folder: Path, **settings) -> str:
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_weights_of_every_stage_are_those_that_were_trained(stage, precision, trained):
     runs, data = trained
-    model, _ = load_run(runs[stage, precision], device="cpu")
+    model, *_ = load_run(runs[stage, precision], device="cpu")
     assert not model.training
     nats = tokens = 0.0
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_weights_of_every_stage_are_those_that_were_trained(stage, precision, tr
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_greedy_text_equals_the_text_without_a_cache_also_beyond_the_context(stage, precision, runs):
     folder = runs[stage, precision]
-    model, tokenizer = load_run(folder, device="cpu")
+    model, tokenizer, *_ = load_run(folder, device="cpu")
     prompt = "The night"
     ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
     [uncached] = generate(model, ids, 40, temperature=0.0, use_cache=False)
@@ -173,8 +173,8 @@ def test_older_checkpoint_can_be_named(tmp_path, text_file):
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=4)
     engine = write_json(tmp_path / "engine.json", engine_json(chatgot={"checkpoint": {"every_steps": 2}}))
     assert in_process.train(argv(engine, tmp_path / "out", config, text_file)) == 0
-    older, _ = load_run(tmp_path / "out", "step-00000002", "cpu")
-    newest, _ = load_run(tmp_path / "out", device="cpu")
+    older, *_ = load_run(tmp_path / "out", "step-00000002", "cpu")
+    newest, *_ = load_run(tmp_path / "out", device="cpu")
     assert not torch.equal(older.embed_tokens.weight, newest.embed_tokens.weight)
 
 
