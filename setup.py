@@ -14,7 +14,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["chatgot", "chatgot.*"]), "chatgot.presets", "chatgot.ds_configs"],
     package_dir={"chatgot.ds_configs": "ds_configs"},
-    package_data={"chatgot.presets": ["*.yaml"], "chatgot.ds_configs": ["*.json", "README.md"]},
+    package_data={
+        "chatgot.presets": ["*.yaml"],
+        "chatgot.inference": ["page.html"],
+        "chatgot.ds_configs": ["*.json", "README.md"],
+    },
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
@@ -31,9 +35,11 @@ setup(
         "bpe": ["tokenizers>=0.20"],
         "export": ["transformers>=5", "gguf>=0.17"],
         "copies": ["ahocorasick-rs>=1.0"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "import-linter"),
             *("transformers>=5", "tokenizers>=0.20", "gguf>=0.17", "ahocorasick-rs>=1.0"),
+            *("starlette>=0.40", "uvicorn>=0.30", "openai>=1.50", "selenium>=4.20"),
         ],
     },
     entry_points={"console_scripts": ["chatgot=chatgot.cli:main"]},

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = commands[argv[0]].parse_args(argv[1:])
     if own_process:
         escape_unwritable()
-    if own_process and argv[0] in ("sample", "chat", "export", "verify", "tune", "rehearse"):
+    if own_process and argv[0] in ("sample", "chat", "serve", "export", "verify", "tune", "rehearse"):
         settle_environment(start_again=True)
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
 

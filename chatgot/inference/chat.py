@@ -13,10 +13,10 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from chatgot.data.tokenizer import StreamDecoder
 from chatgot.errors import ConfigError
 from chatgot.files import write_atomically
 from chatgot.inference.copied import TrainingText, listed, marked, training_text
+from chatgot.inference.reply import Reply
 from chatgot.inference.sample import LoadedModel, load_run
 from chatgot.model.generate import check_settings, generate
 
@@ -175,15 +175,11 @@ class Conversation:
 
     def _reply(self, ids: np.ndarray, end: str | None) -> str:
         """Stream the continuation of ids up to `end`, which is left out, and return it; Ctrl-C ends it sooner."""
-        decoder, text, shown = StreamDecoder(self.model.tokenizer), "", 0
+        reply = Reply(self.model.tokenizer, [end] if end else [])
 
-        def on_token(row: int, token: int) -> None:
-            nonlocal text, shown
-            text += decoder.push(token)
-            sure = len(text) if end is None else _sure(text, end)
-            self._out.write(text[shown:sure])
+        def show(text: str) -> None:
+            self._out.write(text)
             self._out.flush()
-            shown = max(shown, sure)
 
         settings = self.settings
         seed, self._drawn = settings.seed + self._drawn, self._drawn + 1
@@ -198,15 +194,16 @@ class Conversation:
                 top_k=settings.top_k,
                 top_p=settings.top_p,
                 seed=seed % 2**63,
-                stop=None if end is None else lambda _: end in text,
-                on_token=on_token,
+                stop=lambda _: reply.ended,
+                on_token=lambda row, token: show(reply.push(token)),
             )
-            text += decoder.flush()
         except KeyboardInterrupt:
             stopped = True
-        if end is not None and end in text:
-            text = text[: text.index(end)] + "\n"
-        self._out.write(text[shown:])
+        show(reply.flush())
+        text = reply.text
+        if reply.ended:
+            show("\n")
+            text += "\n"
         self.say("\n[stopped]" if stopped else "" if text.endswith("\n") else "\n")
         return text
 
@@ -251,10 +248,3 @@ def _speaker_of(line: str) -> str | None:
     """Who speaks in a line like "KING HENRY: Who goes there?"; None for a line that is no turn of a scene."""
     match = _TURN.match(line)
     return match[1].strip() if match and match[1].upper() == match[1] and match[1].lower() != match[1] else None
-
-
-def _sure(text: str, end: str) -> int:
-    """Characters of text that are no part of `end`, nor can become one."""
-    if end in text:
-        return text.index(end)
-    return len(text) - next(n for n in range(min(len(end), len(text)), -1, -1) if text.endswith(end[:n]))

@@ -1,4 +1,4 @@
-"""Command lines of `chatgot sample` and `chatgot chat`. Imports no torch before a command runs."""
+"""Command lines of `chatgot sample`, `chat` and `serve`. Imports no torch before a command runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from chatgot.errors import CheckpointError
-from chatgot.launcher.arguments import Add, Command, count, given_to
+from chatgot.launcher.arguments import Add, Command, count, duration, given_to
 
 
 def add_commands(command: Command) -> None:
@@ -20,16 +20,31 @@ def add_commands(command: Command) -> None:
     add = command("chat", _chat, "write a text in turns with a run's model, in the terminal")
     _common(add, max_new_tokens=200)
 
+    add = command("serve", _serve, "a page and OpenAI's completions for a run's model, on this machine")
+    _model(add)
+    add("--host", default="127.0.0.1", help="address to listen on; any but this machine's own demands a token")
+    add("--port", type=int, default=0, help="0: any free one (default)")
+    add("--allow_host", action="append", default=[], metavar="NAME", help="another name that it is reached by")
+    add("--streams", type=count, default=16, metavar="N", help="texts in one forward (default: 16)")
+    add("--queue", type=count, default=64, metavar="N", help="texts that may wait; then 429 (default: 64)")
+    add("--max_tokens", type=count, default=4096, metavar="N", help="tokens of a reply at most (default: 4096)")
+    add("--max_seconds", type=duration, default=300.0, metavar="S", help="of a request, waiting too (default: 300)")
+    add("--max_body", type=count, default=1 << 20, metavar="BYTES", help="of a request (default: 1 MiB)")
+
+
+def _model(add: Add) -> None:
+    add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
+    add("--tag", help="checkpoint to use (default: the newest)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+
 
 def _common(add: Add, max_new_tokens: int) -> None:
-    add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
+    _model(add)
     add("--max_new_tokens", type=int, default=max_new_tokens, help=f"tokens to draw (default: {max_new_tokens})")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     add("--top_k", type=int, help="draw from the k likeliest tokens only")
     add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
     add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
-    add("--tag", help="checkpoint to use (default: the newest)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
     copies_arguments(add)
 
 
@@ -66,3 +81,10 @@ def _chat(arguments: argparse.Namespace) -> None:
     from chatgot.inference.chat import ChatArguments, chat
 
     chat(given_to(ChatArguments, arguments))
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    _find_run(arguments)
+    from chatgot.inference.serve import ServeArguments, serve
+
+    serve(given_to(ServeArguments, arguments))

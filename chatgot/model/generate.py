@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.errors import NumericsError
-from chatgot.model.gpt import GPT, KVCache
+from chatgot.model.gpt import GPT
+from chatgot.model.kv_cache import KVCache
+
+NOT_FINITE = -1
+"""In place of a token that cannot be drawn."""
 
 
 @torch.no_grad()
@@ -75,7 +79,7 @@ def generate(
         raise ValueError(f"max_seq_length = {window}: must be between 1 and the model's {gpt.config.max_seq_length}")
 
     rows, prompt_length = input_ids.shape
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+    chances = torch.stack([uniforms(seed + row, max_new_tokens) for row in range(rows)]).to(input_ids.device)
     new_ids: list[list[int]] = [[] for _ in range(rows)]
     running = [True] * rows
     text = torch.cat([input_ids, input_ids.new_zeros(rows, max_new_tokens)], dim=1)  # (B, P + max_new_tokens)
@@ -92,19 +96,18 @@ def generate(
                 else:
                     cache.length, cached_start = 0, start
             logits = model(text[:, first:length], cache=cache, last_only=True)  # (B, 1, V)
-            last = logits[:, -1].float().cpu()  # (B, V)
-            if not torch.isfinite(last).all():
+            tokens = draw(logits[:, -1].float(), temperature, top_k, top_p, chances[:, length - prompt_length])
+            text[:, length] = tokens  # a row that has ended goes on; nobody reads what follows
+            drawn = tokens.tolist()  # the only thing that a GPU is waited for
+            if NOT_FINITE in drawn:
                 raise NumericsError(f"sampling: logits after {length} tokens are not finite; the weights have diverged")
             for row in range(rows):
                 if not running[row]:
                     continue
-                token = sample(last[row], temperature, top_k, top_p, generators[row])
-                new_ids[row].append(token)
+                new_ids[row].append(drawn[row])
                 if on_token is not None:
-                    on_token(row, token)
+                    on_token(row, drawn[row])
                 running[row] = len(new_ids[row]) < max_new_tokens and not (stop is not None and stop(new_ids[row]))
-            # A row that has ended repeats its last token; nobody reads what follows.
-            text[:, length] = torch.tensor([ids[-1] for ids in new_ids], device=text.device)
             done = not any(running)
             if agree(done) if agree is not None else done:
                 return new_ids
@@ -130,21 +133,34 @@ def context_start(length: int, max_seq_length: int) -> int:
     return -(-(length - max_seq_length) // hop) * hop
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> int:
-    """Draw one token from logits (V,) fp32 on the CPU; the settings are those of `generate`."""
+def uniforms(seed: int, count: int) -> Tensor:
+    """What the next `count` tokens of a row are drawn with, (count,) float64 in [0, 1), on the CPU."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniforms: Tensor) -> Tensor:
+    """Draw a token for each row of logits (B, V) fp32, on their device; the settings are those of `generate`.
+
+    Args:
+        uniforms: (B,) float64 in [0, 1), where the inverse of the cumulative distribution is read.
+
+    Returns:
+        Tokens (B,) int64; NOT_FINITE for a row whose logits are not finite.
+    """
+    finite = torch.isfinite(logits).all(-1)
     if temperature < torch.finfo(logits.dtype).tiny:  # 0, or too small to divide by
-        return int(logits.argmax())
-    scaled = (logits - logits.max()) / temperature  # <= 0, so a small temperature underflows instead of overflowing
-    if top_k is None and top_p is None:
-        return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))
-    scaled, tokens = scaled.sort(descending=True, stable=True)  # ties: the lower token id first
-    probabilities = scaled[:top_k].softmax(-1)
-    if top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities  # probability of the tokens that are likelier
-        probabilities = probabilities[: max(1, int((before < top_p).sum()))]
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+        return logits.argmax(-1).where(finite, NOT_FINITE)
+    # <= 0, so a small temperature underflows instead of overflowing
+    scaled, tokens = (logits - logits.amax(-1, keepdim=True)) / temperature, None
+    if top_k is not None or top_p is not None:
+        scaled, tokens = scaled.sort(descending=True, stable=True)  # ties: the lower token id first
+        scaled = scaled[:, :top_k]
+    sums = scaled.double().softmax(-1).cumsum(-1)  # (B, V or k)
+    end = sums[:, -1:]
+    if top_p is not None:  # up to the first token with which they make top_p
+        end = sums.gather(-1, torch.searchsorted(sums, end * top_p).clamp(max=sums.shape[-1] - 1))
+    picked = torch.searchsorted(sums, end * uniforms[:, None], right=True).clamp(max=sums.shape[-1] - 1)  # (B, 1)
+    return (picked if tokens is None else tokens.gather(-1, picked))[:, 0].where(finite, NOT_FINITE)
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from chatgot.config.run import ModelConfig
+from chatgot.model.kv_cache import Cache
 from chatgot.model.rms_norm import rms_norm
 
 BlockCall = Callable[[Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
-"""cos and sign-carrying sin, (T, 1, hd) each."""
+"""cos and sign-carrying sin, (T, 1, hd) each, or (B, T, 1, hd)."""
 
 
 class GPT(nn.Module):
@@ -88,7 +89,7 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         targets: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
         last_only: bool = False,
     ) -> Tensor:
@@ -114,7 +115,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens after a filled cache: only one at a time may follow (reset it to start anew)")
 
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        positions = torch.arange(start, start + T, device=input_ids.device)
+        device = input_ids.device
+        positions = torch.arange(T, device=device) if cache is None else cache.begin(T, device)
         rope = None
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
@@ -132,7 +134,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope=rope, cache=cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
 
         if last_only:
             x = x[:, -1:]
@@ -156,7 +158,7 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = SwiGLU(config) if config.architecture == "modern" else GeluMLP(config)
 
-    def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, cache: Cache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope=rope, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -181,7 +183,7 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, cache: Cache | None = None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, nh + 2 nkv, hd)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
@@ -196,6 +198,7 @@ class Attention(nn.Module):
             q,
             k,
             v,
+            attn_mask=cache.mask if cache is not None else None,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=T > 1,  # a single token attends to everything before it
             enable_gqa=self.n_kv_head != self.n_head,
@@ -244,13 +247,13 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """Rotary tables (Su et al., 2021) for positions (T,): cos and sin, (T, 1, hd) each, their halves split.
+    """Rotary tables (Su et al., 2021) for positions (..., T): cos and sin, (..., T, 1, hd) each, their halves split.
 
     Computed in fp32 and then cast, as transformers does. Half of sin is negated, so that rotating is one roll.
     """
     even = torch.arange(0, head_dim, 2, device=positions.device).float()
     inverse_wavelength = 1.0 / theta ** (even / head_dim)  # (hd / 2,)
-    angles = torch.outer(positions.float(), inverse_wavelength)[:, None, :]  # (T, 1, hd / 2)
+    angles = positions.float()[..., None, None] * inverse_wavelength  # (..., T, 1, hd / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
@@ -259,32 +262,6 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate x (B, T, heads, hd) by its positions' angles."""
     cos, sin = (table.to(x.dtype) for table in rope)  # under autocast x is narrower than the residual stream
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-class KVCache:
-    """Keys and values of the tokens already seen, so that sampling one more token costs one token's work.
-
-    Attention reads slices of it, never a mask over the full length. One forward of T tokens stores them at positions
-    [length, length + T) in every layer, and GPT.forward then counts them.
-    """
-
-    def __init__(self, config: ModelConfig, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
-        self._shape = (config.n_layers, 2, batch_size, config.kv_heads, config.max_seq_length, config.head_width)
-        self._buffer: Tensor | None = None  # made with device and dtype of the first keys
-        self.length = 0
-        """Tokens stored so far: the position of the next one. 0 forgets them and keeps the memory."""
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, nkv, T, hd) of the next T tokens; return this layer's so far (B, nkv, length + T, hd)."""
-        if self._buffer is None:
-            self._buffer = torch.empty(self._shape, device=k.device, dtype=k.dtype)
-        end = self.length + k.shape[2]
-        keys, values = self._buffer[layer]  # (B, nkv, max_seq_length, hd) each
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
 
 
 def _norm(config: ModelConfig) -> nn.Module:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.inference.chat import ChatArguments, Conversation, _speaker_of, _sure
+from chatgot.inference.chat import ChatArguments, Conversation, _speaker_of
 from chatgot.inference.sample import load_run
 from chatgot.training import run
 from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml, write_text
@@ -131,9 +131,6 @@ def test_turns_of_a_scene_end_where_the_speaker_would_speak_again():
     assert _speaker_of("KING HENRY: who goes there?") == "KING HENRY"
     assert _speaker_of("He said: who goes there?") is None
     assert _speaker_of("12:30") is None
-    assert _sure("abc\nKI", "\nKING:") == 3
-    assert _sure("abc\nKU", "\nKING:") == 6
-    assert _sure("abc\nKING: d", "\nKING:") == 3
 
 
 def test_undo_gives_back_the_speaker_too(folder):

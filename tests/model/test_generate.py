@@ -9,8 +9,8 @@ import torch
 
 from chatgot.config.run import ModelConfig
 from chatgot.errors import NumericsError
-from chatgot.model.generate import context_start, generate, sample
-from chatgot.model.gpt import KVCache
+from chatgot.model.generate import NOT_FINITE, context_start, draw, generate, uniforms
+from chatgot.model.kv_cache import KVCache
 from tests.model.shapes import GPT2, GROUPED, MODERN, SHAPES, VOCAB, random_gpt, random_ids
 
 
@@ -283,41 +283,55 @@ def test_top_k_1_is_greedy():
     assert generate(model, prompt, 20, top_k=1) == generate(model, prompt, 20, temperature=0)
 
 
-def draw(
+def frequencies(
     logits: list[float],
     count: int = 4000,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> list[float]:
-    """Frequencies of `count` draws."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.tensor([sample(torch.tensor(logits), temperature, top_k, top_p, generator) for _ in range(count)])
+    """Of `count` draws."""
+    tokens = draw(torch.tensor([logits] * count), temperature, top_k, top_p, uniforms(0, count))
     return (torch.bincount(tokens, minlength=len(logits)) / count).tolist()
 
 
 def test_draws_follow_the_softmax_of_the_settings():
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().tolist()
-    assert draw(logits) == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.03)
+    assert frequencies(logits) == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.03)
     sharp = torch.tensor([0.25, 0.01, 0.09, 0.01]) / 0.36  # squared
-    assert draw(logits, temperature=0.5) == pytest.approx(sharp.tolist(), abs=0.03)
-    assert draw(logits, top_k=2) == pytest.approx([0.625, 0, 0.375, 0], abs=0.03)
-    assert draw(logits, top_p=0.75) == pytest.approx([0.625, 0, 0.375, 0], abs=0.03)  # 0.5 is not enough, 0.8 is
-    assert draw(logits, top_p=0.01) == [1, 0, 0, 0]
-    assert draw([9.0, 99.0, 98.0], temperature=1e-37, count=20) == [0, 1, 0]
-    assert draw([9.0, 99.0, 98.0], temperature=1e-300, count=20) == [0, 1, 0]
-    assert draw([0.0, 0.0, 0.0], top_k=2) == pytest.approx([0.5, 0.5, 0], abs=0.03)  # ties: the lower token first
+    assert frequencies(logits, temperature=0.5) == pytest.approx(sharp.tolist(), abs=0.03)
+    assert frequencies(logits, top_k=2) == pytest.approx([0.625, 0, 0.375, 0], abs=0.03)
+    assert frequencies(logits, top_p=0.75) == pytest.approx([0.625, 0, 0.375, 0], abs=0.03)  # 0.5 is not enough, 0.8 is
+    assert frequencies(logits, top_p=0.01) == [1, 0, 0, 0]
+    assert frequencies([9.0, 99.0, 98.0], temperature=1e-37, count=20) == [0, 1, 0]
+    assert frequencies([9.0, 99.0, 98.0], temperature=1e-300, count=20) == [0, 1, 0]
+    assert frequencies([0.0, 0.0, 0.0], top_k=2) == pytest.approx(
+        [0.5, 0.5, 0], abs=0.03
+    )  # ties: the lower token first
+
+
+def test_rows_are_drawn_alike_together_and_alone_and_a_bad_one_is_told_of():
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(3)) * 4
+    chances = uniforms(9, 5)
+    for settings in ((1.0, None, None), (0.7, 20, None), (1.3, None, 0.8), (1.0, 50, 0.5), (0.0, None, None)):
+        together = draw(logits, *settings, chances)
+        assert together.tolist() == [int(draw(logits[i : i + 1], *settings, chances[i : i + 1])) for i in range(5)]
+        bad = logits.clone()
+        bad[2, 7] = float("nan")
+        assert draw(bad, *settings, chances).tolist() == [*together[:2], NOT_FINITE, *together[3:]]
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert draw(torch.tensor([[-1e9, 0.0, 0.0, -1e9]] * 2), 1.0, None, None, ends).tolist() == [1, 2]
 
 
 def test_bf16_models_sample_in_fp32(monkeypatch: pytest.MonkeyPatch):
     model = random_gpt(GROUPED).bfloat16()
     dtypes = set()
 
-    def recording(logits: torch.Tensor, *settings) -> int:
+    def recording(logits: torch.Tensor, *settings) -> torch.Tensor:
         dtypes.add(logits.dtype)
-        return sample(logits, *settings)
+        return draw(logits, *settings)
 
-    monkeypatch.setattr("chatgot.model.generate.sample", recording)
+    monkeypatch.setattr("chatgot.model.generate.draw", recording)
     tokens = generate(model, random_ids(2, 4), 24, seed=1)
     assert [len(row) for row in tokens] == [24, 24]
     assert dtypes == {torch.float32}
