@@ -7,6 +7,7 @@ a limit of time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -164,7 +165,8 @@ class Completion:
             tokens = [one for one in held if one["offset"] < reply.given_out or one["end"] <= reply.given_out]
             del held[: len(tokens)]
             if text or tokens or end:
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, Piece(index, text, tokens, end))
+                with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                    self._loop.call_soon_threadsafe(self._pieces.put_nowait, Piece(index, text, tokens, end))
 
         def on_token(token: int, alternatives: Alternatives | None) -> bool:
             offset = reply.decoded

@@ -28,7 +28,7 @@ class Server(NamedTuple):
 
 
 def start(*arguments: str | Path, **variables: str) -> tuple[subprocess.Popen[str], str]:
-    """The process and its address, once it answers."""
+    """The process, to be used in a `with`, and its address, once it answers."""
     program = "from chatgot.cli import main; main()"
     command = [sys.executable, "-c", program, "serve", *map(str, arguments), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(**variables), cwd=ROOT)
@@ -53,6 +53,7 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(served_run: Path) -> Iterator[Server]:
     """One server for all tests."""
     process, url = start(served_run, "--streams", str(STREAMS), "--queue", str(QUEUE))
-    yield Server(process, url.rstrip("/"), load_run(served_run, device="cpu"))
-    process.terminate()
-    assert process.wait(60) == 0
+    with process:
+        yield Server(process, url.rstrip("/"), load_run(served_run, device="cpu"))
+        process.terminate()
+        assert process.wait(60) == 0

@@ -25,6 +25,7 @@ from chatgot.inference.sample import LoadedModel
 from tests.inference.conftest import QUEUE, STREAMS, Server, start
 
 PROMPT = "The night"
+LONG = {"prompt": PROMPT, "max_tokens": 4096, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +192,9 @@ def test_other_sites_and_other_names_are_kept_out(server: Server) -> None:
     assert httpx.get(f"{server.url}/elsewhere").status_code == 404
 
 
-def streaming(server: Server, seed: int, tokens: int = 4096) -> httpx.Response:
+def streaming(server: Server, seed: int) -> httpx.Response:
     """The beginning of a long stream; close it to go away."""
-    body = {"prompt": PROMPT, "max_tokens": tokens, "seed": seed, "stream": True}
+    body = {**LONG, "seed": seed}
     client = httpx.Client(timeout=60)
     answer = client.send(client.build_request("POST", f"{server.url}/v1/completions", json=body), stream=True)
     answer.extensions["client"] = client
@@ -350,7 +351,7 @@ def test_5000_odd_requests_never_break_the_server(server: Server) -> None:
 
 def test_another_host_wants_the_token_and_ctrl_c_ends_it(served_run: Path) -> None:
     process, url = start(served_run, "--host", "0.0.0.0", CHATGOT_TOKEN="open-sesame")
-    try:
+    with process:
         assert url.endswith("/#token=open-sesame")
         here = f"http://127.0.0.1:{url.partition('/#')[0].rpartition(':')[2]}"
         assert httpx.get(here).status_code == 200  # the page, which holds nothing secret
@@ -361,9 +362,13 @@ def test_another_host_wants_the_token_and_ctrl_c_ends_it(served_run: Path) -> No
             assert client.completions.create(model="run", prompt=PROMPT, max_tokens=2).choices[0].text
         headers = {"Authorization": "Bearer open-sesame", "Host": "evil.example"}
         assert httpx.get(f"{here}/v1/models", headers=headers).status_code == 403
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        left = httpx.stream(
+            "POST", f"{here}/v1/completions", json=LONG, headers={**headers, "Host": "127.0.0.1"}, timeout=60
+        )
+        with left as answer:
+            assert next(answer.iter_text())
+            process.send_signal(signal.SIGINT)  # also in the middle of a stream
+            assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
