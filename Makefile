@@ -12,6 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 quickstart: $(VENV)/.runtime
 	$(PYTHON) launch/run --python $(BIN)/python -- --deepspeed_config ds_configs/fp32_zero0_muon.json --config tiny --out_dir $(RUN)
 	$(BIN)/chatgot sample $(RUN) --prompt "KING RICHARD:" --max_new_tokens 300
+	@echo "the report of this run, for a browser: $(RUN)/report.html"
 
 test: $(VENV)/.development lint types imports
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

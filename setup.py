@@ -17,6 +17,7 @@ setup(
     package_data={
         "chatgot.presets": ["*.yaml"],
         "chatgot.inference": ["page.html"],
+        "chatgot.observe": ["report.html"],
         "chatgot.ds_configs": ["*.json", "README.md"],
     },
     install_requires=[
@@ -24,6 +25,8 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "hjson>=3.1,<4",
         "numpy>=1.26",
+        "plotext>=5.3,<6",
+        "plotly>=6",
         "pydantic>=2.7,<3",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",

@@ -174,6 +174,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add = command("status", _status, "what became of a run: exit code 0 finished, 10 running, 75 run it again")
     add("run", type=Path, metavar="RUN", help="the run folder; it is only read")
 
+    add = command("report", _report, "the curves, events, samples and costs of runs in one HTML file")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, also while it trains; several are compared")
+    add("--out", type=Path, metavar="FILE", help="default: report.html in the run folder, or of several runs here")
+    add("--terminal", action="store_true", help="show it in the terminal instead of writing a file")
+    add("--follow", action="store_true", help="in the terminal, again and again until the run ends")
+
     add = command("check", _check, "say everything about a DeepSpeed JSON before anything runs")
     add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
     add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
@@ -321,6 +327,12 @@ def _status(arguments: argparse.Namespace) -> int:
     said, code = status(arguments.run)
     print(f"{arguments.run}: {said}")
     return code
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from chatgot.observe.terminal import report_or_show
+
+    report_or_show(arguments.runs, arguments.out, arguments.terminal, arguments.follow)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

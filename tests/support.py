@@ -165,12 +165,13 @@ def present(value: T | None) -> T:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Of a rank on the CPU: one thread, no dashboard, this checkout on the path."""
+    """Of a rank on the CPU: one thread, no dashboard or report, this checkout on the path."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "WANDB_MODE": "disabled",
+        "CHATGOT_REPORT": "off",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         **extra,
     }

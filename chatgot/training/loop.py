@@ -183,6 +183,7 @@ class Loop:
             fields: StateFields = {"tokens": tokens, "val_loss": val_loss, **self.fields}
             self.saving.save(self.engine.engine, self.client_state(), fields, must)
         self.records.account(self.step)
+        self.records.saved(self.engine.device.type)
 
     def client_state(self) -> ClientState:
         """What DeepSpeed does not save. Collective: ZeRO 0-2 store only rank 0's, so it holds every rank's RNG."""

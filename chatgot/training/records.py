@@ -17,6 +17,7 @@ from chatgot.engine.step import TrainingEngine
 from chatgot.observe.goodput import Ledger
 from chatgot.observe.journal import Events, Journal, TolerantWriter, read_lines
 from chatgot.observe.progress import Progress
+from chatgot.observe.report import ReportWriter
 from chatgot.observe.wandb_run import WandbRun
 from chatgot.proof import digest
 from chatgot.proof.compare import Overlap, Proof, setup
@@ -37,6 +38,7 @@ class Records:
     events: Events | None = None
     wandb: WandbRun | None = None
     ledger: Ledger | None = None
+    report: ReportWriter | None = None
     _samples: TolerantWriter = field(default_factory=lambda: TolerantWriter("samples"))
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -91,6 +93,11 @@ class Records:
             if lines is not None:
                 lines.flush()
 
+    def saved(self, device_type: str) -> None:
+        """Begin to write the report after a save, unless training needs the processors itself."""
+        if self.report is not None and device_type != "cpu":
+            self.report.begin()
+
     def close(self) -> None:
         """Close the bar and the files. The dashboard is closed by its own `finish`, which waits for an upload."""
         self.progress.close()
@@ -136,6 +143,7 @@ def open_records(
     journal = out_dir / run_folder.METRICS
     ledger.go_on(read_lines(out_dir / run_folder.EVENTS), journal, step)
     records = Records(progress, Journal(journal), Events(out_dir / run_folder.EVENTS), ledger=ledger)
+    records.report = ReportWriter(out_dir)
     for change in changes:
         logger.info(f"changed since the checkpoint's run: {change}")
     records.wandb = WandbRun.start(

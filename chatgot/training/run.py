@@ -43,6 +43,8 @@ from chatgot.training.watchdog import Watchdog
 from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
+REPORT_SECONDS, STOPPED_REPORT_SECONDS = 300.0, 15.0
+"""How long the end of a run waits for its report, and one that is stopped, to which a launcher grants 30 s."""
 
 
 def train(arguments: TrainArguments, stop: StopSignals | None = None) -> int:
@@ -106,6 +108,9 @@ def finish(loop: Loop) -> int:
         records.close()
         if loop.ranks.rank == 0:
             run_folder.release_lock(loop.out_dir)
+        patience = REPORT_SECONDS if exit_code == EXIT_DONE else STOPPED_REPORT_SECONDS
+        if records.report is not None and (path := records.report.end(patience)) is not None:
+            logger.info(f"report: {path}")
     if exit_code == EXIT_DONE:
         _say_what_next(loop)
     return exit_code

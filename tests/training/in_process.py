@@ -31,7 +31,7 @@ def cpu_environment(**more: str | None) -> Iterator[None]:
     sets its own.
     """
     before = {**os.environ, "LOCAL_RANK": "0"}
-    for name, value in {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", **more}.items():
+    for name, value in {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", "CHATGOT_REPORT": "off", **more}.items():
         if value is None:
             os.environ.pop(name, None)
         else:

@@ -1,0 +1,116 @@
+"""The curves of a run, read from metrics.jsonl: what the report and the terminal draw."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatgot.observe.journal import METRICS, read_lines
+
+POINTS = 1000
+"""Of a curve that is drawn; one of more rows is drawn in as many buckets, each with its mean, minimum and maximum."""
+
+
+@dataclass
+class Table:
+    """Rows of one kind (training steps, evaluations, samples) of the run as it stands, by rising step."""
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    columns: dict[str, array[float]] = field(default_factory=dict)
+    """By metric, each as long as `steps`; NaN where a row lacks it."""
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        for name in values.keys() - self.columns.keys():
+            self.columns[name] = array("d", [math.nan]) * len(self.steps)
+        for name, column in self.columns.items():
+            column.append(values.get(name, math.nan))
+        self.steps.append(step)
+
+    def give_up(self, step: int) -> None:
+        """Forget the rows from `step` on: the run went back and trained them again."""
+        keep = bisect_left(self.steps, step)
+        for column in (self.steps, *self.columns.values()):
+            del column[keep:]
+
+
+def read_curves(journal: Path) -> dict[str, Table]:
+    """Read the curves of the run as it stands, by kind: "train", "val", "sample", ...: a metric's name up to the "/"
+    that is the first of its line. A run that went back, after a kill or a rollback, has only what it trained last.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    tables: dict[str, Table] = {}
+    last = -1
+    for record in read_lines(journal, without=b'"digest"'):
+        if record is None or not isinstance(step := record.get("step"), int):
+            continue
+        values = {name: _number(record[name]) for name in METRICS if name in record}
+        if not values:
+            continue
+        table = tables.setdefault(next(iter(values)).split("/")[0], Table())
+        if step < last or (table.steps and table.steps[-1] >= step):
+            for one in tables.values():
+                one.give_up(step)
+        last = step
+        table.append(step, values)
+    return tables
+
+
+def _number(value: Any) -> float:
+    """A metric as a number; a broken one is none. Words that JSON has for what is not finite are numbers."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def drawn(table: Table, points: int = POINTS) -> dict[str, Any]:
+    """What of a table is drawn: its rows as they are, or where it has more than `points`, buckets of equally many rows.
+
+    Returns:
+        {"rows": 1234, "steps": [first, last] of every bucket or [step], "metrics": {name: {"mean": [...], "min": [...],
+        "max": [...], "not_finite": 0}}}: min and max only of buckets, None where a bucket has no finite number.
+    """
+    steps = np.frombuffer(table.steps, dtype=np.int64) if table.steps else np.empty(0, np.int64)
+    rows = len(steps)
+    edges = np.linspace(0, rows, min(rows, points) + 1).astype(np.int64)
+    starts, ends, metrics = edges[:-1], edges[1:], {}
+    for name, column in table.columns.items():
+        values = np.frombuffer(column, dtype=np.float64)
+        finite = np.isfinite(values)
+        metrics[name] = {"not_finite": int(np.isinf(values).sum())}
+        if rows <= points:
+            metrics[name]["mean"] = _listed(np.where(finite, values, math.nan))
+            continue
+        counts = np.add.reduceat(finite.astype(np.int64), starts)
+        means = np.add.reduceat(np.where(finite, values, 0.0), starts) / np.maximum(counts, 1)
+        metrics[name]["mean"] = _listed(np.where(counts > 0, means, math.nan))
+        metrics[name]["min"] = _listed(np.minimum.reduceat(np.where(finite, values, math.inf), starts))
+        metrics[name]["max"] = _listed(np.maximum.reduceat(np.where(finite, values, -math.inf), starts))
+    spans = [[int(steps[a]), int(steps[b - 1])] if b - a > 1 else [int(steps[a])] for a, b in zip(starts, ends)]
+    return {"rows": rows, "steps": spans, "metrics": metrics}
+
+
+def _listed(values: np.ndarray) -> list[float | None]:
+    """Numbers as JSON can hold them."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def at_steps(table: Table, name: str, steps: list[int]) -> list[float | None]:
+    """A metric that rises with the step (tokens, wall time) at other steps, in between by a straight line."""
+    column = table.columns.get(name)
+    if column is None or not steps:
+        return [None] * len(steps)
+    known, values = np.frombuffer(table.steps, dtype=np.int64), np.frombuffer(column, dtype=np.float64)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return [None] * len(steps)
+    return np.interp(steps, known[finite], values[finite]).tolist()
