@@ -21,6 +21,7 @@ setup(
         "chatgot.ds_configs": ["*.json", "README.md"],
     },
     install_requires=[
+        "ahocorasick-rs>=1.0",
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
         "hjson>=3.1,<4",
@@ -37,11 +38,10 @@ setup(
     extras_require={
         "bpe": ["tokenizers>=0.20"],
         "export": ["transformers>=5", "gguf>=0.17"],
-        "copies": ["ahocorasick-rs>=1.0"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "import-linter"),
-            *("transformers>=5", "tokenizers>=0.20", "gguf>=0.17", "ahocorasick-rs>=1.0"),
+            *("transformers>=5", "tokenizers>=0.20", "gguf>=0.17"),
             *("starlette>=0.40", "uvicorn>=0.30", "openai>=1.50", "selenium>=4.20"),
         ],
     },

@@ -76,3 +76,12 @@ def test_act_ckpt_says_what_it_left_out_and_why(act_ckpt: str):
     assert (
         "left out: deepspeed, cpu_checkpointing: DeepSpeed's cpu_checkpointing fails on the CPU accelerator" in act_ckpt
     )
+
+
+def test_copies_are_searched_for_in_every_kind_of_tokens():
+    command = [sys.executable, "launch/bench.py", "--suite", "copies", "--megabytes", "1", "--rounds", "2"]
+    done = subprocess.run(
+        [*command, "--tokenizers", "char", "byte"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[4:]] == ["char", "byte"]

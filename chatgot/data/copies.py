@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ MIN_CHARACTERS = 40
 """Shorter passages are everybody's words."""
 KEPT_PLACES = 1000
 """Places of one passage that are kept; all are counted."""
+EFFORT = 10_000_000
+"""Stretches that are joined to passages at most: seconds. A text that repeats itself in one that does has more."""
 _WINDOW = 1 << 20  # tokens that are decoded at once
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,33 +52,64 @@ class Copy:
     """In reading order, at most KEPT_PLACES."""
 
 
+@dataclass(frozen=True)
+class Search:
+    """What was found in the first `searched` tokens of a split."""
+
+    found: list[Copy]
+    """In their order in the text."""
+    searched: int
+
+
 def find_copies(
     text: str, data: PreparedData, min_characters: int = MIN_CHARACTERS, split: str = "train", most: int | None = None
 ) -> list[Copy]:
-    """All longest passages of at least `min_characters` that stand verbatim in a split, in their order in `text`.
+    """`search`, with a warning where that ended early."""
+    done, asked = search(text, data, min_characters, split, most, EFFORT), len(getattr(data, split)[:most])
+    if done.searched < asked:
+        why = "the text that is looked for repeats itself, and so does the one that is searched"
+        logger.warning(f"copies: looked for in {done.searched} of {asked} tokens only: {why}")
+    return done.found
+
+
+def search(
+    text: str,
+    data: PreparedData,
+    min_characters: int = MIN_CHARACTERS,
+    split: str = "train",
+    most: int | None = None,
+    effort: int = EFFORT,
+) -> Search:
+    """Find all longest passages of at least `min_characters` that stand verbatim in a split.
 
     Args:
         most: tokens of the split that are searched, from its beginning; None: all.
+        effort: it ends when so many stretches were joined.
 
     Raises:
         ConfigError: fewer than one character asked for, or the library ahocorasick_rs is missing.
     """
     if min_characters < 1:
         raise ConfigError(f"{min_characters} characters: a passage that is looked for has at least 1")
-    if len(text) < min_characters:
-        return []
-    where, matcher = Places(data, split), _Matcher(text, min_characters)
+    where = Places(data, split)
     tokens, overlap = where.tokens[:most], 4 * min_characters  # a character has at most four bytes, a token at least 1
-    base, held = 0, b""
-    for begin in range(0, len(tokens), _WINDOW):
-        fresh = where.decode(tokens[begin : begin + _WINDOW])
-        where.note(begin, base, fresh)
+    if len(text) < min_characters:
+        return Search([], len(tokens))
+    matcher = _Matcher(text, min_characters, effort)
+    base, held, searched = 0, b"", 0
+    while searched < len(tokens):
+        ids = tokens[searched : searched + _WINDOW]
+        fresh = where.decode(ids)
+        where.note(searched, base, fresh)
         matcher.search(held + fresh, base - len(held), len(held))
-        base, held = base + len(fresh), (held + fresh)[-overlap:]
-    return [
+        if matcher.effort <= 0:
+            break
+        base, held, searched = base + len(fresh), (held + fresh)[-overlap:], searched + len(ids)
+    found = [
         Copy(begin, end, passage.count, [where.place(*at) for at in passage.at])
         for (begin, end), passage in matcher.longest().items()
     ]
+    return Search(found, searched)
 
 
 class Passage(Protocol):
@@ -180,16 +216,22 @@ class _Passage:
 
 
 class _Matcher:
-    """Joins the matches of all stretches of `size` characters of a text to passages."""
+    """Joins the matches of all stretches of `size` characters of a text to passages.
 
-    def __init__(self, text: str, size: int) -> None:
+    Half-stretches of the text, so spaced that every stretch has one whole, are looked for first: their automaton is
+    small enough for a cache, and where none is found there is no stretch.
+    """
+
+    def __init__(self, text: str, size: int, effort: int) -> None:
         try:
-            from ahocorasick_rs import BytesAhoCorasick
+            from ahocorasick_rs import BytesAhoCorasick, Implementation
         except ImportError as error:
             raise ConfigError(
                 f"copies are looked for with ahocorasick_rs ({error}); pip install ahocorasick-rs"
             ) from error
         raw = [character.encode("utf-8", "replace") for character in text]
+        self.effort = effort
+        """What is left of it."""
         self._size = size
         self._offset = np.cumsum([0, *map(len, raw)]).tolist()
         stretches: dict[bytes, list[int]] = {}
@@ -197,25 +239,45 @@ class _Matcher:
             stretches.setdefault(b"".join(raw[i : i + size]), []).append(i)
         self._positions = list(stretches.values())
         self._automaton = BytesAhoCorasick(list(stretches))
+        half = (size + 1) // 2
+        halves = {b"".join(raw[i : i + half]) for i in range(0, len(text) - half + 1, size - half + 1)}
+        self._halves = BytesAhoCorasick(list(halves), implementation=Implementation.DFA)
         self._open: dict[int, list[int]] = {}
         """Byte of the split minus byte of the text -> first and last stretch, first byte and end."""
         self._found: dict[tuple[int, int], _Passage] = {}
 
     def search(self, raw: bytes, base: int, known: int) -> None:
         """Look through raw, which begins at byte `base`; matches within its first `known` bytes are known."""
-        for pattern, begin, end in self._automaton.find_matches_as_indexes(raw, overlapping=True):
-            if end <= known:
-                continue
-            for i in self._positions[pattern]:
-                shift = base + begin - self._offset[i]
-                run = self._open.get(shift)
-                if run is not None and run[1] == i - 1:
-                    run[1], run[3] = i, base + end
-                else:
-                    if run is not None:
-                        self._keep(run)
-                    self._open[shift] = [i, i, base + begin, base + end]
+        for first, last in self._regions(raw):
+            for pattern, begin, end in self._automaton.find_matches_as_indexes(raw[first:last], overlapping=True):
+                if first + end > known:
+                    self._join(self._positions[pattern], base + first + begin, base + first + end)
         self._close(base + len(raw) - 4)
+
+    def _regions(self, raw: bytes) -> list[tuple[int, int]]:
+        """The parts of raw, apart from each other, that all stretches in it are within."""
+        reach, found = 4 * self._size, list[tuple[int, int]]()
+        for begin, end in sorted((one[1], one[2]) for one in self._halves.find_matches_as_indexes(raw, True)):
+            if found and begin - reach <= found[-1][1]:
+                found[-1] = (found[-1][0], max(found[-1][1], end + reach))
+            else:
+                found.append((max(0, begin - reach), end + reach))
+        return found
+
+    def _join(self, positions: list[int], begin: int, end: int) -> None:
+        """Add the match begin..end - 1, in bytes of the split, of a stretch that stands at all these positions."""
+        self.effort -= len(positions)
+        if self.effort <= 0:
+            return
+        for i in positions:
+            shift = begin - self._offset[i]
+            run = self._open.get(shift)
+            if run is not None and run[1] == i - 1:
+                run[1], run[3] = i, end
+            else:
+                if run is not None:
+                    self._keep(run)
+                self._open[shift] = [i, i, begin, end]
 
     def _close(self, before: int) -> None:
         """Count the passages that end before this byte and so can grow no more."""

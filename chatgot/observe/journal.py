@@ -37,9 +37,12 @@ METRICS = (
     "perf/mfu",
     "mem/peak_gib",
     "data/tokens",
+    "sample/copied_fraction",
+    "sample/longest_copy",
     "goodput/wall_seconds",
 )
 """Every metric name. Losses in nats per token; tokens_per_sec over all ranks; peak_gib the maximum over ranks;
+copied_fraction of the characters drawn, in passages of 40 or more, longest_copy in characters, 0 where there is none;
 wall_seconds since the run's first start, what lies between two starts included (observe/goodput.py)."""
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

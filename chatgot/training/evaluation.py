@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from chatgot.config.run import TrainConfig
+from chatgot.data.copies import covered, search
 from chatgot.data.loader import IGNORE_INDEX, Batch
 from chatgot.data.prepared import PreparedData
 from chatgot.data.tokenizer import Tokenizer
@@ -21,6 +25,11 @@ from chatgot.model.generate import generate
 
 Sample = tuple[str, str]
 """A prompt and its continuation."""
+SEARCHED_TOKENS = 20_000_000
+"""Of the training split, from its beginning, in which copies in samples are looked for: a fraction of a second."""
+_EFFORT = 500_000
+_APART = "\U0010ffff"
+"""Between two samples: no character, so that it stands in no text."""
 
 
 class Interrupted(Exception):
@@ -125,6 +134,34 @@ def draw(
         module.train(was_training)
     ranks.agree(failed)
     return [(prompt, text) for _, prompt, text in sorted(one for share in ranks.gather(mine) for one in share)]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What samples have verbatim from the training text."""
+
+    passages: list[list[tuple[int, int]]]
+    """Begin and end in each continuation."""
+    metrics: dict[str, float]
+    searched_tokens: int
+
+
+def copied(samples: list[Sample], data: PreparedData) -> Copied:
+    """Look for what the model itself wrote in the first SEARCHED_TOKENS of the training split.
+
+    Raises:
+        ConfigError: the library ahocorasick_rs is missing.
+    """
+    written = [continued for _, continued in samples]
+    done = search(_APART.join(written), data, most=SEARCHED_TOKENS, effort=_EFFORT)
+    begins = list(itertools.accumulate((len(one) + 1 for one in written), initial=0))
+    passages: list[list[tuple[int, int]]] = [[] for _ in written]
+    for found in done.found:
+        index = bisect_right(begins, found.begin) - 1
+        passages[index].append((found.begin - begins[index], found.end - begins[index]))
+    characters, longest = sum(map(len, written)), max((one.end - one.begin for one in done.found), default=0)
+    share = covered(done.found) / characters if characters else 0.0
+    return Copied(passages, {"sample/copied_fraction": share, "sample/longest_copy": longest}, done.searched)
 
 
 def write_samples(path: Path, text: str) -> None:

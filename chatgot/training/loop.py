@@ -289,7 +289,7 @@ class Loop:
         with self._doing(f"sampling after step {step}", "sample"):
             train, context = self.config.train, self.config.model.max_seq_length
             args = (self.engine.engine, self.prompts, self.data.tokenizer, train, context, self.ranks, self._poll)
-            self.records.sampled(step, evaluation.draw(*args), self.out_dir)
+            self.records.sampled(step, evaluation.draw(*args), self.out_dir, self.data)
 
     @contextlib.contextmanager
     def _doing(self, what: str, pause: str) -> Iterator[None]:

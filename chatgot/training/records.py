@@ -14,6 +14,7 @@ from chatgot.devices import deterministic, device_name
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
 from chatgot.engine.step import TrainingEngine
+from chatgot.errors import ConfigError
 from chatgot.observe.goodput import Ledger
 from chatgot.observe.journal import Events, Journal, TolerantWriter, read_lines
 from chatgot.observe.progress import Progress
@@ -23,7 +24,7 @@ from chatgot.proof import digest
 from chatgot.proof.compare import Overlap, Proof, setup
 from chatgot.proof.fed import Order
 from chatgot.training import evaluation
-from chatgot.training.evaluation import Sample
+from chatgot.training.evaluation import Copied, Sample
 from chatgot.training.preparation import Resumed, TrainArguments
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Records:
     wandb: WandbRun | None = None
     ledger: Ledger | None = None
     report: ReportWriter | None = None
+    _finds_copies: bool = True
     _samples: TolerantWriter = field(default_factory=lambda: TolerantWriter("samples"))
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -67,17 +69,32 @@ class Records:
             self.wandb.log({"goodput/fraction": told["goodput"], **parts}, step)
         return told
 
-    def sampled(self, step: int, samples: list[Sample], out_dir: Path) -> None:
-        """Write samples/step-000500.txt, and show the beginning of the first sample."""
+    def sampled(self, step: int, samples: list[Sample], out_dir: Path, data: PreparedData) -> None:
+        """Write samples/step-000500.txt, show the beginning of the first sample, and journal what is copied."""
         if self.journal is None:
             return
-        path = out_dir / run_folder.SAMPLES / f"step-{step:06d}.txt"
+        path, copied = out_dir / run_folder.SAMPLES / f"step-{step:06d}.txt", self._copied(samples, data)
         text = "\n\n".join(f"=== {prompt!r}\n{prompt}{continued}" for prompt, continued in samples) + "\n"
         if self._samples.attempt(lambda: evaluation.write_samples(path, text)):
-            self.event("sampled", step=step, path=str(path.relative_to(out_dir)))
+            searched = (
+                {} if copied is None else {"searched_tokens": copied.searched_tokens, "of_tokens": len(data.train)}
+            )
+            self.event("sampled", step=step, path=str(path.relative_to(out_dir)), **searched)
         self.progress.say(f"sample at step {step}: {samples[0][0]}{samples[0][1][:200]}")
         if self.wandb is not None:
             self.wandb.log_text("samples", text, step)
+        if copied is not None:
+            self.metrics(step, copied.metrics)
+
+    def _copied(self, samples: list[Sample], data: PreparedData) -> Copied | None:
+        """What the samples have from the training text; None, said once, where it cannot be looked for."""
+        if self._finds_copies:
+            try:
+                return evaluation.copied(samples, data)
+            except ConfigError as error:
+                self._finds_copies = False
+                logger.warning(f"sample/copied_fraction and sample/longest_copy are left out: {error}")
+        return None
 
     def rolled_back(self, from_step: int, to_step: int, **fields: Any) -> None:
         """The run goes back to the checkpoint of `to_step`."""

@@ -8,7 +8,7 @@ import pytest
 
 from chatgot.config.run import DataConfig
 from chatgot.data import copies
-from chatgot.data.copies import Places, covered, find_copies
+from chatgot.data.copies import Places, covered, find_copies, search
 from chatgot.data.prepare import prepare
 
 KINDS = ["char", "byte", "bpe"]
@@ -85,3 +85,17 @@ def test_one_file_repeating_itself_is_counted_and_kept_in_part(tmp_path, monkeyp
     data = prepare(str(tmp_path / "t.txt"), tmp_path / "out", DataConfig())
     [one] = find_copies("x a line that stands there again x", data, 20)
     assert (one.count, [str(place) for place in one.places]) == (50, ["t.txt:1", "t.txt:2", "t.txt:3"])
+
+
+def test_texts_that_repeat_themselves_cost_no_more_than_the_effort(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(copies, "_WINDOW", 1000)
+    (tmp_path / "t.txt").write_text(words(800, 1).strip() + " " * 4000 + words(800, 2))
+    data = prepare(str(tmp_path / "t.txt"), tmp_path / "out", DataConfig(val_fraction=0.1))
+    whole = search(" " * 300, data, 20)
+    assert [(one.begin, one.end, one.count) for one in whole.found] == [(0, 300, 3701)]
+    assert whole.searched == len(data.train)
+    cut = search(" " * 300, data, 20, effort=100_000)
+    assert 0 < cut.searched < len(data.train)
+    monkeypatch.setattr(copies, "EFFORT", 100_000)
+    find_copies(" " * 300, data, 20)
+    assert f"looked for in {cut.searched} of {len(data.train)} tokens only" in caplog.text

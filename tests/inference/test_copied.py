@@ -22,7 +22,7 @@ from chatgot.training import run
 from tests.inference.test_chat import Terminal
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process
-from tests.training.in_process import argv
+from tests.training.in_process import argv, events, series
 
 STEPS, BATCH, BLOCK, SAVED = 160, 16, 32, 80
 PLANTED = "Zounds! the quick brown vixen jumped over nine lazy kings, and then no more"
@@ -45,7 +45,9 @@ def folder(tmp_path_factory) -> Path:
         lines = gibberish(4, seed).split("\n")
         (path / "texts" / name).write_text("\n".join([*lines, PLANTED, *lines[:1], ""]), encoding="utf-8")
     (path / "texts" / "third.txt").write_text(gibberish(3, 7), encoding="utf-8")
-    config = write_run_yaml(path / "run.yaml", model=MODEL, max_steps=STEPS, log_every=50, sample_prompts=["Zounds!"])
+    train = {"max_steps": STEPS, "log_every": 50, "sample_every": 40, "sample_max_new_tokens": DRAWN}
+    sampling = {"sample_prompts": ["Zounds!", "a"], "sample_temperature": 0.0}
+    config = write_run_yaml(path / "run.yaml", model=MODEL, **train, **sampling)
     saving = {"every_steps": SAVED, "every_minutes": None, "keep_best": 0, "keep_last": 9}
     tree = engine_json(batch=BATCH, micro=BATCH, chatgot={"checkpoint": saving, "schedule": {"type": "constant"}})
     tree["optimizer"]["params"]["lr"] = 1e-2
@@ -96,6 +98,30 @@ def test_the_steps_are_those_of_brute_force_up_to_the_checkpoint(folder, model):
             assert list(one.fed.whole) == expected
             assert set(one.fed.part) & set(expected) == set()
         assert any(one.fed.whole for one in span.places)
+
+
+def test_memorising_is_a_curve_of_the_journal(folder):
+    out = folder / "run"
+    shares, longest = series(out, "sample/copied_fraction"), series(out, "sample/longest_copy")
+    assert list(shares) == list(longest) == [40, 80, 120, 160]
+    assert (shares[40], longest[40]) == (0, 0)
+    whole = "".join((folder / "texts" / f"{name}.txt").read_text() for name in ("first", "second", "third"))
+    share = passage = 0
+    for sample_ in (out / "samples" / "step-000160.txt").read_text().split("=== ")[1:]:
+        prompt, _, text = sample_.partition("\n")
+        written = text.removesuffix("\n" if prompt == "'a'" else "\n\n")[len(prompt) - 2 :]
+        assert len(written) == DRAWN
+        held = set[int]()
+        for begin in range(DRAWN - 39):
+            end = begin + 40
+            while end <= DRAWN and written[begin:end] in whole:
+                held, passage, end = held | set(range(begin, end)), max(passage, end - begin), end + 1
+        share += len(held)
+    assert passage > 50
+    assert longest[160] == passage
+    assert shares[160] == share / (2 * DRAWN)
+    sampled = [event for event in events(out, "sampled") if event["step"] == 160][-1]
+    assert sampled["searched_tokens"] == sampled["of_tokens"] > 500
 
 
 def test_nothing_is_marked_in_what_stands_nowhere(folder, model):

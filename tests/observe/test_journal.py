@@ -77,6 +77,8 @@ def test_the_metric_names_are_those_that_scripts_rely_on():
         "perf/mfu",
         "mem/peak_gib",
         "data/tokens",
+        "sample/copied_fraction",
+        "sample/longest_copy",
         "goodput/wall_seconds",
     )
 

@@ -1,0 +1,64 @@
+"""How long `--mark_copied` takes to find what a sample has verbatim from its training text, with places."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chatgot.bench import measuring
+from chatgot.bench.prepare import generate
+
+COPIED = 300
+"""Characters of the sample that stand in the text; the others are drawn from its letters."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search generated ASCII, and print seconds and peak memory by tokenizer as a markdown table."""
+    parser = measuring.suite_parser("copies", __doc__)
+    parser.add_argument("--megabytes", type=int, default=100, help="size of the generated text (default: 100)")
+    parser.add_argument("--characters", type=int, default=1000, help="length of the sample (default: 1000)")
+    parser.add_argument("--tokenizers", nargs="+", default=["char", "byte", "bpe"], metavar="KIND")
+    parser.add_argument("--rounds", type=int, default=5, help="searches; median, fastest and slowest are printed")
+    parser.add_argument("--measure", nargs=2, metavar=("PREPARED", "ROUNDS"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.measure:
+        print(json.dumps(_measure(Path(args.measure[0]), int(args.measure[1]), args.characters)))
+        return 0
+    from chatgot.config.run import DataConfig
+    from chatgot.data.prepare import prepare
+
+    print(f"{args.megabytes} MB of ASCII, a sample of {args.characters} characters; {measuring.describe_machine()}\n")
+    measuring.print_head("tokenizer", "s", "fastest .. slowest", "peak RSS MB")
+    with tempfile.TemporaryDirectory(prefix="chatgot-bench-") as folder:
+        text = Path(folder) / "text.txt"
+        generate(text, args.megabytes * 1_000_000, seed=0)
+        for kind in args.tokenizers:
+            out = Path(folder) / kind
+            prepare(str(text), out, DataConfig(tokenizer=kind, val_fraction=0.001))
+            words = ("--measure", str(out), str(args.rounds), "--characters", str(args.characters))
+            found = measuring.in_own_process("copies", *words)
+            seconds = found["seconds"]
+            span = f"{min(seconds):.2f} .. {max(seconds):.2f}"
+            measuring.print_row(kind, f"{statistics.median(seconds):.2f}", span, f"{found['peak_rss_mb']:.0f}")
+    return 0
+
+
+def _measure(prepared: Path, rounds: int, characters: int) -> dict[str, Any]:
+    """Seconds of each search, and the process's peak memory."""
+    from chatgot.data.copies import find_copies
+    from chatgot.data.prepared import open_prepared
+    from chatgot.observe.meters import peak_memory_gib
+
+    data, rng = open_prepared(prepared), random.Random(0)
+    copied = data.tokenizer.decode(data.train[-10 * COPIED : -9 * COPIED])[:COPIED]
+    sample = copied + "".join(rng.choices("etaoin shrdlu", k=characters - len(copied)))
+    seconds = []
+    for _ in range(rounds):
+        seconds.append(measuring.timed(lambda: find_copies(sample, data)))
+    return {"seconds": seconds, "peak_rss_mb": peak_memory_gib("cpu") * 2**30 / 1e6}
