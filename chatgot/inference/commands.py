@@ -30,6 +30,7 @@ def add_commands(command: Command) -> None:
     add("--max_tokens", type=count, default=4096, metavar="N", help="tokens of a reply at most (default: 4096)")
     add("--max_seconds", type=duration, default=300.0, metavar="S", help="of a request, waiting too (default: 300)")
     add("--max_body", type=count, default=1 << 20, metavar="BYTES", help="of a request (default: 1 MiB)")
+    copies_arguments(add)
 
 
 def _model(add: Add) -> None:

@@ -1,7 +1,7 @@
-"""OpenAI's completions over a batch: what a request may ask, and the answers, whole or as a stream.
+"""OpenAI's completions over a batch: the answers, whole or as a stream.
 
-Beyond OpenAI's keys: `top_k`, `seed` in every answer, and `ended_by` beside `finish_reason`, which has no word for
-a limit of time.
+Beyond OpenAI's keys: `top_k`; `seed` in every answer; `ended_by` beside `finish_reason`, which has no word for a limit
+of time; and with `mark_copied`, `copied` in every choice that has ended.
 """
 
 from __future__ import annotations
@@ -12,111 +12,13 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, NamedTuple
 
 from chatgot.data.tokenizer import Tokenizer
-from chatgot.errors import ConfigError, quoted
 from chatgot.inference.batching import Alternatives, Batch, End, Generation
+from chatgot.inference.copy_finder import CopyFinder
 from chatgot.inference.reply import Reply
-
-Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
-Whole = Annotated[int, Field(strict=True)]
-TokenId = Annotated[int, Field(strict=True, ge=0)]
-Text = Annotated[str, Field(strict=True)]
-StopText = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
-MOST_ALTERNATIVES = 20
-
-
-class RefusedError(Exception):
-    """An answer that is an error: HTTP status, message, and the parameter that it is about."""
-
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param = status, param
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """In OpenAI's form."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.status}}
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
-    """Accepted; nothing is added to a stream."""
-
-
-class CompletionRequest(BaseModel):
-    """The body of POST /v1/completions. A key that would be ignored is refused."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-    model: Text | None = None
-    prompt: Text | list[TokenId] | list[Text] | list[list[TokenId]]
-    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = 16
-    temperature: Annotated[Number, Field(ge=0, le=100)] | None = 1.0
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=128)] | None = 1
-    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    stream: Annotated[bool, Field(strict=True)] | None = False
-    stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_ALTERNATIVES)] | None = None
-    echo: Annotated[bool, Field(strict=True)] | None = False
-    user: Text | None = None
-    best_of: Whole | None = None
-    suffix: Text | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
-
-
-def read_request(body: bytes, most_tokens: int) -> CompletionRequest:
-    """Check a request's body. Raises RefusedError (400) with the first thing that is wrong."""
-    try:
-        request = CompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=True)[0]
-        key = str(first["loc"][0]) if first["loc"] else None
-        what = (
-            f"{key} = {quoted(first['input'])}: " if key and first["type"] != "missing" else f"{key}: " if key else ""
-        )
-        raise RefusedError(400, f"{what}{first['msg']}", key) from None
-    for key in ("suffix", "presence_penalty", "frequency_penalty", "logit_bias"):
-        if getattr(request, key):
-            raise RefusedError(400, f"{key}: is not supported; leave it out", key)
-    if request.best_of not in (None, request.n or 1):
-        raise RefusedError(400, f"best_of = {request.best_of}: is not supported beyond n = {request.n or 1}", "best_of")
-    if request.echo and request.logprobs is not None:
-        raise RefusedError(400, "echo with logprobs: probabilities of the prompt are not supported", "echo")
-    if (request.max_tokens or 16) > most_tokens:
-        raise RefusedError(400, f"max_tokens = {request.max_tokens}: at most {most_tokens} here", "max_tokens")
-    return request
-
-
-def read_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
-    """Tokens of each prompt. Raises RefusedError (400) for one that is empty or cannot be encoded."""
-    given = request.prompt
-    prompts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-    found: list[list[int]] = []
-    for prompt in prompts:
-        try:
-            ids = tokenizer.encode_prompt(prompt).tolist() if isinstance(prompt, str) else list(prompt)
-        except ConfigError as error:
-            raise RefusedError(400, str(error), "prompt") from None
-        if wrong := [token for token in ids if token >= tokenizer.vocab_size]:
-            vocabulary = f"the vocabulary has {tokenizer.vocab_size}"
-            raise RefusedError(400, f"prompt: token {wrong[0]} does not exist, {vocabulary}", "prompt")
-        if not ids:
-            raise RefusedError(400, "prompt: is empty; give the beginning of a text", "prompt")
-        found.append(ids)
-    if not found:
-        raise RefusedError(400, "prompt: is an empty list; give the beginning of a text", "prompt")
-    return found
+from chatgot.inference.requests import CompletionRequest, RefusedError
 
 
 class Piece(NamedTuple):
@@ -132,10 +34,16 @@ class Completion:
     """A request under way. Made in the event loop; the batch's thread adds pieces."""
 
     def __init__(
-        self, request: CompletionRequest, prompts: list[list[int]], tokenizer: Tokenizer, name: str, seconds: float
+        self,
+        request: CompletionRequest,
+        prompts: list[list[int]],
+        tokenizer: Tokenizer,
+        name: str,
+        seconds: float,
+        finder: CopyFinder | None = None,
     ) -> None:
-        """`prompts` in tokens; `seconds` from now to the end of them all."""
-        self._request, self._tokenizer = request, tokenizer
+        """`prompts` in tokens; `seconds` from now to the end of them all; `finder`: where mark_copied is asked for."""
+        self._request, self._tokenizer, self._finder = request, tokenizer, finder
         self.id, self._created, self._name = f"cmpl-{secrets.token_hex(12)}", int(time.time()), name
         self.seed = secrets.randbits(31) if request.seed is None else request.seed % 2**63
         self._loop = asyncio.get_running_loop()
@@ -208,8 +116,8 @@ class Completion:
             tokens[piece.choice] += piece.tokens
             ends[piece.choice] = piece.end or ends[piece.choice]
         choices = [
-            self._choice(index, self._echoed(index) + texts[index], tokens[index], ends[index])
-            for index in range(len(self.generations))
+            self._choice(index, self._echoed(index) + text, tokens[index], ends[index], await self._copied(index, text))
+            for index, text in enumerate(texts)
         ]
         return {**self._answer(choices), "usage": self._usage()}
 
@@ -219,10 +127,13 @@ class Completion:
         more = {"usage": None} if with_usage else {}
         for index in range(len(self.generations)):
             if self._request.echo:
-                yield _event({**self._answer([self._choice(index, self._echoed(index), [], None)]), **more})
+                yield _event({**self._answer([self._choice(index, self._echoed(index), [], None, {})]), **more})
+        texts = ["" for _ in self.generations]
         try:
             async for piece in self.pieces(batch):
-                choice = self._choice(piece.choice, piece.text, piece.tokens, piece.end)
+                texts[piece.choice] += piece.text
+                copied = await self._copied(piece.choice, texts[piece.choice]) if piece.end else {}
+                choice = self._choice(piece.choice, piece.text, piece.tokens, piece.end, copied)
                 yield _event({**self._answer([choice]), **more})
         except RefusedError as error:
             yield _event(error.body)
@@ -243,11 +154,22 @@ class Completion:
         sums = {"prompt_tokens": self._prompt_tokens, "completion_tokens": drawn}
         return {**sums, "total_tokens": self._prompt_tokens + drawn}
 
-    def _choice(self, index: int, text: str, tokens: list[dict[str, Any]], end: End | None) -> dict[str, Any]:
+    async def _copied(self, index: int, text: str) -> dict[str, Any]:
+        """What a choice says of its copies; their places are counted from its first new character."""
+        if self._finder is None:
+            return {}
+        prompt = self._tokenizer.decode(self._prompts[index])
+        copies = (await self._finder.find(prompt + text, after=len(prompt)))["copies"]
+        begins = len(prompt)
+        return {"copied": [{**one, "begin": one["begin"] - begins, "end": one["end"] - begins} for one in copies]}
+
+    def _choice(
+        self, index: int, text: str, tokens: list[dict[str, Any]], end: End | None, more: dict[str, Any]
+    ) -> dict[str, Any]:
         reason = None if end is None else "stop" if end == "stop" else "length"
         logprobs = None if self._request.logprobs is None else self._logprobs(tokens)
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return choice if end is None else {**choice, "ended_by": end}
+        return choice if end is None else {**choice, "ended_by": end, **more}
 
     def _logprobs(self, tokens: list[dict[str, Any]]) -> dict[str, list[Any]]:
         return {

@@ -43,6 +43,12 @@ class Span:
     places: tuple[FedPlace, ...]
     """The first PLACES, in reading order."""
 
+    @property
+    def where(self) -> str:
+        """'stands 2 times, in first.txt:5, fed in step 7; second.txt:5, fed in step 8'."""
+        times = "" if self.count == 1 else f"{self.count} times, "
+        return f"stands {times}in " + "; ".join(map(str, self.places[:_LISTED])) + "; ..." * (self.count > _LISTED)
+
 
 class TrainingText:
     """The text that a checkpoint was trained on. Opened once, searched as often as wanted."""
@@ -128,10 +134,8 @@ def listed(text: str, spans: list[Span], min_characters: int, drawn: int) -> str
     total = covered(spans, since=first)
     lines = [f"copied: {total} of {drawn} characters ({total / drawn:.0%}) stand in the training text word for word"]
     for number, span in enumerate(spans, start=1):
-        times = "" if span.count == 1 else f"{span.count} times, "
-        where = "; ".join(map(str, span.places[:_LISTED])) + "; ..." * (span.count > _LISTED)
         begins = text[span.begin : min(span.end, span.begin + 40)]
-        lines.append(f"  [{number}] {span.end - span.begin} characters, {begins!r}: stands {times}in {where}")
+        lines.append(f"  [{number}] {span.end - span.begin} characters, {begins!r}: {span.where}")
     return "\n".join(lines)
 
 

@@ -32,14 +32,19 @@ class ServeArguments:
     max_body: int = 1 << 20
     tag: str | None = None
     device: str = "auto"
+    mark_copied: int | None = None
+    """Look for passages of at least so many characters that stand in the training text; None: don't."""
+    data: str | None = None
+    """The training text, as for --data of train.py; None: where the run had it."""
 
 
 def serve(arguments: ServeArguments) -> None:
     """Load the model and answer until Ctrl-C or SIGTERM.
 
     Raises:
-        ConfigError: starlette or uvicorn is missing, or a value out of range.
+        ConfigError: starlette, uvicorn or, to mark copies, ahocorasick_rs is missing, or a value out of range.
         CheckpointError: see `load_run`.
+        DataError: copies are to be marked, and the training text is not at hand.
         MachineError: the address cannot be listened on.
     """
     if not 0 <= arguments.port < 65536:
@@ -49,23 +54,34 @@ def serve(arguments: ServeArguments) -> None:
     try:
         import uvicorn
 
+        from chatgot.inference.copy_finder import CopyFinder
         from chatgot.inference.server import Limits, Served, application
+
+        if arguments.mark_copied:
+            import ahocorasick_rs  # noqa: F401  (it is used with the first text, and is missed at once)
     except ImportError as error:
-        raise ConfigError(f"chatgot serve needs starlette and uvicorn ({error}); pip install -e .[serve]") from error
+        extras = ".[serve,copies]" if arguments.mark_copied else ".[serve]"
+        raise ConfigError(f"chatgot serve: {error}; pip install -e {extras}") from error
     from chatgot.inference.batching import Batch
+    from chatgot.inference.copied import training_text
     from chatgot.inference.sample import load_run
 
     listening = _listen(arguments.host, arguments.port)
     address = listening.getsockname()[0]
     token = os.environ.get(TOKEN) or (None if _is_loopback(address) else secrets.token_urlsafe(24))
     loaded = load_run(arguments.run, arguments.tag, arguments.device)
+    finder, marking = None, arguments.mark_copied
+    if marking is not None:
+        finder = CopyFinder(training_text(arguments.run, loaded.checkpoint, arguments.data), marking)
     batch = Batch(loaded.gpt, arguments.streams, arguments.queue)
     name = arguments.run.resolve().name
     config = loaded.gpt.config
     about = {"id": name, "object": "model", "created": int(arguments.run.stat().st_mtime), "owned_by": "chatgot"}
     size = {"max_model_len": config.max_seq_length, "vocab_size": loaded.gpt.vocab_size}
     limits = Limits(arguments.max_tokens, arguments.max_seconds, arguments.max_body)
-    served = Served(batch, loaded.tokenizer, limits, {**about, **size, "max_tokens": limits.tokens})
+    served = Served(
+        batch, loaded.tokenizer, limits, {**about, **size, "max_tokens": limits.tokens, "mark_copied": marking}, finder
+    )
     names = {"localhost", arguments.host, *arguments.allow_host}
     if not _is_loopback(address):
         names |= {socket.gethostname(), socket.getfqdn()}

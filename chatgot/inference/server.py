@@ -25,7 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.inference.batching import Batch, QueueFullError
-from chatgot.inference.completions import Completion, RefusedError, read_prompts, read_request
+from chatgot.inference.completions import Completion
+from chatgot.inference.copy_finder import CopyFinder
+from chatgot.inference.requests import CopiedRequest, RefusedError, read_body, read_prompts, read_request
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
@@ -49,6 +51,8 @@ class Served(NamedTuple):
     limits: Limits
     model: dict[str, Any]
     """As /v1/models lists it; `id` is its name."""
+    finder: CopyFinder | None = None
+    """Of passages that stand in the training text; None: they are not looked for."""
 
 
 def application(served: Served, hosts: Collection[str], token: str | None) -> ASGIApp:
@@ -77,6 +81,16 @@ def application(served: Served, hosts: Collection[str], token: str | None) -> AS
         _check_name(request.path_params["name"], served)
         return JSONResponse(served.model)
 
+    def finder_of_copies(param: str | None = None) -> CopyFinder:
+        if served.finder is None:
+            raise RefusedError(400, "copies are not looked for: start chatgot serve with --mark_copied", param)
+        return served.finder
+
+    async def copied(request: Request) -> Response:
+        finder = finder_of_copies()
+        asked = read_body(CopiedRequest, await _body(request, served.limits.body_bytes))
+        return JSONResponse(await finder.find(asked.text))
+
     async def completions(request: Request) -> Response:
         asked = read_request(await _body(request, served.limits.body_bytes), served.limits.tokens)
         _check_name(asked.model, served)
@@ -84,7 +98,8 @@ def application(served: Served, hosts: Collection[str], token: str | None) -> AS
         most = served.batch.streams + served.batch.most_waiting
         if (texts := len(prompts) * (asked.n or 1)) > most:
             raise RefusedError(400, f"{texts} texts in one request (prompts x n): at most {most} here", "n")
-        work = Completion(asked, prompts, served.tokenizer, served.model["id"], served.limits.seconds)
+        finder = finder_of_copies("mark_copied") if asked.mark_copied else None
+        work = Completion(asked, prompts, served.tokenizer, served.model["id"], served.limits.seconds, finder)
         try:
             served.batch.submit(work.generations)
         except QueueFullError:
@@ -99,6 +114,7 @@ def application(served: Served, hosts: Collection[str], token: str | None) -> AS
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/copied", copied, methods=["POST"]),
     ]
     app = Starlette(routes=routes, exception_handlers={RefusedError: _refuse, HTTPException: _refuse_http})
     return Gate(app, hosts, token)

@@ -15,7 +15,7 @@ from tests.support import ROOT, engine_json, environment, write_json, write_run_
 from tests.training import in_process
 from tests.training.in_process import argv
 
-STREAMS, QUEUE = 4, 6
+STREAMS, QUEUE, COPIED = 4, 6, 30
 
 
 class Server(NamedTuple):
@@ -25,6 +25,8 @@ class Server(NamedTuple):
     url: str
     model: LoadedModel
     """The same one, here."""
+    text: str
+    """That it was trained on."""
 
 
 def start(*arguments: str | Path, **variables: str) -> tuple[subprocess.Popen[str], str]:
@@ -52,8 +54,9 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(served_run: Path) -> Iterator[Server]:
     """One server for all tests."""
-    process, url = start(served_run, "--streams", str(STREAMS), "--queue", str(QUEUE))
+    process, url = start(served_run, "--streams", str(STREAMS), "--queue", str(QUEUE), "--mark_copied", str(COPIED))
+    text = (served_run.parent / "text.txt").read_text(encoding="utf-8")
     with process:
-        yield Server(process, url.rstrip("/"), load_run(served_run, device="cpu"))
+        yield Server(process, url.rstrip("/"), load_run(served_run, device="cpu"), text)
         process.terminate()
         assert process.wait(60) == 0

@@ -153,6 +153,27 @@ def test_alternatives_are_shown_under_the_mouse_and_at_the_caret(page: Page) -> 
     assert len(page.driver.find_elements(By.CLASS_NAME, "drawn")) == 17
 
 
+def test_what_stands_in_the_training_text_is_marked_with_its_place(page: Page, server: Server) -> None:
+    line = next(one for one in server.text.split("\n") if len(one) > 50)
+    page("text").send_keys(f"No. {line[:45]}")
+    page.set("max_tokens", "1")
+    page.reply()
+    page.until(lambda _: page.driver.find_elements(By.CSS_SELECTOR, "#copies li"))
+    (item,) = page.driver.find_elements(By.CSS_SELECTOR, "#copies li")
+    assert line[:45] in item.text
+    assert f"stands in text.txt:{server.text[: server.text.index(line)].count(chr(10)) + 1}, " in item.text
+    marks = "".join(
+        str(part.get_property("textContent")) for part in page.driver.find_elements(By.CLASS_NAME, "copied")
+    )
+    assert line[:45] in marks
+    page("text").send_keys(Keys.HOME, "w", Keys.END)
+    assert page.driver.find_elements(By.CLASS_NAME, "copied") == []
+    page.set("max_tokens", "20")
+    page.driver.execute_script("arguments[0].value = 'w'; arguments[0].oninput()", page("text"))
+    page.reply()
+    page.until(lambda _: page("copies_none").is_displayed())
+
+
 def test_a_refusal_is_shown(page: Page) -> None:
     page("text").send_keys("Ω")
     page("go").click()

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chatgot.inference.sample import LoadedModel
-from tests.inference.conftest import QUEUE, STREAMS, Server, start
+from tests.inference.conftest import COPIED, QUEUE, STREAMS, Server, start
 
 PROMPT = "The night"
 LONG = {"prompt": PROMPT, "max_tokens": 4096, "stream": True}
@@ -123,6 +123,32 @@ def test_stop_texts_end_it_and_are_left_out(client: openai.OpenAI, server: Serve
     pieces = [piece.choices[0] for piece in client.completions.create(**asked, stream=True)]
     assert "".join(piece.text for piece in pieces) == before
     assert [piece.finish_reason for piece in pieces][-2:] == [None, "stop"]
+
+
+def test_copies_of_the_training_text_are_told_with_their_place(client: openai.OpenAI, server: Server) -> None:
+    passage = server.text[100:150]
+    answer = httpx.post(f"{server.url}/v1/copied", json={"text": f"§ {passage} §"}).json()
+    (copy,) = answer["copies"]
+    assert (answer["min_characters"], copy["begin"], copy["end"], copy["count"]) == (COPIED, 1, 52, 1)
+    line = server.text[:100].count("\n") + 1
+    assert copy["where"].startswith(f"stands in text.txt:{line}, ")
+    (place,) = copy["places"]
+    assert (place["file"], place["line"]) == ("text.txt", line)
+    assert httpx.post(f"{server.url}/v1/copied", json={"text": "nothing of it " * 9}).json()["copies"] == []
+    assert httpx.post(f"{server.url}/v1/copied", json={"txt": passage}).status_code == 400
+
+    def goes_on(end: int) -> bool:  # as the training text does
+        prompt = server.text[end - 40 : end]
+        return expected(server.model, prompt, 1, temperature=0.0)[0] == server.text[end]
+
+    end = next(end for end in range(40, 2000) if goes_on(end))
+    asked: dict[str, Any] = {"prompt": server.text[end - 40 : end], "temperature": 0, "max_tokens": 1}
+    asked["extra_body"] = {"mark_copied": True}
+    (choice,) = client.completions.create(model="run", **asked).model_dump()["choices"]
+    (copy,) = choice["copied"]
+    assert (copy["begin"], copy["end"]) == (-40, 1)
+    *_, last = client.completions.create(model="run", **asked, stream=True)
+    assert last.model_dump()["choices"][0]["copied"] == [copy]
 
 
 @pytest.mark.parametrize(
