@@ -27,6 +27,7 @@ from chatgot.launcher.arguments import (
     overrides_argument,
 )
 from chatgot.launcher.entry import escape_unwritable, guarded, refuse_wrong_settings, settle_environment
+from chatgot.tuning.commands import add_checks
 from chatgot.version import __version__
 
 TRAIN_EPILOG = """overrides stand anywhere among the flags and edit the one home of a key:
@@ -62,6 +63,8 @@ def train_parser() -> argparse.ArgumentParser:
     add("--max_minutes", type=duration, metavar="T", help=limit)
     hang = "end with exit 6 when a rank makes no progress for so many seconds, and say where all of them are"
     add("--hang_timeout", type=duration, default=300.0, metavar="S", help=f"{hang} (default: 300; 0: never)")
+    lines = "of what is printed: text, with a bar on a terminal, or json, an object a line"
+    add("--log_format", choices=("text", "json"), default="text", help=f"{lines} (default: text)")
     add("--run_name", help="name on the dashboard (default: the run folder's name)")
     add("--debug", action="store_true", help="show the traceback of a refusal")
     add("--local_rank", "--local-rank", type=int, help="set by launchers")
@@ -180,45 +183,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("--terminal", action="store_true", help="show it in the terminal instead of writing a file")
     add("--follow", action="store_true", help="in the terminal, again and again until the run ends")
 
-    add = command("check", _check, "say everything about a DeepSpeed JSON before anything runs")
-    add("json", nargs="?", metavar="JSON", help="the DeepSpeed JSON, or the name of a shipped one")
-    add("--config", metavar="NAME|YAML", help="a preset or run YAML: gives the model's size, and with it bucket sizes")
-    add("--vocab_size", type=count, help="of the model in --config (default: the bpe tokenizer's, else 256)")
-    add("--world_size", type=count, default=1, metavar="N", help="number of ranks (default: 1)")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="of the run (default: this machine's)")
-    overrides_argument(add)
-    add("--strict", action="store_true", help="every warning about the JSON is an error")
-    add("--format", default="text", choices=("text", "json"), help="json: for editors and CI")
-    add("--effective", action="store_true", help="print every value in use and where it comes from")
-    table = "print what of a stock JSON is passed on, adapted and refused, as a table; needs no JSON"
-    add("--rules", action="store_true", help=table)
-    add("--explain", metavar="KEY", help="what a key does, its default, what it interacts with; needs no JSON")
-
-    add = command("plan", _plan, "memory, speed and checkpoint size of a run, before it starts")
-    how = "how it is run: a DeepSpeed JSON, or the name of a shipped one; with --sweep a folder"
-    add("deepspeed_config", nargs="?", type=Path, metavar="JSON", help=how)
-    config_argument(add, "what is trained: a preset or a run YAML")
-    add("--world_size", type=int, default=1, metavar="N", help="number of ranks (default: 1)")
-    add("--device", default="h200", metavar="NAME|BYTES", help="h200, rtx4090, ..., cpu, or 24GiB (default: h200)")
-    overrides_argument(add)
-    add("--vocab_size", type=int, metavar="V", help="of the tokenizer (default: what the YAML says of it)")
-    add("--sweep", action="store_true", help="a table of all JSONs that ship, or of those in the folder given")
-    add("--format", default="text", choices=("text", "json"), help="json: for programs, in bytes")
-
-    add = command("tune", _tune, "find the micro-batch, ZeRO stage and other settings that train fastest")
-    how = "a DeepSpeed JSON, or the name of a shipped one; its global batch stays"
-    add("deepspeed_config", type=Path, metavar="JSON", help=how)
-    config_argument(add, "the model: a preset or a run YAML")
-    add("--data", default="wars_of_the_roses", metavar="SPEC", help="as for train; only its vocabulary matters")
-    add("--world_size", type=count, default=1, metavar="N", help="ranks, all on this machine (default: 1)")
-    add("--out", type=Path, metavar="PATH", help="write the fastest that fits as a ready JSON")
-    sizes = "only these (default: all that make the global batch)"
-    add("--micro_batches", type=count, nargs="+", metavar="N", help=sizes)
-    add("--stages", type=int, nargs="+", choices=range(4), help="ZeRO stages (default: all; with one rank the JSON's)")
-    add("--recomputation", nargs="+", choices=("off", "on"), help="activation checkpointing (default: both)")
-    add("--compile", nargs="+", choices=("off", "on"), help="torch.compile (default: both, on a CPU off)")
-    add("--steps", type=count, default=4, metavar="K", help="optimizer steps of a measurement (default: 4)")
-    add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
+    add_checks(command)
 
     add = command("rehearse", _rehearse, "run everything once with a small model on this CPU, before the queue does")
     add("deepspeed_config", type=Path, metavar="JSON", help="the run's DeepSpeed JSON, or the name of a shipped one")
@@ -234,19 +199,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     return parser, commands.choices
 
 
-def _show_log() -> None:
-    """Print what the package logs, as a run does."""
-    from chatgot.observe.progress import Progress, show_log
-
-    show_log(Progress(0))
-
-
 def _prepare(arguments: argparse.Namespace) -> None:
     from chatgot.config.overrides import parse_overrides
     from chatgot.config.run import load_run_config
     from chatgot.data.prepare import prepare
+    from chatgot.observe.progress import show_log
 
-    _show_log()
+    show_log()
     config = load_run_config(arguments.config, parse_overrides(arguments.overrides)[0])
     prepared = prepare(arguments.text, arguments.out, config.data, block_size=config.model.max_seq_length)
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
@@ -254,53 +213,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from chatgot.export.export import ExportArguments, export
+    from chatgot.observe.progress import show_log
 
-    _show_log()
+    show_log()
     name_checkpoint(arguments)
     export(given_to(ExportArguments, arguments))
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from chatgot.config.overrides import parse_overrides
-    from chatgot.config.run import RunConfig, load_run_config
-    from chatgot.deepspeed_json import check
-    from chatgot.deepspeed_json.explain import explain, verdict_table
-    from chatgot.devices import assumed_device
-    from chatgot.errors import ConfigError
-    from chatgot.model.shapes import count_parameters
-
-    if arguments.rules or arguments.explain is not None:
-        print(verdict_table(with_reasons=True) if arguments.rules else explain(arguments.explain, RunConfig))
-        return EXIT_DONE
-    if arguments.json is None:
-        raise ConfigError("chatgot check: give a DeepSpeed JSON, for example bf16_zero1; or --explain KEY")
-    run_overrides, ds_overrides, refused, n_params, max_steps = {}, {}, (), None, None
-    try:
-        run_overrides, ds_overrides = parse_overrides(arguments.overrides)
-    except ConfigError as error:
-        refused = check.findings_of(error, "--set")
-    try:
-        config = load_run_config(arguments.config or "tiny", run_overrides)
-        vocab_size = arguments.vocab_size or (config.data.bpe_vocab_size if config.data.tokenizer == "bpe" else 256)
-        if arguments.config:
-            n_params, max_steps = count_parameters(config.model, vocab_size), config.train.max_steps
-    except ConfigError as error:
-        refused += check.findings_of(error, "--config")
-    facts = assumed_device(arguments.device)
-    size = {"world_size": arguments.world_size, "n_params": n_params, "max_steps": max_steps}
-    report = check.check(arguments.json, ds_overrides, facts=facts, strict=arguments.strict, **size)
-    report = replace(report, findings=(*refused, *report.findings))
-    lines = check.as_text(report, arguments.effective) if arguments.format == "text" else None
-    print("\n".join(lines) if lines else check.as_json(report, arguments.effective))
-    return report.exit_code
-
-
-def _tune(arguments: argparse.Namespace) -> None:
-    from chatgot.deepspeed_json.read import find_json
-    from chatgot.tuning.tune import TuneArguments, tune
-
-    _show_log()
-    tune(replace(given_to(TuneArguments, arguments), deepspeed_config=find_json(arguments.deepspeed_config)))
 
 
 def _rehearse(arguments: argparse.Namespace) -> int:
@@ -333,12 +250,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from chatgot.observe.terminal import report_or_show
 
     report_or_show(arguments.runs, arguments.out, arguments.terminal, arguments.follow)
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from chatgot.plan.command import PlanArguments, plan
-
-    print(plan(given_to(PlanArguments, arguments)))
 
 
 def _presets(arguments: argparse.Namespace) -> None:

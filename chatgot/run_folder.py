@@ -208,15 +208,6 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def describe(run: dict[str, Any], engine: dict[str, Any]) -> list[str]:
-    """Show the resolved settings as lines for the log, one per section of run.yaml and one for the JSON."""
-    lines = []
-    for name, section in (*run.items(), ("ds", engine)):
-        pairs = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flattened(section).items())
-        lines.append(f"settings: {name}: {', '.join(pairs)}")
-    return lines
-
-
 @dataclass
 class _Held:
     """A run folder that a run of this process writes into."""

@@ -123,4 +123,4 @@ def describe_schedule(max_steps: int, config: ScheduleConfig, lr: float) -> str:
     rates = (
         f"{first:.3g} -> {max(first, warmed):.3g} over {config.warmup_steps} steps -> {last:.3g} at step {max_steps}"
     )
-    return f"learning rate: {config.type}, {rates}"
+    return f"{config.type}, {rates}"

@@ -115,7 +115,7 @@ class LineFile:
         gap = []
         if self._lost:
             gap = [{"step": max(self._lost), "lost_lines": len(self._lost), "lost_from_step": min(self._lost)}]
-        lines = [json.dumps(_finite(record), allow_nan=False) for record in (*gap, *records)]
+        lines = [json.dumps(finite(record), allow_nan=False) for record in (*gap, *records)]
         if not self._writer.attempt(lambda: self._write("".join(f"{line}\n" for line in lines).encode("ascii"))):
             self._lost += [record.get("step", 0) for record in records]
         else:
@@ -323,12 +323,12 @@ def newest_metrics(path: str | os.PathLike) -> tuple[int | None, set[str]]:
     return newest, names
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Write non-finite floats as strings and paths as text, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return str(value) if isinstance(value, Path) else value

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from datetime import datetime, timezone
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from chatgot.observe.journal import finite
 
 
 class _Bar(tqdm):
@@ -34,7 +38,9 @@ class Progress:
         enabled: bool = True,
         stream: TextIO | None = None,
         on_quiet: Callable[[str], None] | None = None,
+        log_format: str = "text",
     ) -> None:
+        """Args: log_format: "text", or "json": an object a line instead, for programs, and no bar."""
         self.max_steps = max_steps
         self._start_step = start_step
         self._on_quiet = on_quiet
@@ -44,9 +50,11 @@ class Progress:
         self._stream: TextIO | None = stream if enabled else None
         if enabled and self._stream is None:
             self._go_quiet("there is no standard output")
+        self._json = log_format == "json"
         self._on_terminal = False
         with self._quiet_if_gone():
-            self._on_terminal = self._stream is not None and self._stream.isatty()
+            self._on_terminal = self._stream is not None and self._stream.isatty() and not self._json
+        self._colour = self._on_terminal and not os.environ.get("NO_COLOR")
 
     def step(self, step: int) -> None:
         """Optimizer step `step` is done: moves the bar. Prints nothing in a log."""
@@ -69,21 +77,53 @@ class Progress:
                 )
             self._bar.update(step - self._bar.n)
 
-    def line(self, step: int, metrics: Mapping[str, float | int | None], eta_seconds: float | None = None) -> None:
-        """Show a step's metrics (names of observe.journal.METRICS): beside the bar, or as one line in a log."""
-        parts = describe(metrics)
+    def line(
+        self,
+        step: int,
+        metrics: Mapping[str, float | int | None],
+        eta_seconds: float | None = None,
+        next_save: str | None = None,
+    ) -> None:
+        """Show a step's metrics (names of observe.journal.METRICS): beside the bar, or as one line in a log, whose
+        numbers stand below each other.
+
+        Args:
+            eta_seconds: what is left of the run.
+            next_save: when it is saved next, for the bar.
+        """
+        if self._json:
+            self._object(step=step, of=self.max_steps, **metrics, eta_seconds=eta_seconds)
+            return
+        bar = self._on_terminal and not self._closed
+        parts = [part if bar else f"{part:>{width}}" for part, width in zip(*described(metrics))]
         if eta_seconds is not None:
             parts.append(f"ETA {human_seconds(eta_seconds)}")
-        if self._on_terminal and not self._closed:
-            self.step(step)
-            if self._bar is not None:
-                with self._quiet_if_gone():
-                    self._bar.set_postfix_str(" | ".join(parts))
-        else:
-            self.say(" | ".join([f"step {step}/{self.max_steps}", *parts]))
+        if not bar:
+            done = f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"
+            self.say(" | ".join([done, *parts]))
+            return
+        self.step(step)
+        if next_save is not None:
+            parts.append(f"save {next_save}")
+        if self._bar is not None:
+            with self._quiet_if_gone():
+                self._bar.set_postfix_str(" | ".join(parts))
 
-    def say(self, message: str) -> None:
+    def _object(self, **fields: Any) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        fields = {name: value for name, value in fields.items() if value is not None}
+        self._print(json.dumps(finite({"time": now, **fields})))
+
+    def say(self, message: str, warning: bool = False) -> None:
         """Print one message above the bar, or as a line. Characters that the terminal lacks are escaped."""
+        if self._json:
+            self._object(level="warning" if warning else "info", message=message)
+        elif warning:
+            self._print(f"\x1b[33mWARNING:\x1b[0m {message}" if self._colour else f"WARNING: {message}")
+        else:
+            self._print(message)
+
+    def _print(self, message: str) -> None:
         if self._stream is None:
             return
         try:
@@ -95,7 +135,7 @@ class Progress:
                 self._stream.flush()
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
-            self.say(message.encode(encoding, "backslashreplace").decode(encoding))
+            self._print(message.encode(encoding, "backslashreplace").decode(encoding))
 
     def close(self) -> None:
         """Leave the bar as it stands. Messages may follow as plain lines."""
@@ -139,34 +179,41 @@ class _LogHandler(logging.Handler):
         self.progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.progress.say(("WARNING: " if record.levelno >= logging.WARNING else "") + record.getMessage())
+        self.progress.say(record.getMessage(), warning=record.levelno >= logging.WARNING)
 
 
-def show_log(progress: Progress) -> None:
-    """Print what the package logs through this progress, and no longer through an earlier one."""
+def show_log(progress: Progress | None = None) -> None:
+    """Print what the package logs through this progress (default: on stdout), and no longer through an earlier one."""
+    progress = progress or Progress(0)
     package = logging.getLogger("chatgot")
     package.handlers = [handler for handler in package.handlers if not isinstance(handler, _LogHandler)]
     package.addHandler(_LogHandler(progress))
     package.setLevel(logging.INFO)
 
 
-def describe(metrics: Mapping[str, float | int | None]) -> list[str]:
-    """The metrics that there are as parts of a progress line: ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...]."""
-    formats: dict[str, Callable[[float], str]] = {
-        "train/loss": lambda v: f"loss {v:.4f}",
-        "val/loss": lambda v: f"val {v:.4f} nats",
-        "val/bits_per_char": lambda v: f"{v:.3f} bits/char",
-        "optim/lr": lambda v: f"lr {v:.2e}",
-        "optim/grad_norm": lambda v: f"grad {v:.2f}",
-        "optim/loss_scale": lambda v: f"scale {v:g}",
-        "optim/skipped_steps": lambda v: f"skipped {v:g}" if v else "",
-        "perf/tokens_per_sec": lambda v: f"{human_count(v)} tok/s",
-        "perf/step_ms": lambda v: f"{v:.0f} ms/step" if v >= 10 else f"{v:.2g} ms/step",
-        "perf/mfu": lambda v: f"mfu {100 * v:.1f} %",
-        "mem/peak_gib": lambda v: f"{v:.2f} GiB",
-    }
-    values = ((metrics.get(name), text) for name, text in formats.items())
-    return [part for value, text in values if value is not None and (part := text(value))]
+_SHOWN: dict[str, tuple[int, Callable[[float], str]]] = {
+    "train/loss": (12, lambda v: f"loss {v:.4f}"),
+    "val/loss": (0, lambda v: f"val {v:.4f} nats"),
+    "val/bits_per_char": (0, lambda v: f"{v:.3f} bits/char"),
+    "optim/lr": (0, lambda v: f"lr {v:.2e}"),
+    "optim/grad_norm": (9, lambda v: f"grad {v:.2f}"),
+    "optim/loss_scale": (0, lambda v: f"scale {v:g}"),
+    "optim/skipped_steps": (0, lambda v: f"skipped {v:g}" if v else ""),
+    "perf/tokens_per_sec": (11, lambda v: f"{human_count(v)} tok/s"),
+    "perf/step_ms": (12, lambda v: f"{v:.0f} ms/step" if v >= 10 else f"{v:.2g} ms/step"),
+    "perf/mfu": (10, lambda v: f"mfu {100 * v:.1f} %"),
+    "mem/peak_gib": (9, lambda v: f"{v:.2f} GiB"),
+}
+"""How wide a metric is in a column of a log, where its width changes from line to line, and how it is written."""
+
+
+def described(metrics: Mapping[str, float | int | None]) -> tuple[list[str], list[int]]:
+    """The metrics that there are as parts of a progress line, ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...], and
+    how wide their columns are.
+    """
+    values = ((metrics.get(name), width, text) for name, (width, text) in _SHOWN.items())
+    found = [(part, width) for value, width, text in values if value is not None and (part := text(value))]
+    return [part for part, _ in found], [width for _, width in found]
 
 
 def human_seconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ from chatgot.errors import ConfigError
 from chatgot.observe.curves import Table, drawn, read_curves
 from chatgot.observe.goodput import describe
 from chatgot.observe.journal import read_lines
-from chatgot.observe.progress import describe as describe_metrics
+from chatgot.observe.progress import described
 from chatgot.observe.report import report, step_of
 from chatgot.observe.status import EXIT_RUNNING, status
 
@@ -74,7 +74,7 @@ def page(run: Path, columns: int, rows: int, colour: bool) -> tuple[str, bool]:
         last |= {name: column[-1] for name, column in table.columns.items() if column[-1] == column[-1]}
     told = [event for event in events if event.get("event") == "goodput"]
     others = [event for event in events if event.get("event") not in ("goodput", "memory")][-EVENTS:]
-    heads = [f"{run}: {said}", " | ".join(describe_metrics(last))]
+    heads = [f"{run}: {said}", " | ".join(described(last)[0])]
     heads += [f"time: {describe(told[-1])}"] if told else []
     lines = [line for text in heads for line in textwrap.wrap(text, columns)]
     lines.append("")

@@ -209,11 +209,9 @@ class Loop:
         self.proof.begin_step()
         if (schedule := self.engine.config.chatgot.schedule) is not None:
             self.engine.set_learning_rate(schedule_factor(self.step, self.config.train.max_steps, schedule))
-        micro_batches = self.watchdog.beating(
-            self.meter.waiting(self.train_batches.micro_batches(self.position.next_sample))
-        )
+        micro_batches = self.meter.waiting(self.train_batches.micro_batches(self.position.next_sample))
         try:
-            loss = self.engine.train_step(micro_batches, before_update=self.memory.look)
+            loss = self.engine.train_step(self.watchdog.beating(micro_batches), before_update=self.memory.look)
         except NumericsError as error:
             raise self._stopped(str(error)) from error
         self.position.next_sample += self.train_batches.global_batch_size
@@ -269,7 +267,8 @@ class Loop:
             "data/tokens": self.position.next_sample * self.train_batches.block_size,
         }
         self.records.metrics(step, metrics)
-        self.records.progress.line(step, metrics, self.meter.eta_seconds(self.config.train.max_steps - step))
+        eta = self.meter.eta_seconds(self.config.train.max_steps - step)
+        self.records.progress.line(step, metrics, eta, self.saving.next_one(step))
 
     def _evaluate(self, step: int) -> bool:
         """Journal the loss over the validation split; whether it is the best so far. Collective."""

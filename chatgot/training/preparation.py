@@ -58,6 +58,8 @@ class TrainArguments:
     """After which the run is saved and ended with exit code 75; None: no limit but that of Slurm's job."""
     hang_timeout: float = 300.0
     """Seconds without progress after which a rank has hung; 0: never."""
+    log_format: str = "text"
+    """Of what rank 0 prints: text, or json."""
     strict: bool = False
     """Whether a warning about the JSON refuses the run."""
 

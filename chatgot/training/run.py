@@ -79,8 +79,6 @@ def finish(loop: Loop) -> int:
             logger.info(f"{what}; saved. Run the same command again to go on (exit {exit_code})")
         else:
             records.event("finished", **{**loop.position.last_val, "step": loop.step})
-        if account is not None:
-            logger.info(f"time: {describe(account)}")
     except ChatGoTError as error:
         exit_code = error.exit_code
         if error.shared or loop.ranks.world_size == 1:  # else the others are elsewhere: no collective
@@ -109,10 +107,18 @@ def finish(loop: Loop) -> int:
         if loop.ranks.rank == 0:
             run_folder.release_lock(loop.out_dir)
         patience = REPORT_SECONDS if exit_code == EXIT_DONE else STOPPED_REPORT_SECONDS
-        if records.report is not None and (path := records.report.end(patience)) is not None:
-            logger.info(f"report: {path}")
+        report = records.report.end(patience) if records.report is not None else None
     if exit_code == EXIT_DONE:
-        _say_what_next(loop)
+        val = loop.position.last_val
+        result = f": val/loss {val['val/loss']:.4f} nats, {val['val/bits_per_char']:.3f} bits/char" if val else ""
+        logger.info(f"done at step {loop.step}{result}")
+    if account is not None:
+        logger.info(f"time: {describe(account)}")
+    logger.info(
+        f"run folder: {loop.out_dir}" if report is None else f"run folder: {loop.out_dir}, and its {report.name}"
+    )
+    if exit_code == EXIT_DONE:
+        logger.info(f"next: chatgot sample {shlex.quote(str(loop.out_dir))} --prompt {shlex.quote(loop.prompts[0])}")
     return exit_code
 
 
@@ -153,7 +159,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     resolved.findings.refuse()  # before anything expensive
     device = join(place, facts.kind)
     ranks = ControlGroup()
-    progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0)
+    progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0, log_format=arguments.log_format)
     show_log(progress)
     if named is None:
         why = f"chosen for {facts.name or facts.kind} and {world_size} rank(s)"
@@ -265,40 +271,39 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
 
 
 def _announce(loop: Loop, resumed: Resumed | None, n_params: int, disk_notes: list[str]) -> None:
+    """Say on one screen what this run is. Everything else that was settled stands in the run folder."""
     engine, config, data, max_steps = loop.engine.config, loop.config, loop.data, loop.config.train.max_steps
-    model, where = config.model, f"{loop.ranks.world_size} rank(s) on {loop.engine.device.type}"
+    model, batch, context = config.model, engine.train_batch_size, config.model.max_seq_length
     train, val = (human_count(len(tokens)) for tokens in (data.train, data.val))
     if (seen := loop.eval_batches.target_tokens) < len(data.val) - 1:
         val = f"{human_count(seen)} (train.eval_tokens) of {val}, evenly spaced,"
-    lines = [
-        *run_folder.describe(config.to_dict(), engine.to_dict()),
-        f"model: {model.architecture}, {human_count(n_params)} parameters ({n_params:,}), vocabulary "
-        f"{data.tokenizer.vocab_size}",
-        f"data: {data.meta.source}, {train} tokens to train on, {val} to validate",
-        f"engine: {engine.precision}, ZeRO stage {engine.zero_stage}, {where}; batch {engine.train_batch_size} x "
-        f"{model.max_seq_length} tokens",
-    ]
-    if engine.chatgot.schedule is not None:
-        lines.append(describe_schedule(max_steps, engine.chatgot.schedule, loop.engine.base_lrs[0]))
-    lines += disk_notes
     if resumed is None:
-        lines.append(f"starting a new run in {loop.out_dir}")
+        logger.info(f"starting a new run in {loop.out_dir}")
     else:
-        lines.append(f"resuming {resumed.checkpoint.path} at step {loop.step}, sample {loop.position.next_sample}")
+        logger.info(f"resuming {resumed.checkpoint.path} at step {loop.step}, sample {loop.position.next_sample}")
         if loop.step >= max_steps and not loop.position.owed:
-            lines.append(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {max_steps})")
-    for line in lines:
+            logger.info(f"nothing to do: the run is complete at step {loop.step} (train.max_steps = {max_steps})")
+    cadences = {"evaluated": config.train.eval_every, "sampled": config.train.sample_every}
+    shown = [f"{what} every {n}" if n else f"{what} at the end" for what, n in cadences.items()]
+    size = f"{model.d_model} wide, {model.n_layers} layers, {model.n_head} heads, {context} tokens of context"
+    rows = {
+        "model": f"{model.architecture}, {human_count(n_params)} parameters ({n_params:,}): {size}",
+        "data": f"{data.meta.source}, {train} tokens to train on, {val} to validate; "
+        f"{data.tokenizer.kind} vocabulary of {data.tokenizer.vocab_size}",
+        "engine": f"{engine.precision}, ZeRO stage {engine.zero_stage}, {loop.ranks.world_size} rank(s) on "
+        f"{loop.engine.device.type}",
+        "batch": f"{batch} x {context} = {batch * context:,} tokens a step",
+        "steps": f"{max_steps}, {', '.join(shown)}",
+    }
+    if engine.chatgot.schedule is not None:
+        rows["learning rate"] = describe_schedule(max_steps, engine.chatgot.schedule, loop.engine.base_lrs[0])
+    rows["settings"] = f"all of them in {loop.out_dir / run_folder.RUN} and {run_folder.DS_CONFIG}"
+    for name, value in rows.items():
+        logger.info(f"  {name:<14} {value}")
+    for line in disk_notes:
         logger.info(line)
     for line in slowness(loop.memory.plan):
         logger.warning(line)
-
-
-def _say_what_next(loop: Loop) -> None:
-    val = loop.position.last_val
-    result = f": val/loss {val['val/loss']:.4f} nats, {val['val/bits_per_char']:.3f} bits/char" if val else ""
-    logger.info(f"done at step {loop.step}{result}")
-    logger.info(f"run folder: {loop.out_dir}")
-    logger.info(f"next: chatgot sample {shlex.quote(str(loop.out_dir))} --prompt {shlex.quote(loop.prompts[0])}")
 
 
 def leave() -> None:

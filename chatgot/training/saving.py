@@ -18,6 +18,7 @@ from chatgot.checkpoint.writing import estimate
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import CheckpointError, FolderMovedError
+from chatgot.observe.progress import human_seconds
 from chatgot.run_folder import moved_to
 from chatgot.training.records import Records
 
@@ -78,6 +79,15 @@ class Saving:
         if minutes is None or self.saver.pending or self._step == step or self.saver.ranks.rank != 0:
             return False
         return self._clock() - self._last >= 60 * minutes * self._share
+
+    def next_one(self, step: int) -> str | None:
+        """When the next save is due by steps or by time, in short: 'in 40 steps or 1m20s'; None: neither."""
+        config, left = self.saver.config, []
+        if config.every_steps is not None:
+            left.append(f"{config.every_steps - step % config.every_steps} steps")
+        if config.every_minutes is not None:
+            left.append(human_seconds(max(0.0, self._last + 60 * config.every_minutes - self._clock())))
+        return f"in {' or '.join(left)}" if left else None
 
     def due(self, step: int, minutes_over: bool, improved: bool) -> bool:
         """Whether the state after this step is to be saved. The same on all ranks if the arguments are."""

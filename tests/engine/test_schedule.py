@@ -71,4 +71,4 @@ def test_every_rate_is_between_the_minimum_and_the_peak_and_never_zero_in_warmup
 
 def test_description_names_first_peak_and_last_rate():
     text = describe_schedule(20, ScheduleConfig(type="cosine", warmup_steps=4, min_lr_ratio=0.1), 4e-3)
-    assert text == "learning rate: cosine, 0.001 -> 0.004 over 4 steps -> 0.0004 at step 20"
+    assert text == "cosine, 0.001 -> 0.004 over 4 steps -> 0.0004 at step 20"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
+import logging
 import math
 import os
 import pty
@@ -9,11 +11,12 @@ import struct
 import subprocess
 import sys
 import termios
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from chatgot.observe.progress import Progress, human_count, human_seconds
+from chatgot.observe.progress import Progress, human_count, human_seconds, show_log
 
 METRICS = {
     "train/loss": 1.48212,
@@ -22,7 +25,7 @@ METRICS = {
     "perf/tokens_per_sec": 41234.0,
     "perf/step_ms": 312.2,
 }
-LINE = "step 250/1000 | loss 1.4821 | lr 3.00e-04 | grad 0.51 | 41.2k tok/s | 312 ms/step | ETA 3m12s"
+LINE = "step  250/1000 |  loss 1.4821 | lr 3.00e-04 | grad 0.51 | 41.2k tok/s |  312 ms/step | ETA 3m12s"
 
 
 def test_a_log_gets_plain_lines():
@@ -38,7 +41,39 @@ def test_a_log_gets_plain_lines():
 def test_absent_metrics_are_left_out_and_diverged_ones_shown():
     stream = io.StringIO()
     Progress(10, stream=stream).line(3, {"train/loss": math.nan, "perf/mfu": None, "optim/skipped_steps": 2})
-    assert stream.getvalue() == "step 3/10 | loss nan | skipped 2\n"
+    assert stream.getvalue() == "step  3/10 |     loss nan | skipped 2\n"
+
+
+def test_numbers_of_a_log_stand_below_each_other():
+    stream = io.StringIO()
+    progress = Progress(1000, stream=stream)
+    progress.line(9, METRICS)
+    progress.line(1000, {**METRICS, "train/loss": 12.5, "perf/tokens_per_sec": 950.0, "perf/step_ms": 13120.0})
+    first, second = stream.getvalue().splitlines()
+    assert [i for i, c in enumerate(first) if c == "|"] == [i for i, c in enumerate(second) if c == "|"]
+
+
+def test_a_log_for_programs_has_an_object_a_line():
+    stream = io.StringIO()
+    progress = Progress(1000, stream=stream, log_format="json")
+    progress.step(250)
+    progress.line(250, {**METRICS, "perf/mfu": None, "val/loss": math.inf}, eta_seconds=192)
+    package = logging.getLogger("chatgot")
+    handlers, package.handlers = package.handlers, []
+    try:
+        show_log(progress)
+        package.info("two\nlines")
+        package.warning("hot")
+    finally:
+        package.handlers = handlers
+    progress.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert all(datetime.fromisoformat(line.pop("time")) for line in lines)
+    assert lines == [
+        {"step": 250, "of": 1000, **METRICS, "val/loss": "inf", "eta_seconds": 192},
+        {"level": "info", "message": "two\nlines"},
+        {"level": "warning", "message": "hot"},
+    ]
 
 
 def test_other_ranks_are_silent():
@@ -66,14 +101,16 @@ from chatgot.observe.progress import Progress
 progress = Progress(1000, start_step=200)
 progress.step(201)
 progress.say("a message of its own")
-progress.line(250, {METRICS}, eta_seconds=192)
+progress.line(250, {METRICS}, eta_seconds=192, next_save="in 50 steps")
+progress.say("hot", warning=True)
 progress.close()
 progress.say("afterwards")
 """
 
 
-@pytest.mark.parametrize("columns", [0, 150])
-def test_a_terminal_gets_a_bar_that_messages_do_not_break(columns):
+@pytest.mark.parametrize(("columns", "no_colour"), [(0, ""), (150, ""), (150, "1")])
+def test_a_terminal_gets_a_bar_that_messages_do_not_break(columns, no_colour, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", no_colour)
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
     done = run_with_stdout(TERMINAL_SCRIPT, terminal)
@@ -84,7 +121,9 @@ def test_a_terminal_gets_a_bar_that_messages_do_not_break(columns):
     assert "\n" in shown.split("a message of its own")[1][:3], "the message stands on a line of its own"
     assert "250/1000" in shown
     assert "loss 1.4821" in shown
-    assert "ETA 3m12s" in shown
+    assert "ETA 3m12s | save in 50 steps" in shown
+    assert ("\x1b[33mWARNING:\x1b[0m hot" in shown) == (not no_colour)
+    assert ("WARNING: hot" in shown) == bool(no_colour)
     assert shown.endswith("afterwards\r\n")
 
 
