@@ -51,7 +51,7 @@ def test_every_number_of_the_report_is_the_journals(run, tmp_path):
     for record in records:
         for name in METRICS:
             if name in record:
-                kind = "val" if "val/loss" in record else "train"
+                kind = next(one for one in ("train", "val", "sample") if any(key.startswith(one) for key in record))
                 expected.setdefault((kind, name), {})[record["step"]] = record[name]
     drawn = {
         (kind, name): dict(zip((span[0] for span in curve["steps"]), values["mean"]))
