@@ -84,8 +84,8 @@ class Progress:
         eta_seconds: float | None = None,
         next_save: str | None = None,
     ) -> None:
-        """Show a step's metrics (names of observe.journal.METRICS): beside the bar, or as one line in a log, whose
-        numbers stand below each other.
+        """Show a step's metrics (names of observe.journal.METRICS): those of training beside the bar, or as one line in
+        a log, whose numbers stand below each other.
 
         Args:
             eta_seconds: what is left of the run.
@@ -94,8 +94,11 @@ class Progress:
         if self._json:
             self._object(step=step, of=self.max_steps, **metrics, eta_seconds=eta_seconds)
             return
-        bar = self._on_terminal and not self._closed
-        parts = [part if bar else f"{part:>{width}}" for part, width in zip(*described(metrics))]
+        bar = self._on_terminal and not self._closed and "train/loss" in metrics
+        if bar:  # the rest is in the journal
+            parts, _ = described({name: metrics.get(name) for name in ("train/loss", "perf/tokens_per_sec")})
+        else:
+            parts = [f"{part:>{width}}" for part, width in zip(*described(metrics))]
         if eta_seconds is not None:
             parts.append(f"ETA {human_seconds(eta_seconds)}")
         if not bar:

@@ -102,6 +102,7 @@ progress = Progress(1000, start_step=200)
 progress.step(201)
 progress.say("a message of its own")
 progress.line(250, {METRICS}, eta_seconds=192, next_save="in 50 steps")
+progress.line(300, {{"val/loss": 1.5}})
 progress.say("hot", warning=True)
 progress.close()
 progress.say("afterwards")
@@ -121,7 +122,8 @@ def test_a_terminal_gets_a_bar_that_messages_do_not_break(columns, no_colour, mo
     assert "\n" in shown.split("a message of its own")[1][:3], "the message stands on a line of its own"
     assert "250/1000" in shown
     assert "loss 1.4821" in shown
-    assert "ETA 3m12s | save in 50 steps" in shown
+    assert "loss 1.4821 | 41.2k tok/s | ETA 3m12s | save in 50 steps" in shown
+    assert "\rstep  300/1000 | val 1.5000 nats\r\n" in shown.replace("\x1b[K", ""), "an evaluation stays to be read"
     assert ("\x1b[33mWARNING:\x1b[0m hot" in shown) == (not no_colour)
     assert ("WARNING: hot" in shown) == bool(no_colour)
     assert shown.endswith("afterwards\r\n")
