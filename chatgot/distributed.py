@@ -6,6 +6,7 @@ torch is imported only when a ControlGroup is made.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 from chatgot.errors import ChatGoTError, MachineError
 
 T = TypeVar("T")
+COLLECTIVES = datetime.timedelta(minutes=35)
+"""How long a collective may wait for another rank, unless the run says; the watchdog speaks earlier, and knows more."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def _copy(environ: MutableMapping[str, str], names: Sequence[str]) -> None:
 class ControlGroup:
     """Small decisions shared by all ranks over gloo, so that no GPU is synchronised for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: datetime.timedelta = COLLECTIVES) -> None:
         import torch.distributed as dist
 
         self._dist = dist
@@ -194,7 +197,8 @@ class ControlGroup:
         self.world_size = dist.get_world_size()
         self._group: Any = None
         if self.world_size > 1:
-            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            gloo = dist.get_backend() == "gloo"
+            self._group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=timeout)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any rank raised it. Collective."""

@@ -1,11 +1,19 @@
-"""Writing files so that a crash leaves the old one or the new one, never a part; and their hashes."""
+"""Writing files so that a crash leaves the old one or the new one, never a part; their hashes, and locks."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
+
+logger = logging.getLogger(__name__)
+LOCK_SECONDS = 0.5
+"""How often a lock that somebody else has is tried again."""
 
 
 def write_atomically(path: Path, text: str, before: Callable[[str], None] = lambda operation: None) -> None:
@@ -34,6 +42,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(file: IO[str], waiting: Callable[[], object], why: str) -> None:
+    """Take the lock of an open file, which the kernel drops when this process ends, however it ends.
+
+    Args:
+        waiting: is called every LOCK_SECONDS while another process has it.
+        why: what is logged then, once.
+    """
+    said = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not said:
+                logger.info(why)
+            said = True
+            waiting()
+            time.sleep(LOCK_SECONDS)
 
 
 def sha256(path: Path) -> str:

@@ -4,7 +4,6 @@ tokenized once on a machine, whatever runs use it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -12,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -46,6 +45,7 @@ from chatgot.data.tokenizer import (
     tokenizers_library,
 )
 from chatgot.errors import DataError
+from chatgot.files import take_lock
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,17 @@ _ASCII = bytes(range(128))
 _NOT_ASCII = bytes(range(128, 256))
 
 
-def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None = None) -> PreparedData:
+def prepare_cached(
+    spec: Spec, config: DataConfig, cache_dir: Path | str | None = None, waiting: Callable[[], object] = lambda: None
+) -> PreparedData:
     """The prepared form of `spec`: a prepared folder is opened, all else taken from or prepared into the cache.
 
     The cache is `cache_dir`, or $CHATGOT_CACHE, or ~/.cache/chatgot, folder `prepared`; its key is made of path, size
     and modification time of every file and of the settings. Processes that want the same entry wait for the one that
     makes it; a damaged entry is made anew.
+
+    Args:
+        waiting: called twice a second while another process makes it.
 
     Raises:
         DataError, ConfigError: as `prepare` and `open_prepared`.
@@ -84,7 +89,7 @@ def prepare_cached(spec: Spec, config: DataConfig, cache_dir: Path | str | None 
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with entry.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when this process ends, however it ends
+            take_lock(lock, waiting, f"{source.name}: another process prepares it; waiting until it has done so")
             for left_by_a_kill in entry.parent.glob(f".{entry.name}.tmp-*"):
                 shutil.rmtree(left_by_a_kill)
             take_back(entry)

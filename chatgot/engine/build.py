@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from chatgot.deepspeed_json.machine import has_c_compiler
 from chatgot.deepspeed_json.optimizers import has_one_group
 from chatgot.deepspeed_json.resolve import EngineConfig
-from chatgot.distributed import Place, gloo_interface
-from chatgot.engine import guards
+from chatgot.distributed import COLLECTIVES, Place, gloo_interface
+from chatgot.engine import guards, process_guards
 from chatgot.engine.optimizer import build_client_optimizer, is_muon, parameter_groups, weight_decay
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ConfigError, MachineError
@@ -26,8 +26,11 @@ from chatgot.model.gpt import GPT
 from chatgot.version import __version__
 
 
-def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device:
+def join(place: Place, kind: str, timeout: datetime.timedelta = COLLECTIVES) -> torch.device:
     """Initialise torch.distributed through DeepSpeed, unless an earlier run of this process has; returns the device.
+
+    Args:
+        timeout: of every process group's collectives, DeepSpeed's own groups included.
 
     Raises:
         MachineError: more ranks on this machine than CUDA devices, or the rendezvous failed.
@@ -42,13 +45,14 @@ def join(place: Place, kind: str, timeout_minutes: float = 10.0) -> torch.device
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    guards.quiet_renamed_collectives()
-    guards.skip_shared_memory_op()
+    process_guards.quiet_renamed_collectives()
+    process_guards.skip_shared_memory_op()
+    process_guards.time_out_alike(timeout)
     device = _own_cuda_device(place) if kind == "cuda" else torch.device("cpu")
     if not dist.is_initialized():
         if place.world_size > 1 and (interface := gloo_interface(os.environ["MASTER_ADDR"])) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        backend, timeout = "nccl" if kind == "cuda" else "gloo", datetime.timedelta(minutes=timeout_minutes)
+        backend = "nccl" if kind == "cuda" else "gloo"
         try:
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
         except (RuntimeError, ValueError) as error:
@@ -97,9 +101,9 @@ def build(model: GPT, config: EngineConfig, device: torch.device) -> TrainingEng
     if is_muon(config):
         notes += _spare_muon_the_compilers(given, device)
     if device.type == "cpu" or not has_c_compiler("cuda"):
-        guards.run_muon_uncompiled()
-    guards.quiet_memory_report(config.deepspeed)
-    guards.forget_autocast()
+        process_guards.run_muon_uncompiled()
+    process_guards.quiet_memory_report(config.deepspeed)
+    process_guards.forget_autocast()
     shared_out = guards.sharing_out_from_the_cpu(model) if config.zero_stage == 3 else contextlib.nullcontext()
     own = None if optimizer is not None else cast(Any, groups)  # annotated as a Module, takes groups
     try:

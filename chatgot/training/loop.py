@@ -70,8 +70,6 @@ class Loop:
     meter: Throughput
     stopped_by: str | None = None
     """The signal that ended the loop."""
-    doing: str = FIRST
-    """What is running: 'step 7', for messages."""
 
     @property
     def step(self) -> int:
@@ -204,8 +202,7 @@ class Loop:
 
     def _train_step(self) -> torch.Tensor:
         """One optimizer step; this rank's loss."""
-        self.watchdog.beat(PATIENCE if self.doing == FIRST else 1)
-        self.doing = f"step {self.step + 1}"
+        self.watchdog.beat(PATIENCE if self.watchdog.doing == FIRST else 1, f"step {self.step + 1}")
         self.proof.begin_step()
         if (schedule := self.engine.config.chatgot.schedule) is not None:
             self.engine.set_learning_rate(schedule_factor(self.step, self.config.train.max_steps, schedule))
@@ -293,12 +290,11 @@ class Loop:
     @contextlib.contextmanager
     def _doing(self, what: str, pause: str) -> Iterator[None]:
         """Leave what happens within out of the throughput, and name it in messages."""
-        before, self.doing = self.doing, what
-        self.watchdog.beat(PATIENCE)
+        before = self.watchdog.doing
+        self.watchdog.beat(PATIENCE, what)
         with self.meter.paused(pause):
             yield
-        self.watchdog.beat()
-        self.doing = before  # not after an error, whose message names it
+        self.watchdog.beat(doing=before)  # not after an error, whose message names it
 
     def _diverged(self, known: KnownLoss | None) -> Divergence | None:
         return self.guard.divergence(self.step, self.engine.skips_in_a_row, known)

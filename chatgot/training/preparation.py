@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import platform
 import socket
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
-import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import load, manifest, rng
@@ -31,12 +30,15 @@ from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ChatGoTError, ConfigError, DataError, MachineError
 from chatgot.model.gpt import GPT
 from chatgot.run_folder import flattened
+from chatgot.training.watchdog import PATIENCE, Watchdog, Work
 from chatgot.version import code_hash
 
 logger = logging.getLogger(__name__)
 SHARED_SECONDS = 15.0
 """How long a network file system may take to show another machine a new file."""
 SKEW_SECONDS = 60.0
+TOGETHER_SECONDS = 0.5
+"""How often ranks that wait for one that prepares the data hear of it."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +76,56 @@ class Resumed:
     """How it differs from this run, a line each."""
 
 
-def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup) -> PreparedData:
-    """Rank 0 of every machine prepares, the others wait as long as it takes; see `refuse_unlike_ranks`.
+def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup, watchdog: Watchdog) -> PreparedData:
+    """Rank 0 of every machine prepares, the others wait as long as it works; see `refuse_unlike_ranks`.
 
     Raises:
         DataError, ConfigError: on all ranks; see `prepare_cached`.
     """
-    patient: Any = None
-    if place.world_size > 1:
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    data = error = None
+
+    def prepare() -> PreparedData:
+        prepared = prepare_cached(spec, config.data, waiting=lambda: watchdog.beat(PATIENCE, works=True))
+        check_block_size(prepared.meta, config.model.max_seq_length)
+        return prepared
+
+    watchdog.beat(PATIENCE, "preparing the data", works=True)
+    if place.world_size == 1:
+        return prepare()
+    own: _Aside | None = None
     for turn in (True, False):
-        if (place.local_rank == 0) == turn and error is None:
-            try:
-                data = prepare_cached(spec, config.data)
-                check_block_size(data.meta, config.model.max_seq_length)
-            except ChatGoTError as caught:
-                error = caught
-        if patient is not None:
-            dist.barrier(group=patient)
-    ranks.agree(error)
-    assert data is not None
-    return data
+        if (place.local_rank == 0) == turn:
+            own = _Aside(prepare)
+        worked, pause, goes_on = Work(), TOGETHER_SECONDS / 32, True
+        while goes_on:
+            if own is not None:
+                own.join(pause)
+            pause = min(2 * pause, TOGETHER_SECONDS)
+            goes_on, works = ranks.any(own is not None and own.is_alive(), worked())
+            if works:
+                watchdog.beat(PATIENCE)
+        ranks.agree(own.error if own is not None and isinstance(own.error, ChatGoTError) else None)
+    assert own is not None
+    if own.error is not None:
+        raise own.error
+    return own.value
+
+
+class _Aside(threading.Thread):
+    """Calls a function in a thread, so that this one can listen to signals and to the other ranks meanwhile."""
+
+    value: PreparedData
+    error: BaseException | None = None
+
+    def __init__(self, function: Callable[[], PreparedData]) -> None:
+        super().__init__(name="aside", daemon=True)
+        self._function = function
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self._function()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller raises it
+            self.error = error
 
 
 def refuse_unlike_ranks(config: RunConfig, resolved: Resolved, data: PreparedData, ranks: ControlGroup) -> None:

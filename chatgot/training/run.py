@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import shlex
 from pathlib import Path
@@ -33,13 +34,13 @@ from chatgot.plan.estimate import estimate, slowness
 from chatgot.training import memory, preparation
 from chatgot.training.divergence import Guard
 from chatgot.training.evaluation import usable_prompts
-from chatgot.training.loop import Loop
+from chatgot.training.loop import FIRST, Loop
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.preparation import Resumed, TrainArguments
 from chatgot.training.records import open_records
 from chatgot.training.saving import Position, Saving, open_saver
 from chatgot.training.stop import StopSignals
-from chatgot.training.watchdog import Watchdog
+from chatgot.training.watchdog import PATIENCE, Watchdog
 from chatgot.tuning import micro_batch
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ def finish(loop: Loop) -> int:
             raise
         asked = "auto" if loop.micro_batch_is_auto else loop.json_micro_batch
         config, world_size = loop.engine.config, loop.ranks.world_size
-        refusal = memory.ran_out(error, loop.doing, loop.out_dir, config, world_size, asked, records)
+        doing, folder = loop.watchdog.doing, loop.out_dir
+        refusal = memory.ran_out(error, doing, folder, config, world_size, asked, records)
         exit_code = refusal.exit_code
         _finish_save(loop)
         raise refusal from error
@@ -139,15 +141,19 @@ def prepare_run(
         progress: where rank 0 speaks; default: stdout.
         stop: what asks the loop to stop; default: whoever enters `Loop.stop`.
     """
+    watchdog = Watchdog(arguments.out_dir, place.rank, place.world_size, arguments.hang_timeout)
     try:
-        return _prepared(arguments, place, progress, stop or StopSignals())
+        with watchdog.starting():
+            return _prepared(arguments, place, progress, stop or StopSignals(), watchdog)
     except BaseException:  # whatever ends it, an interrupt too: the folder is free again
         if place.rank == 0:
             run_folder.release_lock(arguments.out_dir)
         raise
 
 
-def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None, stop: StopSignals) -> Loop:
+def _prepared(
+    arguments: TrainArguments, place: Place, progress: Progress | None, stop: StopSignals, watchdog: Watchdog
+) -> Loop:
     stop.limit(arguments.max_minutes)
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
     config = load_run_config(arguments.config, run_overrides)
@@ -157,8 +163,10 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     document = read_document(Path(named) if named else default_json(facts, world_size))
     resolved = resolve(document, ds_overrides, world_size=world_size, facts=facts, strict=arguments.strict)
     resolved.findings.refuse()  # before anything expensive
-    device = join(place, facts.kind)
-    ranks = ControlGroup()
+    watchdog.joins()
+    device = join(place, facts.kind, watchdog.collectives)
+    watchdog.beat(PATIENCE, "the start")
+    ranks = ControlGroup(watchdog.collectives)
     progress = progress or Progress(config.train.max_steps, enabled=place.rank == 0, log_format=arguments.log_format)
     show_log(progress)
     if named is None:
@@ -167,14 +175,16 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
     if rehearsal := faults.arm(place.rank):
         logger.info(rehearsal)
 
-    data = preparation.prepare_data(arguments.data, config, place, ranks)
+    data = preparation.prepare_data(arguments.data, config, place, ranks, watchdog)
+    watchdog.beat(PATIENCE, "the start")
     preparation.refuse_unlike_ranks(config, resolved, data, ranks)
     vocab_size, block = data.tokenizer.vocab_size, config.model.max_seq_length
     n_params = count_parameters(config.model, vocab_size)
     answer = None
     if resolved.batch is not None and resolved.batch.is_open:
         tree, model_keys, name = resolved.subject.tree, config.model.model_dump(), facts.name or facts.kind
-        answer = micro_batch.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks)
+        tried = functools.partial(watchdog.beat, PATIENCE, "the search for the micro-batch")
+        answer = micro_batch.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks, tried)
     found = None if answer is None else (answer.micro_batch, answer.reason)
     engine_config = resolved.complete(n_params, found, config.train.max_steps).engine_config()
     json_micro_batch = engine_config.micro_batch_size
@@ -192,6 +202,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         return TrainBatches(data.train, order, *sizes, place.rank, world_size)
 
     def needed_for(doing: str, micro_batch_helps: bool) -> contextlib.AbstractContextManager[None]:
+        watchdog.beat(PATIENCE, doing)
         asked = "auto" if answer is not None else json_micro_batch
         return memory.needed_for(doing, arguments.out_dir, engine_config, world_size, asked, micro_batch_helps)
 
@@ -223,6 +234,7 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
             position = dataclasses.replace(position, best_val_loss=None, last_val={})
     notes += micro_notes
     max_steps = config.train.max_steps
+    watchdog.beat(PATIENCE, "opening the records")
     saver, disk_notes = open_saver(arguments.out_dir, engine, fields, checkpoint, max_steps, ranks)
     meter = Throughput()
     ledger = Ledger(meter, stop.began)
@@ -255,15 +267,10 @@ def _prepared(arguments: TrainArguments, place: Place, progress: Progress | None
         micro_batch_is_auto=answer is not None,
         position=position,
         meter=meter,
-        watchdog=Watchdog(
-            arguments.out_dir,
-            place.rank,
-            world_size,
-            arguments.hang_timeout,
-            doing=lambda: loop.doing,
-            tell=lambda report: records.event("failed", step=loop.step, error=report, exit_code=EXIT_ENVIRONMENT),
-        ),
+        watchdog=watchdog,
     )
+    watchdog.tell = lambda report: records.event("failed", step=loop.step, error=report, exit_code=EXIT_ENVIRONMENT)
+    watchdog.beat(PATIENCE, FIRST)
     for note in notes:
         logger.info(note)
     _announce(loop, resumed, n_params, disk_notes)

@@ -7,6 +7,7 @@ of them wrote into `stacks/` then tells which one is not where the others are.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import faulthandler
 import logging
 import os
@@ -21,24 +22,50 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import chatgot.run_folder as run_folder
+from chatgot.distributed import COLLECTIVES
 from chatgot.errors import EXIT_ENVIRONMENT
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = 6
-"""How many times longer than the timeout a first step, which may compile, a save and a rollback may take."""
+"""How many times longer than the timeout a part of the start, a first step, which may compile, a save and a rollback
+may take.
+"""
+JOINING, JOINING_SECONDS = 2, 60.0
+"""The same, for the ranks to find each other, and how long that may take at least."""
 LONGEST = 10
 """Nothing is a hang that takes less than this times the longest pause between two signs of life so far."""
 OTHERS_SECONDS = 3.0
 """After its own alarm, how long a rank waits for what the others write."""
+WORK_SECONDS = 0.5
+"""CPU time that a process uses for itself between two signs of life, where it works without giving any."""
 _FRAME = re.compile(r'  File "(.*?)", line (\d+) in (\S+)')
 _WAITING = ("distributed_c10d.py", "torch/distributed", "deepspeed/comm")
 """Files of which the innermost frame says that a rank waits for the others."""
+_STDERR = 2
+
+
+class Work:
+    """Notices whether this process has worked since the last call, by the CPU time of all threads but the caller's."""
+
+    def __init__(self) -> None:
+        self._seen = self._used()
+
+    def __call__(self) -> bool:
+        if self._used() - self._seen < WORK_SECONDS:
+            return False
+        self._seen = self._used()
+        return True
+
+    @staticmethod
+    def _used() -> float:
+        return time.process_time() - time.thread_time()
 
 
 @dataclass
 class Watchdog:
-    """Within `with`, ends this process when `beat` is not called for `seconds`; 0: never.
+    """Within `with`, ends this process when `beat` is not called for `seconds`; 0: never. `starting` is the same for
+    the time before the run folder is this run's: something is written there after an alarm only.
 
     A thread of ours looks on. faulthandler's, which needs no GIL, writes the stacks of a rank that holds the GIL; that
     rank cannot end itself, and is ended by its launcher when the others have ended.
@@ -48,20 +75,39 @@ class Watchdog:
     rank: int
     world_size: int
     seconds: float
-    doing: Callable[[], str]
-    """What is running, for the report."""
+    doing: str = "the start"
+    """What is running: 'step 7', for messages."""
     tell: Callable[[str], object] = lambda report: None
     """Records the report of all ranks; called on the rank that prints it."""
-    patience: int = PATIENCE
+    patience: float = PATIENCE
     """How many times longer than `seconds` the next sign of life may take."""
+    _works: bool = False
     _beats: int = 0
     _left: threading.Event = field(default_factory=threading.Event)
     _file: IO[Any] | None = None
-    _thread: threading.Thread = field(init=False)
+    _prefix: str = ""
+    _thread: threading.Thread | None = None
 
-    def beat(self, patience: int = 1) -> None:
-        """Give a sign of life; the next one may take `patience` times longer than usual."""
-        self._beats, self.patience = self._beats + 1, patience
+    def beat(self, patience: float = 1, doing: str | None = None, works: bool = False) -> None:
+        """Give a sign of life; the next one may take `patience` times longer than usual.
+
+        Args:
+            doing: what begins now.
+            works: it gives no sign of life, and does not hang as long as it uses the CPU.
+        """
+        if doing is not None:
+            self.doing = doing
+        self._beats, self.patience, self._works = self._beats + 1, patience, works
+
+    @property
+    def collectives(self) -> datetime.timedelta:
+        """How long a collective may wait for another rank: beyond the longest patience, since the watchdog names it."""
+        seconds = max((PATIENCE + 1) * self.seconds, JOINING_SECONDS)
+        return datetime.timedelta(seconds=seconds) if self.seconds else COLLECTIVES
+
+    def joins(self) -> None:
+        """Give a sign of life, and to the ranks the time to find each other."""
+        self.beat(max(JOINING, JOINING_SECONDS / (self.seconds or 1)), "joining the process group")
 
     def beating(self, items: Iterable[T]) -> Iterator[T]:
         """Give a sign of life before every item is used; the first keeps the patience of before."""
@@ -85,43 +131,69 @@ class Watchdog:
         except OSError as error:
             logger.warning(f"{path}: {error.strerror}: this run is not watched for hangs")
         else:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+            self._begin()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._left.set()
+        self._end()
         if self._file is not None:
-            self._thread.join()  # does not come back from an alarm, during which the others may be gone already
-            faulthandler.cancel_dump_traceback_later()
             self._file.close()
+            self._file = None
             with contextlib.suppress(OSError):  # the folder may be gone, or not empty
                 self._path(self.rank).unlink()
                 self._path(self.rank).parent.rmdir()
 
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Watch the start; a rank that holds the GIL then writes its stacks to stderr."""
+        self._prefix = "start-"
+        if self.seconds:
+            if self.rank == 0:
+                with contextlib.suppress(OSError):  # of an earlier start; mostly there is none, nor a folder
+                    self._others_alarm.unlink()
+            self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+            self._prefix = ""
+
+    def _begin(self) -> None:
+        self._left.clear()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def _end(self) -> None:
+        self._left.set()
+        if self._thread is not None:
+            self._thread.join()  # does not come back from an alarm, during which the others may be gone already
+            faulthandler.cancel_dump_traceback_later()
+            self._thread = None
+
     @property
     def _others_alarm(self) -> Path:
         """A file that the first rank in alarm makes: the others then write at once where they stand."""
-        return self.out_dir / run_folder.STACKS / "hung"
+        return self.out_dir / run_folder.STACKS / f"{self._prefix}hung"
 
     def _path(self, rank: int) -> Path:
-        return self.out_dir / run_folder.STACKS / f"rank-{rank:05d}.txt"
+        return self.out_dir / run_folder.STACKS / f"{self._prefix}rank-{rank:05d}.txt"
 
     def _watch(self) -> None:
-        assert self._file is not None
         seen, patience, allowed, quiet, longest, before = -1, 0, 0.0, 0.0, 0.0, time.monotonic()
-        tick = min(1.0, self.seconds / 5)
+        tick, worked = min(1.0, self.seconds / 5), Work()
         while not self._left.wait(tick):
             now = time.monotonic()
             quiet += min(now - before, 2 * tick)  # a process that was stopped as a whole (Ctrl-Z) has not hung
             before = now
+            if self._works and worked():
+                self._beats += 1
             if self._beats != seen:
-                if quiet > self.seconds * patience:  # faulthandler's thread may have written
+                if quiet > self.seconds * patience and self._file is not None:  # faulthandler's thread may have written
                     self._file.truncate(0)
                 longest = max(longest, quiet if patience == 1 else 0.0)
                 seen, patience, quiet = self._beats, self.patience, 0.0
                 allowed = max(self.seconds * patience, LONGEST * longest)
-                faulthandler.dump_traceback_later(self.seconds * patience + tick / 2, file=self._file)
+                faulthandler.dump_traceback_later(self.seconds * patience + tick / 2, file=self._file or _STDERR)
             elif quiet > allowed or (quiet > self.seconds / 2 and self._others_alarm.exists()):
                 try:
                     self._alarm(quiet)
@@ -130,25 +202,33 @@ class Watchdog:
 
     def _alarm(self, quiet: float) -> None:
         """Write this rank's stacks, and report all ranks' if it is the first one that can."""
-        assert self._file is not None
-        self._others_alarm.touch()
         faulthandler.cancel_dump_traceback_later()
+        host, path = socket.gethostname(), self._path(self.rank)
+        own = f"chatgot: rank {self.rank} on {host}: no progress for {quiet:.0f} s in {self.doing}"
+        print(f"{own}; its stacks are in {path}", file=sys.stderr, flush=True)
+        if self._prefix:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._others_alarm.touch()
+        if self._file is None:
+            self._file = os.fdopen(run_folder.open_file(path, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8")
         self._file.truncate(0)
-        host, doing = socket.gethostname(), self.doing()
-        print(f"rank {self.rank} on {host}, pid {os.getpid()}: {doing}", file=self._file, flush=True)
+        print(f"rank {self.rank} on {host}, pid {os.getpid()}: {self.doing}", file=self._file, flush=True)
         faulthandler.dump_traceback(self._file)
-        own = f"chatgot: rank {self.rank} on {host}: no progress for {quiet:.0f} s in {doing}"
-        print(f"{own}; its stacks are in {self._path(self.rank)}", file=sys.stderr, flush=True)
         time.sleep(OTHERS_SECONDS)
         rows = [_described(rank, self._read(rank)) for rank in range(self.world_size)]
         if self.rank == next(rank for rank, (_, answers) in enumerate(rows) if answers or rank == self.rank):
             report = "\n".join(["the run hangs; where the ranks are:", *(f"  {row}" for row, _ in rows)])
             print(f"chatgot: {report}", file=sys.stderr, flush=True)
+            if self._prefix:
+                self._others_alarm.unlink()
             self.tell(report)
 
     def _read(self, rank: int) -> str:
+        path = self._path(rank)
         try:
-            return run_folder.read_bytes(self._path(rank)).decode("utf-8", "replace")
+            if self._prefix and path.stat().st_mtime < self._path(self.rank).stat().st_mtime - self.seconds:
+                return ""  # of an earlier start that hung
+            return run_folder.read_bytes(path).decode("utf-8", "replace")
         except OSError:
             return ""
 
@@ -156,7 +236,7 @@ class Watchdog:
 def _described(rank: int, text: str) -> tuple[str, bool]:
     """A line of the report, and whether the rank could write its first line itself."""
     if not text:
-        return f"rank {rank}: does not answer; it is stopped, dead, or its machine is gone", False
+        return f"rank {rank}: does not answer; it never started, is stopped, dead, or its machine is gone", False
     head = text.partition("\n")[0]
     answers = head.startswith(f"rank {rank} ")
     frames = _FRAME.findall(text[text.rfind("hread 0x") :])  # the main thread comes last

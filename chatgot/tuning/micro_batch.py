@@ -173,12 +173,14 @@ def find(
     out_dir: Path,
     place: Place,
     ranks: ControlGroup,
+    tried: Callable[[], object],
 ) -> Stored:
     """Find the micro-batch for "auto". Collective: every rank probes on its own device, and the smallest answer counts.
 
     Args:
         tree: the JSON, overrides included.
         device: its name.
+        tried: called before each probe.
 
     Raises:
         MachineError: on all ranks; not even one sample fits, or a probe failed for another reason.
@@ -194,18 +196,26 @@ def find(
     smallest = min(ranks.gather(device_of_machine(device_facts())), key=lambda one: one.memory)
     local_rank = int(os.environ.get("LOCAL_RANK", place.local_rank))  # 0 where a scheduler shows only one device
     probes = Probes(smallest, (place.rank,), place.world_size, MARGIN, address, local_rank, ranks.gather)
-    return search(tree, model, vocab_size, probes, key)
+    return search(tree, model, vocab_size, probes, key, tried)
 
 
-def search(tree: dict[str, Any], model: dict[str, Any], vocab_size: int, probes: Probes, key: str = "") -> Stored:
+def search(
+    tree: dict[str, Any],
+    model: dict[str, Any],
+    vocab_size: int,
+    probes: Probes,
+    key: str = "",
+    tried: Callable[[], object] = lambda: None,
+) -> Stored:
     """Probe until the largest micro-batch that fits is known; what is far beyond the plan is not probed. See `find`."""
-    tried: dict[int, Outcome] = {}
+    outcomes: dict[int, Outcome] = {}
 
     def task(micro: int) -> Task:
         return Task(probe_tree(tree, micro, probes.world_size), model, vocab_size)
 
     def fits(micro: int) -> bool:
-        tried[micro] = outcome = probes.outcome(task(micro))
+        tried()
+        outcomes[micro] = outcome = probes.outcome(task(micro))
         used = f"fits, {outcome.peak_bytes / GIB:.2f} of {outcome.limit_bytes / GIB:.2f} GiB"
         logger.info(f"micro-batch {micro}: {used if outcome.fits else outcome.reason}")
         return outcome.fits
@@ -214,9 +224,9 @@ def search(tree: dict[str, Any], model: dict[str, Any], vocab_size: int, probes:
     if best is None:
         config = read_task(task(1), probes.world_size, probes.device.facts)[1]
         raise MachineError(
-            f'{MICRO} = "auto": not even one sample of {model["max_seq_length"]} tokens fits ({tried[1].reason}). '
+            f'{MICRO} = "auto": not even one sample of {model["max_seq_length"]} tokens fits ({outcomes[1].reason}). '
             f"What needs less memory: {'; '.join(remedies(config))}; `chatgot tune` tries some of them"
         )
-    larger = min((size for size in tried if size > best), default=None)
-    limit = f"{larger} does not ({tried[larger].reason})" if larger else "that is all a rank has in a step"
+    larger = min((size for size in outcomes if size > best), default=None)
+    limit = f"{larger} does not ({outcomes[larger].reason})" if larger else "that is all a rank has in a step"
     return Stored(best, "auto", f"fits with {probes.margin:.0%} of the memory free; {limit}", key=key)

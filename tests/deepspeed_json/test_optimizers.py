@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
 from chatgot.deepspeed_json import optimizers
 from chatgot.deepspeed_json.optimizers import optimizer_states
-from chatgot.engine.guards import run_muon_uncompiled
+from chatgot.engine.process_guards import run_muon_uncompiled
 
 SHAPES = ((6, 4), (3, 2, 5), (7,))
 SWITCHES: dict[str, list[dict[str, Any]]] = {

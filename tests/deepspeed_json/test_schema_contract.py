@@ -32,7 +32,7 @@ from chatgot.deepspeed_json.check import effective
 from chatgot.deepspeed_json.read import Document
 from chatgot.deepspeed_json.resolve import build_engine_config, resolve
 from chatgot.deepspeed_json.schema import Key, Section
-from chatgot.engine.guards import run_muon_uncompiled
+from chatgot.engine.process_guards import run_muon_uncompiled
 from chatgot.errors import ConfigError
 from tests.deepspeed_json import generate_keys
 from tests.deepspeed_json.conftest import (

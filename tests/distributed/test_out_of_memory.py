@@ -116,7 +116,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, line: list[str], error: BaseExcepti
 
         def runs_out(self: loop_module.Loop) -> Any:
             if self.step == 2:
-                self.doing = "step 3"
+                self.watchdog.beat(doing="step 3")
                 raise error or RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
             return train_step(self)
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.deepspeed_json.machine import has_command
-from chatgot.engine import guards
+from chatgot.engine import guards, process_guards
 from chatgot.engine.step import poisoned_by
 from tests.support import environment, present
 
@@ -156,11 +157,11 @@ def test_an_empty_op_table_skips_the_shared_memory_op():
 
     backend = importlib.import_module("deepspeed.comm.torch")
     assert comm.cdb.shm_comm_op is None, (
-        "DeepSpeed compiled its shared-memory op although the table is empty: guards.skip_shared_memory_op"
+        "DeepSpeed compiled its shared-memory op although the table is empty: process_guards.skip_shared_memory_op"
     )
     source = inspect.getsource(backend.build_shm_op)
     assert "__compatible_ops__" in source, mended(
-        "the op is no longer compiled at the start", "guards.skip_shared_memory_op"
+        "the op is no longer compiled at the start", "process_guards.skip_shared_memory_op"
     )
 
 
@@ -174,7 +175,7 @@ def test_collectives_warn_that_torch_renamed_them():
     named = [w for w in caught if issubclass(w.category, FutureWarning) and "c10d_logger" in w.filename]
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
         pytest.skip("torch renamed the collectives in 2.13")
-    assert named, mended("the new names are used", "guards.quiet_renamed_collectives")
+    assert named, mended("the new names are used", "process_guards.quiet_renamed_collectives")
 
 
 def test_bf16_optimizer_always_reports_memory(monkeypatch):
@@ -185,13 +186,13 @@ def test_bf16_optimizer_always_reports_memory(monkeypatch):
     monkeypatch.setattr(bf16_optimizer, "see_memory_usage", utils.see_memory_usage)
     precision = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     stock(1, **precision).destroy()
-    assert any(calls), mended("the BF16_Optimizer is quiet", "guards.quiet_memory_report")
+    assert any(calls), mended("the BF16_Optimizer is quiet", "process_guards.quiet_memory_report")
     calls.clear()
-    guards.quiet_memory_report({})
+    process_guards.quiet_memory_report({})
     stock(1, **precision).destroy()
     assert calls
     assert not any(calls)
-    guards.quiet_memory_report({"memory_breakdown": True})
+    process_guards.quiet_memory_report({"memory_breakdown": True})
     stock(1, **precision).destroy()
     assert any(calls)
 
@@ -201,8 +202,8 @@ def test_autocast_outlives_its_engine():
     engine = stock(1)
     scaled = engine.optimizer.torch_autocast_gradscaler is not None
     engine.destroy()
-    guards.forget_autocast()
-    assert scaled, mended("an engine's autocast ends with it", "guards.forget_autocast")
+    process_guards.forget_autocast()
+    assert scaled, mended("an engine's autocast ends with it", "process_guards.forget_autocast")
     engine = stock(1)
     assert engine.optimizer.torch_autocast_gradscaler is None
     engine.destroy()
@@ -472,7 +473,7 @@ def test_zero_3_takes_the_whole_model_to_the_device_before_it_is_shared_out(keys
 
 
 def test_muons_update_is_clipped_under_zero():
-    guards.run_muon_uncompiled()
+    process_guards.run_muon_uncompiled()
     muon = {"type": "Muon", "params": {"lr": 0.02, "torch_adam": True, "momentum": 0.95}}
 
     def moved(clipping: float) -> float:
@@ -491,14 +492,14 @@ def test_muons_update_is_clipped_under_zero():
 def test_muon_is_compiled_at_import():
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
-    guards.run_muon_uncompiled()
+    process_guards.run_muon_uncompiled()
     source = inspect.getsource(original_muon)
     decorated = [
         name
         for name in ("muon_update", "zeropower_via_gram_newtonschulz")
         if f"@compiler.compile()\ndef {name}(" in source
     ]
-    assert len(decorated) == 2, mended("Muon is not compiled at import", "guards.run_muon_uncompiled")
+    assert len(decorated) == 2, mended("Muon is not compiled at import", "process_guards.run_muon_uncompiled")
     assert hasattr(torch.compile(lambda x: x), "_torchdynamo_orig_callable"), (
         "torch keeps the eager function elsewhere now"
     )
@@ -592,3 +593,22 @@ def test_zero_to_fp32_cannot_read_the_bf16_optimizer(tmp_path: Path):
     except (KeyError, ValueError):
         return
     pytest.fail(mended("zero_to_fp32 reads it", "nothing in ours: checkpoint/portable.py reads every stage's files"))
+
+
+def test_groups_that_deepspeed_makes_have_torchs_timeout(monkeypatch):
+    import torch.distributed as dist
+    from deepspeed.comm import comm
+    from deepspeed.comm.torch import TorchBackend
+
+    def timeout_of_a_new_group() -> timedelta:
+        group: Any = comm.new_group([0])
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    monkeypatch.setattr(TorchBackend, "new_group", lambda self, ranks: dist.new_group(ranks))  # DeepSpeed's own
+    given = inspect.getsource(importlib.import_module("deepspeed.comm.torch")).count(
+        "torch.distributed.new_group(ranks)"
+    )
+    assert given == 1, mended("new_group takes a timeout", "process_guards.time_out_alike")
+    assert timeout_of_a_new_group() == timedelta(minutes=30)
+    process_guards.time_out_alike(timedelta(seconds=77))
+    assert timeout_of_a_new_group() == timedelta(seconds=77)

@@ -24,45 +24,97 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("how", WHERE)
-def test_a_rank_that_hangs_is_named_with_its_place(how: str, tmp_path: Path, text_file: Path) -> None:
-    engine = write_json(tmp_path / "engine.json", engine_json(1, micro=2))
-    words = argv(engine, tmp_path / "out", write_run_yaml(tmp_path / "run.yaml", max_steps=50), text_file)
-    port, ranks = str(free_port()), []
-    for rank in "01":
+def start(how: str, ranks: str, folder: Path, text: Path, seconds: float, **more: str) -> list[subprocess.Popen[str]]:
+    """Ranks of hang.py, of two."""
+    folder.mkdir(exist_ok=True)
+    engine, port = write_json(folder / "engine.json", engine_json(1, micro=2)), str(free_port())
+    words = argv(engine, folder / "out", write_run_yaml(folder / "run.yaml", max_steps=3), text)
+    started = []
+    for rank in ranks:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(PROGRAM), how, *words, "--hang_timeout", "4"]
-        ranks.append(
-            subprocess.Popen(
-                command, env=environment(**place), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-        )
+        command = [sys.executable, str(PROGRAM), how, *words, "--hang_timeout", str(seconds)]
+        out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment(**place, **more), **out))  # pyright: ignore
+    return started
+
+
+def ended(ranks: list[subprocess.Popen[str]], codes: tuple[int, ...]) -> list[str]:
+    """Wait for the first ranks, which end with `codes`, and kill the rest; what these said."""
     try:
-        said = ranks[0].communicate(timeout=240)[1]
-        assert ranks[0].returncode == 6, said
-        if how == "sleeps":
-            assert ranks[1].wait(60) == 6
+        said = []
+        for rank, code in zip(ranks, codes):
+            said.append(rank.communicate(timeout=240)[1])
+            assert rank.returncode == code, said
+        return said
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
-    out = tmp_path / "out"
+            rank.wait()
+            assert rank.stderr is not None
+            rank.stderr.close()
+
+
+def report_in(said: str) -> list[str]:
+    """The lines of the ranks."""
     assert "where the ranks are:" in said, said
-    report = said[said.index("the run hangs; where the ranks are:") :]
-    assert "rank 0 on " in report
-    assert "waits for the others in " in report.splitlines()[1]
+    return said[said.index("the run hangs; where the ranks are:") :].splitlines()[1:3]
+
+
+@pytest.mark.parametrize("how", WHERE)
+def test_a_rank_that_hangs_is_named_with_its_place(how: str, tmp_path: Path, text_file: Path) -> None:
+    ranks = start(how, "01", tmp_path, text_file, 4)
+    said = ended(ranks, (6, 6) if how == "sleeps" else (6,))[0]
+    first, second = report_in(said)
+    assert "rank 0 on " in first
+    assert "waits for the others in " in first
     verdict, place = WHERE[how]
-    assert verdict in report.splitlines()[2], report
-    assert place in report.splitlines()[2], report
+    assert verdict in second
+    assert place in second
+    out = tmp_path / "out"
     assert events(out, "failed")[0]["exit_code"] == status(out)[1] == 6
     assert (out / run_folder.STACKS / "rank-00000.txt").read_text().startswith("rank 0 on ")
+
+
+@pytest.mark.parametrize(
+    ("where", "doing", "place"),
+    [
+        ("data", "preparing the data: ", "in prepare_data"),
+        ("engine", "building the engine: ", "in hang, from "),
+        ("save", "saving at step 3: ", "in hang, from "),
+    ],
+)
+def test_a_rank_that_hangs_elsewhere_is_named_too(
+    where: str, doing: str, place: str, tmp_path: Path, text_file: Path
+) -> None:
+    """The bound is six times as long there, 12 s."""
+    ranks = start(f"sleeps@{where}", "01", tmp_path, text_file, 2, CHATGOT_CACHE=str(tmp_path / "cache"))
+    lines = report_in("".join(ended(ranks, (6, 6))))
+    hung = 0 if where == "data" else 1
+    assert doing in lines[hung]
+    assert "is in " in lines[hung]
+    assert place in lines[hung]
+    assert "waits for the others in " in lines[1 - hung]
+    prefix, written = ("" if where == "save" else "start-"), tmp_path / "out" / run_folder.STACKS
+    assert "in hang" in (written / f"{prefix}rank-0000{hung}.txt").read_text()
+
+
+def test_a_first_step_that_compiles_is_no_hang(tmp_path: Path, text_file: Path) -> None:
+    ended(start("sleeps@first", "01", tmp_path, text_file, 3), (0, 0))
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_starts_is_named(tmp_path: Path, text_file: Path) -> None:
+    [said] = ended(start("sleeps", "0", tmp_path, text_file, 2), (6,))
+    assert "rank 0 on " in report_in(said)[0]
+    assert "joining the process group" in report_in(said)[0]
+    assert "rank 1: does not answer; it never started" in report_in(said)[1]
 
 
 PATIENT = """
 import sys, time
 from pathlib import Path
 from chatgot.training.watchdog import Watchdog
-with Watchdog(Path(sys.argv[1]), 0, 1, 1.0, doing=lambda: "a test", patience=1) as dog:
+with Watchdog(Path(sys.argv[1]), 0, 1, 1.0, doing="a test", patience=1) as dog:
     for _ in range(8):
         time.sleep(0.4)
         dog.beat()
@@ -95,8 +147,8 @@ def test_what_is_slow_is_no_hang_and_a_stopped_process_goes_on(tmp_path: Path) -
 
 
 def test_nothing_is_left_after_a_run_that_did_not_hang(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 0, 1, 100.0, doing=str):
+    with Watchdog(tmp_path, 0, 1, 100.0):
         assert (tmp_path / run_folder.STACKS / "rank-00000.txt").exists()
-    with Watchdog(tmp_path, 0, 1, 0.0, doing=str):
+    with Watchdog(tmp_path, 0, 1, 0.0):
         assert not (tmp_path / run_folder.STACKS).exists()
     assert not any(tmp_path.iterdir())

@@ -1,4 +1,6 @@
-"""train.py whose rank 1 hangs in its third step: `python hang.py HOW <train.py arguments>`."""
+"""train.py one rank of which hangs: `python hang.py HOW[@WHERE] <train.py arguments>`. Rank 1, in its third step, or
+where WHERE says: `data`, which rank 0 prepares, `engine`, `save`; `first` is a first step of 12 s that goes on.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,33 @@ from collections.abc import Iterator
 from typing import Any
 
 from chatgot import cli
+from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import TrainBatches
+from chatgot.training import preparation, run
 
-HOW = sys.argv.pop(1)
+HOW, _, WHERE = sys.argv.pop(1).partition("@")
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "data": (preparation, "prepare_cached", 0),
+    "engine": (run, "build", 1),
+    "save": (Saver, "begin", 1),
+}
 original = TrainBatches.micro_batches
 
 
 def micro_batches(self: TrainBatches, first_sample: int) -> Iterator[Any]:
-    if os.environ["RANK"] == "1" and first_sample == 2 * self.global_batch_size:
+    if os.environ["RANK"] == "1" and first_sample == 0 and WHERE == "first":
+        time.sleep(12)
+    elif os.environ["RANK"] == "1" and first_sample == 2 * self.global_batch_size and not WHERE:
         hang()
     return original(self, first_sample)
+
+
+def hanging(function: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        hang()
+        return function(*args, **kwargs)
+
+    return called
 
 
 def hang() -> None:
@@ -34,4 +53,6 @@ def hang() -> None:
 
 
 TrainBatches.micro_batches = micro_batches  # type: ignore[method-assign]
+if WHERE in PLACES and os.environ["RANK"] == str(PLACES[WHERE][2]):
+    setattr(*PLACES[WHERE][:2], hanging(getattr(*PLACES[WHERE][:2])))
 cli.train()

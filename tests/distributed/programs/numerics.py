@@ -24,7 +24,7 @@ from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import Place, find_place
-from chatgot.engine import guards
+from chatgot.engine import process_guards
 from chatgot.engine import step as engine_step
 from chatgot.engine.build import build, join
 from chatgot.engine.step import TrainingEngine, mean_over_ranks
@@ -190,7 +190,7 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     place = find_place()
     device = join(place, "cpu")
-    guards.run_muon_uncompiled()
+    process_guards.run_muon_uncompiled()
     results: dict[str, Any] = {"poisoned": {}, "clean": {}, "autocast": {}}
     for name, case in plan["poisoned"].items():
         print(name, flush=True)

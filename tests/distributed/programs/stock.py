@@ -20,7 +20,7 @@ from chatgot.data.loader import DataOrder, TrainBatches
 from chatgot.deepspeed_json.resolve import EngineConfig, read_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import find_place
-from chatgot.engine import guards
+from chatgot.engine import process_guards
 from chatgot.engine.build import build, join
 from chatgot.engine.step import mean_over_ranks
 from chatgot.model.gpt import GPT
@@ -50,7 +50,7 @@ def stock(model: GPT, tree: dict[str, Any]) -> tuple[Any, Any]:
     ]
     if tree["optimizer"]["type"] == "Adagrad" and tree.get("zero_optimization", {}).get("stage"):
         groups = list(model.parameters())  # DeepSpeed fails on two groups
-    guards.run_muon_uncompiled()  # the same numbers, without a minute of g++
+    process_guards.run_muon_uncompiled()  # the same numbers, without a minute of g++
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=tree, dist_init_required=False)
 
     def step(micro_batches: Any) -> torch.Tensor:
@@ -93,7 +93,7 @@ def train(side: str, name: str, setting: dict[str, Any], folder: Path, steps: in
     model.init_weights(SEED)
     torch.manual_seed(SEED)
     comm.comms_logger.comms_dict.clear()
-    guards.forget_autocast()  # both sides train many settings in one process
+    process_guards.forget_autocast()  # both sides train many settings in one process
     if side == "ours":
         engine, step = ours(model, config)
     else:
