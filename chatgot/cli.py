@@ -84,7 +84,7 @@ def _train(argv: Sequence[str], own_process: bool) -> NoReturn:
     arguments = train_parser().parse_args(argv)
 
     def program() -> NoReturn:
-        with StopSignals(starting=True) as stop:
+        with StopSignals(starting=True, out_dir=arguments.out_dir) as stop:
             if own_process:
                 escape_unwritable()
                 settle_environment(start_again=True)

@@ -138,18 +138,17 @@ def _slurm_size(environ: Mapping[str, str]) -> tuple[str, str]:
 
 def gloo_interface(master: str) -> str | None:
     """Find the network interface by which other machines reach this one, where gloo would take the loopback: it binds
-    to what the hostname resolves to, which many /etc/hosts say is 127.0.1.1. None: gloo's own choice is right.
+    to what the hostname resolves to, which many /etc/hosts say is 127.0.1.1, and takes the loopback where that is
+    no address of this machine. None: gloo's own choice is right.
 
     Args:
         master: MASTER_ADDR.
     """
-    try:
+    with contextlib.suppress(OSError):
         if _is_loopback(socket.gethostbyname(master)) and master != socket.gethostname():
             return None  # all ranks are on this machine
-        if not _is_loopback(socket.gethostbyname(socket.gethostname())):
-            return None
-    except OSError:
-        pass  # a name that does not resolve is no address for gloo either
+    if own_address(socket.gethostname()):
+        return None
     for target in (master, "192.0.2.1"):  # nothing is sent: the kernel says which address it would send from
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))
@@ -167,6 +166,15 @@ def interface_of(address: str) -> str | None:
                 if socket.inet_ntoa(answer[20:24]) == address:
                     return name
     return None
+
+
+def own_address(host: str) -> bool:
+    """Whether a name or address is this machine's, under which others may reach it, too."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        address = socket.gethostbyname(host)
+        probe.bind((address, 0))  # refused for an address that no interface here has
+        return not _is_loopback(address)
+    return False
 
 
 def _is_loopback(address: str) -> bool:

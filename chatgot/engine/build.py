@@ -7,6 +7,8 @@ import datetime
 import functools
 import logging
 import os
+import socket
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +53,7 @@ def join(place: Place, kind: str, timeout: datetime.timedelta = COLLECTIVES) -> 
     device = _own_cuda_device(place) if kind == "cuda" else torch.device("cpu")
     if not dist.is_initialized():
         if place.world_size > 1 and (interface := gloo_interface(os.environ["MASTER_ADDR"])) is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            _take_interface(place, interface)
         backend = "nccl" if kind == "cuda" else "gloo"
         try:
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -62,6 +64,20 @@ def join(place: Place, kind: str, timeout: datetime.timedelta = COLLECTIVES) -> 
                 "is the port free (MASTER_PORT), and did every rank start?"
             ) from error
     return device
+
+
+def _take_interface(place: Place, interface: str) -> None:
+    """Let gloo use an interface, unless the user has named one, and say so once a machine."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        if place.local_rank == 0:
+            host = socket.gethostname()
+            why = f"host {host}: its own name resolves to the loopback, or to no address of it"
+            print(
+                f"chatgot: {why}; the ranks talk over {interface}, which reaches {os.environ['MASTER_ADDR']} "
+                f"(GLOO_SOCKET_IFNAME names another)",
+                file=sys.stderr,
+            )
 
 
 def _own_cuda_device(place: Place) -> torch.device:

@@ -27,6 +27,7 @@ from typing import Any
 import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.batch import MICRO, TOTAL
 from chatgot.deepspeed_json.findings import shortened
+from chatgot.distributed import own_address
 from chatgot.errors import ConfigError, MachineError
 from chatgot.launcher.supervisor import say
 
@@ -91,8 +92,8 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def is_here(host: str) -> bool:
-    """Whether a name of the hostfile is this machine's, which needs no ssh."""
-    return host in ("localhost", "127.0.0.1", socket.gethostname())
+    """Whether a name or address of the hostfile is this machine's, which needs no ssh."""
+    return host in ("localhost", "127.0.0.1", socket.gethostname()) or own_address(host)
 
 
 def master_address(hosts: Mapping[str, int], given: str | None) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, MachineError
 
-PEERS_END_SECONDS = 10.0
+PEERS_END_SECONDS = 5.0
 """After one rank ended badly, the others often end by themselves with the same code: wait so long, then end them."""
 NODE_ENDS_SECONDS = 5.0
 """How long a node that is to kill its ranks may take."""
@@ -179,14 +179,23 @@ class Supervisor:
             rank.exit_code = rank.process.wait()
             self._ended.append(rank)
 
+    def _interrupted(self, rank: Rank) -> bool:
+        """Whether a rank was asked to stop, and has saved, or did not listen yet and had nothing to save."""
+        code = rank.exit_code
+        return code == EXIT_INTERRUPTED or (code is not None and -code in self.stops)
+
     def _exit_code(self) -> int:
         if self.ran_out:
             return EXIT_INTERRUPTED
         bad = [rank for rank in self._ended if rank.exit_code != 0]
         if not bad:
             return EXIT_DONE
-        own = [rank for rank in bad if not rank.told_to_end]
-        cause = next((rank for rank in own if rank.exit_code != EXIT_INTERRUPTED), (own or bad)[0])
+        own = [rank for rank in bad if not rank.told_to_end] or bad
+        if self._interrupted(own[0]) and all(
+            rank.exit_code == EXIT_ENVIRONMENT or self._interrupted(rank) for rank in own
+        ):
+            return EXIT_INTERRUPTED  # by a signal to all, or to one that starts, and is lost to the others
+        cause = next((rank for rank in own if not self._interrupted(rank)), own[0])
         others = [f"{rank.name} {_how_it_ended(rank)}" for rank in bad if rank.exit_code != cause.exit_code]
         if others:
             say(f"the cause: {cause.name} {_how_it_ended(cause)}; then: {', '.join(others)}")

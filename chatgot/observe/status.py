@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import chatgot.run_folder as run_folder
-from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError
+from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, ConfigError
+from chatgot.files import write_atomically
 from chatgot.observe.journal import newest_step, read_lines
 
 EXIT_RUNNING = 10
@@ -30,6 +34,8 @@ def status(folder: Path) -> tuple[str, int]:
         if (kind := event.get("event")) in _TURNS and (kind in _TURNS[:2] or last.get("event") in (None, *_TURNS[:2])):
             last = event
     holder = holder_of_lock(folder)
+    if holder is None and (refused := _refused_start(folder)) is not None:
+        return f"the last start ended before its first step, with exit code {refused[1]}: {refused[0]}", refused[1]
     if not last and holder is None:
         raise ConfigError(f"{folder}: no run has started here; give the --out_dir of one")
     saved = next((event.get("step") for event in reversed(events) if event.get("event") == "saved"), None)
@@ -50,6 +56,38 @@ def status(folder: Path) -> tuple[str, int]:
         return f"failed with exit code {code}: {why}; {again if code == EXIT_INTERRUPTED else state}", code
     at = newest_step(folder / run_folder.METRICS) or 0
     return f"ended without a word at step {at} or later (killed, or the machine went down), {again}", EXIT_INTERRUPTED
+
+
+def note_refused_start(folder: Path, error: ChatGoTError) -> None:
+    """Leave a word for `status` on this machine, or where its home is shared: a refusal changes nothing in the folder
+    of the run, which may not even exist.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or it is full: the refusal itself has been said
+        note = _note_of(folder)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps({"error": str(error), "code": error.exit_code, "events": _events(folder)}))
+
+
+def _refused_start(folder: Path) -> tuple[str, int] | None:
+    """Message and exit code of the last start, if it ended before it wrote to the folder."""
+    try:
+        note = json.loads(run_folder.read_bytes(_note_of(folder)))
+        return (str(note["error"]), int(note["code"])) if note["events"] == _events(folder) else None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _note_of(folder: Path) -> Path:
+    cache = Path(os.environ.get("CHATGOT_CACHE") or Path.home() / ".cache" / "chatgot")
+    return cache / "starts" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
+
+
+def _events(folder: Path) -> int:
+    """Size of events.jsonl, which every start that has come further makes longer."""
+    try:
+        return (folder / run_folder.EVENTS).stat().st_size
+    except OSError:
+        return 0
 
 
 def holder_of_lock(folder: Path) -> str | None:

@@ -15,9 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from chatgot.errors import EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, RunAgainError
+from chatgot.errors import EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, ChatGoTError, RunAgainError
+from chatgot.launcher.arguments import on_rank_0
 from chatgot.launcher.command import ATTEMPT
 from chatgot.launcher.supervisor import PR_SET_PDEATHSIG
+from chatgot.observe.status import note_refused_start
 
 STUCK_SECONDS = 2.0
 """After a signal, how long a start may take to come back to Python before its process is ended."""
@@ -25,6 +27,8 @@ BEFORE_JOB_ENDS_SECONDS = 120
 """How long before Slurm's job ends a run is saved and ended."""
 ORPHAN_SECONDS = 25.0
 """How long a rank whose launcher is gone may take to save and end, before it is killed."""
+_GIVES_UP = signal.SIGVTALRM
+"""Signal 26, sent by the kernel when the parent is gone; its handler calls alarm(26)."""
 _LAUNCHED = (ATTEMPT, "TORCHELASTIC_RUN_ID", "CROSS_RANK", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables that tell of a launcher as parent: launch/run, torchrun, DeepSpeed's, srun, mpirun."""
 
@@ -39,11 +43,14 @@ class StopSignals:
 
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-    def __init__(self, starting: bool = False) -> None:
+    def __init__(self, starting: bool = False, out_dir: Path | None = None) -> None:
+        """`out_dir`: of the run, of which `chatgot status` is to know how its start ended, if it came to no step."""
         self.starting = starting
         self.began = time.monotonic()
         """When this start of the run began."""
+        self._loops = False
         self.received: str | None = None
+        self._out_dir = out_dir
         self._ends_at, self._limit = _end_of_job()
         self._previous: dict[signal.Signals, Any] = {}
         self._writing: int | None = None
@@ -57,7 +64,7 @@ class StopSignals:
         if any(name in os.environ for name in _LAUNCHED):
             ancestors = _ancestors(2 if "CROSS_RANK" in os.environ else 1)  # DeepSpeed's runner is above its launch.py
             threading.Thread(target=self._end_with_launcher, args=(ancestors,), name="launcher", daemon=True).start()
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # launch/run's ranks would be killed, unsaved
+            _end_by_alarm_without_parent()
         if self.starting:
             reading, self._writing = os.pipe()
             os.set_blocking(self._writing, False)
@@ -77,7 +84,7 @@ class StopSignals:
 
     def started(self) -> None:
         """From now on something can be lost: signals are left to the loop."""
-        self.starting = False
+        self.starting, self._loops = False, True  # the loop writes how the run ends
         if self._writing is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._writing)  # ends the thread
@@ -87,25 +94,37 @@ class StopSignals:
         while number := os.read(reading, 1):
             time.sleep(STUCK_SECONDS)
             if self.starting and number[0] in self.handled:  # else the handler has been called
-                print(f"chatgot: {_before_the_first_step(signal.Signals(number[0]).name)}", file=sys.stderr, flush=True)
+                error = _before_the_first_step(signal.Signals(number[0]).name)
+                print(f"chatgot: {error}", file=sys.stderr, flush=True)
+                if self._out_dir is not None:
+                    note_refused_start(self._out_dir, error)
                 os._exit(EXIT_INTERRUPTED)
         os.close(reading)
 
     def _end_with_launcher(self, ancestors: list[int]) -> None:
         """Ask this process to save and end when one of them is gone, and kill it if it does not."""
         while _ancestors(len(ancestors)) == ancestors:
+            signal.alarm(0)  # it was but a thread of the parent that ended
             if self._left.wait(0.5):
                 return
+        signal.alarm(_GIVES_UP)
         print("chatgot: the launcher of this rank is gone: saving, as after SIGTERM", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         if not self._left.wait(ORPHAN_SECONDS):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._out_dir is not None and not self._loops and isinstance(error, ChatGoTError) and self._speaks(error):
+            note_refused_start(self._out_dir, error)
         self.started()
         self._left.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @staticmethod
+    def _speaks(error: ChatGoTError) -> bool:
+        """Whether it is for this rank to note an error: rank 0 notes what all have met."""
+        return on_rank_0() or not error.shared or isinstance(error, RunAgainError)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":
@@ -113,9 +132,19 @@ class StopSignals:
         self.received = signal.Signals(number).name
         if self.starting:
             self.starting = False  # once: what ends the run may be cut short by no second one
-            error = RunAgainError(_before_the_first_step(self.received))
-            error.shared = True  # a launcher sends it to every rank
-            raise error
+            raise _before_the_first_step(self.received)
+
+
+def _end_by_alarm_without_parent() -> None:
+    """Let the kernel end this process by SIGALRM, 26 s after its parent is gone: `_end_with_launcher` needs the GIL,
+    which another thread may never give back. The signal's handler is C's alarm(), called with the signal's number.
+
+    It takes the place of the SIGKILL that launch/run asks the kernel for, which would lose what is not saved.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(_GIVES_UP, ctypes.cast(libc.alarm, ctypes.c_void_p))
+    libc.prctl(PR_SET_PDEATHSIG, _GIVES_UP, 0, 0, 0)
 
 
 def _end_of_job() -> tuple[float, str]:
@@ -136,5 +165,8 @@ def _ancestors(generations: int) -> list[int]:
     return found
 
 
-def _before_the_first_step(received: str) -> str:
-    return f"stopped by {received} before the first step: nothing is lost. Run the same command again to go on"
+def _before_the_first_step(received: str) -> RunAgainError:
+    what = f"stopped by {received} before the first step: nothing is lost"
+    error = RunAgainError(f"{what}. Run the same command again to go on")
+    error.shared = True  # a launcher sends it to every rank
+    return error

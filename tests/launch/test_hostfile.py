@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,15 @@ def reached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 @contextlib.contextmanager
-def ssh_server(folder: Path) -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
-    """A server on 127.0.0.2, and the environment whose `ssh` reaches it."""
+def ssh_server(
+    folder: Path, addresses: Mapping[str, Sequence[str]] = {"127.0.0.2": ()}, client: Sequence[str] = ()
+) -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
+    """Servers on some addresses, and the environment whose `ssh` reaches them; the last one's process.
+
+    Args:
+        addresses: of the servers, with the command that starts each where its address is.
+        client: the same for `ssh`.
+    """
     if not os.access(SSHD, os.X_OK) or SSH is None:
         pytest.skip("needs ssh and sshd")
     port = free_port()
@@ -106,8 +113,9 @@ def ssh_server(folder: Path) -> Iterator[tuple[dict[str, str], subprocess.Popen[
         subprocess.run(key, check=True, stdin=subprocess.DEVNULL)
     shutil.copy(folder / "user.pub", folder / "authorized")
     known = (folder / "host.pub").read_text().split()[:2]
-    (folder / "known").write_text(f"[127.0.0.2]:{port} {' '.join(known)}\n")
-    server = {"Port": port, "ListenAddress": "127.0.0.2", "HostKey": folder / "host", "StrictModes": "no"}
+    lines = [f"[{address}]:{port} {' '.join(known)}\n" for address in addresses]
+    (folder / "known").write_text("".join(lines))
+    server = {"Port": port, "HostKey": folder / "host", "StrictModes": "no"}
     server |= {"AuthorizedKeysFile": folder / "authorized", "PidFile": "none", "UsePAM": "no"}
     (folder / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in server.items()))
     identity = f"-p {port} -l {getpass.getuser()} -i {folder}/user -o UserKnownHostsFile={folder}/known"
@@ -118,17 +126,24 @@ def ssh_server(folder: Path) -> Iterator[tuple[dict[str, str], subprocess.Popen[
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     log = (folder / "log").open("w")
-    process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
     path = {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    deadline = time.monotonic() + 30
-    while subprocess.run(["ssh", "-o", "BatchMode=yes", "127.0.0.2", "true"], env={**os.environ, **path}).returncode:
-        if process.poll() is not None or time.monotonic() > deadline:
+    processes = []
+    try:
+        for address, there in addresses.items():
+            listen = ["-D", "-e", "-f", str(folder / "sshd_config"), "-o", f"ListenAddress={address}"]
+            processes.append(subprocess.Popen([*there, SSHD, *listen], stderr=log))
+        deadline = time.monotonic() + 30
+        for address in addresses:
+            reaches = [*client, "ssh", "-o", "BatchMode=yes", address, "true"]
+            while subprocess.run(reaches, env={**os.environ, **path}).returncode:
+                if processes[-1].poll() is not None or time.monotonic() > deadline:
+                    pytest.skip(f"no ssh server can be started here: {(folder / 'log').read_text()[-300:]}")
+                time.sleep(0.2)
+        yield path, processes[-1]
+    finally:
+        for process in processes:
             process.kill()
-            pytest.skip(f"no ssh server can be started here: {(folder / 'log').read_text()[-300:]}")
-        time.sleep(0.2)
-    yield path, process
-    process.kill()
-    process.wait()
+            process.wait()
 
 
 class Hosts(Launch):

@@ -182,6 +182,15 @@ def test_the_cause_is_told_from_what_followed(launch: Launch, first: int, second
     assert f"the cause: rank 1 {'was ended by SIGKILL' if code != 7 else 'ended with exit code 7'}" in errors
 
 
+@pytest.mark.parametrize("verb", ["signal=SIGTERM", "exit=75"])
+def test_a_rank_that_is_asked_to_stop_while_it_starts_is_the_cause_of_what_the_others_say(
+    launch: Launch, verb: str
+) -> None:
+    """It did not listen yet, or ended alone, and the others have lost it."""
+    code, errors = launch.run("0:linger=6", f"1:{verb}")
+    assert code == 75, errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_reaches_all_ranks_before_any_has_ended(launch: Launch, number: signal.Signals) -> None:
     launch.start("*:save", options=("--nproc", "3"))

@@ -17,12 +17,14 @@ import chatgot.run_folder as run_folder
 from chatgot.errors import ConfigError
 from chatgot.observe.journal import Events, Journal
 from chatgot.observe.status import holder_of_lock, status
+from tests.support import ROOT, environment
 
 MEMORY = {"doing": "step 7", "micro_batch": 4}
 
 
 def written(folder: Path, *events: tuple[str, dict[str, Any]]) -> Path:
     """A run folder with these events, and a journal up to step 7."""
+    folder.mkdir(exist_ok=True)
     writer, journal = Events(folder / run_folder.EVENTS), Journal(folder / run_folder.METRICS)
     for kind, fields in events:
         writer.event(kind, **fields)
@@ -56,6 +58,31 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(ConfigError, match="no run has started here"):
             status(folder)
+
+
+def test_a_start_that_was_refused_is_known_though_it_has_changed_nothing(tmp_path: Path) -> None:
+    """Otherwise a script that starts a run again on 75 would do so for ever."""
+    out, cache = tmp_path / "out", {"CHATGOT_CACHE": str(tmp_path / "cache")}
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", "from chatgot.cli import main; main()", *words]
+        return subprocess.run(line, env=environment(**cache), cwd=ROOT, capture_output=True, text=True)
+
+    def refused() -> subprocess.CompletedProcess[str]:
+        done = command("train", "--out_dir", str(out), "train.max_step=3")
+        assert done.returncode == 2
+        return command("status", str(out))
+
+    assert refused().returncode == 2
+    assert not out.exists()
+    assert command("status", str(tmp_path / "other")).stderr.startswith(f"chatgot: {tmp_path / 'other'}: no run has")
+    written(out, ("started", {"step": 0}), ("preempted", {"step": 7, "signal": "SIGTERM"}))
+    assert command("status", str(out)).returncode == 75
+    said = refused()
+    assert said.returncode == 2, said
+    assert "the last start ended before its first step, with exit code 2: override train.max_step=3" in said.stdout
+    written(out, ("resumed", {"step": 7}), ("finished", {"step": 9}))
+    assert command("status", str(out)).returncode == 0
 
 
 def test_a_lock_counts_as_long_as_somebody_holds_it(tmp_path: Path) -> None:

@@ -319,3 +319,27 @@ with StopSignals() as stop:
         [sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=BOUND
     )
     assert (done.returncode, done.stdout) == (130, "SIGINT\n")
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_gives_the_gil_back_ends_when_its_launcher_is_gone():
+    rank = """
+import re
+from chatgot.training.stop import StopSignals
+with StopSignals():
+    print(os.getpid(), flush=True)
+    re.match(r"(a+)+$", "a" * 60 + "b")
+"""
+    launcher = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {'import os' + rank!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], env=environment(CHATGOT_ATTEMPT="1"), cwd=ROOT, stdout=-1, text=True
+    )
+    assert process.stdout is not None
+    stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
+    time.sleep(2.0)
+    process.kill()
+    process.communicate()
+    killed = time.monotonic()
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < killed + 60
+        time.sleep(0.1)
