@@ -1,4 +1,4 @@
-"""python launch/bench.py --suite train | prepare | checkpoint | act_ckpt | plan | copies: the figures of BENCHMARKS.md."""
+"""python launch/bench.py --suite SUITE: the figures of BENCHMARKS.md; --help names the suites."""
 
 import argparse
 import importlib
