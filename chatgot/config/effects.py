@@ -11,9 +11,9 @@ _OURS: dict[Effect, str] = {
     "batches": "data train.seed model.max_seq_length",
     "rounding": "ds.chatgot.activation_checkpointing ds.chatgot.compile ds.optimizer.params.torch_adam "
     "ds.optimizer.params.fused",
-    "nothing": "ds.chatgot.checkpoint ds.chatgot.guard train.log_every train.eval_every train.eval_tokens "
-    "train.sample_every train.sample_prompts train.sample_max_new_tokens train.sample_temperature train.sample_top_k "
-    "train.sample_seed train.sample_stop",
+    "nothing": "ds.chatgot.checkpoint ds.chatgot.guard ds.chatgot.wandb train.log_every train.eval_every "
+    "train.eval_tokens train.sample_every train.sample_prompts train.sample_max_new_tokens train.sample_temperature "
+    "train.sample_top_k train.sample_seed train.sample_stop",
 }
 """Settings outside DeepSpeed's own keys, which have theirs in the schema; what stands for a section holds inside it."""
 _EFFECTS: dict[str, Effect] = {name: effect for effect, names in _OURS.items() for name in names.split()}

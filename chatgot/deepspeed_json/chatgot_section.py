@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from chatgot.deepspeed_json.fields import Number, Settings, Whole
+from chatgot.deepspeed_json.fields import Number, Settings, Texts, Whole
 
 
 class ScheduleConfig(Settings):
@@ -82,6 +82,15 @@ class CompileConfig(Settings):
     """torch.compile's mode."""
 
 
+class WandbSettings(Settings):
+    """What wandb is told beyond the JSON's own `wandb` section."""
+
+    tags: Texts = ()
+    """Tags of the run."""
+    artifacts: Literal["none", "report", "checkpoint", "both"] = "none"
+    """What is uploaded when the run is complete: report.html, the newest checkpoint, or both."""
+
+
 class ChatGoTSection(Settings):
     """The whole "chatgot" section."""
 
@@ -91,3 +100,4 @@ class ChatGoTSection(Settings):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     guard: GuardConfig = GuardConfig()
     compile: CompileConfig = CompileConfig()
+    wandb: WandbSettings = WandbSettings()

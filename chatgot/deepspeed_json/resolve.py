@@ -94,7 +94,7 @@ class EngineConfig:
         """The resolved, complete JSON for the run folder. Reading it again with the same ranks gives an equal
         EngineConfig.
         """
-        chatgot = self.chatgot.model_dump(by_alias=True)
+        chatgot = self.chatgot.model_dump(by_alias=True, mode="json")
         if self.activation_checkpointing is None:
             del chatgot["activation_checkpointing"]  # would do nothing without the DeepSpeed section, and is refused
         return {**plain_copy(self.deepspeed), "wandb": dataclasses.asdict(self.wandb), "chatgot": chatgot}

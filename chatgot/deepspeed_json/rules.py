@@ -283,7 +283,7 @@ RULES: tuple[Rule, ...] = (
     note("wall_clock_breakdown memory_breakdown flops_profiler.enabled comms_logger.enabled", lambda s, on: on,
          "slows training down: it waits for the device to measure it"),
     note("tensorboard.enabled csv_monitor.enabled comet.enabled", lambda s, on: on,
-         "DeepSpeed writes the learning rate and the loss scale only; metrics.jsonl and wandb have the rest"),
+         "gets the metrics of metrics.jsonl by their names and steps, beside DeepSpeed's own, which count samples"),
     warning("disable_python_gc", lambda s, on: on, "nobody collects garbage then, and memory may grow until the end"),
     note("gradient_clipping", lambda s, _: s.is_unstated("gradient_clipping") and {"now": "1.0", "before": "0"},
          _UNSTATED, "DeepSpeed #8068", absent=True),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,21 @@ if TYPE_CHECKING:
 _QUEUED_LINES = 10_000
 
 logger = logging.getLogger(__name__)
+
+
+ARTIFACT_SECONDS = 1800.0
+"""Granted to the upload at the end where artifacts were asked for."""
+_ALERTS = {
+    "rolled_back": "Rolled back",
+    "spike": "The loss shot up",
+    "save_refused": "The state is not finite",
+    "failed": "The run has failed",
+    "preempted": "Interrupted and saved",
+    "out_of_memory": "Out of memory",
+}
+"""Events that wandb sends its users a message about."""
+_SAID = ("step", "why", "error", "signal", "from_step", "to_step", "exit_code")
+"""Fields of an event that the message has."""
 
 
 class WandbRun:
@@ -57,6 +72,7 @@ class WandbRun:
         run_name: str,
         run_config: Mapping[str, Any],
         resumed_from_step: int | None = None,
+        tags: Sequence[str] = (),
         init_timeout: float = 30.0,
         finish_timeout: float = 60.0,
     ) -> WandbRun:
@@ -91,6 +107,7 @@ class WandbRun:
             "dir": str(run_dir),
             "name": run_name,
             "config": dict(run_config),
+            "tags": list(tags),
             "project": config.project,
             "group": config.group,
             "team": config.team,
@@ -123,36 +140,59 @@ class WandbRun:
         """Send a step's metrics. Never blocks. A step's calls are one record, sent when the next step comes."""
         self._send(step, {name: value for name, value in metrics.items() if value is not None and name != "step"}, {})
 
-    def log_text(self, name: str, text: str, step: int) -> None:
-        """Send a text, e.g. a sample, shown preformatted, as part of the step's record. Never blocks."""
-        self._send(step, {}, {name: text})
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Send a table, e.g. of samples, as part of the step's record. Never blocks."""
+        self._send(step, {}, {name: {"columns": columns, "rows": rows}})
+
+    def summarize(self, **values: Any) -> None:
+        """Set values of the run's summary. Never blocks."""
+        self._tell({"summary": values})
+
+    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Tell wandb of an event: some are alerts, and what a resume has proved stands in the summary. Never blocks."""
+        if title := _ALERTS.get(kind):
+            text = "; ".join(f"{name}: {fields[name]}" for name in _SAID if name in fields)
+            self._tell({"alert": {"title": title, "text": text, "level": "WARN" if kind == "preempted" else "ERROR"}})
+        elif kind == "resume_verified":
+            self.summarize(verified=f"{fields['steps']}/{fields['of']} ({fields['compares']})")
+        elif kind == "resume_differs":
+            self.summarize(verified=f"differs at step {fields['step']}")
 
     def rolled_back(self, from_step: int) -> None:
         """The run goes back from this step: wandb, which cannot forget, gets the steps up to it only once."""
         self._last_step = max(self._last_step, from_step)
         self._half_sent = (-1, set())
 
-    def finish(self, exit_code: int) -> None:
-        """Send what is left, close the run, and wait for it no longer than `finish_timeout`. Idempotent."""
+    def finish(self, exit_code: int, artifacts: Mapping[str, Path] | None = None) -> None:
+        """Send what is left, close the run, and wait for it no longer than `finish_timeout`, or ARTIFACT_SECONDS where
+        there are artifacts: files and folders by their kind. Idempotent.
+        """
         worker, self._worker = self._worker, None
         if worker is None:
             return
         self.mode = "off"
         try:
-            worker.send({"exit_code": exit_code})
-            worker.wait("finished", self._finish_timeout)
+            seconds = ARTIFACT_SECONDS if artifacts else self._finish_timeout
+            for kind, path in (artifacts or {}).items():
+                worker.send({"artifact": {"kind": kind, "path": str(path)}})
+            worker.send({"exit_code": exit_code, "seconds": seconds})
+            worker.wait("finished", seconds)
             worker.kill()  # nothing is left for it to do
         except _WorkerError as error:
             self._off(f"the run was not closed ({error}); complete the upload with: wandb sync {worker.folder}/*run-*")
 
-    def _send(self, step: int, metrics: dict[str, float | int], texts: dict[str, str]) -> None:
+    def _send(self, step: int, metrics: dict[str, float | int], tables: dict[str, Any]) -> None:
         half, logged = self._half_sent
         if step == half:
             metrics = {name: value for name, value in metrics.items() if name not in logged}
-        if self._worker is None or (step <= self._last_step and not (step == half and metrics)):
+        if step > self._last_step or (step == half and metrics):
+            self._tell({"step": step, "metrics": metrics, "tables": tables})
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        if self._worker is None:
             return
         try:
-            self._worker.send({"step": step, "metrics": metrics, "texts": texts})
+            self._worker.send(message)
         except _WorkerError as error:
             self._worker = None
             self._off(str(error))

@@ -4,14 +4,14 @@ Measured with wandb 0.31: a wandb.init that a silent server keeps waiting leaves
 process cannot go offline with it, and holds the interpreter's exit for another 12 s. In a process of its own all that
 is one kill away. It also outlives a killed training just long enough to hand over what it was given.
 
-Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics", "texts"}..., then
-{"exit_code"} or the end of input, which means that the training is gone. Out, on what was standard output before it
-became worker.log: {"ready": {...}} or {"failed": why}; {"warning": text}; {"finished": true}.
+Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics", "tables"}, {"summary"},
+{"alert"}, {"artifact"}..., then {"exit_code", "seconds"} or the end of input, which means that the training is gone.
+Out, on what was standard output before it became worker.log: {"ready": {...}} or {"failed": why}; {"warning": text};
+{"finished": true}.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import netrc
 import os
@@ -33,6 +33,8 @@ STEP = "train/step"
 
 _REACH_SECONDS = 3.0
 _TRAINING_IS_GONE = 1
+_LATER = 5.0
+"""Seconds after which this process ends by itself where the training, which waits for it, should have ended it."""
 
 
 def _reply(descriptor: int, **message: Any) -> None:
@@ -79,11 +81,12 @@ def main() -> None:
     job = json.loads(sys.stdin.buffer.readline())
     try:
         wandb, run = _open(job, reply)
-        exit_code = _feed(wandb, run)
-        bound = threading.Timer(job["finish_timeout"], os._exit, args=(1,))
+        end = _feed(wandb, run)
+        seconds = end["seconds"] + _LATER if "seconds" in end else job["finish_timeout"]
+        bound = threading.Timer(seconds, os._exit, args=(1,))
         bound.daemon = True
         bound.start()
-        run.finish(exit_code=exit_code)
+        run.finish(exit_code=end["exit_code"])
         reply(finished=True)
         exit_status = 0
     except Exception as error:  # noqa: BLE001  whatever wandb raises, the training hears of it and goes on
@@ -115,6 +118,7 @@ def _open(job: dict[str, Any], reply: Callable[..., None]) -> tuple[Any, Any]:
         mode="offline" if offline_because else "online",
         dir=job["dir"],
         name=job["name"],
+        tags=job["tags"],
         config=job["config"],
         allow_val_change=True,  # a resumed run may have another world size or precision
         project=job["project"],
@@ -124,31 +128,53 @@ def _open(job: dict[str, Any], reply: Callable[..., None]) -> tuple[Any, Any]:
     )
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP)
+    run.define_metric("val/loss", step_metric=STEP, summary="min,last")
     reply(ready={"offline_because": offline_because, "url": None if offline_because else run.url})
     return wandb, run
 
 
-def _feed(wandb: Any, run: Any) -> int:
-    """Log until the end and return the exit code. Lines of one step are one record, sent when the next step comes."""
+def _feed(wandb: Any, run: Any) -> dict[str, Any]:
+    """Log until the end and return how it ends: {"exit_code", "seconds"}. Lines of one step are one record, sent when
+    the next step comes.
+    """
     pending: dict[str, Any] = {}
-    exit_code = _TRAINING_IS_GONE
+    end: dict[str, Any] = {"exit_code": _TRAINING_IS_GONE}
     for line in sys.stdin.buffer:
         try:
             message = json.loads(line)
         except ValueError:  # the training was killed while it wrote this line, so it is the last
             break
         if "exit_code" in message:
-            exit_code = message["exit_code"]
+            end = message
             break
+        if "step" not in message:
+            _tell(wandb, run, message)
+            continue
         if pending and pending[STEP] != message["step"]:
             run.log(pending)
             pending = {}
         pending = {STEP: message["step"], **pending, **message["metrics"]}
-        for name, text in message["texts"].items():
-            pending[name] = wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+        for name, table in message["tables"].items():
+            pending[name] = wandb.Table(columns=table["columns"], data=table["rows"])
     if pending:
         run.log(pending)
-    return exit_code
+    return end
+
+
+def _tell(wandb: Any, run: Any, message: dict[str, Any]) -> None:
+    """Do what belongs to no step."""
+    if "summary" in message:
+        run.summary.update(message["summary"])
+    elif "alert" in message:
+        run.alert(**message["alert"])
+    elif "artifact" in message:
+        kind, path = message["artifact"]["kind"], message["artifact"]["path"]
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type={"checkpoint": "model"}.get(kind, kind))
+        if os.path.isdir(path):
+            artifact.add_dir(path, policy="immutable")  # not copied first
+        else:
+            artifact.add_file(path)
+        run.log_artifact(artifact, aliases=[os.path.basename(path)])
 
 
 def _why_offline(settings: Any) -> str | None:

@@ -277,8 +277,7 @@ class Loop:
         if improved:
             self.position.best_val_loss = loss
         self.position.last_val = {"step": step, **metrics}
-        self.records.metrics(step, metrics)
-        self.records.progress.line(step, metrics)
+        self.records.evaluated(step, metrics, improved)
         return improved
 
     def _sample(self, step: int) -> None:

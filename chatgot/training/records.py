@@ -40,23 +40,38 @@ class Records:
     wandb: WandbRun | None = None
     ledger: Ledger | None = None
     report: ReportWriter | None = None
+    monitor: Any = None
+    """DeepSpeed's, where the JSON has tensorboard, csv_monitor or comet."""
     _finds_copies: bool = True
+    _monitored: TolerantWriter = field(default_factory=lambda: TolerantWriter("records of tensorboard, csv or comet"))
     _samples: TolerantWriter = field(default_factory=lambda: TolerantWriter("samples"))
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append to events.jsonl."""
+        """Append to events.jsonl, and tell the dashboard."""
         if self.events is not None:
             self.events.event(kind, **fields)
+        if self.wandb is not None:
+            self.wandb.event(kind, fields)
 
     def metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append a step's metrics to metrics.jsonl and send them to the dashboard; now and then tell the ledger."""
+        """Append a step's metrics to metrics.jsonl and send them to the dashboards; now and then tell the ledger."""
         if self.ledger is not None:
             metrics = {**metrics, "goodput/wall_seconds": round(sum(self.ledger.seconds().values()), 3)}
         if self.journal is not None:
             self.journal.append({"step": step, **metrics})
         if self.wandb is not None:
             self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step)
+        if self.monitor is not None:
+            told = [(name, value, step) for name, value in metrics.items() if value is not None]
+            self._monitored.attempt(lambda: self.monitor.write_events(told))
         self.account(step, due=False)
+
+    def evaluated(self, step: int, metrics: dict[str, Any], improved: bool) -> None:
+        """Journal and show an evaluation, and whether it is the best so far."""
+        self.metrics(step, metrics)
+        if improved and self.wandb is not None:
+            self.wandb.summarize(best_val_loss=metrics["val/loss"], best_step=step)
+        self.progress.line(step, metrics)
 
     def account(self, step: int, due: bool = True) -> dict[str, Any] | None:
         """Tell where the wall time has gone up to this step, if it is due or was not told for long; returns that."""
@@ -76,13 +91,16 @@ class Records:
         path, copied = out_dir / run_folder.SAMPLES / f"step-{step:06d}.txt", self._copied(samples, data)
         text = "\n\n".join(f"=== {prompt!r}\n{prompt}{continued}" for prompt, continued in samples) + "\n"
         if self._samples.attempt(lambda: evaluation.write_samples(path, text)):
-            searched = (
-                {} if copied is None else {"searched_tokens": copied.searched_tokens, "of_tokens": len(data.train)}
-            )
-            self.event("sampled", step=step, path=str(path.relative_to(out_dir)), **searched)
+            searched = None if copied is None else copied.searched_tokens
+            where = {"path": str(path.relative_to(out_dir)), "searched_tokens": searched, "of_tokens": len(data.train)}
+            self.event("sampled", step=step, **where)
         self.progress.say(f"sample at step {step}: {samples[0][0]}{samples[0][1][:200]}")
         if self.wandb is not None:
-            self.wandb.log_text("samples", text, step)
+            rows = [
+                [step, prompt, continued, "\n".join(continued[begin:end] for begin, end in passages)]
+                for (prompt, continued), passages in zip(samples, copied.passages if copied else [[]] * len(samples))
+            ]
+            self.wandb.log_table("samples", ("step", "prompt", "continuation", "copied"), rows, step)
         if copied is not None:
             self.metrics(step, copied.metrics)
 
@@ -169,7 +187,9 @@ def open_records(
         run_name=arguments.run_name or out_dir.resolve().name,
         run_config={"run": run, "deepspeed": engine_json},
         resumed_from_step=step if resumed else None,
+        tags=engine.config.chatgot.wandb.tags,
     )
+    records.monitor = engine.engine.monitor if engine.engine.monitor.enabled else None
     for note in resumed.checkpoint.notes if resumed else ():
         records.event("resume_warning", message=note)
     origin = {"from": str(resumed.checkpoint.path)} if resumed else {}

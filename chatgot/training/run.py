@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import faults, rng
+from chatgot.checkpoint.load import find
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.corpus import check_run_folder
@@ -102,14 +103,14 @@ def finish(loop: Loop) -> int:
         raise refusal from error
     finally:
         loop.proof.end()
+        records.progress.close()
+        patience = REPORT_SECONDS if exit_code == EXIT_DONE else STOPPED_REPORT_SECONDS
+        report = records.report.end(patience) if records.report is not None else None
         if records.wandb is not None:
-            records.progress.close()
-            records.wandb.finish(exit_code)
+            records.wandb.finish(exit_code, _artifacts(loop) if exit_code == EXIT_DONE else None)
         records.close()
         if loop.ranks.rank == 0:
             run_folder.release_lock(loop.out_dir)
-        patience = REPORT_SECONDS if exit_code == EXIT_DONE else STOPPED_REPORT_SECONDS
-        report = records.report.end(patience) if records.report is not None else None
     if exit_code == EXIT_DONE:
         val = loop.position.last_val
         result = f": val/loss {val['val/loss']:.4f} nats, {val['val/bits_per_char']:.3f} bits/char" if val else ""
@@ -122,6 +123,16 @@ def finish(loop: Loop) -> int:
     if exit_code == EXIT_DONE:
         logger.info(f"next: chatgot sample {shlex.quote(str(loop.out_dir))} --prompt {shlex.quote(loop.prompts[0])}")
     return exit_code
+
+
+def _artifacts(loop: Loop) -> dict[str, Path]:
+    """What chatgot.wandb.artifacts asks for, by kind."""
+    wanted, paths = loop.engine.config.chatgot.wandb.artifacts, dict[str, Path]()
+    if wanted in ("report", "both") and (report := loop.out_dir / run_folder.REPORT).is_file():
+        paths["report"] = report
+    if wanted in ("checkpoint", "both") and (found := find(loop.out_dir / run_folder.CHECKPOINTS)) is not None:
+        paths["checkpoint"] = found.path
+    return paths
 
 
 def _finish_save(loop: Loop) -> None:

@@ -29,8 +29,8 @@ EFFECTS = {
     "nothing": """
         train.eval_every train.eval_tokens train.log_every train.sample_every train.sample_max_new_tokens
         train.sample_prompts train.sample_seed train.sample_stop train.sample_temperature train.sample_top_k
-        ds.aio ds.autotuning ds.chatgot.checkpoint ds.chatgot.guard ds.checkpoint ds.comet ds.comms_logger
-        ds.csv_monitor ds.dataloader_drop_last ds.disable_allgather ds.disable_python_gc ds.dump_state
+        ds.aio ds.autotuning ds.chatgot.checkpoint ds.chatgot.guard ds.chatgot.wandb ds.checkpoint ds.comet
+        ds.comms_logger ds.csv_monitor ds.dataloader_drop_last ds.disable_allgather ds.disable_python_gc ds.dump_state
         ds.flops_profiler ds.log_level ds.memory_breakdown ds.steps_per_print ds.tensorboard ds.timers
         ds.vocabulary_size ds.wandb ds.wall_clock_breakdown
         """,

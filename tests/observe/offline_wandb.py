@@ -48,6 +48,15 @@ def read_offline_records(run_dir: str | os.PathLike) -> list[Any]:
     return [Record.FromString(data) for log in logs for data in _leveldb_records(log.read_bytes())]
 
 
+def summary_of(records: list[Any]) -> dict[str, Any]:
+    """What the run's summary was set to, plain keys."""
+    summary: dict[str, Any] = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= {item.key: json.loads(item.value_json) for item in record.summary.update if item.key}
+    return summary
+
+
 def _leveldb_records(data: bytes) -> Iterator[bytes]:
     ident, magic, _version = _HEADER.unpack_from(data)
     assert (ident, magic) == (b":W&B", 0xBEE1), f"not a wandb log: {data[: _HEADER.size]!r}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.observe.offline_wandb import read_offline_history, read_offline_records
+from tests.observe.offline_wandb import read_offline_history, read_offline_records, summary_of
 from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, series
@@ -97,6 +97,7 @@ def test_invariant_16_killed_and_resumed_run_has_one_id_and_each_step_once(comma
         record.run.project for record in read_offline_records(out) if record.WhichOneof("record_type") == "run"
     }
     assert project == "thrones"
+    assert summary_of(read_offline_records(out))["verified"] == "2/2 (bit for bit)"
 
 
 def test_invariant_16_absent_wandb_is_no_error(command_line, tmp_path, capsys):

@@ -29,7 +29,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 section = SimpleNamespace(enabled=job.get("enabled", True), project="ravens", group="winter", team=None)
 run = WandbRun.start(
     section, run_dir=Path(job["run_dir"]), run_name="a-run", run_config={"model": {"d_model": 64}},
-    resumed_from_step=job.get("resumed_from_step"),
+    resumed_from_step=job.get("resumed_from_step"), tags=("north", "snow"),
     init_timeout=job.get("init_timeout", 30), finish_timeout=job.get("finish_timeout", 30),
 )
 steps = list(range(*job["steps"]))
@@ -42,7 +42,7 @@ for step in steps:
     run.log({"train/loss": 1 / step, "optim/grad_norm": None}, step)
     if step % 5 == 0:
         run.log({"val/loss": 2 / step}, step)
-        run.log_text("sample", "<Tyrion> ’twas\\n  a night", step)
+        run.log_table("sample", ("step", "text"), [[step, "<Tyrion> ’twas\\n  a night"]], step)
 print("trained", run.mode, "wandb" in sys.modules, flush=True)
 if job.get("wait"):
     sys.stdin.read()
@@ -137,8 +137,10 @@ def test_what_wandb_is_told_of_the_run(tmp_path, environment):
     assert "train/step" in [m.name for m in metrics]
     assert [m.step_metric for m in metrics if m.glob_name == "*"] == ["train/step"]
     assert exit_codes(run_dir) == [75]
-    (sample,) = (run_dir / "wandb").glob("offline-run-*/files/media/html/sample_*.html")
-    assert sample.read_text(encoding="utf-8") == "<pre>&lt;Tyrion&gt; ’twas\n  a night</pre>"
+    assert list(run.tags) == ["north", "snow"]
+    (sample,) = (run_dir / "wandb").glob("offline-run-*/files/media/table/sample_*.table.json")
+    table = json.loads(sample.read_text(encoding="utf-8"))
+    assert table == {"columns": ["step", "text"], "data": [[5, "<Tyrion> ’twas\n  a night"]]}
 
 
 def test_steps_are_logged_again_where_the_run_folder_had_no_wandb_run(tmp_path, environment):
@@ -251,8 +253,8 @@ class Run:
     def log(self, record):
         log_hook(record)
     def finish(self, exit_code): finish_hook()
-class Html:
-    def __init__(self, data, inject): pass
+class Table:
+    def __init__(self, columns, data): pass
 def init(**kwargs):
     init_hook()
     return Run()
