@@ -113,6 +113,7 @@ def train(
     strict: bool = False,
     max_minutes: float | None = None,
     hang_timeout: float = 0.0,
+    init_from: str | PathLike[str] | None = None,
 ) -> Run:
     """Train in this process, as `python launch/train.py` does with the same arguments; returns the finished run.
 
@@ -124,6 +125,7 @@ def train(
         strict: whether a warning about the JSON refuses the run.
         max_minutes: after which the run is saved and ends with RunAgainError.
         hang_timeout: seconds without progress after which this process is ended (exit 6); 0: never.
+        init_from: a folder of GPT-2 or Qwen3 in transformers' layout, that a new run starts from.
 
     Raises:
         RunAgainError: a signal or the time limit ended the run, which is saved, or memory ran out: the same call
@@ -136,7 +138,8 @@ def train(
     if isinstance(deepspeed_config, Mapping):
         deepspeed_config = urlsafe_b64encode(json.dumps(dict(deepspeed_config)).encode()).decode()
     settings = (str(config), deepspeed_config, texts or tuple(overrides), str(data), Path(out_dir))
-    named = refuse_wrong_settings(*settings, strict=strict)
+    init = None if init_from is None else str(init_from)
+    named = refuse_wrong_settings(*settings, strict=strict, init_from=init)
     settle_environment()
     from chatgot.training.run import TrainArguments, leave
     from chatgot.training.run import train as run
@@ -145,6 +148,7 @@ def train(
     arguments = replace(arguments, allow_data_change=allow_data_change, allow_batch_change=allow_batch_change)
     arguments = replace(arguments, overrides=tuple(texts or overrides), strict=strict)
     arguments = replace(arguments, run_name=run_name, max_minutes=max_minutes, hang_timeout=hang_timeout)
+    arguments = replace(arguments, init_from=init)
     code = run(arguments)
     atexit.unregister(leave)
     atexit.register(leave)  # of several ranks, one that the interpreter tears down while gloo's threads run aborts

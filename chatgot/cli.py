@@ -55,6 +55,8 @@ def train_parser() -> argparse.ArgumentParser:
     add("--out_dir", required=True, type=Path, help="the run folder")
     resume = "auto: go on from its newest checkpoint, else start (default)"
     add("--resume_from", default="auto", metavar="auto|must|never|PATH[@TAG]", help=resume)
+    init = "a new run's model, weights and tokenizer: a folder of GPT-2 or Qwen3 in transformers' layout; a resume does"
+    add("--init_from", metavar="DIR", help=f"{init} not read it")
     change = "resume with other data, or with another train.seed, which orders them; the run goes on at the same sample"
     add("--allow_data_change", action="store_true", help=f"{change} number")
     add("--allow_batch_change", action="store_true", help="resume with another train_batch_size")

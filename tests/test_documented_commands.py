@@ -123,7 +123,12 @@ def test_command_line(
     program, *rest = line.words
     run_of_the_page = checkout / "runs" / "book"
     if trains(line.words):
-        assert in_process.train([*rest[1:], *SMALL]) == 0
+        given = "--init_from" in rest
+        if given and not (checkout / rest[rest.index("--init_from") + 1]).is_dir():
+            exported = next(other for other in LINES if other.words[:2] == ["chatgot", "export"])
+            test_command_line(exported, checkout, monkeypatch, capsys)
+        small = [word for word in SMALL if not (given and word.startswith("model."))]
+        assert in_process.train([*rest[1:], *small]) == 0
         return
     if program == "chatgot" and rest[0] not in PARSED_ONLY:
         if "runs/book" in rest and not (run_of_the_page / CHECKPOINTS).is_dir():

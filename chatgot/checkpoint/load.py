@@ -281,6 +281,16 @@ def take_apart(path: Path) -> tuple[Path, str | None]:
     return (whole.parent if whole.name == CHECKPOINTS and not (path / CHECKPOINTS).is_dir() else path), None
 
 
+def place(resume_from: str, out_dir: Path) -> tuple[Path, str | None]:
+    """The folder of checkpoints that --resume_from means, which need not be there, and the tag if it names one."""
+    if resume_from in ("auto", "must", "never"):
+        return out_dir / CHECKPOINTS, None
+    whole = "@" not in resume_from or Path(resume_from).is_dir()
+    path_text, tag = (resume_from, "") if whole else resume_from.rsplit("@", 1)
+    folder, named = take_apart(Path(path_text))
+    return folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder, tag or named or None
+
+
 def choose(resume_from: str, out_dir: Path) -> Found | None:
     """Apply --resume_from auto|must|never|PATH[@TAG]; None means: start a new run.
 
@@ -291,22 +301,15 @@ def choose(resume_from: str, out_dir: Path) -> Found | None:
         ConfigError: `never`, but the run folder has checkpoints, which the new run would replace.
         CheckpointError: `must` or a PATH without a usable checkpoint.
     """
-    own = out_dir / CHECKPOINTS
+    folder, tag = place(resume_from, out_dir)
     if resume_from == "never":
-        if tags_in(own):
+        if tags_in(folder):
             why = "a new run would mix with them; choose another --out_dir or remove it"
-            raise ConfigError(f"--resume_from never: {own} has checkpoints, and {why}")
+            raise ConfigError(f"--resume_from never: {folder} has checkpoints, and {why}")
         return None
-    if resume_from in ("auto", "must"):
-        folder, tag = own, ""
-    else:
-        whole = "@" not in resume_from or Path(resume_from).is_dir()
-        path_text, tag = (resume_from, "") if whole else resume_from.rsplit("@", 1)
-        folder, named = take_apart(Path(path_text))
-        folder, tag = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder, tag or named
-        if not folder.is_dir():
-            raise CheckpointError(f"--resume_from {resume_from}: no such folder: {folder}")
-    chosen = find(folder, tag or None)
+    if resume_from not in ("auto", "must") and not folder.is_dir():
+        raise CheckpointError(f"--resume_from {resume_from}: no such folder: {folder}")
+    chosen = find(folder, tag)
     if chosen is None and resume_from != "auto":
         raise CheckpointError(f"--resume_from {resume_from}: {folder} has no complete checkpoint")
     return chosen

@@ -53,7 +53,14 @@ HASHING_THREADS = 4
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class RunFields(TypedDict):
+class _LaterFields(TypedDict, total=False):
+    """What only some runs have."""
+
+    init_from: str
+    """The folder whose weights the run began with, see train.py --init_from."""
+
+
+class RunFields(_LaterFields):
     """What identifies a run."""
 
     model: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,8 +87,10 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """How text becomes tokens. Which text it is stands on the command line (--data)."""
 
-    tokenizer: Literal["char", "byte", "bpe"] = "char"
-    """char: every distinct character of the text; byte: 256 UTF-8 bytes; bpe: trained on the training split."""
+    tokenizer: Literal["char", "byte", "bpe", "given"] = "char"
+    """char: every distinct character of the text; byte: 256 UTF-8 bytes; bpe: trained on the training split; given: the
+    one of the folder which --init_from names, afterwards the run folder's.
+    """
     bpe_vocab_size: Whole = Field(default=4096, ge=257, le=65536)
     """Vocabulary that the bpe tokenizer is trained to (bpe only)."""
     unknown_characters: Literal["error", "skip"] = "error"
@@ -155,12 +158,15 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in PRESETS.glob("*.yaml"))
 
 
-def load_run_config(name_or_path: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+def load_run_config(
+    name_or_path: str, overrides: dict[str, Any] | None = None, model: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Read a preset or a YAML file and apply overrides.
 
     Args:
         name_or_path: a preset's name or a path that ends in .yaml or .yml.
         overrides: {'model.n_layers': 4, 'train.max_steps': 200}, from the command line.
+        model: what takes the place of its model section, before the overrides.
 
     Raises:
         ConfigError: no such preset or file, YAML that cannot be read; or all unknown keys and wrong values in it.
@@ -189,6 +195,8 @@ def load_run_config(name_or_path: str, overrides: dict[str, Any] | None = None) 
         raise ConfigError(f"--config {path}: cannot be read: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
         raise ConfigError(f"--config {path}: not valid YAML: {shortened(str(error), 300)}") from error
+    if model is not None and isinstance(tree, dict):
+        tree["model"] = dict(model)
     return build_run_config(tree, str(path), overrides, lines)
 
 

@@ -17,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from chatgot.config.run import DataConfig
+from chatgot.data.byte_level import tokenizers_library
 from chatgot.data.corpus import Source, check_out_dir, resolve
 from chatgot.data.places import Part, noting_parts
 from chatgot.data.prepared import (
@@ -33,7 +34,7 @@ from chatgot.data.prepared import (
     token_file,
     write_meta,
 )
-from chatgot.data.reading import TextReader, check_encoding, plan_split, split_pieces
+from chatgot.data.reading import Characters, TextReader, check_encoding, plan_split, split_pieces
 from chatgot.data.repeats import RepeatDetector
 from chatgot.data.tokenizer import (
     BpeTokenizer,
@@ -42,9 +43,8 @@ from chatgot.data.tokenizer import (
     Tokenizer,
     bpe_pieces,
     describe_unknown,
-    tokenizers_library,
 )
-from chatgot.errors import DataError
+from chatgot.errors import ConfigError, DataError
 from chatgot.files import take_lock
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,14 @@ Spec = str | os.PathLike | Sequence[str | os.PathLike]
 
 WARN_REPEATED_SHARE = 0.05
 WARN_VAL_IN_TRAIN_SHARE = 0.05
-_ASCII = bytes(range(128))
-_NOT_ASCII = bytes(range(128, 256))
 
 
 def prepare_cached(
-    spec: Spec, config: DataConfig, cache_dir: Path | str | None = None, waiting: Callable[[], object] = lambda: None
+    spec: Spec,
+    config: DataConfig,
+    cache_dir: Path | str | None = None,
+    waiting: Callable[[], object] = lambda: None,
+    tokenizer: Tokenizer | None = None,
 ) -> PreparedData:
     """The prepared form of `spec`: a prepared folder is opened, all else taken from or prepared into the cache.
 
@@ -70,6 +72,7 @@ def prepare_cached(
 
     Args:
         waiting: called twice a second while another process makes it.
+        tokenizer: the vocabulary to use; a prepared folder must have been made with it.
 
     Raises:
         DataError, ConfigError: as `prepare` and `open_prepared`.
@@ -80,12 +83,17 @@ def prepare_cached(
         data = open_prepared(source.path)
         what = f"source {data.meta.source}, {data.meta.tokenizer} vocabulary of {data.meta.vocab_size}"
         logger.info(f"opened prepared folder {source.path}: {what}")
+        if tokenizer is not None and data.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise DataError(f"--data {spec}: was prepared with another vocabulary than the model's; name its text")
         return data
     cache = Path(cache_dir or os.environ.get("CHATGOT_CACHE") or os.path.expanduser("~/.cache/chatgot"))
     if cache.parts[:1] == ("~",):
         what = "HOME is not set, and this user has no home, where prepared texts are kept"
         raise DataError(f"--data {spec}: {what}; set CHATGOT_CACHE to a folder for them")
-    entry = cache / "prepared" / _cache_key(source, config)
+    if tokenizer is None and config.tokenizer == "given":
+        where = "by train.py --init_from DIR, or by a run folder that was started so"
+        raise ConfigError(f"data.tokenizer = given: the vocabulary is given {where}; else take char, byte or bpe")
+    entry = cache / "prepared" / _cache_key(source, config, tokenizer)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with entry.with_suffix(".lock").open("a") as lock:
@@ -101,8 +109,8 @@ def prepare_cached(
                 except DataError as error:
                     logger.warning(f"the cached copy is damaged and is made anew: {error}")
                     shutil.rmtree(entry)
-            data = prepare(spec, entry, config)
-            if _cache_key(source, config) != entry.name:
+            data = prepare(spec, entry, config, tokenizer=tokenizer)
+            if _cache_key(source, config, tokenizer) != entry.name:
                 shutil.rmtree(entry)
                 raise DataError(
                     f"{source.name}: changed while it was being prepared; try again when nothing writes to it"
@@ -112,10 +120,13 @@ def prepare_cached(
         raise DataError(f"{entry}: the cache cannot be used: {error}; set CHATGOT_CACHE to another folder") from error
 
 
-def _cache_key(source: Source, config: DataConfig) -> str:
+def _cache_key(source: Source, config: DataConfig, tokenizer: Tokenizer | None) -> str:
     """32 hex digits that change with the files (path, size, modification time), the settings and the format."""
     settings = config.model_dump()
-    del settings["unknown_characters"]  # a vocabulary made from the text lacks none
+    if tokenizer is not None:
+        settings["given"] = tokenizer.fingerprint
+    else:
+        del settings["unknown_characters"]  # a vocabulary made from the text lacks none
     if config.tokenizer == "bpe":
         settings["tokenizers"] = tokenizers_library().__version__
     else:
@@ -242,7 +253,7 @@ def _scan(source: Source, encoding: str) -> tuple[tuple[FileMeta, ...], list[int
     """First pass: returns the files, the characters that each adds to the text, and the distinct characters."""
     files: list[FileMeta] = []
     lengths: list[int] = []
-    seen = _Characters()
+    seen = Characters()
     boms = crlf_files = crlf = 0
     for file in source.files:
         reader = TextReader(file.path, encoding)
@@ -267,22 +278,6 @@ def _scan(source: Source, encoding: str) -> tuple[tuple[FileMeta, ...], list[int
         names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
         logger.warning(f"{len(empty)} empty file{'s' * (len(empty) > 1)} left out: {names}")
     return tuple(files), lengths, seen.sorted()
-
-
-class _Characters:
-    """The distinct characters of a text. Known ASCII is deleted from each piece in C first, which is fast."""
-
-    def __init__(self) -> None:
-        self._ascii = b""
-        self._others: set[str] = set()
-
-    def add(self, raw: bytes) -> None:
-        self._ascii += bytes(set(raw.translate(None, self._ascii + _NOT_ASCII)))
-        if not raw.isascii():
-            self._others.update(raw.translate(None, _ASCII).decode("utf-8"))
-
-    def sorted(self) -> list[str]:
-        return sorted(self._others.union(self._ascii.decode("ascii")))
 
 
 def _noted(pieces: Iterable[str]) -> Iterator[str]:
@@ -319,7 +314,10 @@ def _encode(
             for piece in bpe_pieces(pieces) if tokenizer.kind == "bpe" else pieces:
                 try:
                     ids = tokenizer.encode(piece)
-                except DataError as error:  # the first pass has seen to it that every character is known
+                except DataError as error:
+                    if tokenizer.kind == "bpe":
+                        raise
+                    # the first pass has seen to it that every character is known
                     raise DataError(f"the text changed while it was being prepared: {error}") from error
                 raw = piece.encode("utf-8")
                 file.write(ids.data)

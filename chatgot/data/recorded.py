@@ -8,6 +8,7 @@ import chatgot.run_folder as run_folder
 from chatgot.config.run import load_run_config
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData
+from chatgot.data.tokenizer import load_tokenizer
 from chatgot.errors import DataError
 
 
@@ -29,7 +30,9 @@ def recorded_data(run: Path, fingerprint: str, spec: str | None = None) -> tuple
         elsewhere = Path(str(environment.get("cwd", ""))) / spec
         if not Path(spec).exists() and elsewhere.exists():
             spec = str(elsewhere)
-    data = prepare_cached(spec, load_run_config(str(run / run_folder.RUN)).data)
+    config = load_run_config(str(run / run_folder.RUN)).data
+    given = load_tokenizer(run / run_folder.TOKENIZER) if config.tokenizer == "given" else None
+    data = prepare_cached(spec, config, tokenizer=given)
     if data.fingerprint != fingerprint:
         prints = f"fingerprint {data.fingerprint[:12]}…, the checkpoint has {fingerprint[:12]}…"
         raise DataError(f"--data {spec}: is not the data that {run} was trained on ({prints})")

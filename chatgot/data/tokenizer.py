@@ -6,13 +6,16 @@ import codecs
 import hashlib
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from chatgot.data.byte_level import byte_level_alphabet, check_definition, tokenizers_library
 from chatgot.errors import ConfigError, DataError, quoted
 from chatgot.files import write_atomically
 from chatgot.run_folder import read_bytes
@@ -21,13 +24,6 @@ FORMAT = "chatgot-tokenizer"
 FORMAT_VERSION = 1
 _BPE_PIECE = 1 << 17  # characters; the library keeps some hundred bytes for each token of a piece
 _BPE_CUT = re.compile(r"\S\n(?=\S)")  # GPT-2's pre-tokenisation never joins what stands on the two sides
-
-_BPE_PARTS = {
-    **dict.fromkeys(("truncation", "padding", "added_tokens", "normalizer", "post_processor")),
-    **dict.fromkeys(("pre_tokenizer", "decoder"), "ByteLevel"),
-    "model": "BPE",
-}
-"""Types of the parts that `BpeTokenizer.train` makes; others could cost any time, or lose text."""
 
 LARGEST = 64 << 20
 """Bytes of a tokenizer.json or meta.json that are read."""
@@ -47,7 +43,7 @@ class Tokenizer(ABC):
         """Type of stored tokens, little-endian: uint8 up to 256 entries, uint16 up to 65,536, else uint32."""
         return np.dtype("u1" if self.vocab_size <= 1 << 8 else "<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the vocabulary; equal for equal vocabularies on every machine."""
         canonical = json.dumps(self._content(), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -182,32 +178,52 @@ class ByteTokenizer(Tokenizer):
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level byte-pair encoding (GPT-2's pre-tokenisation) through the library `tokenizers`."""
+    """Byte-level byte-pair encoding through the library `tokenizers`: trained here with GPT-2's pre-tokenisation, or
+    brought by a folder of GPT-2's or Qwen3's kind. Its added tokens stand for their own text.
+    """
 
     kind = "bpe"
 
-    def __init__(self, definition: dict[str, Any]) -> None:
-        """`definition`: the library's own JSON. Raises DataError if it is refused, ConfigError without the library."""
+    def __init__(self, definition: dict[str, Any], vocab_size: int | None = None) -> None:
+        """Read a definition.
+
+        Args:
+            definition: the library's own JSON.
+            vocab_size: of the model, where that has more rows than there are tokens; a token beyond them is no text.
+
+        Raises:
+            DataError: it is refused.
+            ConfigError: the library is missing.
+        """
         self.definition = definition
-        for key, allowed in _BPE_PARTS.items():
-            part = definition.get(key)
-            if (part.get("type") if isinstance(part, dict) else part or None) != allowed:
-                raise DataError(f"bpe tokenizer: {key} = {quoted(part)}: must be {allowed or 'empty'}")
+        self.split = check_definition(definition)
+        self._composed = bool(definition.get("normalizer"))
         library = tokenizers_library()
         try:
             self._bpe = library.Tokenizer.from_str(json.dumps(definition))
         except Exception as error:  # the library raises a bare Exception for what it cannot read
             why = quoted(str(error))
             raise DataError(f"bpe tokenizer: the library tokenizers cannot read its definition: {why}") from error
-        vocabulary: dict[str, int] = self._bpe.get_vocab()
-        self.vocab_size = len(vocabulary)
+        self.added = {one.content: number for number, one in self._bpe.get_added_tokens_decoder().items()}
+        added = {number: text.encode() for text, number in self.added.items()}
+        vocabulary: dict[str, int] = self._bpe.get_vocab(with_added_tokens=False)
         byte_of = byte_level_alphabet()
-        spelled = set().union(*vocabulary) <= byte_of.keys() <= vocabulary.keys()
-        if sorted(vocabulary.values()) != list(range(self.vocab_size)) or not spelled:
-            raise DataError("bpe tokenizer: not a byte-level vocabulary with ids from 0")
+        ids = vocabulary.values() | added.keys()
+        spelled = {token for token, number in vocabulary.items() if number not in added}
+        known = set().union(*spelled) <= byte_of.keys() <= vocabulary.keys()
+        self._padded_from = None if vocab_size in (None, len(ids)) else len(ids)
+        self.vocab_size = len(ids) if vocab_size is None else vocab_size
+        if len(set(vocabulary.values())) < len(vocabulary) or not known:
+            raise DataError("bpe tokenizer: not a byte-level vocabulary")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise DataError(f"bpe tokenizer: ids {min(ids)}..{max(ids)} do not fit a vocabulary of {self.vocab_size}")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise DataError(f"bpe tokenizer: vocabulary of {self.vocab_size}, allowed up to {MAX_VOCAB_SIZE}")
-        self._bytes = [bytes(byte_of[c] for c in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
+        self._bytes = [b""] * self.vocab_size
+        for token in spelled:
+            self._bytes[vocabulary[token]] = bytes(byte_of[c] for c in token)
+        for number, text in added.items():
+            self._bytes[number] = text
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
@@ -227,13 +243,20 @@ class BpeTokenizer(Tokenizer):
         return cls(json.loads(bpe.to_str()))
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._bpe.encode(text).ids, dtype=self.dtype)
+        if self._composed and not unicodedata.is_normalized("NFC", text):
+            how = "uconv -x any-nfc, or unicodedata.normalize in Python, converts it"
+            raise DataError(f"the text is not in Unicode's form NFC, and this tokenizer would change it: {how}")
+        return np.array(self._bpe.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return super().encode_prompt(unicodedata.normalize("NFC", text) if self._composed else text)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id]
 
     def _content(self) -> dict[str, Any]:
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "tokenizers": self.definition}
+        padded = {} if self._padded_from is None else {"padded_from": self._padded_from}
+        return {"kind": self.kind, "vocab_size": self.vocab_size, **padded, "tokenizers": self.definition}
 
 
 def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:
@@ -299,7 +322,8 @@ def _from_content(tree: dict[str, Any]) -> Tokenizer:
     if kind == "byte":
         return ByteTokenizer()
     if kind == "bpe" and isinstance(tree.get("tokenizers"), dict):
-        return BpeTokenizer(tree["tokenizers"])
+        size = tree.get("vocab_size") if "padded_from" in tree else None
+        return BpeTokenizer(tree["tokenizers"], size if isinstance(size, int) else None)
     expected = "char (with its list 'characters'), byte, or bpe (with its mapping 'tokenizers')"
     raise DataError(f"kind = {quoted(kind)}: expected {expected}")
 
@@ -310,20 +334,3 @@ def describe_unknown(characters: Sequence[str], tokenizer: Tokenizer) -> str:
     more = f" and {len(characters) - 10} more" if len(characters) > 10 else ""
     noun = "character is" if len(characters) == 1 else "characters are"
     return f"{len(characters)} {noun} not in the vocabulary of {tokenizer.vocab_size}: {named}{more}"
-
-
-def byte_level_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte (GPT-2's encoder.py, bytes_to_unicode)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-def tokenizers_library() -> Any:
-    """The library `tokenizers`, imported where bpe needs it. Raises ConfigError without it."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        instead = "pip install tokenizers, or use tokenizer: char or byte"
-        raise ConfigError(f"tokenizer: bpe needs the library tokenizers ({error}); {instead}") from error
-    return tokenizers

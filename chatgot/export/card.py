@@ -46,6 +46,7 @@ def model_card(run: Path, found: Found, config: ModelConfig, tokenizer: Tokenize
     shape = f"{config.d_model} x {config.n_layers} x {config.n_head}, context {config.max_seq_length}"
     size = count_parameters(config, tokenizer.vocab_size)
     rows = {
+        "started from": found.manifest.get("init_from"),
         "text": Path(str(data["spec"])).name if data.get("spec") else None,
         "architecture": f"{config.architecture}, {size:,} parameters (width x layers x heads {shape})",
         "tokenizer": f"{tokenizer.kind}, vocabulary of {tokenizer.vocab_size}",
@@ -65,6 +66,8 @@ def model_card(run: Path, found: Found, config: ModelConfig, tokenizer: Tokenize
     library = "library_name: transformers\n" if format == "transformers" else ""
     front = f"---\npipeline_tag: text-generation\n{library}tags: [chatgot]\n---\n\n"
     what = "A model trained from scratch with ChatGoT. It continues text; it was not taught to follow instructions."
+    if origin := found.manifest.get("init_from"):
+        what = f"The model of `{Path(origin).name}`, trained further with ChatGoT; that model's terms hold for it too."
     body = f"{what}\n\n| | |\n|---|---|\n{table}\n\n## Loading it\n\n{load}\n\n## Settings\n\n{settings}\n"
     return f"{front}# {run.resolve().name}\n\n{body}"
 

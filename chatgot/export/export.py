@@ -19,11 +19,14 @@ from chatgot.checkpoint.portable import read_portable
 from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
 from chatgot.errors import CheckpointError, ConfigError
-from chatgot.export import gguf_file, parity
+from chatgot.exchange import parity
+from chatgot.exchange.folder import CONFIG, open_folder
+from chatgot.exchange.layout import transformers_config, transformers_parts
+from chatgot.exchange.tokenizer import FILE, end_of_text, library_definition, tokenizer_config
+from chatgot.exchange.weights import filled
+from chatgot.export import gguf_file
 from chatgot.export.card import model_card
-from chatgot.export.layout import transformers_config, transformers_parts
-from chatgot.export.tokenizer import library_definition, tokenizer_config
-from chatgot.export.weights import DTYPES, Weights, read_back, write_safetensors
+from chatgot.export.weights import DTYPES, Weights, write_safetensors
 from chatgot.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -92,11 +95,13 @@ def _write_transformers(
     folder: Path, arguments: ExportArguments, config: ModelConfig, tokenizer: Tokenizer, weights: Weights
 ) -> None:
     vocab_size, dtype = tokenizer.vocab_size, DTYPES[arguments.dtype]
+    end = {"eos_token_id": end_of_text(tokenizer)}
+    sampling = {"do_sample": True, "temperature": 0.8, "max_length": config.max_seq_length}
     files: dict[str, Any] = {
-        "config.json": transformers_config(config, vocab_size, str(dtype).removeprefix("torch.")),
-        "generation_config.json": {"do_sample": True, "temperature": 0.8, "max_length": config.max_seq_length},
-        "tokenizer.json": library_definition(tokenizer),
-        "tokenizer_config.json": tokenizer_config(config.max_seq_length),
+        CONFIG: transformers_config(config, vocab_size, str(dtype).removeprefix("torch.")) | end,
+        "generation_config.json": sampling | {key: value for key, value in end.items() if value is not None},
+        FILE: library_definition(tokenizer),
+        "tokenizer_config.json": tokenizer_config(tokenizer, config.max_seq_length),
     }
     for name, tree in files.items():
         write_atomically(folder / name, json.dumps(tree, ensure_ascii=False, indent=1) + "\n")
@@ -120,8 +125,7 @@ def _prove(
     vocab_size, length = tokenizer.vocab_size, config.max_seq_length
     rounded = {name: stored.whole().to(dtype).float() for name, stored in weights.items()}
     ours = parity.model_logits(parity.with_weights(config, vocab_size, rounded))
-    back = read_back(folder, list(transformers_parts(config, vocab_size)))
-    written = parity.model_logits(parity.with_weights(config, vocab_size, back))
+    written = parity.model_logits(filled(open_folder(folder)))
     windows, texts = parity.windows_of(arguments.run, fingerprint, tokenizer, length, arguments.data)
     logger.info(parity.compare(ours, written, windows).required("the exported files in our model"))
     theirs = parity.transformers_logits(folder)

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from chatgot.config.run import ModelConfig
-from chatgot.data.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, byte_level_alphabet
+from chatgot.data.byte_level import GPT2, byte_level_alphabet
+from chatgot.data.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import ConfigError
-from chatgot.export.layout import gguf_parts
+from chatgot.exchange.layout import gguf_parts
+from chatgot.exchange.tokenizer import end_of_text
 from chatgot.export.weights import Weights, chunks
 
 FILE = "model.gguf"
@@ -79,27 +81,38 @@ def write_gguf(
 
 
 def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer) -> None:
-    writer.add_token_types([gguf.TokenType.NORMAL] * tokenizer.vocab_size)
+    types = [gguf.TokenType.NORMAL] * tokenizer.vocab_size
     writer.add_add_bos_token(False)
     if isinstance(tokenizer, CharTokenizer):
         # RWKV's: the longest token that fits, and no token ends a text
+        writer.add_token_types(types)
         writer.add_tokenizer_model("rwkv")
         writer.add_token_list([_escaped(character) for character in tokenizer.characters])
         return
     byte_of = byte_level_alphabet()
     spelled = {byte: character for character, byte in byte_of.items()}
+    tokens, split = [f"[PAD{number}]" for number in range(tokenizer.vocab_size)], GPT2
     if isinstance(tokenizer, BpeTokenizer):
         model = tokenizer.definition["model"]
         vocabulary: dict[str, int] = model["vocab"]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        vocabulary, split = vocabulary | tokenizer.added, tokenizer.split
+        types = [gguf.TokenType.UNUSED] * tokenizer.vocab_size
+        for number in vocabulary.values():
+            types[number] = gguf.TokenType.NORMAL
+        for number in tokenizer.added.values():
+            types[number] = gguf.TokenType.CONTROL
     else:
         vocabulary, merges = {spelled[byte]: byte for byte in range(256)}, []
+    for token, number in vocabulary.items():
+        tokens[number] = token
+    writer.add_token_types(types)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(tokens)
     writer.add_token_merges(merges or [f"{spelled[NEVER]} {spelled[NEVER]}"])  # an empty list is refused
     for add in (writer.add_bos_token_id, writer.add_eos_token_id):
-        add(vocabulary[spelled[NEVER]])
+        add(vocabulary[spelled[NEVER]] if (end := end_of_text(tokenizer)) is None else end)
 
 
 def _escaped(character: str) -> str:

@@ -1,4 +1,4 @@
-"""Weights written tensor by tensor, and read back. Beside the mapped checkpoint, one tensor is in memory at most."""
+"""Weights written tensor by tensor. Beside the mapped checkpoint, one tensor is in memory at most."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 
 from chatgot.checkpoint.portable import StoredTensor
 from chatgot.errors import CheckpointError
-from chatgot.export.layout import Part
+from chatgot.exchange.folder import INDEX, WEIGHTS
+from chatgot.exchange.layout import Part
 from chatgot.files import write_atomically
 
 Weights = Mapping[str, StoredTensor]
@@ -22,7 +23,6 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK = 1 << 20
 """Elements that are converted at a time."""
 SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 
 
 def chunks(part: Part, weights: Weights, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -68,7 +68,7 @@ def write_safetensors(
         filled, total = filled + size, total + size
     place = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / name, shard, weights, dtype)
         place |= {part.name: name for part in shard}
     if len(shards) > 1:
@@ -91,18 +91,3 @@ def _write_shard(path: Path, parts: Sequence[Part], weights: Weights, dtype: tor
         for part in parts:
             for chunk in chunks(part, weights, dtype):
                 file.write(chunk.view(torch.uint8).numpy().data)
-
-
-def read_back(folder: Path, parts: Sequence[Part]) -> dict[str, torch.Tensor]:
-    """Our state dict, fp32, from the files that `write_safetensors` wrote, by the library's own reader."""
-    from safetensors import safe_open
-
-    theirs: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            theirs |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    merged: dict[str, list[torch.Tensor]] = {}
-    for part in parts:
-        tensor = theirs.pop(part.name).float()
-        merged.setdefault(part.ours, []).append(tensor.T if part.transposed else tensor)
-    return {name: torch.cat(pieces).contiguous() for name, pieces in merged.items()}

@@ -51,6 +51,7 @@ def refuse_wrong_settings(
     out_dir: Path,
     local_rank: int | None = None,
     strict: bool = False,
+    init_from: str | None = None,
 ) -> str | None:
     """Check the arguments of train.py as far as that goes without torch, on every rank alike; the run checks them again
     with the device known.
@@ -69,6 +70,8 @@ def refuse_wrong_settings(
     from chatgot.deepspeed_json.resolve import resolve
 
     run_overrides, ds_overrides = parse_overrides(overrides)
+    if init_from is not None:  # the model is that folder's; see training.initial
+        run_overrides = {key: value for key, value in run_overrides.items() if not key.startswith("model.")}
     run = load_run_config(config, run_overrides)
     place, facts = find_place(local_rank, dict(os.environ)), assumed_device("auto")
     named = None if deepspeed_config is None else find_json(deepspeed_config)

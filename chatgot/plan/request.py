@@ -92,6 +92,8 @@ def _vocabulary(run: RunConfig) -> tuple[int, str]:
         return 256, "vocabulary 256: tokenizer byte"
     if run.data.tokenizer == "bpe":
         return run.data.bpe_vocab_size, f"vocabulary {run.data.bpe_vocab_size}: data.bpe_vocab_size"
+    if run.data.tokenizer == "given":
+        raise ConfigError("data.tokenizer = given: its vocabulary is not known here; --vocab_size says how large it is")
     return CHARACTERS, f"vocabulary {CHARACTERS}: assumed for tokenizer char; --vocab_size says it exactly"
 
 

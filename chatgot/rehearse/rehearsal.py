@@ -137,7 +137,8 @@ class Rehearsal:
             "eval_tokens": 8192,
             "sample_max_new_tokens": 16,
         }
-        data = {"bpe_vocab_size": min(self.config.data.bpe_vocab_size, 512)}
+        kind = self.config.data.tokenizer
+        data = {"bpe_vocab_size": min(self.config.data.bpe_vocab_size, 512), "tokenizer": kind.replace("given", "bpe")}
         self.small = self.config.model_copy(
             update={
                 "model": shrunk(self.config.model),

@@ -22,6 +22,7 @@ from chatgot.checkpoint.writing import take_back
 from chatgot.config.run import RunConfig
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import PreparedData, check_block_size
+from chatgot.data.tokenizer import Tokenizer
 from chatgot.deepspeed_json.resolve import EngineConfig, Resolved
 from chatgot.distributed import ControlGroup, Place
 from chatgot.engine.build import versions
@@ -64,6 +65,8 @@ class TrainArguments:
     """Of what rank 0 prints: text, or json."""
     strict: bool = False
     """Whether a warning about the JSON refuses the run."""
+    init_from: str | None = None
+    """A folder in transformers' layout that a new run takes model, weights and tokenizer from."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,28 @@ class Resumed:
     """How it differs from this run, a line each."""
 
 
-def prepare_data(spec: str, config: RunConfig, place: Place, ranks: ControlGroup, watchdog: Watchdog) -> PreparedData:
+def prepare_data(
+    spec: str,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    place: Place,
+    ranks: ControlGroup,
+    watchdog: Watchdog,
+) -> PreparedData:
     """Rank 0 of every machine prepares, the others wait as long as it works; see `refuse_unlike_ranks`.
+
+    Args:
+        tokenizer: None: the config says which is made.
 
     Raises:
         DataError, ConfigError: on all ranks; see `prepare_cached`.
     """
 
+    def working() -> None:
+        watchdog.beat(PATIENCE, works=True)
+
     def prepare() -> PreparedData:
-        prepared = prepare_cached(spec, config.data, waiting=lambda: watchdog.beat(PATIENCE, works=True))
+        prepared = prepare_cached(spec, config.data, waiting=working, tokenizer=tokenizer)
         check_block_size(prepared.meta, config.model.max_seq_length)
         return prepared
 

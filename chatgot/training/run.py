@@ -15,7 +15,6 @@ import chatgot.run_folder as run_folder
 from chatgot.checkpoint import faults, rng
 from chatgot.checkpoint.load import find
 from chatgot.config.overrides import parse_overrides
-from chatgot.config.run import load_run_config
 from chatgot.data.corpus import check_run_folder
 from chatgot.data.loader import DataOrder, EvalBatches, TrainBatches
 from chatgot.deepspeed_json.read import default_json, read_document
@@ -32,7 +31,7 @@ from chatgot.observe.goodput import Ledger, describe
 from chatgot.observe.meters import Mfu, Throughput
 from chatgot.observe.progress import Progress, human_count, show_log
 from chatgot.plan.estimate import estimate, slowness
-from chatgot.training import memory, preparation
+from chatgot.training import initial, memory, preparation
 from chatgot.training.divergence import Guard
 from chatgot.training.evaluation import usable_prompts
 from chatgot.training.loop import FIRST, Loop
@@ -167,7 +166,8 @@ def _prepared(
 ) -> Loop:
     stop.limit(arguments.max_minutes)
     run_overrides, ds_overrides = parse_overrides(list(arguments.overrides))
-    config = load_run_config(arguments.config, run_overrides)
+    settled = initial.settle(arguments, run_overrides)
+    config = settled.config
     check_run_folder(arguments.out_dir, arguments.data)
     facts, world_size = device_facts(), place.world_size
     named = arguments.deepspeed_config
@@ -183,10 +183,11 @@ def _prepared(
     if named is None:
         why = f"chosen for {facts.name or facts.kind} and {world_size} rank(s)"
         logger.info(f"--deepspeed_config is not given: {document.name}, {why}")
-    if rehearsal := faults.arm(place.rank):
-        logger.info(rehearsal)
+    for note in (*settled.notes, faults.arm(place.rank)):
+        if note:
+            logger.info(note)
 
-    data = preparation.prepare_data(arguments.data, config, place, ranks, watchdog)
+    data = preparation.prepare_data(arguments.data, config, settled.tokenizer, place, ranks, watchdog)
     watchdog.beat(PATIENCE, "the start")
     preparation.refuse_unlike_ranks(config, resolved, data, ranks)
     vocab_size, block = data.tokenizer.vocab_size, config.model.max_seq_length
@@ -205,7 +206,15 @@ def _prepared(
     fields = preparation.identity(model, config, engine_config, data, world_size)
     checkpoint, different = preparation.choose_checkpoint(arguments, fields, ranks)
     rng.seed(config.train.seed, place.rank)
-    model.init_weights(config.train.seed)
+    starts_from = arguments.init_from if checkpoint is None else checkpoint.manifest.get("init_from")
+    if starts_from is not None:
+        fields["init_from"] = starts_from
+    if checkpoint is None and starts_from is not None:
+        watchdog.beat(PATIENCE, f"taking the weights of {starts_from}", works=True)
+        initial.fill_from(Path(starts_from), model, data, ranks)
+        watchdog.beat(PATIENCE, "the start")
+    else:
+        model.init_weights(config.train.seed)
     order = DataOrder(len(data.train), block, config.train.seed)
 
     def batches(engine_config: EngineConfig) -> TrainBatches:
@@ -228,7 +237,8 @@ def _prepared(
     notes = [*engine_config.notes, precision_note, *engine.notes]
     prompts, prompt_notes = usable_prompts(config.train.sample_prompts, data)
     notes += prompt_notes
-    guard, position, resumed = Guard(engine_config.chatgot.guard), Position(), None
+    guard, resumed = Guard(engine_config.chatgot.guard), None
+    position = Position(owed=("evaluation",) if starts_from is not None else ())  # what it can before the first step
     if checkpoint is not None:
         with needed_for("loading the checkpoint", micro_batch_helps=False):
             resumed, load_notes = preparation.load_checkpoint(engine, checkpoint, different, fields, ranks)
@@ -296,7 +306,8 @@ def _announce(loop: Loop, resumed: Resumed | None, n_params: int, disk_notes: li
     if (seen := loop.eval_batches.target_tokens) < len(data.val) - 1:
         val = f"{human_count(seen)} (train.eval_tokens) of {val}, evenly spaced,"
     if resumed is None:
-        logger.info(f"starting a new run in {loop.out_dir}")
+        weights = f", from the weights of {loop.fields['init_from']}" if "init_from" in loop.fields else ""
+        logger.info(f"starting a new run in {loop.out_dir}{weights}")
     else:
         logger.info(f"resuming {resumed.checkpoint.path} at step {loop.step}, sample {loop.position.next_sample}")
         if loop.step >= max_steps and not loop.position.owed:

@@ -18,13 +18,16 @@ from chatgot.data.loader import IGNORE_INDEX, EvalBatches
 from chatgot.data.recorded import recorded_data
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import CheckpointError, ConfigError
-from chatgot.export import parity, weights
+from chatgot.exchange import parity
+from chatgot.exchange.folder import INDEX
+from chatgot.exchange.layout import Part, transformers_parts
+from chatgot.exchange.tokenizer import library_definition
+from chatgot.export import weights
 from chatgot.export.export import ExportArguments, export
-from chatgot.export.layout import Part, transformers_parts
-from chatgot.export.tokenizer import library_definition
-from chatgot.export.weights import INDEX, write_safetensors
+from chatgot.export.weights import write_safetensors
 from chatgot.inference.sample import load_run
 from chatgot.observe.journal import read_journal
+from tests.export.llama import llama_continues
 from tests.support import engine_json, write_json, write_run_yaml, write_text
 from tests.training import in_process
 
@@ -227,14 +230,11 @@ def test_the_command_exports(runs, tmp_path, capsys):
 @pytest.mark.parametrize("kind", [k for k in KINDS if k[2] != 3], ids=str)
 def test_llama_cpp_continues_the_text_as_we_do(kind, runs, tmp_path):
     pytest.importorskip("gguf")
-    llama = pytest.importorskip("xllamacpp")
+    pytest.importorskip("xllamacpp")
     export(ExportArguments(runs[kind], tmp_path / "out", format="gguf"))
     loaded = load_run(runs[kind], device="cpu")
     prompt, new = "The night", 64
-    params = llama.CommonParams()
-    params.model.path = str(tmp_path / "out" / "model.gguf")
-    params.n_ctx, params.warmup, params.n_gpu_layers = 128, False, 0
-    params.cpuparams.n_threads = 1
-    server = llama.Server(params)
-    answer = server.handle_completions({"prompt": prompt, "n_predict": new, "temperature": 0.0})
-    assert answer["choices"][0]["text"] == loaded.continuations(prompt, new, temperature=0.0)[0][len(prompt) :]
+    assert (
+        llama_continues(tmp_path / "out" / "model.gguf", prompt, new)
+        == loaded.continuations(prompt, new, temperature=0.0)[0][len(prompt) :]
+    )

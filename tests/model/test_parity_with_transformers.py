@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from chatgot.config.run import ModelConfig
-from chatgot.export.layout import GPT2_BLOCK
+from chatgot.exchange.layout import GPT2_BLOCK
 from chatgot.model.gpt import GPT
 from tests.model.shapes import GPT2, GROUPED, MODERN, VOCAB, random_gpt, random_ids
 from tests.support import present

@@ -1,4 +1,6 @@
-"""The names and shapes of our parameters in transformers' GPT-2 and Qwen3, and in llama.cpp. Tables, no torch."""
+"""The names and shapes of our parameters, and of the keys of our model, in transformers' GPT-2 and Qwen3, and in
+llama.cpp. Tables, no torch.
+"""
 
 from __future__ import annotations
 
@@ -121,49 +123,63 @@ def _cuts(config: ModelConfig, rows: int, parts: int) -> list[int]:
     return [config.attention_width, kv, kv]
 
 
+KEYS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "max_seq_length": "n_positions",
+        "d_model": "n_embd",
+        "n_layers": "n_layer",
+        "n_head": "n_head",
+        "d_hid": "n_inner",
+        "epsilon": "layer_norm_epsilon",
+    },
+    "modern": {
+        "max_seq_length": "max_position_embeddings",
+        "d_model": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_width": "head_dim",
+        "d_hid": "intermediate_size",
+        "epsilon": "rms_norm_eps",
+    },
+}
+"""ModelConfig's name of a value -> the key of config.json, by architecture."""
+SHARED_KEYS = {"tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range"}
+DROPOUTS = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop"), "modern": ("attention_dropout",)}
+CLASSES = {"gpt2": ("GPT2LMHeadModel", "gpt2"), "modern": ("Qwen3ForCausalLM", "qwen3")}
+"""Architecture -> the class, and model_type."""
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+    },
+    "modern": {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
+}
+"""Keys for which our model knows these values only. The first is written; a file that lacks the key means it."""
+
+
 def transformers_config(config: ModelConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
     """config.json; `dtype` as torch names it: float32."""
-    shared = {
+    architecture = config.architecture
+    class_name, model_type = CLASSES[architecture]
+    names = KEYS[architecture] | SHARED_KEYS
+    tree: dict[str, Any] = {
+        "architectures": [class_name],
+        "model_type": model_type,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name that transformers 4 reads
         "vocab_size": vocab_size,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tie_embeddings,
+        **{theirs: getattr(config, ours) for ours, theirs in names.items()},
+        **dict.fromkeys(DROPOUTS[architecture], config.dropout),
+        **{key: values[0] for key, values in FIXED[architecture].items()},
         "bos_token_id": None,
         "eos_token_id": None,
         "use_cache": True,
     }
-    if config.architecture == "gpt2":
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "n_positions": config.max_seq_length,
-            "n_embd": config.d_model,
-            "n_layer": config.n_layers,
-            "n_head": config.n_head,
-            "n_inner": config.d_hid,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": config.epsilon,
-            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-            **shared,
-        }
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_hid,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_length,
-        "rms_norm_eps": config.epsilon,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
-        "attention_dropout": config.dropout,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        **shared,
-    }
+    if architecture == "modern":
+        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+        tree |= {"rope_theta": config.rope_theta, "rope_parameters": rope, "sliding_window": None}
+    return tree
