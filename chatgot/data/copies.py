@@ -21,7 +21,7 @@ KEPT_PLACES = 1000
 """Places of one passage that are kept; all are counted."""
 EFFORT = 10_000_000
 """Stretches that are joined to passages at most: seconds. A text that repeats itself in one that does has more."""
-_WINDOW = 1 << 20  # tokens that are decoded at once
+_WINDOW = 1 << 17  # tokens that are decoded at once
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,8 @@ def _decoder(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray], bytes], np.nd
         return (lambda ids: single[ids].tobytes()), None
     if isinstance(tokenizer, CharTokenizer):
         return (lambda ids: tokenizer.decode(ids).encode("utf-8")), sizes
-    return (lambda ids: b"".join(map(table.__getitem__, ids.tolist()))), sizes
+    texts = np.array(table, dtype=object)
+    return (lambda ids: b"".join(texts[ids].tolist())), sizes
 
 
 @dataclass

@@ -60,8 +60,7 @@ def serve(arguments: ServeArguments) -> None:
         if arguments.mark_copied:
             import ahocorasick_rs  # noqa: F401  (it is used with the first text, and is missed at once)
     except ImportError as error:
-        extras = ".[serve,copies]" if arguments.mark_copied else ".[serve]"
-        raise ConfigError(f"chatgot serve: {error}; pip install -e {extras}") from error
+        raise ConfigError(f"chatgot serve: {error}; pip install -e .[serve]") from error
     from chatgot.inference.batching import Batch
     from chatgot.inference.copied import training_text
     from chatgot.inference.sample import load_run

@@ -83,11 +83,13 @@ class Fed:
     """Whether the samples of all steps are known."""
 
     def __str__(self) -> str:
-        """'fed in steps 118, 402, in part in step 731'."""
-        said = [f"{how} {_named(steps)}" for how, steps in (("in", self.whole), ("in part in", self.part)) if steps]
-        if not said:
+        """'fed in steps 118, 402 and in part in 3 others', 'fed in part in step 731'."""
+        if not self.whole and not self.part:
             return "not fed so far" if self.all_known else "steps not known"
-        return f"fed {', '.join(said)}" + ("" if self.all_known else ", and other steps are not known")
+        said = f"fed in {_named(self.whole)}" if self.whole else f"fed in part in {_named(self.part)}"
+        if self.whole and self.part:
+            said += f" and in part in {len(self.part)} other{'s' * (len(self.part) > 1)}"
+        return said if self.all_known else f"{said}; other steps are not known"
 
 
 class Feed:
@@ -148,7 +150,7 @@ def _steps(one: Stretch, order: DataOrder, begin: int, end: int) -> Iterator[tup
 
 
 def _named(steps: tuple[int, ...]) -> str:
-    more = f" and {len(steps) - _NAMED} more up to {steps[-1]}" if len(steps) > _NAMED else ""
+    more = f" and {len(steps) - _NAMED} more (up to {steps[-1]})" if len(steps) > _NAMED else ""
     return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps[:_NAMED]))}{more}"
 
 

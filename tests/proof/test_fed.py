@@ -12,7 +12,7 @@ import pytest
 from chatgot.data.loader import DataOrder
 from chatgot.errors import ConfigError
 from chatgot.proof.digest import batches_id
-from chatgot.proof.fed import Feed, Order
+from chatgot.proof.fed import Fed, Feed, Order
 
 DATA = "d" * 64
 TOKENS = 5000
@@ -128,6 +128,15 @@ def test_events_of_an_earlier_version_tell_as_much_as_is_certain(write):
         feed = Feed.of(write(events, name), 40)
         assert len(feed.unknown(DATA)) == 1, name
         assert "recorded by an earlier ChatGoT" in feed.unknown(DATA)[0]
+
+
+def test_what_is_said_of_the_steps():
+    assert str(Fed((118, 402), (3, 4, 731))) == "fed in steps 118, 402 and in part in 3 others"
+    assert str(Fed((), (731,))) == "fed in part in step 731"
+    assert str(Fed(tuple(range(1, 45)))) == "fed in steps 1, 2, 3, 4, 5, 6 and 38 more (up to 44)"
+    assert str(Fed()) == "not fed so far"
+    assert str(Fed(all_known=False)) == "steps not known"
+    assert str(Fed((7,), (8,), False)) == "fed in step 7 and in part in 1 other; other steps are not known"
 
 
 def test_another_text_is_said(write):
