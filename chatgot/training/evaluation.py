@@ -27,7 +27,7 @@ Sample = tuple[str, str]
 """A prompt and its continuation."""
 SEARCHED_TOKENS = 20_000_000
 """Of the training split, from its beginning, in which copies in samples are looked for: a fraction of a second."""
-_EFFORT = 500_000
+_EFFORT = 2_000_000
 _APART = "\U0010ffff"
 """Between two samples: no character, so that it stands in no text."""
 

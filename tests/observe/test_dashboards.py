@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.training.poison import Poison
 
 pytest.importorskip("wandb")
 LAST = 16
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,8 @@ def out(tmp_path_factory) -> Path:
         "wandb": {"enabled": True, "project": "thrones", "group": "north"},
         "csv_monitor": csv_files,
     }
+    if TENSORBOARD:
+        boards["tensorboard"] = {"enabled": True, "output_path": str(path / "tensorboard"), "job_name": "job"}
     line = argv(write_json(path / "engine.json", engine_json(chatgot=ours, **boards)), path / "out", config, text)
     with in_process.cpu_environment(**without_key(path), CHATGOT_REPORT=None):
         starts = (["--max_minutes", "0"], ["train.max_steps=4"], ["train.max_steps=12"], [])
@@ -124,3 +128,17 @@ def test_csv_files_have_the_journals_metrics_beside_deepspeeds(out):
     for name in ("train/loss", "val/loss", "perf/tokens_per_sec", "data/tokens", "sample/longest_copy"):
         assert told(name.replace("/", "_")) == series(out, name)
     assert told("Train_Samples_lr")
+
+
+@pytest.mark.skipif(not TENSORBOARD, reason="tensorboard is not installed")
+def test_tensorboard_has_the_journals_metrics_beside_deepspeeds(out):
+    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
+        EventAccumulator,
+    )
+
+    found = EventAccumulator(str(out.parent / "tensorboard" / "job"))
+    found.Reload()
+    for name in ("train/loss", "val/loss", "data/tokens", "sample/longest_copy"):
+        told = {event.step: event.value for event in found.Scalars(name)}
+        assert told == pytest.approx(series(out, name))
+    assert "Train/Samples/lr" in found.Tags()["scalars"]
