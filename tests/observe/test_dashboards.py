@@ -85,6 +85,7 @@ def test_wandb_is_told_of_settings_tags_and_group(records):
     config = {item.key: json.loads(item.value_json) for item in runs[-1].config.update}
     assert config["deepspeed"]["gradient_accumulation_steps"] == 2, "as resolved"
     assert config["run"]["train"]["max_steps"] == LAST
+    assert any(record.WhichOneof("record_type") == "stats" for record in records), "wandb's own, of the machine"
 
 
 def test_samples_are_a_table_with_what_was_copied(out):
