@@ -15,6 +15,7 @@ SUITES = {
     "act_ckpt": "activation checkpointing: bytes kept for backward, peak memory and step time of every way",
     "plan": "the memory that `chatgot plan` predicts against the memory that runs take, on a grid of configurations",
     "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
+    "launch": "the launchers' thread settings at two ranks, and what the heartbeat costs",
     "copies": "what a sample has verbatim from its training text, found in 100 MB",
 }
 
