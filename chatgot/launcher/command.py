@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -19,19 +18,9 @@ from typing import NoReturn
 
 import chatgot.run_folder as run_folder
 from chatgot.devices import visible_gpus
-from chatgot.errors import (
-    EXIT_CHECKPOINT,
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_NUMERICS,
-    EXIT_SECOND_INTERRUPT,
-    ChatGoTError,
-    ConfigError,
-    MachineError,
-)
+from chatgot.errors import EXIT_CONFIG, ChatGoTError, ConfigError, MachineError
 from chatgot.launcher.arguments import duration
+from chatgot.launcher.environment import rank_environment, rendezvous_port
 from chatgot.launcher.hosts import (
     PORT,
     check_options,
@@ -44,12 +33,11 @@ from chatgot.launcher.hosts import (
     take_order,
     without_lost,
 )
+from chatgot.launcher.nodes import Nodes
+from chatgot.launcher.restarts import Restarts
 from chatgot.launcher.supervisor import Start, Supervisor, say
 from chatgot.version import __version__
 
-REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
-NEVER_RESTARTED = (EXIT_DONE, *REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
-"""A refusal would refuse again, and an interruption was asked for."""
 GRACE_SECONDS = 60.0
 REJOIN_MINUTES = 5.0
 ATTEMPT = "CHATGOT_ATTEMPT"
@@ -165,54 +153,6 @@ def _script(given: str | None) -> str:
     return str(path)
 
 
-def thread_defaults(environ: Mapping[str, str], nproc: int, on_gpu: bool) -> dict[str, str]:
-    """Choose thread and allocator settings of each of `nproc` ranks of this machine, for where the user has none.
-
-    glibc's malloc gives large blocks back to the kernel after every step and faults them in again; kept, CPU steps are
-    4 to 14 % faster. libgomp's threads spin for each other; where another program takes a core, spinning less makes a
-    step half as long (BENCHMARKS.md).
-    """
-    defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
-    if not on_gpu:
-        defaults |= {"MALLOC_TRIM_THRESHOLD_": "10000000000", "MALLOC_MMAP_THRESHOLD_": "10000000000"}
-        if "OMP_WAIT_POLICY" not in environ:
-            defaults["GOMP_SPINCOUNT"] = "10000"
-    return defaults
-
-
-def rank_environment(
-    environ: Mapping[str, str],
-    rank: int,
-    nproc: int,
-    port: int,
-    on_gpu: bool,
-    first: int = 0,
-    total: int | None = None,
-    address: str = "127.0.0.1",
-) -> dict[str, str]:
-    """Make the environment of one rank: the rendezvous, and thread and allocator settings where the user has none.
-
-    Args:
-        rank: on this machine, of `nproc`; `first` of `total` is the first one here.
-        address: of the machine of rank 0.
-    """
-    ranks = {"RANK": first + rank, "LOCAL_RANK": rank, "WORLD_SIZE": total or nproc, "LOCAL_WORLD_SIZE": nproc}
-    defaults, texts = thread_defaults(environ, nproc, on_gpu), {name: str(value) for name, value in ranks.items()}
-    return {**defaults, **environ, "MASTER_ADDR": address, "MASTER_PORT": str(port), **texts}
-
-
-def rendezvous_port(wanted: int | None) -> int:
-    """Return `wanted` if it can be bound, else raise MachineError; find a free port for None."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT is free for torch's TCPStore, too
-        try:
-            probe.bind(("", wanted or 0))
-        except OSError as error:
-            hint = "name another, or leave it out for a free one"
-            raise MachineError(f"--master_port {wanted}: {error.strerror}; {hint}") from error
-        return probe.getsockname()[1]
-
-
 def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO | None) -> int:
     """Start the ranks of this machine, or the launch/run of all hosts, again after a crash where that is allowed.
 
@@ -241,10 +181,14 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | {signal.SIGCHLD})
     if orders is not None:
         obey(orders)
-    restart, idle, out_dir = 0, 0, _out_dir(command)
-    newest = _newest_checkpoint(out_dir)
+    out_dir = _out_dir(command)
+    again, nodes = Restarts(restarts, out_dir), None
+    if arguments.nnodes not in (None, 1) and restarts:
+        nodes = Nodes.meet(arguments, nproc, again, out_dir)
     while True:
         attempt = os.environ[ATTEMPT] if orders is not None else uuid.uuid4().hex
+        if nodes is not None:
+            attempt, arguments.ranks, nproc = nodes.plan.attempt, nodes.first_of_all, nodes.ranks_here
         if hosts is not None:
             starts = _starts_of_hosts(arguments, command, hosts, attempt)
         else:
@@ -254,19 +198,19 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
             say(f"{nproc} {ranks} on {where}, OMP_NUM_THREADS={threads}, port {first['MASTER_PORT']}")
         supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, out_dir))
         code = supervisor.run(starts)
+        if nodes is not None:
+            code = nodes.agree(code, supervisor.ran_out, supervisor.stopping)
+            if not nodes.go_on:
+                return code
+            continue
         if supervisor.stopping or signal.sigpending() & stops:
             return code
         if supervisor.ran_out and orders is None:
             # no restart of --max_restarts; it ends, because every one halves the micro-batch
             say("all ranks start again with the smaller micro-batch")
-        elif code in NEVER_RESTARTED or restart == restarts:
+        elif not again.another(code):
             return code
         else:
-            before, newest = newest, _newest_checkpoint(out_dir)
-            idle = idle + 1 if restart and newest == before and out_dir is not None else 0
-            if idle == 2:
-                say("two restarts in a row have made no checkpoint: it is not started again")
-                return code
             if hosts is not None and supervisor.lost:
                 lost = [name.removeprefix("host ") for name in supervisor.lost]
                 master, hosts = next(iter(hosts)), without_lost(hosts, lost, arguments.rejoin_minutes, out_dir)
@@ -274,8 +218,7 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
                     arguments.master_addr = None  # it was that one's
                 if signal.sigpending() & stops:
                     return code
-            restart += 1
-            say(f"restart {restart} of {restarts}: all ranks start again")
+            again.announce()
 
 
 def _starts_here(
@@ -318,14 +261,6 @@ def _out_dir(command: Sequence[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out_dir", type=Path)
     return parser.parse_known_args(command[2:])[0].out_dir
-
-
-def _newest_checkpoint(out_dir: Path | None) -> str | None:
-    """Read which checkpoint of a run folder is the newest."""
-    try:
-        return None if out_dir is None else (out_dir / run_folder.CHECKPOINTS / run_folder.LATEST).read_text()[:1000]
-    except (OSError, ValueError):
-        return None
 
 
 def _stored_by(attempt: str, out_dir: Path | None) -> bool:

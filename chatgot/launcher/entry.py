@@ -16,7 +16,7 @@ from chatgot.devices import assumed_device
 from chatgot.distributed import find_place, tells_of_lost_rank
 from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, ChatGoTError, MachineError
 from chatgot.launcher.arguments import on_rank_0
-from chatgot.launcher.command import thread_defaults
+from chatgot.launcher.environment import thread_defaults
 
 
 def settle_environment(start_again: bool = False) -> None:

@@ -167,7 +167,6 @@ def without_lost(hosts: Mapping[str, int], lost: Sequence[str], minutes: float, 
     Raises:
         MachineError: no host is left, or no such number.
     """
-    batch, micro = _batch(out_dir)
     deadline, missing = time.monotonic() + 60 * minutes, list(lost)
     while missing := [host for host in missing if not _answers(host)]:
         if time.monotonic() > deadline or signal.sigpending():
@@ -175,7 +174,16 @@ def without_lost(hosts: Mapping[str, int], lost: Sequence[str], minutes: float, 
         time.sleep(5)
     if not missing:
         return dict(hosts)
-    left = {host: slots for host, slots in hosts.items() if host not in missing}
+    return used_of({host: slots for host, slots in hosts.items() if host not in missing}, missing, minutes, out_dir)
+
+
+def used_of(left: Mapping[str, int], missing: Sequence[str], minutes: float, out_dir: Path | None) -> dict[str, int]:
+    """Slots of the hosts that are left, so many that the run's global batch can be made of their ranks.
+
+    Raises:
+        MachineError: no host is left, or no such number.
+    """
+    batch, micro = _batch(out_dir)
     ranks = next((n for n in range(sum(left.values()), 0, -1) if batch % (micro * n) == 0), 0)
     if not ranks:
         raise MachineError(

@@ -103,10 +103,12 @@ class StopSignals:
 
     def _end_with_launcher(self, ancestors: list[int]) -> None:
         """Ask this process to save and end when one of them is gone, and kill it if it does not."""
-        while _ancestors(len(ancestors)) == ancestors:
+        while not self._left.wait(0.5):
+            if _ancestors(len(ancestors)) != ancestors or _is_orphan(ancestors):
+                break
             signal.alarm(0)  # it was but a thread of the parent that ended
-            if self._left.wait(0.5):
-                return
+        else:
+            return
         signal.alarm(_GIVES_UP)
         print("chatgot: the launcher of this rank is gone: saving, as after SIGTERM", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -163,6 +165,21 @@ def _ancestors(generations: int) -> list[int]:
             break
         found.append(int(status.rpartition(")")[2].split()[1]))  # the name before it may hold anything
     return found
+
+
+def _is_orphan(ancestors: list[int]) -> bool:
+    """Whether DeepSpeed's launch.py or the runner above it was gone before this rank looked for them: the parent is
+    another one, or launch.py is init's, in a session neither of init's own, as in a container, nor of systemd's making.
+    """
+    if "CROSS_RANK" not in os.environ:
+        return False
+    try:
+        if b"deepspeed" not in Path(f"/proc/{ancestors[0]}/cmdline").read_bytes():
+            return True
+        by_init = ancestors[1:] == [1] and "INVOCATION_ID" not in os.environ
+        return by_init and os.getsid(ancestors[0]) != os.getsid(1)
+    except OSError:  # launch.py is gone too
+        return True
 
 
 def _before_the_first_step(received: str) -> RunAgainError:

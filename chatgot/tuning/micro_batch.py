@@ -173,7 +173,7 @@ def find(
     out_dir: Path,
     place: Place,
     ranks: ControlGroup,
-    tried: Callable[[], object],
+    tried: Callable[[], object] = lambda: None,
 ) -> Stored:
     """Find the micro-batch for "auto". Collective: every rank probes on its own device, and the smallest answer counts.
 

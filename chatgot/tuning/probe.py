@@ -22,7 +22,8 @@ from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
 from chatgot.devices import GIB, Device, DeviceFacts, device_facts, is_out_of_memory
 from chatgot.distributed import find_place, free_port, python_path
 from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError
-from chatgot.launcher.command import ATTEMPT, rank_environment
+from chatgot.launcher.command import ATTEMPT
+from chatgot.launcher.environment import rank_environment
 from chatgot.launcher.supervisor import dies_with_this_process
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.estimate import estimate
