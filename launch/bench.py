@@ -14,6 +14,7 @@ SUITES = {
     "checkpoint": "saving and loading against torch.save and the disk, and the stall of training",
     "act_ckpt": "activation checkpointing: bytes kept for backward, peak memory and step time of every way",
     "plan": "the memory that `chatgot plan` predicts against the memory that runs take, on a grid of configurations",
+    "generate": "sampling against transformers' generate, and many streams at once against one by one",
     "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
     "launch": "the launchers' thread settings at two ranks, and what the heartbeat costs",
     "copies": "what a sample has verbatim from its training text, found in 100 MB",

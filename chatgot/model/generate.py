@@ -17,7 +17,6 @@ NOT_FINITE = -1
 """In place of a token that cannot be drawn."""
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     input_ids: Tensor,
@@ -86,7 +85,8 @@ def generate(
     cache = KVCache(gpt.config, rows) if use_cache else None
     cached_start = -1  # where the cached context begins in the text; -1: nothing is cached
 
-    with _evaluating(model):
+    # Inference mode is a quarter cheaper per operation than no_grad, but what ZeRO-3 gathers in it could train no more.
+    with torch.inference_mode() if model is gpt else torch.no_grad(), _evaluating(model):
         for length in range(prompt_length, prompt_length + max_new_tokens):
             start = context_start(length, window)
             first = start

@@ -146,6 +146,13 @@ def test_no_gradients_are_recorded():
     assert seen == [False] * 3
 
 
+def test_a_model_trains_after_it_has_sampled():
+    model = random_gpt(MODERN)
+    generate(model, random_ids(1, 4), 20)
+    model(random_ids(2, 8), random_ids(2, 8, seed=1)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_stop_ends_a_row_and_on_token_streams_every_token():
     model = random_gpt(MODERN)
     prompts = random_ids(3, 4)
