@@ -88,7 +88,7 @@ def _exported(ours: Any) -> Any:
     """The same weights in transformers' class, by the table of `chatgot export`."""
     import transformers
 
-    from chatgot.export.layout import transformers_config, transformers_parts
+    from chatgot.exchange.layout import transformers_config, transformers_parts
 
     tree, weights = transformers_config(ours.config, ours.vocab_size, "float32"), ours.state_dict()
     kind = getattr(transformers, tree["architectures"][0])

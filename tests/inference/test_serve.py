@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -245,6 +246,20 @@ def test_a_full_queue_answers_429_and_who_goes_away_makes_room(client: openai.Op
         httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 4096}, timeout=0.3)
     until_idle(server)
     assert client.completions.create(model="run", prompt=PROMPT, max_tokens=1, seed=0).choices[0].text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_is_gone_at_once_leaves_nothing_running(server: Server, stream: bool) -> None:
+    body = json.dumps({**LONG, "stream": stream}).encode()
+    port = int(server.url.rpartition(":")[2])
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
+    for _ in range(40):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head.encode() + b"%d\r\n\r\n" % len(body) + body)
+    with socket.create_connection(("127.0.0.1", port)) as connection:  # and one in the middle of its body
+        connection.sendall(head.encode() + b"%d\r\n\r\n" % len(body) + body[:5])
+    until_idle(server)
+    assert post(server, {"prompt": PROMPT, "max_tokens": 1}).status_code == 200
 
 
 def load(server: Server, clients: int, go_on: Callable[[int], bool]) -> dict[str, int]:
