@@ -148,7 +148,8 @@ def test_without_the_text_it_is_asked_for(folder, tmp_path, monkeypatch):
 def test_a_run_of_an_earlier_version_says_what_is_not_known(folder, tmp_path, capsys):
     copy = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     now = (copy / "events.jsonl").read_text()
-    assert (old := re.sub(r'"data_order": \{[^}]*\}, ', "", now)) != now
+    old = re.sub(r'"data_order": \{[^}]*\}, ', "", now)
+    assert old != now
     (copy / "events.jsonl").write_text(old)
     assert drawn(copy) == drawn(folder / "run"), "the settings' hash proves the order"
     (copy / "events.jsonl").write_text(re.sub(r'"batches": "\w*", ', "", old))
