@@ -71,6 +71,7 @@ def test_every_shipped_file_is_found_by_name(
     file = Path(call(installed / "python", "-c", "import chatgot; print(chatgot.__file__)", cwd=tmp_path).strip())
     editable = "editable" in request.node.name
     assert file.is_relative_to(checkout if editable else installed.parent)
+    assert file.with_name("inference").joinpath("page.html").is_file()
     configs = call(installed / "chatgot", "configs", cwd=tmp_path)
     assert {line.split()[0] for line in configs.splitlines()[1:]} == set(shipped_jsons())
     presets = call(installed / "chatgot", "presets", cwd=tmp_path)
