@@ -57,7 +57,7 @@ def step_ms(launcher: str, stage: int) -> float:
     environ = {name: value for name, value in os.environ.items() if name not in SET}
     if launcher == BY_HAND:
         environ["OMP_NUM_THREADS"] = "1"
-    command = [str(ROOT / "launch" / "run"), "--nproc", "2", "--"]
+    command = [sys.executable, str(ROOT / "launch" / "run"), "--nproc", "2", "--"]
     if launcher == "deepspeed":
         runner = str(Path(sys.executable).parent / "deepspeed")
         command = [runner, "--num_accelerators", "2", "--master_port", str(free_port()), str(ROOT / "launch/train.py")]

@@ -11,6 +11,7 @@ held up by CHATGOT_FAULT, 8 s.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import signal
@@ -31,6 +32,15 @@ from tests.training.in_process import argv, tags
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "KILL")
 PHASES = ("start", "data", "step", "evaluation", "sampling", "saving")
 BOUND = 120
+
+
+def names(out: Path) -> dict[str, int]:
+    """The processes of the run by what they are; some may be ending."""
+    found = {}
+    for pid in processes(out):
+        with contextlib.suppress(OSError):
+            found[named(pid)] = pid
+    return found
 
 
 def named(pid: int) -> str:
@@ -59,9 +69,8 @@ def phase_settings(phase: str, folder: Path) -> tuple[dict[str, Any], dict[str, 
 
 def reached(phase: str, out: Path, folder: Path) -> bool:
     """Whether the run is in the phase."""
-    names = [named(pid) for pid in processes(out)]
     if phase == "start":
-        return {"rank 0", "rank 1"} <= set(names)
+        return {"rank 0", "rank 1"} <= set(names(out))
     if phase == "data":
         return any((folder / "cache" / "prepared").glob(".*.tmp-*"))
     if phase == "saving":
@@ -94,7 +103,7 @@ def cell(launcher: str, target: str, number: signal.Signals, folder: Path, phase
                 return "did not start"
             time.sleep(0.1)
         time.sleep(0 if phase == "step" else 1.0)
-        found = {named(pid): pid for pid in processes(out)}
+        found = names(out)
         if target not in found:
             return "-"
         os.kill(found[target], number)
