@@ -41,11 +41,12 @@ _EVERY = 60.0
 logger = logging.getLogger(__name__)
 
 
-def report(runs: Sequence[Path], out: Path | None = None) -> Path:
+def report(runs: Sequence[Path], out: Path | None = None, ending: bool = False) -> Path:
     """Write the report of one run or the comparison of several; returns its path.
 
     Args:
         out: default: report.html in the run folder, or of several runs in the current one.
+        ending: see `status`.
 
     Raises:
         ConfigError: not a run folder, or the file cannot be written.
@@ -61,7 +62,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "chatgot": __version__,
         "parts": PARTS,
-        "runs": [{"name": name, **collect(run)} for name, run in zip(names, runs)],
+        "runs": [{"name": name, **collect(run, ending)} for name, run in zip(names, runs)],
     }
     page = importlib.resources.files("chatgot.observe").joinpath("report.html").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no text of a run ends the element it is in
@@ -93,7 +94,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs)]
 
 
-def collect(run: Path) -> dict[str, Any]:
+def collect(run: Path, ending: bool = False) -> dict[str, Any]:
     """Everything that the report says of one run, as JSON can hold it.
 
     Raises:
@@ -108,7 +109,7 @@ def collect(run: Path) -> dict[str, Any]:
         last = [span[-1] for span in curve["steps"]]
         for axis, metric in (("tokens", "data/tokens"), ("wall", "goodput/wall_seconds")):
             curve[axis] = at_steps(train, metric, last) if train else [None] * len(last)
-    said, code = status(run)
+    said, code = status(run, ending)
     settings = run_folder.flattened(run_folder.read(run, run_folder.RUN))
     settings |= run_folder.flattened(run_folder.read(run, run_folder.DS_CONFIG), "ds.")
     told = [event for event in events if event["event"] == "goodput"]
@@ -251,7 +252,9 @@ class ReportWriter:
         self._began = float("-inf")
 
     def begin(self, waited: bool = False) -> None:
-        """Begin to write, unless the last one is not done yet, or, where it is not `waited` for, was a moment ago."""
+        """Begin to write, unless the last one is not done yet, or, where it is not `waited` for as the run ends, was a
+        moment ago.
+        """
         if os.environ.get("CHATGOT_REPORT", "").lower() == "off" or (
             not waited and time.monotonic() - self._began < _EVERY
         ):
@@ -261,7 +264,7 @@ class ReportWriter:
         self._began = time.monotonic()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "chatgot.observe.report", str(self.run)],
+                [sys.executable, "-m", "chatgot.observe.report", str(self.run), *(["ending"] if waited else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -298,6 +301,6 @@ class ReportWriter:
 if __name__ == "__main__":
     os.nice(19)
     try:
-        report([Path(sys.argv[1])])
+        report([Path(sys.argv[1])], ending="ending" in sys.argv[2:])
     except (ConfigError, MachineError) as refused:
         sys.exit(str(refused))

@@ -21,9 +21,12 @@ _TURNS = ("started", "resumed", "finished", "preempted", "out_of_memory", "faile
 """Events that begin or end a start; of those that end one, the first says why."""
 
 
-def status(folder: Path) -> tuple[str, int]:
+def status(folder: Path, ending: bool = False) -> tuple[str, int]:
     """Tell the state of the run in `folder`, and the exit code that goes with it: 0 finished, 10 running, 75 run the
     same command again, else the code of the failure.
+
+    Args:
+        ending: the run itself asks, which has written its last event and holds the lock for a moment yet.
 
     Raises:
         ConfigError: there is no run in the folder.
@@ -33,7 +36,7 @@ def status(folder: Path) -> tuple[str, int]:
     for event in events:
         if (kind := event.get("event")) in _TURNS and (kind in _TURNS[:2] or last.get("event") in (None, *_TURNS[:2])):
             last = event
-    holder = holder_of_lock(folder)
+    holder = None if ending else holder_of_lock(folder)
     if holder is None and (refused := _refused_start(folder)) is not None:
         return f"the last start ended before its first step, with exit code {refused[1]}: {refused[0]}", refused[1]
     if not last and holder is None:

@@ -118,7 +118,9 @@ def test_a_run_writes_its_report_at_its_end_and_a_failure_is_only_said(run, tmp_
     line = argv(engine, folder / "out", folder / "out" / "run.yaml", text_file, f"train.max_steps={STEPS + 1}")
     assert in_process.train(line, CHATGOT_REPORT=None) == 0
     assert f"run folder: {folder / 'out'}, and its report.html" in capsys.readouterr().out
-    assert data_of(folder / "out" / "report.html")["runs"][0]["numbers"]["step"] == STEPS + 1
+    found = data_of(folder / "out" / "report.html")["runs"][0]
+    assert found["numbers"]["step"] == STEPS + 1
+    assert found["state"].startswith(f"finished at step {STEPS + 1}")
     (folder / "out" / "ds_config.json").write_text("{")
     assert ReportWriter(folder / "out").end(60) is None
     assert ReportWriter(folder / "out").end(0.001) is None
