@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from chatgot.config.run import ModelConfig
 from chatgot.data.recorded import recorded_data
@@ -20,6 +21,8 @@ from chatgot.model.gpt import GPT
 
 logger = logging.getLogger(__name__)
 WINDOWS = 64
+TOGETHER = 512
+"""Tokens of a forward."""
 LARGEST_DIFFERENCE = 1e-4
 OF_THE_LARGEST = 1e-5
 """Of the largest logit: where that is beyond 10, as in published models, fp32 rounds that much."""
@@ -56,8 +59,8 @@ def compare(ours: Logits, theirs: Logits, windows: torch.Tensor) -> Parity:
     """Hold two models against each other on windows (n, T)."""
     largest = scale = torch.zeros(())
     other = 0
-    for window in windows:
-        one, two = ours(window[None])[0], theirs(window[None])[0].float()  # (T, V)
+    for few in windows.split(max(1, TOGETHER // windows.shape[1])):
+        one, two = ours(few).flatten(0, 1), theirs(few).flatten(0, 1)  # (n T, V)
         if one.shape != two.shape:
             raise CheckpointError(f"logits of shape {tuple(two.shape)}, ours are {tuple(one.shape)}")
         largest = torch.maximum(largest, (one - two).abs().max())  # keeps NaN
@@ -74,10 +77,12 @@ def transformers_logits(folder: Path) -> Logits | None:
         return None
     from transformers import AutoModelForCausalLM
 
-    how: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    how: dict[str, Any] = {"dtype": "auto", "local_files_only": True}  # as it stands in the files, which stay mapped
     how |= {"trust_remote_code": False, "use_safetensors": True}
     model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
-    return lambda ids: model(ids).logits
+    own = dict(model.named_parameters(remove_duplicate=False))
+    read_while_used(model, lambda name: own[name].float())
+    return lambda ids: model(ids).logits.float()
 
 
 def check_tokenizer(
@@ -140,11 +145,32 @@ def model_logits(model: GPT) -> Logits:
     return lambda ids: model(ids).float()
 
 
-def with_weights(config: ModelConfig, vocab_size: int, weights: dict[str, torch.Tensor]) -> GPT:
-    """Our model made of these tensors, without copies of them; a tied head is its embedding."""
+def read_while_used(model: nn.Module, read: Callable[[str], torch.Tensor]) -> None:
+    """Let a module have its parameters only while it runs, so that one of them is in memory at a time.
+
+    Args:
+        read: gives the parameter of a name, fp32.
+    """
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+
+        def take(module: nn.Module, _: Any, prefix: str = prefix, names: tuple[str, ...] = tuple(own)) -> None:
+            for name in names:
+                module._parameters[name] = nn.Parameter(read(f"{prefix}.{name}"), requires_grad=False)
+
+        def give_back(module: nn.Module, _: Any, __: Any, own: dict[str, nn.Parameter] = own) -> None:
+            module._parameters.update(own)
+
+        module.register_forward_pre_hook(take)
+        module.register_forward_hook(give_back)
+
+
+def read_logits(config: ModelConfig, vocab_size: int, read: Callable[[str], torch.Tensor]) -> Logits:
+    """Our model's, its parameters read by name while they are used; a tied head is its embedding."""
     with torch.device("meta"):
-        model = GPT(config, vocab_size)
-    if config.tie_embeddings:
-        weights = weights | {"lm_head.weight": weights["embed_tokens.weight"]}
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval()
+        model = GPT(config, vocab_size).eval()
+    tied = {"lm_head.weight": "embed_tokens.weight"} if config.tie_embeddings else {}
+    read_while_used(model, lambda name: read(tied.get(name, name)))
+    return model_logits(model)

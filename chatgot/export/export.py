@@ -23,10 +23,10 @@ from chatgot.exchange import parity
 from chatgot.exchange.folder import CONFIG, open_folder
 from chatgot.exchange.layout import transformers_config, transformers_parts
 from chatgot.exchange.tokenizer import FILE, end_of_text, library_definition, tokenizer_config
-from chatgot.exchange.weights import filled
+from chatgot.exchange.weights import reader
 from chatgot.export import gguf_file
 from chatgot.export.card import model_card
-from chatgot.export.weights import DTYPES, Weights, write_safetensors
+from chatgot.export.weights import CHUNK, DTYPES, Weights, write_safetensors
 from chatgot.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def export(arguments: ExportArguments) -> None:
             gguf_file.write_gguf(building / gguf_file.FILE, config, tokenizer, weights, dtype, name)
         else:
             _write_transformers(building, arguments, config, tokenizer, weights)
-            _prove(building, arguments, config, tokenizer, weights, found.manifest["data"])
+        _prove(building, arguments, config, tokenizer, weights, found.manifest["data"])
         card = model_card(arguments.run, found, config, tokenizer, arguments.dtype, arguments.format)
         write_atomically(building / "README.md", card)
         os.rename(building, arguments.to)
@@ -123,11 +123,22 @@ def _prove(
     """
     dtype = DTYPES[arguments.dtype]
     vocab_size, length = tokenizer.vocab_size, config.max_seq_length
-    rounded = {name: stored.whole().to(dtype).float() for name, stored in weights.items()}
-    ours = parity.model_logits(parity.with_weights(config, vocab_size, rounded))
-    written = parity.model_logits(filled(open_folder(folder)))
+    as_gguf = arguments.format == "gguf"
+
+    def rounded(name: str) -> torch.Tensor:
+        tensor = weights[name].whole()
+        if tensor.ndim == 2 or not as_gguf:
+            for chunk in tensor.view(-1).split(CHUNK):
+                chunk.copy_(chunk.to(dtype))
+        return tensor
+
+    ours = parity.read_logits(config, vocab_size, rounded)
+    back = gguf_file.reader(folder / gguf_file.FILE, config, vocab_size) if as_gguf else reader(open_folder(folder))
+    written = parity.read_logits(config, vocab_size, back)
     windows, texts = parity.windows_of(arguments.run, fingerprint, tokenizer, length, arguments.data)
     logger.info(parity.compare(ours, written, windows).required("the exported files in our model"))
+    if as_gguf:
+        return
     theirs = parity.transformers_logits(folder)
     if theirs is None:
         logger.warning("transformers is not installed: its own model was not compared (pip install transformers)")

@@ -14,6 +14,7 @@ from chatgot.data.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import ConfigError
 from chatgot.exchange.layout import gguf_parts
 from chatgot.exchange.tokenizer import end_of_text
+from chatgot.exchange.weights import Reader
 from chatgot.export.weights import Weights, chunks
 
 FILE = "model.gguf"
@@ -78,6 +79,17 @@ def write_gguf(
             at += data.size
         writer.write_tensor_data(raw)
     writer.close()
+
+
+def reader(path: Path, config: ModelConfig, vocab_size: int) -> Reader:
+    """The parameters in a file that `write_gguf` made; the file stays mapped."""
+    gguf = gguf_library()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+    def read(name: str) -> torch.Tensor:
+        return torch.from_numpy(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type))
+
+    return Reader(gguf_parts(config, vocab_size), read)
 
 
 def _add_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer) -> None:

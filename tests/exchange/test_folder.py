@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from chatgot.errors import CheckpointError, DataError
-from chatgot.exchange.folder import open_folder
+from chatgot.exchange.folder import Folder, open_folder
 from chatgot.exchange.layout import transformers_config
 from chatgot.exchange.tokenizer import library_definition, read_tokenizer
-from chatgot.exchange.weights import filled
+from chatgot.exchange.weights import fill
+from chatgot.model.gpt import GPT
 from tests.exchange import folders
 from tests.support import write_text
 
@@ -40,6 +42,12 @@ def models(tmp_path_factory, text) -> dict[str, tuple[Path, Any]]:
 @pytest.fixture
 def copied(models, tmp_path) -> Callable[[str], Path]:
     return lambda kind: Path(shutil.copytree(models[kind][0], tmp_path / kind))
+
+
+def filled(folder: Folder, config: ModelConfig | None = None) -> GPT:
+    model = GPT(config or folder.model, folder.vocab_size)
+    fill(model, folder)
+    return model.eval()
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
