@@ -21,7 +21,7 @@ from chatgot.model.gpt import GPT
 
 logger = logging.getLogger(__name__)
 WINDOWS = 64
-TOGETHER = 512
+TOGETHER = 128
 """Tokens of a forward."""
 LARGEST_DIFFERENCE = 1e-4
 OF_THE_LARGEST = 1e-5

@@ -84,7 +84,7 @@ def write_gguf(
 def reader(path: Path, config: ModelConfig, vocab_size: int) -> Reader:
     """The parameters in a file that `write_gguf` made; the file stays mapped."""
     gguf = gguf_library()
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "c").tensors}
 
     def read(name: str) -> torch.Tensor:
         return torch.from_numpy(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type))

@@ -203,13 +203,16 @@ def test_writing_takes_less_than_twice_the_largest_tensor(tmp_path, monkeypatch)
 
 
 def test_the_config_states_every_key_that_describes_the_model(runs, tmp_path):
-    """A reader that knows transformers' names finds each of them stated, and guesses none."""
+    """A reader that knows transformers' names finds each of them stated, and guesses none: also those that vLLM's gpt2.py
+    and qwen3.py read, or assert to be off.
+    """
     wanted = {
         "gpt2": "architectures model_type vocab_size n_positions n_embd n_layer n_head n_inner activation_function "
-        "layer_norm_epsilon tie_word_embeddings dtype",
+        "layer_norm_epsilon tie_word_embeddings dtype scale_attn_weights scale_attn_by_inverse_layer_idx "
+        "reorder_and_upcast_attn add_cross_attention",
         "modern": "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers hidden_act "
         "num_attention_heads num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta "
-        "rope_parameters attention_bias tie_word_embeddings dtype",
+        "rope_parameters attention_bias tie_word_embeddings dtype use_sliding_window",
     }
     for kind in (KINDS[0], KINDS[4]):
         export(ExportArguments(runs[kind], tmp_path / kind[0]))
