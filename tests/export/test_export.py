@@ -203,8 +203,8 @@ def test_writing_takes_less_than_twice_the_largest_tensor(tmp_path, monkeypatch)
 
 
 def test_the_config_states_every_key_that_describes_the_model(runs, tmp_path):
-    """A reader that knows transformers' names finds each of them stated, and guesses none: also those that vLLM's gpt2.py
-    and qwen3.py read, or assert to be off.
+    """A reader that knows transformers' names finds each of them stated, and guesses none: also those that vLLM's
+    gpt2.py and qwen3.py read, or assert to be off.
     """
     wanted = {
         "gpt2": "architectures model_type vocab_size n_positions n_embd n_layer n_head n_inner activation_function "
