@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,7 @@ def test_refusals_are_errors_with_the_commands_exit_code(arguments: dict[str, An
 
 INTERRUPTED = """
 import os, signal, sys, threading, time
+import signal
 from pathlib import Path
 import chatgot
 json, out, config, data = sys.argv[1:]
@@ -129,7 +131,11 @@ except chatgot.ChatGoTError as error:
 
 def test_an_interrupted_run_is_saved_and_says_so(arguments: dict[str, Any], tmp_path: Path) -> None:
     words = [str(arguments[name]) for name in ("deepspeed_config", "config", "data")]
-    done = python(INTERRUPTED, words[0], str(tmp_path / "run"), *words[1:])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which a child inherits
+    try:
+        done = python(INTERRUPTED, words[0], str(tmp_path / "run"), *words[1:])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert "ENDED RunAgainError 75" in done.stdout, done.stdout + done.stderr
     assert chatgot.load(tmp_path / "run", device="cpu").sample("The night", max_new_tokens=3).startswith("The night")
 

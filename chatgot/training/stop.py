@@ -57,6 +57,7 @@ class StopSignals:
         self._left = threading.Event()
 
     def __enter__(self) -> StopSignals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)  # whoever started this process may have blocked them
         for number in self.handled:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # under nohup, a closed terminal stops nothing

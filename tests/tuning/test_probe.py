@@ -156,7 +156,7 @@ def test_a_probe_has_the_device_of_the_run_where_a_scheduler_shows_only_one(tmp_
     """engine.build.join sets LOCAL_RANK to 0 there (srun --gpus-per-task 1)."""
     asked: list[Probes] = []
 
-    def search(tree, model, vocab_size, probes, key):
+    def search(tree, model, vocab_size, probes, key, tried):
         asked.append(probes)
         return micro_batch.Stored(1, "auto", "", key=key)
 
