@@ -42,7 +42,7 @@ def serve(arguments: ServeArguments) -> None:
     """Load the model and answer until Ctrl-C or SIGTERM.
 
     Raises:
-        ConfigError: starlette, uvicorn or, to mark copies, ahocorasick_rs is missing, or a value out of range.
+        ConfigError: starlette or uvicorn is missing, or a value out of range.
         CheckpointError: see `load_run`.
         DataError: copies are to be marked, and the training text is not at hand.
         MachineError: the address cannot be listened on.
@@ -56,9 +56,6 @@ def serve(arguments: ServeArguments) -> None:
 
         from chatgot.inference.copy_finder import CopyFinder
         from chatgot.inference.server import Limits, Served, application
-
-        if arguments.mark_copied:
-            import ahocorasick_rs  # noqa: F401  (it is used with the first text, and is missed at once)
     except ImportError as error:
         raise ConfigError(f"chatgot serve: {error}; pip install -e .[serve]") from error
     from chatgot.inference.batching import Batch

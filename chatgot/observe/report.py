@@ -9,6 +9,7 @@ import importlib.resources
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -136,8 +137,8 @@ def _numbers(tables: dict[str, Any]) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for table in tables.values():
         for name, column in table.columns.items():
-            finite = [value for value in reversed(column) if value == value and abs(value) != float("inf")][:1]
-            numbers |= {name: finite[0]} if finite else {}
+            last = next(filter(math.isfinite, reversed(column)), None)
+            numbers |= {} if last is None else {name: last}
     if (val := tables.get("val")) is not None and "val/loss" in val.columns:
         pairs = [(loss, step) for loss, step in zip(val.columns["val/loss"], val.steps) if loss == loss]
         if pairs:

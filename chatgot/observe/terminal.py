@@ -53,13 +53,15 @@ def show(run: Path, follow: bool = False) -> None:
     colour = sys.stdout.isatty()
     try:
         while True:
+            began = time.monotonic()
             text, running = page(run, *shutil.get_terminal_size((100, 40)), colour=colour)
             # Home, every line to its end, and what is below: no flicker, and nothing of a larger picture stays.
             redrawn = follow and colour
             print("\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[J" if redrawn else text, flush=True)
             if not (follow and running):
                 return
-            time.sleep(REFRESH_SECONDS)
+            # A long journal takes seconds to read: the run beside it keeps most of the processor.
+            time.sleep(max(REFRESH_SECONDS, 9 * (time.monotonic() - began)))
     except KeyboardInterrupt:
         return
 
