@@ -261,12 +261,13 @@ def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
     """
     lines = [record for record in read_lines(path) if record is None or "lost_lines" not in record]
     records = [record for record in lines if record is not None]
-    for record in records:
-        for name in METRICS:
-            value = record.get(name)
-            if isinstance(value, str) and value in NON_FINITE:
-                record[name] = NON_FINITE[value]
-    return records, len(lines) - len(records)
+    return [with_numbers(record) for record in records], len(lines) - len(records)
+
+
+def with_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a metrics.jsonl with numbers where non-finite ones are written as text."""
+    texts = {name: value for name, value in record.items() if isinstance(value, str) and name in METRICS}
+    return record | {name: NON_FINITE[text] for name, text in texts.items() if text in NON_FINITE}
 
 
 class Branch(Generic[T]):
@@ -307,20 +308,10 @@ def last_step(path: str | os.PathLike) -> int | None:
 
 
 def newest_step(path: str | os.PathLike) -> int | None:
-    """Find the highest step whose metrics were ever logged; None: there is none."""
-    return newest_metrics(path)[0]
-
-
-def newest_metrics(path: str | os.PathLike) -> tuple[int | None, set[str]]:
-    """Find the highest step whose metrics were ever logged, given-up pasts included, as a dashboard that cannot forget
-    has seen them, and which these were.
-    """
-    newest, names = None, set[str]()
-    for record in read_lines(path, without=b'"digest"'):
-        if record is not None and isinstance(step := record.get("step"), int) and step >= (newest or 0):
-            names = record.keys() | (names if step == newest else set())
-            newest = step
-    return newest, names
+    """Find the highest step whose metrics were ever logged, given-up pasts included; None: there is none."""
+    records = read_lines(path, without=b'"digest"')
+    steps = (record["step"] for record in records if record is not None and isinstance(record.get("step"), int))
+    return max(steps, default=None)
 
 
 def finite(value: Any) -> Any:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import chatgot.run_folder as run_folder
 from chatgot.distributed import python_path
 from chatgot.files import write_atomically
-from chatgot.observe.journal import newest_metrics
+from chatgot.observe.journal import METRICS, newest_step, read_lines, with_numbers
+from chatgot.observe.wandb_worker import LAST_RECORD
 
 if TYPE_CHECKING:
     from chatgot.deepspeed_json.resolve import WandbConfig
@@ -79,8 +80,9 @@ class WandbRun:
         """Open or continue the run folder's wandb run. No fault of wandb, the network or the server is raised.
 
         Args:
-            run_dir: keeps the id in wandb/run_id.json, with wandb's own files beside it. Steps that its metrics.jsonl
-                has are in wandb already; trained again after a resume, they are not logged a second time.
+            run_dir: keeps the id in wandb/run_id.json and what wandb has in wandb/last_record.json, with wandb's own
+                files beside them. Steps that wandb has, trained again after a resume, are not logged a second time;
+                steps that a kill kept from it, and that are not trained again, are sent from metrics.jsonl.
             run_config: the resolved configuration, shown by wandb.
             resumed_from_step: the checkpoint's step; None for a new start.
             init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.
@@ -98,10 +100,10 @@ class WandbRun:
         except OSError as error:
             self._off(f"its id cannot be kept: {error}")
             return self
+        journal = run_dir / run_folder.METRICS
         if known:
-            newest, names = newest_metrics(run_dir / run_folder.METRICS)
-            self._last_step = max(-1 if step is None else step for step in (resumed_from_step, newest))
-            self._half_sent = (self._last_step if newest == self._last_step else -1, names)
+            self._last_step, names = _last_record(folder, journal)
+            self._half_sent = (self._last_step, names)
         job = {
             "id": self.id,
             "dir": str(run_dir),
@@ -132,6 +134,8 @@ class WandbRun:
             what = f"run {self.id} goes on, {self.mode}" if known else f"new run {self.id} {self.mode}"
             more = f" ({because}); upload later: wandb sync {folder}/offline-run-*" if because else f": {ready['url']}"
             logger.info(f"wandb: {what}{more}")
+            if known and resumed_from_step is not None:
+                self._catch_up(journal, resumed_from_step)
             return self
         self._off(str(failure))
         return self
@@ -180,6 +184,24 @@ class WandbRun:
             worker.kill()  # nothing is left for it to do
         except _WorkerError as error:
             self._off(f"the run was not closed ({error}); complete the upload with: wandb sync {worker.folder}/*run-*")
+
+    def _catch_up(self, journal: Path, to_step: int) -> None:
+        """Send what the journal has up to the checkpoint's step and wandb lacks: a kill came between."""
+        if to_step < self._last_step:
+            return
+        records = read_lines(journal, after=self._last_step - 1, without=b'"digest"')
+        rows = [
+            with_numbers(row)
+            for row in records
+            if row is not None and isinstance(row.get("step"), int) and self._last_step <= row["step"] <= to_step
+        ]
+        if len(rows) > _QUEUED_LINES // 2:
+            logger.info(f"wandb: has no record of {len(rows)} steps; the newest {_QUEUED_LINES // 2} are sent now")
+        for row in rows[-_QUEUED_LINES // 2 :]:
+            self.log(row, row["step"])
+        known = self._half_sent[1] if to_step == self._last_step else set[str]()
+        self._half_sent = (to_step, known.union(*(row for row in rows if row["step"] == to_step)))
+        self._last_step = to_step
 
     def _send(self, step: int, metrics: dict[str, float | int], tables: dict[str, Any]) -> None:
         half, logged = self._half_sent
@@ -311,5 +333,20 @@ def _run_id(folder: Path) -> tuple[str, bool]:
         logger.info(f"wandb: {path} cannot be read ({error}); this run folder gets a new wandb run")
     folder.mkdir(parents=True, exist_ok=True)
     new = secrets.token_hex(4)
+    write_atomically(folder / LAST_RECORD, json.dumps({"step": -1, "names": []}))
     write_atomically(path, json.dumps({"id": new}))
     return new, False
+
+
+def _last_record(folder: Path, journal: Path) -> tuple[int, set[str]]:
+    """Find out which step's record wandb was handed last, -1 for none, and what the record had."""
+    path = folder / LAST_RECORD
+    try:
+        last = json.loads(path.read_bytes())
+        return int(last["step"]), set(last["names"])
+    except FileNotFoundError:
+        pass  # an earlier version of ChatGoT kept none
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.info(f"wandb: {path} cannot be read ({error}); what {journal} has is not sent again")
+    newest = newest_step(journal)
+    return -1 if newest is None else newest, set(METRICS)

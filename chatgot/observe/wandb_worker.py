@@ -28,6 +28,8 @@ from functools import partial
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
+LAST_RECORD = "last_record.json"
+"""In the wandb folder: the step of the last record that wandb was handed, and the names of what it had."""
 STEP = "train/step"
 """The step axis of every chart. wandb's own step counter is not used: it silently drops what is out of order."""
 
@@ -81,7 +83,7 @@ def main() -> None:
     job = json.loads(sys.stdin.buffer.readline())
     try:
         wandb, run = _open(job, reply)
-        end = _feed(wandb, run)
+        end = _feed(wandb, run, os.path.join(job["dir"], "wandb", LAST_RECORD))
         seconds = end["seconds"] + _LATER if "seconds" in end else job["finish_timeout"]
         bound = threading.Timer(seconds, os._exit, args=(1,))
         bound.daemon = True
@@ -133,10 +135,17 @@ def _open(job: dict[str, Any], reply: Callable[..., None]) -> tuple[Any, Any]:
     return wandb, run
 
 
-def _feed(wandb: Any, run: Any) -> dict[str, Any]:
+def _feed(wandb: Any, run: Any, last_record: str) -> dict[str, Any]:
     """Log until the end and return how it ends: {"exit_code", "seconds"}. Lines of one step are one record, sent when
-    the next step comes.
+    the next step comes and noted in the file `last_record`, so that a resume knows what wandb has.
     """
+
+    def log(record: dict[str, Any]) -> None:
+        run.log(record)
+        with open(last_record + ".new", "w", encoding="ascii") as file:
+            json.dump({"step": record[STEP], "names": list(record)}, file)
+        os.replace(file.name, last_record)
+
     pending: dict[str, Any] = {}
     end: dict[str, Any] = {"exit_code": _TRAINING_IS_GONE}
     for line in sys.stdin.buffer:
@@ -151,13 +160,13 @@ def _feed(wandb: Any, run: Any) -> dict[str, Any]:
             _tell(wandb, run, message)
             continue
         if pending and pending[STEP] != message["step"]:
-            run.log(pending)
+            log(pending)
             pending = {}
         pending = {STEP: message["step"], **pending, **message["metrics"]}
         for name, table in message["tables"].items():
             pending[name] = wandb.Table(columns=table["columns"], data=table["rows"])
     if pending:
-        run.log(pending)
+        log(pending)
     return end
 
 

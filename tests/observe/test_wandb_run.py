@@ -40,7 +40,7 @@ for step in steps:
         run.rolled_back(job["steps"][1] - 1)
         continue
     run.log({"train/loss": 1 / step, "optim/grad_norm": None}, step)
-    if step % 5 == 0:
+    if step % job.get("eval_every", 5) == 0:
         run.log({"val/loss": 2 / step}, step)
         run.log_table("sample", ("step", "text"), [[step, "<Tyrion> ’twas\\n  a night"]], step)
 print("trained", run.mode, "wandb" in sys.modules, flush=True)
@@ -117,13 +117,27 @@ def test_invariant_16_resumed_run_keeps_one_wandb_id(tmp_path, environment):
 
 def test_an_evaluation_that_a_kill_cut_off_reaches_wandb_after_the_resume(tmp_path, environment):
     run_dir = tmp_path / "run"
-    train(environment, run_dir, range(1, 5))
+    train(environment, run_dir, range(1, 6), eval_every=100)
     time.sleep(1)  # wandb names its folders by the second
-    (run_dir / "metrics.jsonl").write_text('{"step": 4, "train/loss": 0.25}\n{"step": 5, "train/loss": 0.2}\n')
     train(environment, run_dir, range(3, 7), resumed_from_step=2)
     history = read_offline_history(run_dir)[1]
-    assert [r["train/step"] for r in history] == [1, 2, 3, 4, 5, 6]
-    assert [("train/loss" in r, "val/loss" in r) for r in history[4:]] == [(False, True), (True, False)]
+    assert [r["train/step"] for r in history] == [1, 2, 3, 4, 5, 5, 6]
+    assert [("train/loss" in r, "val/loss" in r) for r in history[4:]] == [(True, False), (False, True), (True, False)]
+
+
+def test_what_a_kill_kept_from_wandb_is_sent_by_the_resume(tmp_path, environment):
+    run_dir = tmp_path / "run"
+    train(environment, run_dir, range(1, 6), eval_every=100)
+    time.sleep(1)  # wandb names its folders by the second
+    rows = [{"step": step, "train/loss": 1 / step} for step in range(1, 9)]
+    rows[4:4] = [{"step": 5, "val/loss": 0.4}, {"step": 5, "digest": {"loss": 0.2}}]
+    rows[-1]["val/loss"] = "nan"
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(environment, run_dir, range(8, 11), resumed_from_step=7)
+    history = read_offline_history(run_dir)[1]
+    assert [r["train/step"] for r in history] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10]
+    assert [r["train/loss"] for r in history if "train/loss" in r] == [1 / step for step in range(1, 11)]
+    assert [(r["train/step"], r["val/loss"]) for r in history if "val/loss" in r] == [(5, 0.4), (10, 0.2)]
 
 
 def test_what_wandb_is_told_of_the_run(tmp_path, environment):
