@@ -1,7 +1,7 @@
 """Overrides after the flags: `model.n_layers=4 train.max_steps=200 ds.optimizer.params.lr=3e-4`.
 
 `model.`, `data.` and `train.` edit the run YAML; `ds.` edits the DeepSpeed JSON, its chatgot section included
-(`ds.chatgot.schedule.type=wsd`).
+(`ds.chatgot.schedule.type=wsd`). `effect` says what a change of a setting does to a run.
 """
 
 from __future__ import annotations
@@ -17,11 +17,25 @@ from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.deepspeed_json.findings import shortened
+from chatgot.deepspeed_json.key_types import Effect
 from chatgot.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None, "~": None}
 _OPEN = ("optimizer.params.", "scheduler.params.")
+_OURS: dict[Effect, str] = {
+    "batches": "data train.seed model.max_seq_length",
+    "rounding": "ds.chatgot.activation_checkpointing ds.chatgot.compile ds.optimizer.params.torch_adam "
+    "ds.optimizer.params.fused",
+    "nothing": "ds.chatgot.checkpoint ds.chatgot.guard ds.chatgot.wandb train.log_every train.eval_every "
+    "train.eval_tokens train.sample_every train.sample_prompts train.sample_max_new_tokens train.sample_temperature "
+    "train.sample_top_k train.sample_seed train.sample_stop",
+}
+_EFFECTS: dict[str, Effect] = {
+    **{f"ds.{dotted}": node.effect for dotted, node in schema.NODES.items() if node.effect is not None},
+    **{name: effect for effect, names in _OURS.items() for name in names.split()},
+}
+"""What stands for a section holds inside it."""
 
 
 def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -110,3 +124,22 @@ def _nearest(key: str, run_keys: frozenset[str], ds_keys: frozenset[str]) -> str
         key, known, n=1, cutoff=0.6
     )
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def effect(name: str) -> Effect:
+    """Tell what changing a setting, named as overrides name it, does to a run's numbers: "numbers", if nothing else is
+    known of it. A resume compares itself with the journal accordingly.
+
+    A line of run_folder.changed_settings will do, too: it begins with the name.
+    """
+    begins = re.match(r"[\w.]+", name)
+    home, _, rest = (begins.group() if begins else name).partition(".")
+    if home == "ds":
+        top, _, rest = rest.partition(".")
+        rest = f"{schema.spellings(schema.ROOT).get(top, top)}.{rest}".rstrip(".")
+    around = f"{home}.{rest}".rstrip(".")
+    while around:
+        if around in _EFFECTS:
+            return _EFFECTS[around]
+        around = around.rpartition(".")[0]
+    return "numbers"

@@ -234,13 +234,6 @@ def one_slip_apart(one: str, other: str) -> bool:
     """Whether one insertion, deletion, replacement or swap of neighbours turns one word into the other, or nothing has
     to.
     """
-    if abs(len(one) - len(other)) > 1:
-        return False
-    start = 0
-    while start < min(len(one), len(other)) and one[start] == other[start]:
-        start += 1
-    end = 0
-    while end < min(len(one), len(other)) - start and one[-1 - end] == other[-1 - end]:
-        end += 1
-    a, b = one[start : len(one) - end], other[start : len(other) - end]
-    return (len(a) <= 1 and len(b) <= 1) or (len(a) == 2 and a == b[::-1])
+    start = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    a, b = one[start:], other[start:]
+    return a[1:] == b[1:] or a == b[1:] or a[1:] == b or (a[:2] == b[:2][::-1] and a[2:] == b[2:])

@@ -7,10 +7,11 @@ lies much later, and is refused here.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, FiniteFloat, TypeAdapter
 
 Kind = Literal["flag", "int", "float", "text", "path", "texts", "words", "betas", "numbers", "mapping", "interval"]
 Effect = Literal["batches", "numbers", "rounding", "nothing"]
@@ -53,7 +54,7 @@ class Key:
         else:
             limits = ((">=", self.low), ("<=", self.high), (">", self.above), ("<", self.below))
             bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound is not None]
-            words = " and ".join([_READERS[self.kind][0], *bounds])
+            words = " and ".join([_KINDS[self.kind][0], *bounds])
         return words + (" or null" if self.null else "") + (' or "auto"' if self.auto else "")
 
     def read(self, value: Any, typed: bool) -> Any:
@@ -70,7 +71,9 @@ class Key:
             return None
         if value is None or (self.no_flag and isinstance(value, bool)):
             raise ValueError
-        value = _READERS[self.kind][1](value, typed)
+        if not typed and (isinstance(value, _ONLY_TYPED.get(self.kind, ())) or (self.kind == "path" and not value)):
+            raise ValueError
+        value = _reader(self.kind).validate_python(value)
         if self.choices:
             folded = {str(choice).lower() if self.fold_case else choice: choice for choice in self.choices}
             word = str(value).lower() if self.fold_case else value
@@ -138,96 +141,29 @@ def section(group: type[Group], **more: Any) -> Any:
     return Section(group.KEYS, (group.__doc__ or "").strip(), group=group, **more)
 
 
-def _read_flag(value: Any, typed: bool) -> bool:
-    if isinstance(value, (bool, int, float)) and value in (0, 1):
-        return bool(value)
-    word = value.lower() if typed and isinstance(value, str) else ""
-    if word in ("1", "true", "t", "yes", "y", "on"):
-        return True
-    if word in ("0", "false", "f", "no", "n", "off"):
-        return False
-    raise ValueError
-
-
-def _read_int(value: Any, typed: bool) -> int:
-    if isinstance(value, bool) and not typed:
-        raise ValueError
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    if typed and isinstance(value, str):
-        number = float(value)
-        if "e" not in value.lower() and number.is_integer():
-            return int(value) if value.strip().lstrip("+-").isdigit() else int(number)
-    raise ValueError
-
-
-def _read_float(value: Any, typed: bool) -> float:
-    if isinstance(value, bool) and not typed:
-        raise ValueError
-    if isinstance(value, (int, float)) or (typed and isinstance(value, str)):
-        number = float(value)
-        if math.isfinite(number):
-            return number
-    raise ValueError
-
-
-def _read_text(value: Any, typed: bool) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError
-
-
-def _read_path(value: Any, typed: bool) -> str:
-    if isinstance(value, str) and (value or typed):
-        return value
-    raise ValueError
-
-
-def _read_words(value: Any, typed: bool) -> list[str]:
-    return [value] if isinstance(value, str) else _read_texts(value, typed)
-
-
-def _read_texts(value: Any, typed: bool) -> list[str]:
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return value
-    raise ValueError
-
-
-def _read_betas(value: Any, typed: bool) -> list[float]:
-    if isinstance(value, (list, tuple)) and len(value) == 2:
-        betas = [_read_float(item, False) for item in value]
-        if all(0.0 <= beta < 1.0 for beta in betas):
-            return betas
-    raise ValueError
-
-
-def _read_numbers(value: Any, typed: bool) -> Any:
-    if isinstance(value, (list, tuple)) and value:
-        return [_read_float(item, False) for item in value]
-    return _read_float(value, False)
-
-
-def _read_mapping(value: Any, typed: bool) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    raise ValueError
-
-
-def _read_interval(value: Any, typed: bool) -> str | int:
-    return value if isinstance(value, str) else _read_int(value, typed)
-
-
-_READERS: dict[Kind, tuple[str, Callable[[Any, bool], Any]]] = {
-    "flag": ("true or false", _read_flag),
-    "int": ("a whole number", _read_int),
-    "float": ("a number", _read_float),
-    "text": ("a text", _read_text),
-    "path": ("a path", _read_path),
-    "texts": ("a list of texts", _read_texts),
-    "words": ("a text or a list of texts", _read_words),
-    "betas": ("a list of two numbers, each >= 0 and < 1", _read_betas),
-    "numbers": ("a number or a list of numbers", _read_numbers),
-    "mapping": ("a mapping of keys", _read_mapping),
-    "interval": ("a text or a whole number", _read_interval),
+_Whole = Annotated[int, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]
+"""1e20 is one, which pydantic by itself refuses."""
+_Strict = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Betas = Annotated[list[Annotated[_Strict, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
+_Words = Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
+_KINDS: dict[Kind, tuple[str, Any]] = {
+    "flag": ("true or false", bool),
+    "int": ("a whole number", _Whole),
+    "float": ("a number", FiniteFloat),
+    "text": ("a text", str),
+    "path": ("a path", str),
+    "texts": ("a list of texts", list[str]),
+    "words": ("a text or a list of texts", _Words),
+    "betas": ("a list of two numbers, each >= 0 and < 1", _Betas),
+    "numbers": ("a number or a list of numbers", _Strict | Annotated[list[_Strict], Field(min_length=1)]),
+    "mapping": ("a mapping of keys", dict[str, Any]),
+    "interval": ("a text or a whole number", str | _Whole),
 }
-"""Kind -> what it is in words, and its reader."""
+"""Kind -> what it is in words, and the type that pydantic reads it as."""
+_ONLY_TYPED: dict[Kind, Any] = {"flag": str, "int": str | bool, "float": str | bool, "interval": bool}
+"""What is converted in a typed section only."""
+
+
+@cache
+def _reader(kind: Kind) -> TypeAdapter[Any]:
+    return TypeAdapter(_KINDS[kind][1])

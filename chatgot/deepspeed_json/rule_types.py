@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from chatgot.deepspeed_json import schema
@@ -117,24 +118,8 @@ class Rule:
         return plain.replace("{", "<").replace("}", ">") + (f" ({self.source})" if self.source else "")
 
 
-def error(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:
-    """A rule that forbids to start."""
-    return Rule("error", keys, when, why, source, **more)
-
-
-def adapted(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:
-    """A rule about what ChatGoT runs differently from the letter."""
-    return Rule("adapted", keys, when, why, source, **more)
-
-
-def warning(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:
-    """A rule about something legal that is wrong or unwise."""
-    return Rule("warning", keys, when, why, source, **more)
-
-
-def note(keys: str, when: Callable[[Subject, Any], Any], why: str, source: str = "", **more: bool) -> Rule:
-    """A rule about what is good to know."""
-    return Rule("note", keys, when, why, source, **more)
+error, adapted = partial(Rule, "error"), partial(Rule, "adapted")
+warning, note = partial(Rule, "warning"), partial(Rule, "note")
 
 
 def accepts(key: str, why: str, *allowed: Any) -> Rule:

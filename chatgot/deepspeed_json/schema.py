@@ -11,7 +11,7 @@ from functools import cache
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.deepspeed_keys import OPTIMIZER_PARAMS, SCHEDULER_PARAMS, Root
 from chatgot.deepspeed_json.fields import dotted_keys
-from chatgot.deepspeed_json.key_types import Effect, Key, Section
+from chatgot.deepspeed_json.key_types import Key, Section
 
 __all__ = ["NODES", "OPTIMIZER_PARAMS", "REMOVED", "ROOT", "SCHEDULER_PARAMS", "Key", "Root", "Section"]
 
@@ -85,15 +85,3 @@ def spellings(section: Section) -> dict[str, str]:
     """Every spelling that a section accepts -> the documented one."""
     aliases = {node.alias: name for name, node in section.keys.items() if node.alias}
     return {**{name: name for name in section.keys}, **aliases}
-
-
-def effect(dotted: str) -> Effect:
-    """What another value of a key, or of an argument below it, does to a run's numbers."""
-    top, _, rest = dotted.partition(".")
-    dotted = f"{spellings(ROOT).get(top, top)}.{rest}".rstrip(".")
-    while dotted:
-        node = NODES.get(dotted)
-        if node is not None and node.effect is not None:
-            return node.effect
-        dotted = dotted.rpartition(".")[0]
-    return "numbers"

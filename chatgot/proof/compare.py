@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chatgot.checkpoint import rng
-from chatgot.config.effects import effect
+from chatgot.config.overrides import effect
 from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.distributed import ControlGroup

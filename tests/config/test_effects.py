@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chatgot.config.effects import effect
-from chatgot.config.overrides import known_ds_keys
+from chatgot.config.overrides import effect, known_ds_keys
 from chatgot.config.run import RunConfig
 from chatgot.proof.compare import changes_numbers
 from chatgot.run_folder import flattened
