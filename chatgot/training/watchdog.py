@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,12 +34,14 @@ may take.
 """
 JOINING, JOINING_SECONDS = 2, 60.0
 """The same, for the ranks to find each other, and how long that may take at least."""
-LONGEST = 10
+LONGEST = 3
 """Nothing is a hang that takes less than this times the longest pause between two signs of life so far."""
-OTHERS_SECONDS = 3.0
-"""After its own alarm, how long a rank waits for what the others write."""
+TICK_SECONDS = 0.2
+OTHERS_SECONDS = 1.2
+"""After its own alarm, how long a rank waits at most for what the others write."""
 WORK_SECONDS = 0.5
 """CPU time that a process uses for itself between two signs of life, where it works without giving any."""
+_WAITS = "waits for the others in"
 _FRAME = re.compile(r'  File "(.*?)", line (\d+) in (\S+)')
 _WAITING = ("distributed_c10d.py", "torch/distributed", "deepspeed/comm")
 """Files of which the innermost frame says that a rank waits for the others."""
@@ -67,8 +70,9 @@ class Watchdog:
     """Within `with`, ends this process when `beat` is not called for `seconds`; 0: never. `starting` is the same for
     the time before the run folder is this run's: something is written there after an alarm only.
 
-    A thread of ours looks on. faulthandler's, which needs no GIL, writes the stacks of a rank that holds the GIL; that
-    rank cannot end itself, and is ended by its launcher when the others have ended.
+    A part of the run that may take longer, and a step after long pauses, is named after `seconds` too, with the time
+    that it has. A thread of ours looks on. faulthandler's, which needs no GIL, writes the stacks of a rank that holds
+    the GIL; that rank cannot end itself, and is ended by its launcher when the others have ended.
     """
 
     out_dir: Path
@@ -180,10 +184,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         seen, patience, allowed, quiet, longest, before = -1, 0, 0.0, 0.0, 0.0, time.monotonic()
-        tick, worked = min(1.0, self.seconds / 5), Work()
+        tick, worked, told = min(TICK_SECONDS, self.seconds / 5), Work(), False
         while not self._left.wait(tick):
             now = time.monotonic()
-            quiet += min(now - before, 2 * tick)  # a process that was stopped as a whole (Ctrl-Z) has not hung
+            # a process that was stopped as a whole (Ctrl-Z) has not hung
+            quiet += min(now - before, tick + min(1.0, self.seconds / 5))
             before = now
             if self._works and worked():
                 self._beats += 1
@@ -191,7 +196,7 @@ class Watchdog:
                 if quiet > self.seconds * patience and self._file is not None:  # faulthandler's thread may have written
                     self._file.truncate(0)
                 longest = max(longest, quiet if patience == 1 else 0.0)
-                seen, patience, quiet = self._beats, self.patience, 0.0
+                seen, patience, quiet, told = self._beats, self.patience, 0.0, False
                 allowed = max(self.seconds * patience, LONGEST * longest)
                 faulthandler.dump_traceback_later(self.seconds * patience + tick / 2, file=self._file or _STDERR)
             elif quiet > allowed or (quiet > self.seconds / 2 and self._others_alarm.exists()):
@@ -199,6 +204,9 @@ class Watchdog:
                     self._alarm(quiet)
                 finally:  # also where the folder cannot be written to
                     os._exit(EXIT_ENVIRONMENT)
+            elif quiet > self.seconds and not told:
+                told = True
+                self._warn(quiet, allowed)
 
     def _alarm(self, quiet: float) -> None:
         """Write this rank's stacks, and report all ranks' if it is the first one that can."""
@@ -212,16 +220,38 @@ class Watchdog:
         if self._file is None:
             self._file = os.fdopen(run_folder.open_file(path, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8")
         self._file.truncate(0)
-        print(f"rank {self.rank} on {host}, pid {os.getpid()}: {self.doing}", file=self._file, flush=True)
-        faulthandler.dump_traceback(self._file)
-        time.sleep(OTHERS_SECONDS)
-        rows = [_described(rank, self._read(rank)) for rank in range(self.world_size)]
-        if self.rank == next(rank for rank, (_, answers) in enumerate(rows) if answers or rank == self.rank):
+        self._write(self._file)
+        deadline, before, rows = time.monotonic() + OTHERS_SECONDS, None, self._rows()
+        while time.monotonic() < deadline and (rows != before or not all(answers for _, answers in rows)):
+            time.sleep(0.1)
+            before, rows = rows, self._rows()
+        if self.rank != next(rank for rank, (_, answers) in enumerate(rows) if answers or rank == self.rank):
+            time.sleep(OTHERS_SECONDS)  # a launcher that ends the others when one ends shall not cut the report short
+        else:
             report = "\n".join(["the run hangs; where the ranks are:", *(f"  {row}" for row, _ in rows)])
             print(f"chatgot: {report}", file=sys.stderr, flush=True)
             if self._prefix:
                 self._others_alarm.unlink()
             self.tell(report)
+
+    def _warn(self, quiet: float, allowed: float) -> None:
+        """Say where this rank is that is not yet taken to hang, unless it waits for the others."""
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+            self._write(file)
+            file.seek(0)
+            row, _ = _described(self.rank, file.read())
+        if _WAITS not in row:
+            why = f"{quiet:.0f} s without a sign of life, which are a hang after {allowed:.0f} s here"
+            print(f"chatgot: {row}: {why}", file=sys.stderr, flush=True)
+
+    def _write(self, file: IO[str]) -> None:
+        """Write what this rank does, and the stacks of its threads."""
+        head = f"rank {self.rank} on {socket.gethostname()}, pid {os.getpid()}: {self.doing}"
+        print(head, file=file, flush=True)
+        faulthandler.dump_traceback(file)
+
+    def _rows(self) -> list[tuple[str, bool]]:
+        return [_described(rank, self._read(rank)) for rank in range(self.world_size)]
 
     def _read(self, rank: int) -> str:
         path = self._path(rank)
@@ -246,5 +276,5 @@ def _described(rank: int, text: str) -> tuple[str, bool]:
     ours = next((frame for frame in frames if "/chatgot/" in frame[0]), frames[0])
     where = f"{file}:{line} in {function}" + (f", from {ours[0]}:{ours[1]} in {ours[2]}" if ours != frames[0] else "")
     waits = any(name in frame[0] for name in _WAITING for frame in frames[:3])
-    verdict = "waits for the others in" if waits else "is in" if answers else "holds Python's lock (GIL) in"
+    verdict = _WAITS if waits else "is in" if answers else "holds Python's lock (GIL) in"
     return f"{head if answers else f'rank {rank}'}: {verdict} {where}", answers

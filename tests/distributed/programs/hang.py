@@ -1,5 +1,5 @@
 """train.py one rank of which hangs: `python hang.py HOW[@WHERE] <train.py arguments>`. Rank 1, in its third step, or
-where WHERE says: `data`, which rank 0 prepares, `engine`, `save`; `first` is a first step of 12 s that goes on.
+where WHERE says: `data`, which rank 0 prepares, `engine`, `save`; `first` is a first step of HOW seconds that goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ original = TrainBatches.micro_batches
 
 def micro_batches(self: TrainBatches, first_sample: int) -> Iterator[Any]:
     if os.environ["RANK"] == "1" and first_sample == 0 and WHERE == "first":
-        time.sleep(12)
+        time.sleep(float(HOW))
     elif os.environ["RANK"] == "1" and first_sample == 2 * self.global_batch_size and not WHERE:
         hang()
     return original(self, first_sample)
