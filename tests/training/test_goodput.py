@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -18,18 +21,36 @@ from chatgot.proof import digest
 from chatgot.training import evaluation, run
 from chatgot.training.loop import Loop
 from chatgot.training.saving import Saving
+from tests.support import ROOT, environment
 from tests.training import in_process
 from tests.training.in_process import events
-from tests.training.poison import Poison
-from tests.training.test_guard import BAD, FROM, TO, words
+from tests.training.test_guard import FROM, TO, words
 
 WAIT, STAND, AWAY = 0.05, 0.3, 1.5
 """Seconds of every wait for data, of every evaluation and save, and between two starts."""
 
 
-@pytest.fixture
-def slow(monkeypatch) -> dict[str, float]:
-    """Plant the waits; returns the seconds of each kind so far."""
+KILLED = """
+import json, os, signal, sys, time
+import pytest
+from tests.training import in_process, test_goodput as test
+from tests.training.poison import Poison
+from tests.training.test_guard import BAD
+planted = test.plant_waits(pytest.MonkeyPatch())
+began = time.time()
+loop = in_process.prepare(sys.argv[2:])
+Poison(loop, samples=BAD)
+for done, _ in enumerate(loop.steps(), start=1):
+    if done == test.FROM + 5:  # after the rollback to step 3 it has trained to step 8, and saved at step 6
+        assert loop.step == test.TO + 5
+        with open(sys.argv[1], "w") as file:
+            json.dump([began, planted], file)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def plant_waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Make data, evaluations and saves slow; returns the seconds of each kind so far."""
     planted = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}
 
     def wait(kind: str, seconds: float) -> None:
@@ -55,17 +76,15 @@ def slow(monkeypatch) -> dict[str, float]:
     return planted
 
 
-def test_the_parts_of_a_run_add_up_to_the_clock_and_lost_steps_are_exact(
-    tmp_path, text_file, slow, monkeypatch, capsys
-):
-    line, out = words(tmp_path, text_file, steps=12), tmp_path / "out"
-    began = time.time()
-    loop = in_process.prepare(line)
-    Poison(loop, samples=BAD)
-    for done, _ in enumerate(loop.steps(), start=1):
-        if done == FROM + 5:  # after the rollback to step 3 it has trained to step 8, and saved at step 6
-            break
-    assert loop.step == TO + 5
+def test_the_parts_of_a_run_add_up_to_the_clock_and_lost_steps_are_exact(tmp_path, text_file, monkeypatch, capsys):
+    line, out, planted = words(tmp_path, text_file, steps=12), tmp_path / "out", tmp_path / "planted.json"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(planted), *line], cwd=ROOT, env=environment(), timeout=300, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    slow = plant_waits(monkeypatch)
+    began, before = json.loads(planted.read_text())
+    slow.update(before)
     time.sleep(AWAY)
     loop = in_process.prepare(line)
     assert loop.step == 6
