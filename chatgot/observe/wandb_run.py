@@ -31,11 +31,9 @@ from chatgot.observe.wandb_worker import LAST_RECORD
 if TYPE_CHECKING:
     from chatgot.deepspeed_json.resolve import WandbConfig
 
-_QUEUED_LINES = 10_000
-
 logger = logging.getLogger(__name__)
 
-
+_QUEUED_LINES = 10_000
 ARTIFACT_SECONDS = 1800.0
 """Granted to the upload at the end where artifacts were asked for."""
 _ALERTS = {
