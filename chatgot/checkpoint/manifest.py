@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, cast, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, Required, TypedDict  # pydantic asks for it before Python 3.12
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.fields import read_section
@@ -53,14 +53,7 @@ HASHING_THREADS = 4
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _LaterFields(TypedDict, total=False):
-    """What only some runs have."""
-
-    init_from: str
-    """The folder whose weights the run began with, see train.py --init_from."""
-
-
-class RunFields(_LaterFields):
+class RunFields(TypedDict):
     """What identifies a run."""
 
     model: dict[str, Any]
@@ -79,6 +72,8 @@ class RunFields(_LaterFields):
     """`resume.layout` of the DeepSpeed JSON."""
     train_batch_size: int
     versions: dict[str, str]
+    init_from: NotRequired[str]
+    """The folder whose weights the run began with, see train.py --init_from."""
 
 
 class StateFields(RunFields):
@@ -96,14 +91,7 @@ class Measured(TypedDict):
     sha256: str
 
 
-class _LaterManifest(TypedDict, total=False):
-    """What only some have."""
-
-    suspect: str
-    """Why the guard takes the state for wrecked, though it is finite: it is used when it is asked for by name only."""
-
-
-class Manifest(StateFields, _LaterManifest):
+class Manifest(StateFields):
     """All fields of manifest.json but its own sha256."""
 
     format_version: int
@@ -112,19 +100,12 @@ class Manifest(StateFields, _LaterManifest):
     """Order of publication in this folder: a run can go back, so the steps do not tell it."""
     files: dict[str, Measured]
     """By relative name, with '/' between folders."""
+    suspect: NotRequired[str]
+    """Why the guard takes the state for wrecked, though it is finite: it is used when it is asked for by name only."""
 
 
-class _LaterState(TypedDict, total=False):
-    """What older checkpoints do not have."""
-
-    owed: list[str]
-    """What is due after the step and not done yet: "evaluation", "samples"."""
-    eval_targets: int
-    """How many targets the validation losses are over."""
-
-
-class ClientState(_LaterState):
-    """What DeepSpeed stores for us in its own files, under the key "chatgot"."""
+class ClientState(TypedDict):
+    """What DeepSpeed stores for us in its own files, under the key "chatgot". Older checkpoints lack some."""
 
     format: int
     next_sample: int
@@ -137,7 +118,11 @@ class ClientState(_LaterState):
     """`rng.capture` of every rank."""
     parameter_groups: list[list[str]]
     grad_scaler: dict[str, float] | None
-    """`zero_view.autocast_scale`; older checkpoints have none."""
+    """`zero_view.autocast_scale`."""
+    owed: NotRequired[list[str]]
+    """What is due after the step and not done yet: "evaluation", "samples"."""
+    eval_targets: NotRequired[int]
+    """How many targets the validation losses are over."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +183,7 @@ def read(folder: Path) -> Manifest:
     if fields.pop("sha256", None) != _digest(fields):
         raise CheckpointError(f"{path}: damaged: its own sha256 does not fit what it says")
     try:
-        _checked()(**fields)
+        _checked().validate_python(fields, strict=True)
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         where, value = ".".join(map(str, wrong["loc"])), wrong["input"]
@@ -207,12 +192,11 @@ def read(folder: Path) -> Manifest:
 
 
 @functools.cache
-def _checked() -> type[BaseModel]:
+def _checked() -> TypeAdapter[Any]:
     """The types of a manifest's fields. All but those that every one has had are optional, and others may be there."""
     hints = get_type_hints(Manifest, include_extras=True)
-    always = ("step", "sequence", "files")
-    fields: dict[str, Any] = {name: (hint, ... if name in always else None) for name, hint in hints.items()}
-    return create_model("Checked", __config__=ConfigDict(strict=True, protected_namespaces=()), **fields)
+    fields = {name: Required[hint] if name in ("step", "sequence", "files") else hint for name, hint in hints.items()}
+    return TypeAdapter(TypedDict("Checked", fields, total=False))  # pyright: ignore - its fields are Manifest's
 
 
 def listed(folder: Path) -> list[str]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from chatgot.config.run import DataConfig
 from chatgot.data.byte_level import tokenizers_library
 from chatgot.data.corpus import Source, check_out_dir, resolve
-from chatgot.data.places import Part, noting_parts
 from chatgot.data.prepared import (
     FORMAT_VERSION,
     TOKENIZER_FILE,
@@ -34,7 +33,7 @@ from chatgot.data.prepared import (
     token_file,
     write_meta,
 )
-from chatgot.data.reading import Characters, TextReader, check_encoding, plan_split, split_pieces
+from chatgot.data.reading import Characters, Part, TextReader, check_encoding, noting_parts, plan_split, split_pieces
 from chatgot.data.repeats import RepeatDetector
 from chatgot.data.tokenizer import (
     BpeTokenizer,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from chatgot.data.places import Part
+from chatgot.data.reading import Part
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
 from chatgot.errors import DataError, quoted
 from chatgot.files import sha256, sync, write_atomically

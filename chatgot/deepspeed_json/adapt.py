@@ -15,7 +15,7 @@ from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.findings import ABSENT, Findings
 from chatgot.deepspeed_json.optimizers import ELEMENTWISE_OPTIMIZERS, cpu_adam_key, known_arguments
 from chatgot.deepspeed_json.read import default_json, read_document, shipped_jsons
-from chatgot.deepspeed_json.schema import NODES, Key
+from chatgot.deepspeed_json.schema import NODES
 from chatgot.deepspeed_json.values import Derivations, Values, given_arguments
 from chatgot.devices import DeviceFacts
 
@@ -57,8 +57,8 @@ class Adaptation:
     def run(self) -> None:
         """Adapt what is to be adapted, in the order in which one thing follows from another."""
         self._choose_precision()
-        for dotted in self.values.autos:
-            self._fill_default(dotted)
+        for dotted in self.values.autos:  # DeepSpeed drops it and takes its default; clipping, not dropped, alike
+            self.derived.add(dotted, NODES[dotted].default, '"auto", DeepSpeed\'s default')
         self._fill_batch()
         self._give_optimizer()
         self._fill_arguments("optimizer")
@@ -100,11 +100,6 @@ class Adaptation:
                 reason = f"{device} does not support {name}; training in fp32"
             values[f"{name}.enabled"] = name == chosen
             self.derived.add(f"{name}.enabled", name == chosen, f'"auto", {reason}')
-
-    def _fill_default(self, dotted: str) -> None:
-        """ "auto" where DeepSpeed drops it and takes its default; clipping, which it does not drop, alike."""
-        node = NODES[dotted]
-        self.derived.add(dotted, node.default if isinstance(node, Key) else None, '"auto", DeepSpeed\'s default')
 
     def _fill_batch(self) -> None:
         """Batch numbers that are "auto" and follow from no other; a micro-batch that memory decides stays open."""

@@ -111,6 +111,7 @@ class Section:
     effect: Effect | None = None
     group: type[Group] | None = None
     """The class that holds its values."""
+    default: ClassVar[Any] = None
 
     @property
     def typed(self) -> bool:

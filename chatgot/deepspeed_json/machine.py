@@ -44,11 +44,6 @@ def has_library(name: str) -> bool:
     return find_library(name) is not None
 
 
-def is_writable_folder(path: str) -> bool:
-    """Whether a folder is there, and files can be written into it."""
-    return os.path.isdir(path) and os.access(path, os.W_OK)
-
-
 def note_lacks(subject: Subject, findings: Findings) -> None:
     """Note packages, compilers and folders that this configuration needs and this machine lacks."""
     values = subject.v
@@ -65,7 +60,7 @@ def note_lacks(subject: Subject, findings: Findings) -> None:
             findings.add("warning", name, value, why, of_machine=True)
     for section in _OFFLOADS:
         path = values[f"{section}.nvme_path"]
-        if values[f"{section}.device"] == "nvme" and path and not is_writable_folder(path):
+        if values[f"{section}.device"] == "nvme" and path and not (os.path.isdir(path) and os.access(path, os.W_OK)):
             why = "is no folder that this machine can write to"
             findings.add("warning", values.name(f"{section}.nvme_path"), path, why, of_machine=True)
 

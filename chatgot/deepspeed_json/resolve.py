@@ -275,11 +275,6 @@ def _fill_defaults(values: Values, derived: Derivations) -> None:
             derived.add(dotted, values[dotted], "not given, DeepSpeed's default since 2026")
 
 
-def _default(dotted: str) -> Any:
-    node = schema.NODES[dotted]
-    return node.default if isinstance(node, schema.Key) else None
-
-
 def _fill_buckets(values: Values, n_params: int | None, derived: Derivations) -> None:
     """Communication buckets no larger than the model.
 
@@ -296,7 +291,7 @@ def _fill_buckets(values: Values, n_params: int | None, derived: Derivations) ->
         auto = values[dotted] == "auto"
         if not auto and (dotted in values or legacy or stage not in stages):
             continue
-        default = _default(dotted)
+        default = schema.NODES[dotted].default
         size = f"the model's {n_params:,} parameters"
         reason = size if n_params < default else "DeepSpeed's default, the model is larger"
         given = '"auto"' if auto else "not given"
