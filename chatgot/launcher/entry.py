@@ -5,6 +5,7 @@ how a refusal ends it.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from chatgot.distributed import find_place, tells_of_lost_rank
 from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, ChatGoTError, MachineError
 from chatgot.launcher.arguments import on_rank_0
 from chatgot.launcher.environment import thread_defaults
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask a run to stop."""
 
 
 def settle_environment(start_again: bool = False) -> None:
@@ -33,6 +37,7 @@ def settle_environment(start_again: bool = False) -> None:
     missing = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(missing)
     if start_again and sys.executable and any(name.startswith("MALLOC_") for name in missing):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the next one listens
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

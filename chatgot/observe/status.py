@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import chatgot.run_folder as run_folder
-from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, ChatGoTError, ConfigError
+from chatgot.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError
 from chatgot.files import write_atomically
 from chatgot.observe.journal import newest_step, read_lines
 
@@ -37,8 +37,11 @@ def status(folder: Path, ending: bool = False) -> tuple[str, int]:
         if (kind := event.get("event")) in _TURNS and (kind in _TURNS[:2] or last.get("event") in (None, *_TURNS[:2])):
             last = event
     holder = None if ending else holder_of_lock(folder)
-    if holder is None and (refused := _refused_start(folder)) is not None:
-        return f"the last start ended before its first step, with exit code {refused[1]}: {refused[0]}", refused[1]
+    if holder is None and (note := _note(folder)) is not None:
+        if _runs(note):
+            return f"starting, pid {note['pid']}: before its first step", EXIT_RUNNING
+        error, code = note["error"], note["code"]
+        return f"the last start ended before its first step, with exit code {code}: {error}", code
     if not last and holder is None:
         raise ConfigError(f"{folder}: no run has started here; give the --out_dir of one")
     saved = next((event.get("step") for event in reversed(events) if event.get("event") == "saved"), None)
@@ -61,23 +64,56 @@ def status(folder: Path, ending: bool = False) -> tuple[str, int]:
     return f"ended without a word at step {at} or later (killed, or the machine went down), {again}", EXIT_INTERRUPTED
 
 
-def note_refused_start(folder: Path, error: ChatGoTError) -> None:
+def note_refused_start(folder: Path, error: str, code: int, **more: Any) -> None:
     """Leave a word for `status` on this machine, or where its home is shared: a refusal changes nothing in the folder
     of the run, which may not even exist.
+
+    Args:
+        more: what else the note says.
     """
     with contextlib.suppress(OSError, RuntimeError):  # no home, or it is full: the refusal itself has been said
         note = _note_of(folder)
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps({"error": str(error), "code": error.exit_code, "events": _events(folder)}))
+        write_atomically(note, json.dumps({"error": error, "code": code, "events": _events(folder), **more}))
 
 
-def _refused_start(folder: Path) -> tuple[str, int] | None:
-    """Message and exit code of the last start, if it ended before it wrote to the folder."""
+def note_start(folder: Path) -> None:
+    """Note that this process starts a run; unless it notes another end, it was killed before its first step."""
+    why = f"without a word (killed, or {socket.gethostname()} went down): run the same command again"
+    note_refused_start(folder, why, EXIT_INTERRUPTED, pid=os.getpid(), **_birth(os.getpid()))
+
+
+def forget_start(folder: Path) -> None:
+    """Take back the note of this start, whose end the folder will tell."""
+    with contextlib.suppress(OSError, RuntimeError):
+        _note_of(folder).unlink()
+
+
+def _note(folder: Path) -> dict[str, Any] | None:
+    """What the last start noted, if it has not yet written to the folder."""
     try:
         note = json.loads(run_folder.read_bytes(_note_of(folder)))
-        return (str(note["error"]), int(note["code"])) if note["events"] == _events(folder) else None
+        note["error"], note["code"] = str(note["error"]), int(note["code"])
+        return note if note["events"] == _events(folder) else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return None
+
+
+def _birth(pid: int) -> dict[str, Any]:
+    """Identify a process of this machine: its start in clock ticks since the boot, and the host; nothing if it is gone
+    or a zombie.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return {}
+    return {} if fields[0] == "Z" else {"born": fields[19], "host": socket.gethostname()}
+
+
+def _runs(note: dict[str, Any]) -> bool:
+    """Whether the start that left a note still goes on, on this machine."""
+    born = _birth(note["pid"]) if isinstance(note.get("pid"), int) else {}
+    return bool(born) and born.items() <= note.items()
 
 
 def _note_of(folder: Path) -> Path:

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from chatgot.errors import EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, ChatGoTError, RunAgainError
+from chatgot.distributed import tells_of_lost_rank
+from chatgot.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, ChatGoTError, RunAgainError
 from chatgot.launcher.arguments import on_rank_0
 from chatgot.launcher.command import ATTEMPT
+from chatgot.launcher.entry import STOPS
 from chatgot.launcher.supervisor import PR_SET_PDEATHSIG
-from chatgot.observe.status import note_refused_start
+from chatgot.observe.status import forget_start, note_refused_start, note_start
 
 STUCK_SECONDS = 2.0
 """After a signal, how long a start may take to come back to Python before its process is ended."""
@@ -41,8 +43,6 @@ class StopSignals:
     rank in a call out of Python, which would notice a signal only when the other comes.
     """
 
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
     def __init__(self, starting: bool = False, out_dir: Path | None = None) -> None:
         """`out_dir`: of the run, of which `chatgot status` is to know how its start ended, if it came to no step."""
         self.starting = starting
@@ -57,8 +57,9 @@ class StopSignals:
         self._left = threading.Event()
 
     def __enter__(self) -> StopSignals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)  # whoever started this process may have blocked them
-        for number in self.handled:
+        if self._out_dir is not None and on_rank_0():
+            note_start(self._out_dir)
+        for number in STOPS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # under nohup, a closed terminal stops nothing
             self._previous[number] = signal.signal(number, self._handle)
@@ -71,6 +72,7 @@ class StopSignals:
             os.set_blocking(self._writing, False)
             signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)  # written to at once, wherever Python is
             threading.Thread(target=self._end_if_stuck, args=(reading,), name="stop", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # train.py, or whoever started this process, has blocked them
         return self
 
     def limit(self, minutes: float | None) -> None:
@@ -85,7 +87,13 @@ class StopSignals:
 
     def started(self) -> None:
         """From now on something can be lost: signals are left to the loop."""
-        self.starting, self._loops = False, True  # the loop writes how the run ends
+        self._loops = True  # the loop writes how the run ends
+        self._listen_no_more()
+        if self._out_dir is not None and on_rank_0():
+            forget_start(self._out_dir)
+
+    def _listen_no_more(self) -> None:
+        self.starting = False
         if self._writing is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._writing)  # ends the thread
@@ -94,11 +102,11 @@ class StopSignals:
     def _end_if_stuck(self, reading: int) -> None:
         while number := os.read(reading, 1):
             time.sleep(STUCK_SECONDS)
-            if self.starting and number[0] in self.handled:  # else the handler has been called
+            if self.starting and number[0] in STOPS:  # else the handler has been called
                 error = _before_the_first_step(signal.Signals(number[0]).name)
                 print(f"chatgot: {error}", file=sys.stderr, flush=True)
                 if self._out_dir is not None:
-                    note_refused_start(self._out_dir, error)
+                    note_refused_start(self._out_dir, str(error), error.exit_code)
                 os._exit(EXIT_INTERRUPTED)
         os.close(reading)
 
@@ -117,17 +125,21 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self._out_dir is not None and not self._loops and isinstance(error, ChatGoTError) and self._speaks(error):
-            note_refused_start(self._out_dir, error)
-        self.started()
+        if self._out_dir is not None and not self._loops and error is not None and self._speaks(error):
+            code = error.exit_code if isinstance(error, ChatGoTError) else 1
+            if tells_of_lost_rank(error):
+                code = EXIT_ENVIRONMENT
+            note_refused_start(self._out_dir, str(error) or type(error).__name__, code)
+        self._listen_no_more()
         self._left.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @staticmethod
-    def _speaks(error: ChatGoTError) -> bool:
+    def _speaks(error: BaseException) -> bool:
         """Whether it is for this rank to note an error: rank 0 notes what all have met."""
-        return on_rank_0() or not error.shared or isinstance(error, RunAgainError)
+        alone = isinstance(error, ChatGoTError) and not error.shared
+        return on_rank_0() or alone or isinstance(error, RunAgainError)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":

@@ -4,6 +4,7 @@ stopped and one that is complete are in tests/distributed/test_launchers.py.
 
 from __future__ import annotations
 
+import ast
 import json
 import socket
 import subprocess
@@ -83,6 +84,36 @@ def test_a_start_that_was_refused_is_known_though_it_has_changed_nothing(tmp_pat
     assert "the last start ended before its first step, with exit code 2: override train.max_step=3" in said.stdout
     written(out, ("resumed", {"step": 7}), ("finished", {"step": 9}))
     assert command("status", str(out)).returncode == 0
+
+
+def test_a_start_that_is_killed_is_known_and_one_that_goes_on_too(tmp_path: Path) -> None:
+    out, cache = tmp_path / "out", {"CHATGOT_CACHE": str(tmp_path / "cache")}
+    program = "from chatgot.training.stop import StopSignals; import pathlib, sys; "
+    program += (
+        "s = StopSignals(True, pathlib.Path(sys.argv[1])); s.__enter__(); print(flush=True); input(); s.started()"
+    )
+
+    def said() -> tuple[str, int]:
+        code = (
+            "from chatgot.observe.status import status; import pathlib, sys; print(status(pathlib.Path(sys.argv[1])))"
+        )
+        line = [sys.executable, "-c", code, str(out)]
+        return ast.literal_eval(subprocess.check_output(line, env=environment(**cache), text=True))
+
+    def start() -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", program, str(out)]
+        run = subprocess.Popen(line, env=environment(**cache), stdin=-1, stdout=-1, text=True)
+        assert run.stdout is not None
+        run.stdout.readline()
+        return run
+
+    killed = start()
+    assert said() == (f"starting, pid {killed.pid}: before its first step", 10)
+    killed.kill()
+    killed.communicate()
+    assert (said()[1], "with exit code 75: without a word (killed, or" in said()[0]) == (75, True)
+    start().communicate("\n")
+    assert not list((tmp_path / "cache" / "starts").iterdir())
 
 
 def test_a_lock_counts_as_long_as_somebody_holds_it(tmp_path: Path) -> None:

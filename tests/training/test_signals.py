@@ -251,6 +251,27 @@ def test_signal_while_a_start_waits_for_another_rank_ends_it_with_75(endless):
     assert "stopped by SIGTERM before the first step" in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_before_anybody_listens_is_heard_later(number, endless, monkeypatch, tmp_path):
+    """train.py has just begun to import chatgot; before, such a start ended by the signal, without a word."""
+    (tmp_path / "signals.py").write_text(f"""
+import os, sys
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "chatgot.cli":
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Interrupts())
+""")
+    begin = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import signals, runpy; "
+    begin += f"sys.argv[0] = {str(ROOT / 'launch' / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [sys.executable, "-c", begin, *endless]
+    hears = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=BOUND, preexec_fn=hears)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.startswith(f"chatgot: stopped by {number.name} before the first step")
+    assert status(tmp_path / "out")[1] == 75
+
+
 def test_signal_while_torch_is_imported_ends_the_start_with_75(endless):
     program = """
 import os, signal, sys
