@@ -39,10 +39,16 @@ class Ledger:
     """
 
     def __init__(
-        self, meter: Throughput, began: float | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        meter: Throughput,
+        began: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        joules: Callable[[], float] | None = None,
     ) -> None:
-        """Args: began: when this start began, by `clock`; default: now."""
-        self._meter, self._clock = meter, clock
+        """Args: began: when this start began, by `clock`; default: now. joules: reads an energy counter."""
+        self._meter, self._clock, self._joules = meter, clock, joules
+        self._joules_before = 0.0 if joules is None else -joules()
+        """What earlier starts took, less the counter's value when this one began."""
         self._began = clock() if began is None else began
         self._before = dict.fromkeys(PARTS, 0.0)
         """What other starts spent, and what has been moved from `compute` to `lost` since."""
@@ -64,6 +70,7 @@ class Ledger:
         last = told[-1]
         self._before |= last["seconds"]
         self.lost_steps = last["lost_steps"]
+        self._joules_before += last.get("joules", 0.0)
         seen, trained = sum(last["seconds"].values()), set[int]()
         for record in read_lines(journal, after=min(step, last["step"])):
             if record is None or not isinstance(at := record.get("step"), int):
@@ -112,12 +119,14 @@ class Ledger:
         self._compute_at = {at: compute for at, compute in self._compute_at.items() if at < step}
         self._compute_at[step] = seconds["compute"]
         wall = sum(seconds.values())
-        return {
+        told: dict[str, Any] = {
             "wall_seconds": round(wall, 3),
             "goodput": round(seconds["compute"] / wall, 4) if wall else 0.0,
             "lost_steps": self.lost_steps,
             "seconds": {part: round(value, 3) for part, value in seconds.items()},
         }
+        joules = self._joules_before + (self._joules() if self._joules is not None else 0.0)
+        return {**told, "joules": round(joules, 1)} if joules else told
 
 
 def describe(told: Mapping[str, Any]) -> str:
@@ -126,7 +135,8 @@ def describe(told: Mapping[str, Any]) -> str:
     shares = sorted(((seconds / wall, part) for part, seconds in told["seconds"].items()), reverse=True)
     said = [f"{100 * share:.1f} % {PARTS[part]}" for share, part in shares if share >= 0.0005]
     again = f"; {told['lost_steps']} steps were trained again" if told["lost_steps"] else ""
-    return f"{human_seconds(told['wall_seconds'])} in all: {', '.join(said)}{again}"
+    energy = f"; {told['joules'] / 3600:.3g} Wh" if "joules" in told else ""
+    return f"{human_seconds(told['wall_seconds'])} in all: {', '.join(said)}{again}{energy}"
 
 
 def _is_account(event: Mapping[str, Any]) -> bool:
@@ -135,5 +145,5 @@ def _is_account(event: Mapping[str, Any]) -> bool:
     if event.get("event") != "goodput" or not all(isinstance(event.get(name), kind) for name, kind in kinds.items()):
         return False
     return event["seconds"].keys() == PARTS.keys() and all(
-        isinstance(seconds, (int, float)) for seconds in event["seconds"].values()
+        isinstance(number, (int, float)) for number in (*event["seconds"].values(), event.get("joules", 0))
     )

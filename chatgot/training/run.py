@@ -27,6 +27,7 @@ from chatgot.engine.precision_check import check_precision
 from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ChatGoTError, CheckpointError
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
+from chatgot.observe.energy import energy_counter
 from chatgot.observe.goodput import Ledger, describe
 from chatgot.observe.meters import Mfu, Throughput
 from chatgot.observe.progress import Progress, human_count, show_log
@@ -258,7 +259,7 @@ def _prepared(
     watchdog.beat(PATIENCE, "opening the records")
     saver, disk_notes = open_saver(arguments.out_dir, engine, fields, checkpoint, max_steps, ranks)
     meter = Throughput()
-    ledger = Ledger(meter, stop.began)
+    ledger = Ledger(meter, stop.began, joules=energy_counter(device, world_size) if place.rank == 0 else None)
     records, proof = open_records(arguments, place, progress, config, engine, data, resumed, ranks, ledger)
     if answer is not None and place.rank == 0:
         answer.store(arguments.out_dir)

@@ -4,6 +4,7 @@ alone.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from chatgot.devices import device_facts, peak_flops
 from chatgot.inference.sample import SampleArguments, sample
+from chatgot.observe.energy import gpu_energy
 from tests.gpu import program
 from tests.gpu.tiny import json_tree
 from tests.support import live_metrics, write_json, write_run_yaml
@@ -74,3 +76,15 @@ def test_mfu_is_known_on_data_center_devices(device, record):
     record(device_name=facts.name, bf16_peak_tflops=None if known is None else known / 1e12)
     if any(name in facts.name for name in ("H100", "H200", "A100")) and "MIG" not in facts.name:
         assert known is not None
+
+
+@pytest.mark.usefixtures("cuda_only")
+def test_the_energy_that_the_driver_counts_grows_with_work(device, record):
+    joules, sides = gpu_energy(1), torch.randn(2, 4096, 4096, device=device)
+    before, began = joules(), time.monotonic()
+    while time.monotonic() - began < 2:
+        torch.mm(sides[0], sides[1])
+        torch.cuda.synchronize()
+    taken = joules() - before
+    record(watts=taken / 2)
+    assert 20 < taken < 2 * 1500

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from datetime import timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from chatgot.observe.energy import energy_counter
 from chatgot.observe.goodput import EVERY_SECONDS, PARTS, Ledger, describe
 from chatgot.observe.meters import Throughput
 
@@ -83,6 +86,28 @@ def test_a_start_that_goes_on_where_the_last_one_ended_loses_nothing(tmp_path):
         "compute": 50,
         "downtime": 8,
     }
+
+
+def test_energy_is_the_counters_rise_over_all_starts(tmp_path):
+    counter = [7000.0]
+    account = Ledger(Throughput(Clock()), 0.0, Clock(), joules=lambda: counter[0])
+    account.go_on([{**goodput(20, 8), "joules": 500.0}], written(tmp_path / "metrics.jsonl"), step=20)
+    counter[0] += 3100
+    told = account.tell(21)
+    assert told["joules"] == 3600.0
+    assert describe(told).endswith("; 1 Wh")
+    account, _ = ledger(Clock())
+    assert "joules" not in account.tell(1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_where_no_driver_counts_energy_it_is_left_out_and_said(caplog):
+    caplog.set_level(logging.INFO)
+    assert energy_counter(torch.device("cuda"), 1) is None
+    assert "energy is left out of the run's account: libnvidia-ml" in caplog.text
+    caplog.clear()
+    assert energy_counter(torch.device("cpu"), 1) is None
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
