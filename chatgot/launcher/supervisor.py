@@ -153,7 +153,8 @@ class Supervisor:
             rank.exit_code = rank.process.poll()
             if rank.exit_code is not None:
                 if rank.exit_code == SSH_FAILED and rank.process.stdin is not None:
-                    say(f"{rank.name} cannot be reached, or the connection broke; ssh says why")
+                    works = f"`ssh {rank.name.removeprefix('host ')} true` has to work without a question"
+                    say(f"{rank.name} cannot be reached, or the connection broke; ssh says why, {works}")
                     rank.exit_code = EXIT_ENVIRONMENT
                     self.lost.append(rank.name)
                 ended.append((rank.exit_code >= 0, rank))

@@ -43,7 +43,8 @@ def status(folder: Path, ending: bool = False) -> tuple[str, int]:
         error, code = note["error"], note["code"]
         return f"the last start ended before its first step, with exit code {code}: {error}", code
     if not last and holder is None:
-        raise ConfigError(f"{folder}: no run has started here; give the --out_dir of one")
+        hint = "one that is killed at once leaves no word; give the --out_dir of a run"
+        raise ConfigError(f"{folder}: no run has started here ({hint})")
     saved = next((event.get("step") for event in reversed(events) if event.get("event") == "saved"), None)
     state = "nothing is saved" if saved is None else f"saved at step {saved}"
     again = f"{state}: run the same command again"

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from chatgot.distributed import tells_of_lost_rank
-from chatgot.errors import EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, ChatGoTError, RunAgainError
+from chatgot.errors import EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, ChatGoTError, RunAgainError
 from chatgot.launcher.arguments import on_rank_0
 from chatgot.launcher.command import ATTEMPT
 from chatgot.launcher.entry import STOPS
@@ -127,8 +127,6 @@ class StopSignals:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._out_dir is not None and not self._loops and error is not None and self._speaks(error):
             code = error.exit_code if isinstance(error, ChatGoTError) else 1
-            if tells_of_lost_rank(error):
-                code = EXIT_ENVIRONMENT
             note_refused_start(self._out_dir, str(error) or type(error).__name__, code)
         self._listen_no_more()
         self._left.set()
@@ -137,9 +135,9 @@ class StopSignals:
 
     @staticmethod
     def _speaks(error: BaseException) -> bool:
-        """Whether it is for this rank to note an error: rank 0 notes what all have met."""
+        """Whether it is for this rank to note an error: rank 0 notes what all have met, and a lost one its own."""
         alone = isinstance(error, ChatGoTError) and not error.shared
-        return on_rank_0() or alone or isinstance(error, RunAgainError)
+        return (on_rank_0() and not tells_of_lost_rank(error)) or alone or isinstance(error, RunAgainError)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":

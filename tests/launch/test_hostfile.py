@@ -8,6 +8,7 @@ import contextlib
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -236,6 +237,40 @@ def test_a_host_that_cannot_be_reached_is_named(hosts: Hosts, host: str) -> None
     code, errors = hosts.end()
     assert code == 6, errors
     assert f"host {host} cannot be reached, or the connection broke" in errors
+
+
+def test_a_host_whose_key_is_unknown_is_named_and_nobody_is_asked(hosts: Hosts, tmp_path: Path) -> None:
+    ssh = Path(hosts.environment["PATH"].partition(os.pathsep)[0]) / "ssh"
+    known = re.sub(r"UserKnownHostsFile=\S+", f"UserKnownHostsFile={tmp_path / 'nobody'}", ssh.read_text())
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(known)
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{hosts.environment['PATH']}"
+    code, errors = hosts.run("0:linger=75", env={"PATH": path})
+    assert code == 6, errors
+    assert "Host key verification failed" in errors
+    assert "host 127.0.0.2 cannot be reached, or the connection broke; ssh says why, `ssh 127.0.0.2 true` has" in errors
+
+
+def test_a_node_with_other_code_is_named_before_it_trains(tmp_path: Path, text_file: Path) -> None:
+    for folder in ("chatgot", "launch"):
+        shutil.copytree(ROOT / folder, tmp_path / "there" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "there" / "chatgot" / "model" / "gpt.py").open("a") as module:
+        module.write("# tried something\n")
+    engine = write_json(tmp_path / "engine.json", engine_json(1, micro=2))
+    config = write_run_yaml(tmp_path / "run.yaml")
+    port, nodes = str(free_port()), list[subprocess.Popen[str]]()
+    for node, checkout in enumerate((ROOT, tmp_path / "there")):
+        options = ["--nproc", "1", "--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1"]
+        command = [sys.executable, str(checkout / "launch" / "run"), *options, "--master_port", port, "--"]
+        command += argv(engine, tmp_path / "out", config, text_file)
+        variables = environment(PYTHONPATH="")
+        nodes.append(subprocess.Popen(command, env=variables, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [6, 6], said
+    host = socket.gethostname()
+    assert re.search(rf"version of code is .* on rank 0 \({host}\), .* on rank 1 \({host}\); install the same", said[0])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_on_two_hosts_is_saved_by_a_signal_and_goes_on_alone(

@@ -1,7 +1,12 @@
-"""launch/kubernetes.yaml: what Kubernetes demands of an indexed Job, names that agree, and a command that is ours."""
+"""launch/kubernetes.yaml: what Kubernetes demands of an indexed Job, names that agree, and a command that is ours, run
+by two processes as by two pods.
+"""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +15,11 @@ import yaml
 from chatgot.errors import EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED
 from chatgot.launcher import command as launcher
 from chatgot.launcher.entry import refuse_wrong_settings
-from tests.support import ROOT, write_text
+from chatgot.observe.journal import newest_step
+from chatgot.observe.status import status
+from tests.launch.test_run import wait_until
+from tests.support import ROOT, environment, free_port, write_run_yaml, write_text
+from tests.training.in_process import tags
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +86,27 @@ def test_its_command_is_launch_run_with_settings_that_train(service, job, tmp_pa
     given = dict(zip(words[split + 1 :: 2], words[split + 2 :: 2]))
     assert set(given) == {"--config", "--data", "--out_dir"}
     refuse_wrong_settings(given["--config"], None, [], str(write_text(tmp_path / "my.txt")), tmp_path / "run")
+
+
+def test_two_pods_train_and_start_again_after_one_is_drained(job, tmp_path, text_file):
+    out, (variable,) = tmp_path / "a", container(job)["env"]
+    here = {"chatgot-0.chatgot": "127.0.0.1", "8": "1", "/runs/my.txt": str(text_file), "/runs/a": str(out)}
+    here["gpt2_small"] = str(write_run_yaml(tmp_path / "run.yaml", max_steps=1_000_000))
+
+    def pods(*more: str) -> list[subprocess.Popen[bytes]]:
+        """The command of both; nothing but the image and its environment is the same for them."""
+        _, run, *args = [*container(job)["command"], *container(job)["args"]]
+        words = [sys.executable, run, *(here.get(word, word) for word in args), *more]
+        words[words.index("--") : words.index("--")] = ["--master_port", str(port)]
+        commands = [[word.replace(f"$({variable['name']})", str(pod)) for word in words] for pod in range(2)]
+        return [subprocess.Popen(command, cwd=ROOT, env=environment()) for command in commands]
+
+    port = free_port()
+    running = pods()
+    wait_until(lambda: newest_step(out / "metrics.jsonl") is not None or any(pod.poll() is not None for pod in running))
+    running[1].send_signal(signal.SIGTERM)
+    assert [pod.wait(300) for pod in running] == [EXIT_INTERRUPTED] * 2
+    [saved] = tags(out)
+    assert saved == newest_step(out / "metrics.jsonl")
+    assert [pod.wait(300) for pod in pods(f"train.max_steps={saved + 1}")] == [0, 0]
+    assert status(out)[1] == 0
