@@ -266,7 +266,11 @@ def test_a_node_with_other_code_is_named_before_it_trains(tmp_path: Path, text_f
         command += argv(engine, tmp_path / "out", config, text_file)
         variables = environment(PYTHONPATH="")
         nodes.append(subprocess.Popen(command, env=variables, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
-    said = [node.communicate(timeout=300)[1] for node in nodes]
+    try:
+        said = [node.communicate(timeout=300)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
     assert [node.returncode for node in nodes] == [6, 6], said
     host = socket.gethostname()
     assert re.search(rf"version of code is .* on rank 0 \({host}\), .* on rank 1 \({host}\); install the same", said[0])

@@ -88,7 +88,7 @@ def test_its_command_is_launch_run_with_settings_that_train(service, job, tmp_pa
     refuse_wrong_settings(given["--config"], None, [], str(write_text(tmp_path / "my.txt")), tmp_path / "run")
 
 
-def test_two_pods_train_and_start_again_after_one_is_drained(job, tmp_path, text_file):
+def test_two_pods_train_and_start_again_after_one_is_drained(job, tmp_path, text_file, request):
     out, (variable,) = tmp_path / "a", container(job)["env"]
     here = {"chatgot-0.chatgot": "127.0.0.1", "8": "1", "/runs/my.txt": str(text_file), "/runs/a": str(out)}
     here["gpt2_small"] = str(write_run_yaml(tmp_path / "run.yaml", max_steps=1_000_000))
@@ -99,7 +99,11 @@ def test_two_pods_train_and_start_again_after_one_is_drained(job, tmp_path, text
         words = [sys.executable, run, *(here.get(word, word) for word in args), *more]
         words[words.index("--") : words.index("--")] = ["--master_port", str(port)]
         commands = [[word.replace(f"$({variable['name']})", str(pod)) for word in words] for pod in range(2)]
-        return [subprocess.Popen(command, cwd=ROOT, env=environment()) for command in commands]
+        started = [subprocess.Popen(command, cwd=ROOT, env=environment()) for command in commands]
+        for pod in started:
+            request.addfinalizer(pod.wait)
+            request.addfinalizer(pod.kill)
+        return started
 
     port = free_port()
     running = pods()

@@ -39,6 +39,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
@@ -81,6 +82,8 @@ def slurm() -> Iterator[dict[str, str]]:
             asked = subprocess.run(["sinfo", "-h"], env=variables, capture_output=True, text=True)
             said = asked.stdout + asked.stderr
         yield variables
+        subprocess.run(["scancel", "--user", getpass.getuser()], env=variables)  # what a failed test has left
+        wait_until(lambda: not subprocess.check_output(["squeue", "-h"], env=variables))
 
 
 @pytest.fixture
