@@ -17,6 +17,8 @@ from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_S
 
 PEERS_END_SECONDS = 5.0
 """After one rank ended badly, the others often end by themselves with the same code: wait so long, then end them."""
+PEERS_SAVE_NOTHING_SECONDS = 10.0
+"""How long they may take then, at most, where that one was killed, hung or lost another: nothing can be saved."""
 NODE_ENDS_SECONDS = 5.0
 """How long a node that is to kill its ranks may take."""
 SSH_FAILED = 255
@@ -125,11 +127,14 @@ class Supervisor:
         alive = self._alive()
         names = ", ".join(rank.name for rank in alive)
         if self._kill_at is not None:
-            say(f"still running {self.grace:g} s after they were told to end, killed now: {names}")
+            say(f"still running though they were told to end, killed now: {names}")
             self._kill()
         else:
-            say(f"SIGTERM to the rest, and SIGKILL in {self.grace:g} s: {names}")
-            self._kill_at = time.monotonic() + self.grace
+            first = next(rank.exit_code for rank in self._ended if rank.exit_code)
+            lost = first < 0 or first == EXIT_ENVIRONMENT
+            seconds = min(PEERS_SAVE_NOTHING_SECONDS, self.grace) if lost else self.grace
+            say(f"SIGTERM to the rest, and SIGKILL in {seconds:g} s: {names}")
+            self._kill_at = time.monotonic() + seconds
             for rank in alive:
                 rank.told_to_end = True
                 rank.send(signal.SIGTERM)

@@ -154,8 +154,10 @@ def test_first_failing_rank_decides_the_exit_code_and_the_others_are_ended(launc
     assert (launch.marks / "SIGTERM.0").exists(), "the peer is told before it is killed"
 
 
-def test_a_rank_that_a_signal_ended_is_named_with_the_signal(launch: Launch) -> None:
-    code, errors = launch.run("0:deaf", "1:signal=SIGKILL", options=("--nproc", "2", "--grace", "1"))
+@pytest.mark.parametrize("grace", ["1", pytest.param("1000", marks=pytest.mark.slow)])
+def test_a_rank_that_a_signal_ended_is_named_with_the_signal(launch: Launch, grace: str) -> None:
+    """The grace is for saving; after that end nobody can."""
+    code, errors = launch.run("0:deaf", "1:signal=SIGKILL", options=("--nproc", "2", "--grace", grace))
     assert code == 128 + signal.SIGKILL
     assert "rank 1 was ended by SIGKILL" in errors
     assert "killed now: rank 0" in errors
