@@ -22,50 +22,13 @@ import torch
 
 from chatgot.checkpoint import faults, manifest
 from chatgot.checkpoint.manifest import Measured
-from chatgot.deepspeed_json.optimizers import optimizer_states
-from chatgot.distributed import ControlGroup
 from chatgot.engine import guards
-from chatgot.engine.zero_view import owned_pieces
 from chatgot.errors import CheckpointError
 from chatgot.files import sync, write_atomically
 from chatgot.run_folder import LATEST, REPLACED, UNFINISHED
 
 VISIBLE_WITHIN_S = 60.0
 """How long rank 0 waits until a file of another machine shows up in its own listing (NFS keeps listings a while)."""
-
-_FP32 = 4
-_PER_FILE, _PER_TENSOR, _PER_RNG = 8_000, 300, 15_000
-"""Bytes, measured: a file's pickled structure (6 to 8 thousand), a tensor's zip record beside its data, one rank's
-random state in the client state."""
-
-
-def estimate(engine: Any, ranks: ControlGroup) -> int:
-    """Estimate the bytes of a checkpoint of this engine, its manifest left out. Collective.
-
-    Measured, in bytes per parameter with Adam: stage 0 4 + 8; stages 1 and 2 4 + 12 in fp32 and 2 + 12 in bf16 and
-    fp16; stage 3 12. That is the module as it is (tied weights once; at stage 3 placeholders), the optimizer's fp32
-    weights (with ZeRO) and moments, over all ranks. At stages 1 and 2 each rank keeps Muon's moment whole for a matrix
-    on its border.
-    """
-    zero, stage_3 = engine.zero_optimization(), engine.zero_optimization_stage() == 3
-    own = 0
-    for piece in owned_pieces(engine):
-        numel = sum(fragment.numel for fragment in piece.fragments)  # without padding
-        states = optimizer_states(type(engine.basic_optimizer).__name__, piece.group)
-        if piece.group.get("use_muon"):
-            moments = sum(fragment.numel for fragment in piece.momentum)
-        else:
-            moments = states.elements((numel,) if zero else tuple(piece.tensor.shape))
-        own += _FP32 * (numel * zero + moments) + _PER_TENSOR * (zero + states.tensors + states.scalars)
-    optimizer = sum(_PER_FILE + part for part in ranks.gather(own)) if zero else own
-    saved = engine.module.state_dict().keys()
-    parameters = list(engine.module.parameters())
-    tensors = [buffer for name, buffer in engine.module.named_buffers() if name in saved]
-    module = _PER_FILE + _PER_TENSOR * (len(tensors) + len(parameters)) + _PER_RNG * ranks.world_size
-    if not stage_3:
-        tensors += parameters
-    module += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return optimizer + module * (ranks.world_size if stage_3 else 1)
 
 
 @contextlib.contextmanager

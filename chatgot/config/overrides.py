@@ -16,7 +16,7 @@ from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import dotted_keys
-from chatgot.deepspeed_json.findings import shortened
+from chatgot.deepspeed_json.findings import around, shortened
 from chatgot.deepspeed_json.key_types import Effect
 from chatgot.errors import ConfigError
 
@@ -137,9 +137,7 @@ def effect(name: str) -> Effect:
     if home == "ds":
         top, _, rest = rest.partition(".")
         rest = f"{schema.spellings(schema.ROOT).get(top, top)}.{rest}".rstrip(".")
-    around = f"{home}.{rest}".rstrip(".")
-    while around:
-        if around in _EFFECTS:
-            return _EFFECTS[around]
-        around = around.rpartition(".")[0]
+    for one in around(f"{home}.{rest}".rstrip(".")):
+        if one in _EFFECTS:
+            return _EFFECTS[one]
     return "numbers"

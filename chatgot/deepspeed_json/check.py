@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import ABSENT, LEVELS, OVERRIDE, ConfigRefusal, Finding, shown
+from chatgot.deepspeed_json.findings import ABSENT, LEVELS, OVERRIDE, ConfigRefusal, Finding, around, shown
 from chatgot.deepspeed_json.optimizers import given_arguments, known_arguments
 from chatgot.deepspeed_json.reach import idle, is_off, section_switch
 from chatgot.deepspeed_json.read import find_json, name_of, read_document
@@ -58,7 +58,7 @@ class Report:
         values = list(effective(self.resolved)) if self.resolved is not None else []
         return [
             dataclasses.replace(one, source="adapted")
-            if one.source == "derived" and said & {one.key, *_around(one.key)}
+            if one.source == "derived" and said & set(around(one.key))
             else one
             for one in values
         ]
@@ -160,7 +160,7 @@ def effective(resolved: Resolved) -> Iterator[Effective]:
             continue
         if node.instead and dotted not in values:
             continue
-        if any(is_off(values, section) and dotted != section_switch(section) for section in _around(dotted)):
+        if any(is_off(values, section) and dotted != section_switch(section) for section in around(dotted)):
             continue
         if dotted.startswith(("optimizer.", "scheduler.")) and dotted.partition(".")[0] not in values:
             continue
@@ -174,12 +174,6 @@ def effective(resolved: Resolved) -> Iterator[Effective]:
             yield Effective(name, implied[dotted][0], "derived", implied[dotted][1])
         elif not idle(values, dotted):
             yield Effective(name, node.default, "default", f"DeepSpeed {VERSION}")
-
-
-def _around(dotted: str) -> Iterator[str]:
-    while "." in dotted:
-        dotted = dotted.rpartition(".")[0]
-        yield dotted
 
 
 def _stated(resolved: Resolved, name: str, value: Any) -> Effective:

@@ -10,7 +10,7 @@ from chatgot.deepspeed_json import rules, schema
 from chatgot.deepspeed_json.adapt import ADAPTED
 from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.fields import Settings, described, keys_of, nested_class
-from chatgot.deepspeed_json.findings import meant, shown
+from chatgot.deepspeed_json.findings import around, meant, shown
 from chatgot.deepspeed_json.optimizers import REFUSED_OPTIMIZERS, REFUSED_SCHEDULERS
 from chatgot.deepspeed_json.reach import NEEDS, NEVER, NEVER_SECTIONS, STAGES, section_switch, stages_in_words
 from chatgot.deepspeed_json.rule_types import adapted, rules_about
@@ -111,8 +111,7 @@ def _relations(dotted: str) -> str:
 
 def _inherited(dotted: str) -> str:
     """What the section around a key, or its switch, says about it."""
-    section = dotted
-    while section:
+    for section in around(dotted):
         if section in NEVER_SECTIONS:
             return f"It never changes a run of ChatGoT: {NEVER_SECTIONS[section]}."
         if section != dotted and (said := next(rules_about(RULES, section), "")):
@@ -120,7 +119,6 @@ def _inherited(dotted: str) -> str:
         switch = section_switch(section)
         if switch and switch != dotted:
             return f"It is read only when {switch} is on. {next(rules_about(RULES, switch), '')}".strip()
-        section = section.rpartition(".")[0]
     return "It stands alone: no other key changes what it does."
 
 

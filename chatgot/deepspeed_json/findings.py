@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -166,13 +166,11 @@ class Findings:
 
     def from_override(self, key: str) -> bool:
         """Whether the key, or a section around it, came from the command line."""
-        return any(key == name or key.startswith(name + ".") for name in self.overridden)
+        return not self.overridden.isdisjoint(around(key))
 
     def mark(self, key: str) -> Mark | None:
         """Where a key stands; that of the nearest section around it when it is absent."""
-        while key and key not in self.marks:
-            key = key.rpartition(".")[0]
-        return self.marks.get(key)
+        return next((self.marks[name] for name in around(key) if name in self.marks), None)
 
     def at_level(self, *levels: Level) -> list[Finding]:
         """The findings of these levels, in the order in which they were found."""
@@ -182,6 +180,13 @@ class Findings:
         """Raise one ConfigRefusal with all errors, if there are any."""
         if errors := self.at_level("error"):
             raise ConfigRefusal(errors)
+
+
+def around(dotted: str) -> Iterator[str]:
+    """A dotted name, and those of the sections around it, the nearest first."""
+    while dotted:
+        yield dotted
+        dotted = dotted.rpartition(".")[0]
 
 
 def shown(value: Any) -> str:

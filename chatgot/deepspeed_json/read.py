@@ -7,7 +7,6 @@ remarked on. It forgets where things stood, so `_Finder` looks for the places by
 from __future__ import annotations
 
 import base64
-import difflib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chatgot.deepspeed_json.findings import ABSENT, ConfigRefusal, Finding, Findings, Mark, shortened
+from chatgot.deepspeed_json.findings import ABSENT, ConfigRefusal, Finding, Findings, Mark, meant, shortened
 from chatgot.devices import DeviceFacts
 from chatgot.errors import ConfigError
 from chatgot.run_folder import LARGEST
@@ -309,8 +308,8 @@ def find_json(name_or_path: str | os.PathLike[str]) -> Path:
     shipped = shipped_jsons()
     if path.name in shipped:
         return shipped[path.name]
-    close = difflib.get_close_matches(path.name, shipped, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
+    close = meant(path.name, shipped)
+    hint = f"; did you mean '{close}'?" if close else ""
     raise ConfigError(
         f"{path}: no such file, and no DeepSpeed JSON of that name ships{hint} "
         f"(`chatgot configs` lists: {', '.join(shipped)})"

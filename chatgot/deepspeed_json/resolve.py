@@ -49,7 +49,6 @@ class OptimizerConfig:
     type: str
     """As given: 'AdamW', 'muon', 'SGD'."""
     params: dict[str, Any]
-    legacy_fusion: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Resolved:
             zero_stage=zero.stage,
             offload_optimizer="cpu" if zero.cpu_offload else values["zero_optimization.offload_optimizer.device"],
             offload_param="cpu" if zero.cpu_offload_param else values["zero_optimization.offload_param.device"],
-            optimizer=None if optimizer is None else _optimizer(optimizer),
+            optimizer=optimizer and OptimizerConfig(optimizer["type"], plain_copy(optimizer.get("params") or {})),
             cpu_adam_key=cpu_adam_key(values, tree),
             scheduler=plain_copy(deepspeed.get("scheduler")),
             gradient_clipping=float(values.gradient_clipping),
@@ -310,11 +309,6 @@ def _recomputation_backend(subject: Subject, derived: Derivations) -> Literal["t
     reason = f"{section}.{wanted[0]} asks for it" if wanted else "nothing needs DeepSpeed's"
     derived.add(f"chatgot.{section}.backend", backend, f'"auto", {reason}', inform_deepspeed=False)
     return backend
-
-
-def _optimizer(section: dict[str, Any]) -> OptimizerConfig:
-    params, legacy_fusion = plain_copy(section.get("params") or {}), bool(section.get("legacy_fusion", False))
-    return OptimizerConfig(section["type"], params, legacy_fusion)
 
 
 def _precision(values: Values) -> Precision:

@@ -257,7 +257,8 @@ def _prepared(
     notes += micro_notes
     max_steps = config.train.max_steps
     watchdog.beat(PATIENCE, "opening the records")
-    saver, disk_notes = open_saver(arguments.out_dir, engine, fields, checkpoint, max_steps, ranks)
+    plan = estimate(config.model, vocab_size, engine.config, world_size, device_of_machine(facts, device))
+    saver, disk_notes = open_saver(arguments.out_dir, engine, plan.checkpoint, fields, checkpoint, max_steps, ranks)
     meter = Throughput()
     ledger = Ledger(meter, stop.began, joules=energy_counter(device, world_size) if place.rank == 0 else None)
     records, proof = open_records(arguments, place, progress, config, engine, data, resumed, ranks, ledger)
@@ -267,7 +268,6 @@ def _prepared(
         records.event("precision_check", **checked.to_json())
     matmul_params = count_matmul_parameters(config.model, vocab_size)
     flops = flops_per_token(matmul_params, config.model.n_layers, config.model.attention_width, block)
-    plan = estimate(config.model, vocab_size, engine.config, world_size, device_of_machine(facts, device))
     loop = Loop(
         engine=engine,
         config=config,

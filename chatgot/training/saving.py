@@ -14,7 +14,6 @@ from chatgot.checkpoint.load import Found, expected_bytes
 from chatgot.checkpoint.manifest import ClientState, RunFields, StateFields
 from chatgot.checkpoint.retention import preflight
 from chatgot.checkpoint.save import Saved, Saver
-from chatgot.checkpoint.writing import estimate
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import CheckpointError, FolderMovedError
@@ -166,9 +165,18 @@ class Saving:
 
 
 def open_saver(
-    out_dir: Path, engine: TrainingEngine, fields: RunFields, resumed: Found | None, max_steps: int, ranks: ControlGroup
+    out_dir: Path,
+    engine: TrainingEngine,
+    estimated_bytes: int,
+    fields: RunFields,
+    resumed: Found | None,
+    max_steps: int,
+    ranks: ControlGroup,
 ) -> tuple[Saver, list[str]]:
     """The saver of the run's checkpoints, and lines for the log: whether those that it will make fit on the disk.
+
+    Args:
+        estimated_bytes: of one checkpoint, until one shows it.
 
     Raises:
         ConfigError: on all ranks; chatgot.checkpoint.disk_budget_gb is too small.
@@ -177,7 +185,6 @@ def open_saver(
     folder, damaged, config = out_dir / run_folder.CHECKPOINTS, set(), engine.config
     if resumed is not None and folder.is_dir() and resumed.folder.samefile(folder):
         damaged = set(resumed.damaged)
-    estimated_bytes = estimate(engine.engine, ranks)
     saver = Saver(folder, config.chatgot.checkpoint, ranks, estimated_bytes=estimated_bytes, damaged=damaged)
 
     def look() -> list[str]:

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from chatgot.checkpoint import manifest, writing
+from chatgot.checkpoint import manifest
 from chatgot.distributed import find_place
 from chatgot.training import run
 from tests.support import write_json
@@ -25,7 +25,7 @@ def measure(folder: Path, place) -> dict[str, tuple[int, int]]:
         out = folder / f"{name}@{place.world_size}"
         words = in_process.argv(engine, out, folder / "run.yaml", folder / "text.txt")
         loop = run.prepare_run(in_process.arguments(words), place)
-        assert loop.saving.saver.estimated_bytes == writing.estimate(loop.engine.engine, loop.ranks)
+        assert loop.saving.saver.estimated_bytes == loop.memory.plan.checkpoint
         with loop.stop:
             run.finish(loop)
         [checkpoint] = (out / "checkpoints").glob("step-*")
