@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from chatgot.launcher.arguments import (
     given_to,
     overrides_argument,
 )
-from chatgot.launcher.entry import escape_unwritable, guarded, refuse_wrong_settings, settle_environment
+from chatgot.launcher.entry import STOPS, escape_unwritable, guarded, refuse_wrong_settings, settle_environment
 from chatgot.tuning.commands import add_checks
 from chatgot.version import __version__
 
@@ -124,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv = [*argv[1:2], "--help"]
     if argv[0] == "train":
         _train(argv[1:], own_process)
+    if own_process:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see settle_environment
     parser, commands = _parser()
     if argv[0] not in commands:
         if argv[0][:1] == "-":

@@ -37,7 +37,7 @@ def settle_environment(start_again: bool = False) -> None:
     missing = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(missing)
     if start_again and sys.executable and any(name.startswith("MALLOC_") for name in missing):
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the next one listens
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the program that begins anew lets them in when it listens
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

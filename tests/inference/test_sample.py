@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -268,6 +269,21 @@ def test_reader_that_goes_away_is_no_error(folder):
     process.stdout.close()
     assert (process.wait(timeout=300), process.stderr.read()) == (0, b"")
     process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it(number, folder):
+    process = subprocess.Popen(
+        [*COMMAND, str(folder), "--max_new_tokens", "100000", "--device", "cpu"],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert process.stdout.read(5)
+        process.send_signal(number)
+        assert process.wait(timeout=300) == (130 if number == signal.SIGINT else -number)
 
 
 def test_weights_that_are_not_finite_are_refused_before_a_token_is_drawn(runs, tmp_path):
