@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import torch
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import find
 from chatgot.checkpoint.manifest import model_of
-from chatgot.checkpoint.portable import read_portable
+from chatgot.checkpoint.portable import StoredTensor, read_portable
 from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
 from chatgot.errors import CheckpointError, ConfigError
@@ -23,13 +24,14 @@ from chatgot.exchange import parity
 from chatgot.exchange.folder import CONFIG, open_folder
 from chatgot.exchange.layout import transformers_config, transformers_parts
 from chatgot.exchange.tokenizer import FILE, end_of_text, library_definition, tokenizer_config
-from chatgot.exchange.weights import reader
+from chatgot.exchange.weights import Reader, reader
 from chatgot.export import gguf_file
 from chatgot.export.card import model_card
 from chatgot.export.weights import CHUNK, DTYPES, Weights, write_safetensors
 from chatgot.files import write_atomically
 
 logger = logging.getLogger(__name__)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def export(arguments: ExportArguments) -> None:
         raise ConfigError(f"--to {arguments.to}: exists already; name a folder that does not")
     if arguments.format == "gguf":
         gguf_file.gguf_library()
+    _give_tensors_back()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # see inference.sample
     where = arguments.run / run_folder.CHECKPOINTS
     found = find(where, arguments.tag)
@@ -91,6 +94,13 @@ def export(arguments: ExportArguments) -> None:
     logger.info(f"exported step {found.manifest['step']} of {arguments.run} to {arguments.to}")
 
 
+def _give_tensors_back() -> None:
+    """Let this process return a tensor's memory when it is freed: glibc keeps such blocks once it has seen one."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(option, 1 << 17)
+
+
 def _write_transformers(
     folder: Path, arguments: ExportArguments, config: ModelConfig, tokenizer: Tokenizer, weights: Weights
 ) -> None:
@@ -116,32 +126,52 @@ def _prove(
     weights: Weights,
     fingerprint: str,
 ) -> None:
-    """Hold the folder against the run's model, rounded to the exported type and computed in fp32. See `export`.
+    """Hold the files against the run's weights, rounded to the exported type, and transformers' model against ours with
+    these, both computed in fp32. See `export`.
 
     Args:
         fingerprint: of the run's data.
     """
-    dtype = DTYPES[arguments.dtype]
-    vocab_size, length = tokenizer.vocab_size, config.max_seq_length
-    as_gguf = arguments.format == "gguf"
-
-    def rounded(name: str) -> torch.Tensor:
-        tensor = weights[name].whole()
-        if tensor.ndim == 2 or not as_gguf:
-            for chunk in tensor.view(-1).split(CHUNK):
-                chunk.copy_(chunk.to(dtype))
-        return tensor
-
-    ours = parity.read_logits(config, vocab_size, rounded)
-    back = gguf_file.reader(folder / gguf_file.FILE, config, vocab_size) if as_gguf else reader(open_folder(folder))
-    written = parity.read_logits(config, vocab_size, back)
-    windows, texts = parity.windows_of(arguments.run, fingerprint, tokenizer, length, arguments.data)
-    logger.info(parity.compare(ours, written, windows).required("the exported files in our model"))
-    if as_gguf:
+    dtype, vocab_size = DTYPES[arguments.dtype], tokenizer.vocab_size
+    if arguments.format == "gguf":
+        _check_weights(weights, gguf_file.reader(folder / gguf_file.FILE, config, vocab_size), dtype, torch.float32)
         return
+    _check_weights(weights, reader(open_folder(folder)), dtype, dtype)
     theirs = parity.transformers_logits(folder)
+    windows, texts = parity.windows_of(arguments.run, fingerprint, tokenizer, config.max_seq_length, arguments.data)
     if theirs is None:
         logger.warning("transformers is not installed: its own model was not compared (pip install transformers)")
     else:
+
+        def rounded(name: str) -> torch.Tensor:
+            tensor = weights[name].whole()
+            for chunk in tensor.view(-1).split(CHUNK):
+                chunk.copy_(chunk.to(dtype))
+            return tensor
+
+        ours = parity.read_logits(config, vocab_size, rounded)
         logger.info(parity.compare(ours, theirs, windows).required("the exported folder in transformers"))
     logger.info(parity.check_tokenizer(folder, tokenizer, texts))
+
+
+def _check_weights(weights: Weights, written: Reader, dtype: torch.dtype, of_vectors: torch.dtype) -> None:
+    """Read the files back: our model computes with them what it computes with the rounded weights, to the bit.
+
+    Args:
+        dtype: of matrices in the files; `of_vectors`: of norms and biases.
+
+    Raises:
+        CheckpointError: naming the first parameter that is another one.
+    """
+    for name, stored in weights.items():
+        kind = dtype if len(stored.shape) == 2 else of_vectors
+        if not _same(stored, written(name).reshape(-1), kind):
+            raise CheckpointError(f"{name}: what was written is not what the run has: nothing was exported")
+    what = str(dtype).removeprefix("torch.")
+    logger.info(f"the exported files read back: all {len(weights)} parameters are the run's in {what}, to the bit")
+
+
+def _same(stored: StoredTensor, written: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether these elements, flattened, are the stored ones as the type has them."""
+    chunks = zip(range(0, len(written), CHUNK), written.split(CHUNK))
+    return all(torch.equal(stored.read(at, len(chunk)).to(dtype).float(), chunk) for at, chunk in chunks)

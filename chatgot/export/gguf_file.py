@@ -18,6 +18,7 @@ from chatgot.exchange.weights import Reader
 from chatgot.export.weights import Weights, chunks
 
 FILE = "model.gguf"
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 NEVER = 0xFF
 """A byte that stands in no UTF-8 text. llama.cpp takes token 11 for the end of a text unless another one is named."""
 
@@ -54,18 +55,15 @@ def write_gguf(
         writer.add_rope_dimension_count(config.head_width)
     else:
         writer.add_layer_norm_eps(config.epsilon)
-    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    writer.add_file_type(
-        {"F32": gguf.LlamaFileType.ALL_F32, "BF16": gguf.LlamaFileType.MOSTLY_BF16}.get(
-            kinds[dtype], gguf.LlamaFileType.MOSTLY_F16
-        )
-    )
+    mostly = gguf.LlamaFileType
+    files = {torch.float32: mostly.ALL_F32, torch.bfloat16: mostly.MOSTLY_BF16, torch.float16: mostly.MOSTLY_F16}
+    writer.add_file_type(files[dtype])
     _add_tokenizer(writer, gguf, tokenizer)
     parts = list(gguf_parts(config, tokenizer.vocab_size))
     types = [dtype if part.columns is not None else torch.float32 for part in parts]
     for part, kind in zip(parts, types):
         size = int(np.prod(part.shape)) * kind.itemsize
-        raw = gguf.GGMLQuantizationType[kinds[kind]]
+        raw = gguf.GGMLQuantizationType[_TYPES[kind]]
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), size, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -78,6 +76,7 @@ def write_gguf(
             raw[at : at + data.size] = data
             at += data.size
         writer.write_tensor_data(raw)
+        del raw  # before the next one is made
     writer.close()
 
 
@@ -85,9 +84,11 @@ def reader(path: Path, config: ModelConfig, vocab_size: int) -> Reader:
     """The parameters in a file that `write_gguf` made; the file stays mapped."""
     gguf = gguf_library()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path, "c").tensors}
+    types = {name: kind for kind, name in _TYPES.items()}
 
     def read(name: str) -> torch.Tensor:
-        return torch.from_numpy(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type))
+        stored = tensors[name]  # numpy has no bfloat16, and the package's own conversion takes three times the memory
+        return torch.from_numpy(stored.data).view(types[stored.tensor_type.name])
 
     return Reader(gguf_parts(config, vocab_size), read)
 

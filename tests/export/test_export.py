@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from chatgot.exchange import parity
 from chatgot.exchange.folder import INDEX
 from chatgot.exchange.layout import Part, transformers_parts
 from chatgot.exchange.tokenizer import library_definition
-from chatgot.export import weights
+from chatgot.export import gguf_file, weights
 from chatgot.export.export import ExportArguments, export
 from chatgot.export.weights import write_safetensors
 from chatgot.inference.sample import load_run
@@ -107,6 +108,24 @@ def test_a_folder_that_computes_something_else_is_not_left(runs, tmp_path, monke
     monkeypatch.setattr(weights, "chunks", lambda *given: (chunk + 0.01 for chunk in right(*given)))
     with pytest.raises(CheckpointError, match="nothing was exported"):
         export(ExportArguments(runs[KINDS[0]], tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_spoiled_gguf_file_is_not_left(runs, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    right = gguf_file.write_gguf
+
+    def spoiled(path: Path, *given: Any) -> None:
+        right(path, *given)
+        with path.open("r+b") as file:  # the last tensor's numbers become ones of another size
+            file.seek(-64, os.SEEK_END)
+            file.write(b"\x42" * 64)
+
+    monkeypatch.setattr(gguf_file, "write_gguf", spoiled)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(runs[KINDS[0]]), "--to", str(tmp_path / "out"), "--format", "gguf"])
+    assert ended.value.code == 4
+    assert "nothing was exported" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
