@@ -17,6 +17,7 @@ from chatgot.errors import EXIT_INTERRUPTED, RunAgainError
 
 if TYPE_CHECKING:
     from chatgot.config.run import RunConfig
+    from chatgot.inference.copied import Span, TrainingText
     from chatgot.inference.sample import LoadedModel
 
 
@@ -26,6 +27,7 @@ class Run:
     def __init__(self, path: str | PathLike[str], tag: str | None = None, device: str = "auto") -> None:
         """See `load`."""
         self.path, self.tag, self.device = Path(path), tag, device
+        self._texts: dict[str | None, TrainingText] = {}
         run_folder.check(self.path)
 
     def __repr__(self) -> str:
@@ -85,6 +87,27 @@ class Run:
         return self.model.continuations(
             text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )[0]
+
+    def copies(
+        self, text: str, min_characters: int = 40, data: str | PathLike[str] | None = None, after: int = 0
+    ) -> list[Span]:
+        """Which passages of a text stand verbatim in the training text, where, and which steps had fed them: what
+        `chatgot sample --mark_copied` marks.
+
+        Args:
+            min_characters: shorter passages are left out.
+            data: the training text, as for --data; None: where the run had it.
+            after: leave out what ends within the first so many characters, such as a prompt.
+
+        Raises:
+            ChatGoTError: the training text is not at hand, or see `model`.
+        """
+        spec = None if data is None else str(data)
+        if spec not in self._texts:
+            from chatgot.inference.copied import training_text
+
+            self._texts[spec] = training_text(self.path, self.model.checkpoint, spec)
+        return self._texts[spec].spans(text, min_characters, after)
 
 
 def load(path: str | PathLike[str], tag: str | None = None, device: str = "auto") -> Run:

@@ -160,6 +160,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add = command("prepare", _prepare, "turn text into tokens on disk")
     add("text", nargs="+", metavar="TEXT", help="text files, folders of them, or a built-in corpus")
     add("--out", required=True, type=Path, help="the prepared folder, for --data")
+    add("--init_from", metavar="DIR", help="for train --init_from DIR: with the tokenizer and context of that folder")
     config_argument(add, "its data section says how")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
@@ -211,8 +212,15 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from chatgot.observe.progress import show_log
 
     show_log()
-    config = load_run_config(arguments.config, parse_overrides(arguments.overrides)[0])
-    prepared = prepare(arguments.text, arguments.out, config.data, block_size=config.model.max_seq_length)
+    overrides, tokenizer = parse_overrides(arguments.overrides)[0], None
+    if arguments.init_from is None:
+        config = load_run_config(arguments.config, overrides)
+    else:
+        from chatgot.exchange.tokenizer import config_and_tokenizer
+
+        config, tokenizer, _ = config_and_tokenizer(Path(arguments.init_from), arguments.config, overrides)
+    block = config.model.max_seq_length
+    prepared = prepare(arguments.text, arguments.out, config.data, block_size=block, tokenizer=tokenizer)
     print(f"prepared {prepared.path}: use it with --data {prepared.path}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import chatgot
-from chatgot.errors import CheckpointError, ConfigError, RunAgainError
+from chatgot.errors import CheckpointError, ConfigError, DataError, RunAgainError
 from chatgot.inference.sample import SampleArguments, sample
 from tests.support import ROOT, encoded, engine_json, environment, write_json, write_run_yaml
 from tests.training.in_process import cpu_environment
@@ -61,6 +61,18 @@ def test_training_returns_the_run_with_its_settings_and_metrics(run: chatgot.Run
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     assert run.metrics == [json.loads(line) for line in lines]
     assert [line["step"] for line in run.metrics if "train/loss" in line] == [1, 2, 3]
+
+
+def test_copies_are_those_of_the_command(run: chatgot.Run, text_file: Path) -> None:
+    text = text_file.read_text()
+    passage = text[100:160]
+    (span,) = chatgot.load(run.path, device="cpu").copies(f"§ {passage} §")
+    assert text[100:160] in f"§ {passage} §"[span.begin : span.end]
+    line = text[:100].count("\n") + 1
+    assert span.where.startswith(f"stands in {text_file.name}:{line}, ")
+    assert chatgot.load(run.path, device="cpu").copies(passage, after=len(passage)) == []
+    with pytest.raises(DataError, match="not at hand"):
+        chatgot.load(run.path, device="cpu").copies(passage, data=run.path / "run.yaml")
 
 
 def test_samples_are_those_of_the_command_and_weights_are_read_once(run: chatgot.Run, tmp_path: Path) -> None:

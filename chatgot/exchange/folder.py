@@ -74,10 +74,11 @@ def open_folder(path: Path) -> Folder:
         raise CheckpointError(f"{path}: no such folder; give one in transformers' layout, with {CONFIG} and {WEIGHTS}")
     names = sorted(one.name for one in path.iterdir())
     pickles = [name for name in names if any(fnmatch(name.lower(), one) for one in PICKLES)]
-    if harmful := [name for name in pickles if not any(fnmatch(name, one) for one in BESIDE)]:
+    left = [name for name in pickles if not any(fnmatch(name, one) for one in BESIDE)]
+    if left and not {WEIGHTS, INDEX} & set(names):
         raise CheckpointError(
-            f"{path / harmful[0]}: a pickle, which can run code when it is read, and no second opinion on the weights; "
-            f"only {WEIGHTS} is read: delete the pickle, or convert it with save_pretrained of transformers"
+            f"{path / left[0]}: a pickle, which can run code when it is read; weights are read from {WEIGHTS} only: "
+            f"convert the folder with save_pretrained of transformers"
         )
     tree = _read(path / CONFIG, LARGEST_CONFIG)
     asking = {CONFIG: tree}
@@ -87,6 +88,8 @@ def open_folder(path: Path) -> Folder:
         if one.get("auto_map"):
             raise CheckpointError(f"{path / name}: auto_map = {quoted(one['auto_map'])}: asks for code of the folder")
     model, vocab_size, notes = read_config(tree, path / CONFIG)
+    if left:
+        notes.append(f"{path}: {', '.join(map(quoted, left))}: pickles, which are not read; the safetensors are taken")
     folder = Folder(path, model, vocab_size, _tensors(path, model, names), tuple(notes))
     _compare(folder)
     return folder

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chatgot.config.run import RunConfig
 from chatgot.data.byte_level import byte_level_alphabet
 from chatgot.data.tokenizer import LARGEST, BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import CheckpointError, DataError, quoted
+from chatgot.exchange.folder import Folder, open_folder, run_config
 from chatgot.run_folder import read_bytes
 
 FILE = "tokenizer.json"
@@ -87,6 +90,18 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         sizes = f"the tokenizer's {tokenizer.vocab_size} tokens are not the model's {vocab_size}"
         raise CheckpointError(f"{path}: {sizes}")
     return tokenizer
+
+
+def config_and_tokenizer(path: Path, config: str, overrides: Mapping[str, Any]) -> tuple[RunConfig, Tokenizer, Folder]:
+    """What a run that starts from a folder has of it. Raises what `open_folder`, `run_config` and `read_tokenizer` do.
+
+    Args:
+        config: the run YAML or preset, whose model section is left out.
+        overrides: of the YAML.
+    """
+    folder = open_folder(path)
+    settings = run_config(config, overrides, folder.model.model_dump(), folder.path)
+    return settings, read_tokenizer(folder.path, folder.vocab_size), folder
 
 
 def _ours(definition: dict[str, Any], model: dict[str, Any], vocabulary: dict[str, Any]) -> Tokenizer | None:

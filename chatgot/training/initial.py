@@ -21,7 +21,7 @@ from chatgot.distributed import ControlGroup
 from chatgot.errors import ConfigError
 from chatgot.exchange import parity
 from chatgot.exchange.folder import open_folder, run_config
-from chatgot.exchange.tokenizer import read_tokenizer
+from chatgot.exchange.tokenizer import config_and_tokenizer
 from chatgot.exchange.weights import fill
 from chatgot.model.gpt import GPT
 from chatgot.training.preparation import TrainArguments
@@ -67,9 +67,7 @@ def settle(arguments: TrainArguments, overrides: dict[str, Any]) -> Settled:
         config = run_config(arguments.config, overrides, model, earlier)
         note = f"{named}: is not read, the run goes on from its checkpoint"
         return Settled(config, load_tokenizer(earlier / run_folder.TOKENIZER), (note,))
-    folder = open_folder(Path(arguments.init_from))
-    config = run_config(arguments.config, overrides, folder.model.model_dump(), folder.path)
-    tokenizer = read_tokenizer(folder.path, folder.vocab_size)
+    config, tokenizer, folder = config_and_tokenizer(Path(arguments.init_from), arguments.config, overrides)
     what = "model and tokenizer are the folder's, and the model section of --config is left out"
     shorter = f"; model.max_seq_length = {config.model.max_seq_length}, of {folder.model.max_seq_length} at most"
     return Settled(config, tokenizer, (*folder.notes, f"{named}: {what}{shorter}"))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 from chatgot.errors import CheckpointError, DataError
+from chatgot.exchange import parity
 from chatgot.exchange.folder import Folder, open_folder
 from chatgot.exchange.layout import transformers_config
 from chatgot.exchange.tokenizer import library_definition, read_tokenizer
@@ -218,6 +219,13 @@ class Evil:
         return (Path.touch, (self.mark,))
 
 
+def put_pickle(path: Path, name: str = "pytorch_model.bin") -> Path:
+    """In the folder; it leaves the file `ran` where it is read."""
+    with (path / name).open("wb") as file:
+        pickle.dump(Evil(path / "ran"), file)
+    return path / name
+
+
 def retensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
     def spoil(path: Path) -> None:
         tensors = load_file(path / "model.safetensors")
@@ -237,7 +245,7 @@ def first_key(names: dict[str, str]) -> str:
 
 WTE, SHARD = "transformer.wte.weight", "model-00001-of-00002.safetensors"
 FILES: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("gpt2", lambda path: pickle.dump(Evil(path / "ran"), (path / "pytorch_model.bin").open("wb")), "a pickle"),
+    ("gpt2", lambda path: put_pickle(path).with_name("model.safetensors").unlink(), "pytorch_model.bin: a pickle"),
     (
         "gpt2",
         lambda path: pickle.dump(Evil(path / "ran"), (path / "model.safetensors").open("wb")),
@@ -278,11 +286,20 @@ def test_files_that_do_not_fit_are_refused_and_nothing_runs(kind, spoil, said, c
     assert not (path / "ran").exists()
 
 
-def test_what_a_trainer_leaves_beside_the_weights_is_not_read(copied):
-    path = copied("gpt2")
-    with (path / "training_args.bin").open("wb") as file:
-        pickle.dump(Evil(path / "ran"), file)
-    filled(open_folder(path))
+@pytest.mark.parametrize(
+    ("kind", "name", "noted"),
+    [("gpt2", "training_args.bin", False), ("gpt2", "pytorch_model.bin", True), ("qwen3", "consolidated.00.pth", True)],
+)
+def test_a_pickle_beside_the_weights_is_not_read(kind, name, noted, copied):
+    path = copied(kind)
+    put_pickle(path, name)
+    folder = open_folder(path)
+    assert [name in note for note in folder.notes] == [True] * noted
+    filled(folder)
+    theirs = parity.transformers_logits(path)
+    assert theirs is not None
+    theirs(torch.tensor([[1, 2]]))
+    read_tokenizer(path, folder.vocab_size)
     assert not (path / "ran").exists()
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from chatgot.errors import CheckpointError
+from chatgot import cli
+from chatgot.errors import CheckpointError, DataError
 from chatgot.export.export import ExportArguments, export
 from chatgot.inference.sample import load_run
 from chatgot.observe.journal import read_journal
@@ -131,3 +132,19 @@ def test_what_is_refused_before_anything_is_written(given, code, said, place, tm
     assert in_process.refused(words) == code
     assert said in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_is_prepared_with_the_tokenizer_of_a_folder(place, tmp_path, capsys):
+    prepared, text = tmp_path / "prepared", str(place / "text.txt")
+    given = ["--config", str(place / "run.yaml"), "data.val_fraction=0.1"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", text, "--out", str(prepared), "--init_from", str(place / "gpt2"), *given])
+    assert ended.value.code == 0
+    assert str(prepared) in capsys.readouterr().out
+    argv = command(place, tmp_path / "run", place / "gpt2", 0, "train.max_steps=1")
+    argv[argv.index("--data") + 1] = str(prepared)
+    assert in_process.train(argv) == 0
+    argv[argv.index("--init_from") + 1] = str(place / "qwen3")
+    argv[argv.index("--out_dir") + 1] = str(tmp_path / "other")
+    with pytest.raises(DataError, match="was prepared with another vocabulary"):
+        in_process.train(argv)
