@@ -16,11 +16,11 @@ import chatgot.run_folder as run_folder
 from chatgot.data.loader import EvalBatches
 from chatgot.errors import RunAgainError
 from chatgot.observe.journal import newest_step
-from chatgot.observe.status import status
+from chatgot.observe.status import note_refused_start, status
 from chatgot.training import evaluation, preparation, run
 from chatgot.training.loop import Loop
 from chatgot.training.saving import Saving
-from chatgot.training.stop import BEFORE_JOB_ENDS_SECONDS
+from chatgot.training.stop import BEFORE_JOB_ENDS_SECONDS, StopSignals
 from tests.distributed.programs.runs import weights_digest
 from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
 from tests.training import in_process
@@ -290,6 +290,27 @@ cli.train(sys.argv[1:])
     assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr.startswith("chatgot: stopped by SIGTERM before the first step")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("gloo/transport/tcp/pair.cc: Connection closed by peer", 75, "rank 1 was stopped"),
+        ("a tensor is missing", 1, "a tensor is missing"),
+    ],
+)
+def test_a_start_that_has_lost_another_rank_leaves_the_word_to_that_one(error, code, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+
+    def start():
+        with StopSignals(starting=True, out_dir=tmp_path / "out"):
+            note_refused_start(tmp_path / "out", "rank 1 was stopped", 75)
+            raise RuntimeError(error)
+
+    with pytest.raises(RuntimeError):
+        start()
+    found = f"the last start ended before its first step, with exit code {code}: {said}"
+    assert status(tmp_path / "out") == (found, code)
 
 
 @pytest.mark.parametrize("look", ["evaluate", "draw"])

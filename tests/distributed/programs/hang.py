@@ -15,6 +15,7 @@ from typing import Any
 from chatgot import cli
 from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import TrainBatches
+from chatgot.engine.step import TrainingEngine
 from chatgot.training import preparation, run
 
 HOW, _, WHERE = sys.argv.pop(1).partition("@")
@@ -23,15 +24,19 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "engine": (run, "build", 1),
     "save": (Saver, "begin", 1),
 }
-original = TrainBatches.micro_batches
+original, train_step = TrainBatches.micro_batches, TrainingEngine.train_step
 
 
 def micro_batches(self: TrainBatches, first_sample: int) -> Iterator[Any]:
-    if os.environ["RANK"] == "1" and first_sample == 0 and WHERE == "first":
-        time.sleep(float(HOW))
-    elif os.environ["RANK"] == "1" and first_sample == 2 * self.global_batch_size and not WHERE:
+    if os.environ["RANK"] == "1" and first_sample == 2 * self.global_batch_size and not WHERE:
         hang()
     return original(self, first_sample)
+
+
+def slow_first_step(self: TrainingEngine, *args: Any, **kwargs: Any) -> Any:
+    if os.environ["RANK"] == "1" and self.engine.global_steps == 0:
+        time.sleep(float(HOW))
+    return train_step(self, *args, **kwargs)
 
 
 def hanging(function: Any) -> Any:
@@ -53,6 +58,8 @@ def hang() -> None:
 
 
 TrainBatches.micro_batches = micro_batches  # type: ignore[method-assign]
+if WHERE == "first":
+    TrainingEngine.train_step = slow_first_step  # type: ignore[method-assign]
 if WHERE in PLACES and os.environ["RANK"] == str(PLACES[WHERE][2]):
     setattr(*PLACES[WHERE][:2], hanging(getattr(*PLACES[WHERE][:2])))
 cli.train()
