@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     import torch
 
+    from chatgot.inference.batching import Batch
     from chatgot.model.generate import generate
     from chatgot.model.gpt import GPT
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sides[f"{rows} transformers"] = lambda sample=sample: timed(sample)
     prompts = torch.randint(arguments.vocab_size, (arguments.streams, arguments.prompt), generator=draw).tolist()
-    batch = _batch(ours, arguments.streams)
+    batch = Batch(ours, arguments.streams, arguments.streams)
     sides["streams at once"] = lambda: timed(lambda: _continue(batch, prompts, new))
     sides["streams one by one"] = lambda: timed(lambda: [_continue(batch, [prompt], new) for prompt in prompts])
     print(f"{describe_machine()}; {arguments.turns} turns")
@@ -101,12 +102,6 @@ def _exported(ours: Any) -> Any:
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}  # tied
     return theirs.eval()
-
-
-def _batch(model: Any, streams: int) -> Any:
-    from chatgot.inference.batching import Batch
-
-    return Batch(model, streams, streams)
 
 
 def _continue(batch: Any, prompts: Sequence[list[int]], new: int) -> None:

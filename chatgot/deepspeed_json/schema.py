@@ -70,13 +70,22 @@ RUN_KEYS = tuple(
 """Sections and keys of the run YAML, which a higher room reads; a test compares them."""
 
 
+ARGUMENTS = {"optimizer.params": OPTIMIZER_PARAMS, "scheduler.params": SCHEDULER_PARAMS}
+"""Section -> its arguments, by the optimizer or scheduler that takes them."""
+
+
+@cache
+def dotted_names() -> tuple[str, ...]:
+    """Every section, key and argument by its dotted name, those of the "chatgot" section included."""
+    arguments = (f"{where}.{key}" for where, table in ARGUMENTS.items() for keys in table.values() for key in keys)
+    return tuple(dict.fromkeys((*NODES, *arguments, *dotted_keys(ChatGoTSection, "chatgot."))))
+
+
 @cache
 def homes() -> dict[str, list[str]]:
     """The last part of every dotted name that has a home, in lower case -> those names."""
     found: dict[str, list[str]] = {}
-    tables = {"optimizer": OPTIMIZER_PARAMS, "scheduler": SCHEDULER_PARAMS}
-    arguments = (f"{owner}.params.{key}" for owner, table in tables.items() for keys in table.values() for key in keys)
-    for dotted in dict.fromkeys((*NODES, *arguments, *dotted_keys(ChatGoTSection, "chatgot."), *RUN_KEYS)):
+    for dotted in (*dotted_names(), *RUN_KEYS):
         found.setdefault(dotted.rpartition(".")[2].lower(), []).append(dotted)
     return found
 
