@@ -3,11 +3,12 @@ from __future__ import annotations
 import gc
 import os
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, takes_fp16, write_text
+from tests.support import ROOT, takes_fp16, warm_python, write_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("CHATGOT_TEST_FP16"):
@@ -71,6 +72,12 @@ def _frozen_imports() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared data of the tests stays out of the user's cache, also in the processes that tests start."""
     os.environ["CHATGOT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def warm_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ChatGoT starts with sys.executable is run by support.warm_python."""
+    monkeypatch.setattr(sys, "executable", warm_python())
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import base64
-import contextlib
 import functools
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -183,58 +183,35 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class RankServer:
-    """Forks ranks out of a process that has imported torch and DeepSpeed: tests/rank_server.py."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.rank_server"]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-        atexit.register(self.close)
-
-    def close(self) -> None:
-        """End the server."""
-        self._process.communicate()
-
-    def run(self, ranks: list[dict[str, Any]], timeout: float) -> tuple[list[int], bool]:
-        """Exit codes in rank order, and whether the ranks had to be killed after `timeout` seconds."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"ranks": ranks, "timeout": timeout}) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return answer["codes"], answer["late"]
-
-
 @functools.cache
-def rank_server() -> RankServer:
-    """The one of this test process, started when the first ranks are."""
-    return RankServer()
+def warm_python() -> str:
+    """What runs a program as Python does, in a process forked from one that has imported torch, DeepSpeed and ChatGoT:
+    tests/warm_server.py, of which every test process has one.
+
+    Not for what is about Python's start, imports, signals meanwhile, or who the parent of a process is.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="chatgot-warm-"))
+    python, door, pipe = folder / "python", folder / "socket", subprocess.PIPE
+    client = f'exec {sys.executable} -I -S {ROOT / "tests" / "warm_client.py"} {door} "$@"'
+    python.write_text(f"#!/bin/sh\n{client}\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-m", "tests.warm_server", str(door), str(python)]
+    server = subprocess.Popen(command, env=environment(), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+    def close() -> None:
+        server.communicate()
+        shutil.rmtree(folder)
+
+    atexit.register(close)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    return str(python)
 
 
-def run_afresh(ranks: list[dict[str, Any]], timeout: float) -> tuple[list[int], bool]:
-    """Start Python anew for every rank; else as RankServer.run."""
-    with contextlib.ExitStack() as files:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *rank["program"]],
-                env=rank["environment"],
-                cwd=ROOT,
-                stdout=files.enter_context(open(rank["stdout"], "w")),
-                stderr=files.enter_context(open(rank["stderr"], "w")),
-            )
-            for rank in ranks
-        ]
-        deadline = time.monotonic() + timeout
-        late = False
-        for process in processes:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                late = True
-                for other in processes:
-                    other.kill()
-        return [process.wait() for process in processes], late
+def place_of(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The variables that a launcher here gives to a rank."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
 
 
 def run_ranks(
@@ -247,24 +224,31 @@ def run_ranks(
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python program` as `world_size` real processes joined by gloo; returns them in rank order.
 
-    With `check`, a rank that fails or outlives `timeout` fails the test with every rank's output. The ranks are forked
-    from a process that has imported torch and DeepSpeed, or with `afresh` started by themselves.
+    With `check`, a rank that fails or outlives `timeout` fails the test with every rank's output. The ranks are run by
+    warm_python, or with `afresh` by Python.
     """
-    port = str(free_port())
+    port, late, processes = free_port(), False, list[subprocess.Popen[bytes]]()
     with tempfile.TemporaryDirectory() as folder:
         # Files and not pipes: a pipe that nobody reads yet would stop its rank, and with it all the others.
-        ranks: list[dict[str, Any]] = []
-        for rank in range(world_size):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-            variables = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **(env or {}))
-            logs = {name: str(Path(folder, f"{rank}.{name}")) for name in ("stdout", "stderr")}
-            ranks.append({"program": program, "environment": variables, **logs})
-        codes, late = (run_afresh if afresh else rank_server().run)(ranks, timeout)
+        logs = [[Path(folder, f"{rank}.{name}") for name in ("stdout", "stderr")] for rank in range(world_size)]
+        for rank, (stdout, stderr) in enumerate(logs):
+            command = [sys.executable if afresh else warm_python(), *program]
+            variables = environment(**place_of(rank, world_size, port), **(env or {}))
+            with stdout.open("w") as out, stderr.open("w") as errors:
+                processes.append(subprocess.Popen(command, env=variables, cwd=ROOT, stdout=out, stderr=errors))
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late = True
+                for other in processes:
+                    other.kill()
         done = [
-            subprocess.CompletedProcess(program, code, *(Path(rank[name]).read_text() for name in ("stdout", "stderr")))
-            for rank, code in zip(ranks, codes)
+            subprocess.CompletedProcess(program, process.wait(), *(path.read_text() for path in paths))
+            for process, paths in zip(processes, logs)
         ]
-    if late or (check and any(codes)):
+    if late or (check and any(rank.returncode for rank in done)):
         raise AssertionError(
             f"{program}: {'did not end in time' if late else 'failed'}\n"
             + "\n".join(

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.programs.plain import plain_losses
 from tests.support import run_ranks
 
-STEPS = 20
+STEPS = 10
 BATCH = 8
 
 
@@ -77,4 +77,4 @@ def test_bf16_stays_near_the_plain_fp32_loop_from_the_first_step(engine_losses, 
 def test_control_another_clipping_or_rate_is_noticed(reference):
     assert worst(plain_losses(STEPS, BATCH, max_norm=0.5), reference) > 1e-5
     assert worst(plain_losses(STEPS, BATCH, lr=2.9e-3), reference) > 1e-5
-    assert reference[-1] < 0.9 * reference[0]
+    assert reference[-1] < 0.96 * reference[0]

@@ -22,7 +22,16 @@ from chatgot.training.loop import Loop
 from chatgot.training.saving import Saving
 from chatgot.training.stop import BEFORE_JOB_ENDS_SECONDS, StopSignals
 from tests.distributed.programs.runs import weights_digest
-from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
+from tests.support import (
+    ROOT,
+    engine_json,
+    environment,
+    free_port,
+    place_of,
+    warm_python,
+    write_json,
+    write_run_yaml,
+)
 from tests.training import in_process
 from tests.training.in_process import argv, events, series, tags
 
@@ -55,26 +64,17 @@ def endless(tmp_path, text_file) -> list[str]:
 
 def start(command_line: list[str], world_size: int) -> list[subprocess.Popen]:
     """The ranks; those of more than one find each other as under a launcher."""
-    port = str(free_port())
-    ranks = []
-    for rank in range(world_size):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "launch" / "train.py"), *command_line],
-                env=environment(**(place if world_size > 1 else {})),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [warm_python(), str(ROOT / "launch" / "train.py"), *command_line],
+            env=environment(**(place_of(rank, world_size, port) if world_size > 1 else {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-    return ranks
+        for rank in range(world_size)
+    ]
 
 
 def wait_for_step(out: Path, step: int, ranks: list[subprocess.Popen]) -> None:
@@ -230,14 +230,8 @@ def test_signal_while_the_run_starts_ends_it_with_75_and_leaves_no_lock(where, e
 
 def test_signal_while_a_start_waits_for_another_rank_ends_it_with_75(endless):
     """Rank 1 of 2 never comes: rank 0 waits for it outside of Python."""
-    place = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    words = [sys.executable, str(ROOT / "launch" / "train.py"), *endless]
+    place = place_of(0, 2, free_port())
+    words = [warm_python(), str(ROOT / "launch" / "train.py"), *endless]
     rank = subprocess.Popen(words, env=environment(**place), stdout=-1, stderr=-1, text=True)
     deadline = time.monotonic() + BOUND
     with socket.socket() as probe:

@@ -14,7 +14,16 @@ import pytest
 import chatgot.run_folder as run_folder
 from chatgot.observe.status import status
 from chatgot.training.watchdog import Watchdog
-from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
+from tests.support import (
+    ROOT,
+    engine_json,
+    environment,
+    free_port,
+    place_of,
+    warm_python,
+    write_json,
+    write_run_yaml,
+)
 from tests.training.in_process import argv, events
 
 PROGRAM = ROOT / "tests" / "distributed" / "programs" / "hang.py"
@@ -28,12 +37,12 @@ WHERE = {
 def start(how: str, ranks: str, folder: Path, text: Path, seconds: float, **more: str) -> list[subprocess.Popen[str]]:
     """Ranks of hang.py, of two."""
     folder.mkdir(exist_ok=True)
-    engine, port = write_json(folder / "engine.json", engine_json(1, micro=2)), str(free_port())
+    engine, port = write_json(folder / "engine.json", engine_json(1, micro=2)), free_port()
     words = argv(engine, folder / "out", write_run_yaml(folder / "run.yaml", max_steps=3), text)
     started = []
     for rank in ranks:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(PROGRAM), how, *words, "--hang_timeout", str(seconds)]
+        place = place_of(int(rank), 2, port)
+        command = [warm_python(), str(PROGRAM), how, *words, "--hang_timeout", str(seconds)]
         out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, env=environment(**place, **more), **out))  # pyright: ignore
     return started

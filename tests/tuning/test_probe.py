@@ -25,7 +25,7 @@ from chatgot.errors import MachineError
 from chatgot.tuning import micro_batch
 from chatgot.tuning.micro_batch import candidates, largest_that_fits
 from chatgot.tuning.probe import Probes, Task
-from tests.support import ROOT, TINY_MODEL, engine_json, environment, write_json, write_run_yaml
+from tests.support import ROOT, TINY_MODEL, engine_json, environment, warm_python, write_json, write_run_yaml
 from tests.training import in_process
 
 MODEL = ModelConfig(**{**TINY_MODEL, "max_seq_length": 128}).model_dump()
@@ -60,11 +60,7 @@ def test_candidates_make_the_global_batch_with_whole_accumulation_steps():
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("hook", 4 * LOGITS), ("rlimit", 75 * LOGITS)])
-def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit, monkeypatch):
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.setenv(
-            name, "131072"
-        )  # glibc's own: a heap that keeps everything has another size in every process
+def test_the_answer_is_brute_forces_on_a_limited_memory(kind, limit, warm_starts):
     tree = {**engine_json(batch=TOTAL), "train_micro_batch_size_per_gpu": "auto"}
     probes = Probes(cpu(), (0,), 1, 0.0, program=("-m", "tests.tuning.programs.limited_probe", kind, str(limit)))
     every = {
@@ -122,10 +118,12 @@ def test_the_smallest_of_all_ranks_answers_counts(how, why):
 
 
 PROBING = """
+import sys
 from chatgot.training.stop import StopSignals
 from tests.tuning.test_probe import MODEL, VOCABULARY, engine_json, micro_batch, probes_of
 with StopSignals(starting=True):
     tree = {**engine_json(batch=54), "train_micro_batch_size_per_gpu": "auto"}
+    sys.executable = sys.argv[1]
     micro_batch.search(tree, MODEL, VOCABULARY, probes_of("hangs"))
 """
 
@@ -136,7 +134,8 @@ def test_probes_die_with_their_parent(how, tmp_path):
     seen.mkdir()
     temporary.mkdir()
     places = {"SEEN": str(seen), "TMPDIR": str(temporary), "DS_ACCELERATOR": "cpu"}
-    parent = subprocess.Popen([sys.executable, "-c", PROBING], env=environment(**places), cwd=ROOT, stderr=-1)
+    words = [warm_python(), "-c", PROBING, sys.executable]
+    parent = subprocess.Popen(words, env=environment(**places), cwd=ROOT, stderr=-1)
     deadline = time.monotonic() + 300
     while len(pids := [int(one.read_text() or 0) for one in seen.glob("*.pid")]) < 2 or 0 in pids:
         assert parent.poll() is None
@@ -185,7 +184,9 @@ def test_another_failure_of_a_probe_is_no_want_of_memory():
         micro_batch.search(tree, MODEL, VOCABULARY, probes_of("broken"))
 
 
-def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(tmp_path, text_file, monkeypatch, capsys, caplog):
+def test_auto_is_resolved_once_and_a_resume_does_not_probe_again(
+    tmp_path, text_file, monkeypatch, capsys, caplog, warm_starts
+):
     caplog.set_level("INFO", "chatgot")
     tree = {**engine_json(batch=6), "train_micro_batch_size_per_gpu": "auto"}
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=2)

@@ -13,7 +13,7 @@ from tests.training import in_process
 from tests.training.in_process import argv, cpu_environment, series
 
 
-def test_the_written_json_trains_to_the_losses_of_the_original(tmp_path, text_file, caplog):
+def test_the_written_json_trains_to_the_losses_of_the_original(tmp_path, text_file, caplog, warm_starts):
     caplog.set_level("INFO", "chatgot.tuning")
     original = write_json(tmp_path / "original.json", engine_json(stage=0, micro=8))
     config = write_run_yaml(tmp_path / "run.yaml")
@@ -45,7 +45,7 @@ def test_the_written_json_trains_to_the_losses_of_the_original(tmp_path, text_fi
     assert max(abs(after[step] / before[step] - 1) for step in before) < 1e-6
 
 
-def test_what_the_settings_do_not_allow_is_a_row_and_no_error(tmp_path, text_file, caplog):
+def test_what_the_settings_do_not_allow_is_a_row_and_no_error(tmp_path, text_file, caplog, warm_starts):
     caplog.set_level("INFO", "chatgot.tuning")
     json_file = write_json(tmp_path / "bf16.json", engine_json(stage=1, precision="bf16"))
     config = write_run_yaml(tmp_path / "run.yaml")

@@ -37,7 +37,7 @@ from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
 from tests.support import TINY_MODEL, engine_json, present
 
-STEPS, MORE = 3, 10
+STEPS, MORE = 3, 4
 
 
 def start(

@@ -42,7 +42,6 @@ def measure(case: dict[str, Any], place: Place, device: torch.device) -> int:
         engine.train_step((row, row) for row in ids)
 
     step()
-    step()
     peaks = []
     for _ in range(2):  # on a busy machine another thread's frees come late, which a second look does not repeat
         gc.collect()
