@@ -39,6 +39,8 @@ LONGEST = 3
 TICK_SECONDS = 0.2
 OTHERS_SECONDS = 1.2
 """After its own alarm, how long a rank waits at most for what the others write."""
+WARN_SECONDS = 2.0
+"""How long a rank is looked at that has been quiet for the timeout: at first it may just wait for a sign of life."""
 WORK_SECONDS = 0.5
 """CPU time that a process uses for itself between two signs of life, where it works without giving any."""
 _WAITS = "waits for the others in"
@@ -205,8 +207,7 @@ class Watchdog:
                 finally:  # also where the folder cannot be written to
                     os._exit(EXIT_ENVIRONMENT)
             elif quiet > self.seconds and not told:
-                told = True
-                self._warn(quiet, allowed)
+                told = self._warn(quiet, allowed) or quiet > self.seconds + WARN_SECONDS
 
     def _alarm(self, quiet: float) -> None:
         """Write this rank's stacks, and report all ranks' if it is the first one that can."""
@@ -234,15 +235,17 @@ class Watchdog:
                 self._others_alarm.unlink()
             self.tell(report)
 
-    def _warn(self, quiet: float, allowed: float) -> None:
-        """Say where this rank is that is not yet taken to hang, unless it waits for the others."""
+    def _warn(self, quiet: float, allowed: float) -> bool:
+        """Say where this rank is that is not yet taken to hang, unless it waits for the others; whether it does not."""
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
             self._write(file)
             file.seek(0)
             row, _ = _described(self.rank, file.read())
-        if _WAITS not in row:
-            why = f"{quiet:.0f} s without a sign of life, which are a hang after {allowed:.0f} s here"
-            print(f"chatgot: {row}: {why}", file=sys.stderr, flush=True)
+        if _WAITS in row:
+            return False
+        why = f"{quiet:.0f} s without a sign of life, which are a hang after {allowed:.0f} s here"
+        print(f"chatgot: {row}: {why}", file=sys.stderr, flush=True)
+        return True
 
     def _write(self, file: IO[str]) -> None:
         """Write what this rank does, and the stacks of its threads."""
