@@ -199,14 +199,22 @@ def _decoder(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray], bytes], np.nd
     if isinstance(tokenizer, ByteTokenizer):
         return (lambda ids: ids.tobytes()), None
     table = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    sizes = np.array([len(one) for one in table])
+    sizes = np.array([len(one) for one in table], dtype=np.int32)
+    raw = np.frombuffer(b"".join(table), dtype=np.uint8)
     if int(sizes.max()) == 1:
-        single = np.frombuffer(b"".join(table), dtype=np.uint8)
-        return (lambda ids: single[ids].tobytes()), None
+        return (lambda ids: raw[ids].tobytes()), None
     if isinstance(tokenizer, CharTokenizer):
         return (lambda ids: tokenizer.decode(ids).encode("utf-8")), sizes
-    texts = np.array(table, dtype=object)
-    return (lambda ids: b"".join(texts[ids].tolist())), sizes
+    begins = np.cumsum(sizes, dtype=np.int32) - sizes
+
+    def decode(ids: np.ndarray) -> bytes:
+        size = sizes[ids]
+        shift = begins[ids] - np.cumsum(size, dtype=np.int32) + size  # a token's place in the table minus in the text
+        at = np.repeat(shift, size)
+        at += np.arange(len(at), dtype=np.int32)
+        return raw.take(at, mode="clip").tobytes()
+
+    return decode, sizes
 
 
 @dataclass
