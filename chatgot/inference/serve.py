@@ -54,6 +54,7 @@ def serve(arguments: ServeArguments) -> None:
     try:
         import uvicorn
 
+        from chatgot.inference.connections import limited, most_connections
         from chatgot.inference.copy_finder import CopyFinder
         from chatgot.inference.server import Limits, Served, application
     except ImportError as error:
@@ -83,7 +84,9 @@ def serve(arguments: ServeArguments) -> None:
         names |= {socket.gethostname(), socket.getfqdn()}
     app = application(served, names, token)
     quiet = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off", "ws": "none"}
-    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, timeout_keep_alive=30, **quiet))
+    most = most_connections(arguments.streams + arguments.queue)
+    kept = {"http": limited(most), "backlog": most, "timeout_keep_alive": 30, "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(app, **kept, **quiet))
     shown = socket.gethostname() if address in ("0.0.0.0", "::") else address
     shown = f"[{shown}]" if ":" in shown else shown
     print(f"{name}: http://{shown}:{listening.getsockname()[1]}/{f'#token={token}' if token else ''}", flush=True)
