@@ -37,5 +37,5 @@ def test_every_kind_of_run_is_exported_with_parity(tmp_path, caplog):
                         assert len(figures) == 1
                         assert "the same text back" in caplog.text
                         table.append(f"{architecture:7} {tokenizer:5} {stage} {ranks} {dtype} {figures[0]}")
+                        print(table[-1], flush=True)
     assert len(table) == 96
-    print("\n".join(table))
