@@ -88,29 +88,21 @@ def test_its_command_is_launch_run_with_settings_that_train(service, job, tmp_pa
     refuse_wrong_settings(given["--config"], None, [], str(write_text(tmp_path / "my.txt")), tmp_path / "run")
 
 
-def test_two_pods_train_and_start_again_after_one_is_drained(job, tmp_path, text_file, request):
-    out, (variable,) = tmp_path / "a", container(job)["env"]
+def test_two_pods_train_together_and_end_with_75_when_one_is_drained(job, tmp_path, text_file, request):
+    """The same command for both, and in their environments nothing but the index differs."""
+    out, port, (variable,) = tmp_path / "a", str(free_port()), container(job)["env"]
     here = {"chatgot-0.chatgot": "127.0.0.1", "8": "1", "/runs/my.txt": str(text_file), "/runs/a": str(out)}
     here["gpt2_small"] = str(write_run_yaml(tmp_path / "run.yaml", max_steps=1_000_000))
-
-    def pods(*more: str) -> list[subprocess.Popen[bytes]]:
-        """The command of both; nothing but the image and its environment is the same for them."""
-        _, run, *args = [*container(job)["command"], *container(job)["args"]]
-        words = [sys.executable, run, *(here.get(word, word) for word in args), *more]
-        words[words.index("--") : words.index("--")] = ["--master_port", str(port)]
-        commands = [[word.replace(f"$({variable['name']})", str(pod)) for word in words] for pod in range(2)]
-        started = [subprocess.Popen(command, cwd=ROOT, env=environment()) for command in commands]
-        for pod in started:
-            request.addfinalizer(pod.wait)
-            request.addfinalizer(pod.kill)
-        return started
-
-    port = free_port()
-    running = pods()
-    wait_until(lambda: newest_step(out / "metrics.jsonl") is not None or any(pod.poll() is not None for pod in running))
-    running[1].send_signal(signal.SIGTERM)
-    assert [pod.wait(300) for pod in running] == [EXIT_INTERRUPTED] * 2
-    [saved] = tags(out)
-    assert saved == newest_step(out / "metrics.jsonl")
-    assert [pod.wait(300) for pod in pods(f"train.max_steps={saved + 1}")] == [0, 0]
-    assert status(out)[1] == 0
+    _, run, *args = [*container(job)["command"], *container(job)["args"]]
+    words = [sys.executable, run, "--master_port", port, *(here.get(word, word) for word in args)]
+    pods = []
+    for index in "01":
+        command = [word.replace(f"$({variable['name']})", index) for word in words]
+        pods.append(subprocess.Popen(command, cwd=ROOT, env=environment()))
+        request.addfinalizer(pods[-1].wait)
+        request.addfinalizer(pods[-1].kill)
+    wait_until(lambda: newest_step(out / "metrics.jsonl") is not None or any(pod.poll() is not None for pod in pods))
+    pods[1].send_signal(signal.SIGTERM)
+    assert [pod.wait(300) for pod in pods] == [EXIT_INTERRUPTED] * 2
+    assert tags(out) == [newest_step(out / "metrics.jsonl")]
+    assert status(out)[1] == EXIT_INTERRUPTED
