@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,33 @@ def write_atomically(path: Path, text: str, before: Callable[[str], None] = lamb
     os.replace(temporary, path)
     before(f"flush the folder of {path.name}")
     sync(path.parent)
+
+
+def replace_folder(new: Path, final: Path, away: Path, before: Callable[[str], None] = lambda operation: None) -> None:
+    """Give a finished folder its name. One that has it already makes way first as `away`, is never written into, and is
+    deleted in the end; a kill between the two renames leaves it there for `put_back`. `before` as above.
+    """
+    if final.exists():
+        before(f"move the earlier {final.name} away")
+        os.rename(final, away)
+    before(f"publish {final.name}")
+    try:
+        os.rename(new, final)
+    except OSError:
+        put_back(away, final)
+        raise
+    before(f"flush the folder of {final.name}")
+    sync(final.parent)
+    if away.exists():
+        before(f"delete the earlier {final.name}")
+        shutil.rmtree(away)
+
+
+def put_back(away: Path, final: Path) -> None:
+    """Give a folder that made way its name back, if the new one never got it."""
+    if away.exists() and not final.exists():
+        os.rename(away, final)
+        sync(final.parent)
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import pickle
 import re
 import shutil
@@ -24,7 +23,7 @@ from chatgot.checkpoint import faults, manifest
 from chatgot.checkpoint.manifest import Measured
 from chatgot.engine import guards
 from chatgot.errors import CheckpointError
-from chatgot.files import sync, write_atomically
+from chatgot.files import put_back, replace_folder, sync, write_atomically
 from chatgot.run_folder import LATEST, REPLACED, UNFINISHED
 
 VISIBLE_WITHIN_S = 60.0
@@ -241,10 +240,7 @@ def sweep(folder: Path) -> list[str]:
 def take_back(folder: Path) -> None:
     """Give a checkpoint that made way for another one of its step the name back, if the other one never got it."""
     for replaced in folder.glob(f"{REPLACED}*"):
-        original = replaced.with_name(replaced.name.removeprefix(REPLACED))
-        if not original.exists():
-            os.rename(replaced, original)
-            sync(folder)
+        put_back(replaced, replaced.with_name(replaced.name.removeprefix(REPLACED)))
 
 
 def next_sequence(folder: Path) -> int:
@@ -273,30 +269,8 @@ def publish(unfinished: Path, tag: str, fields: Mapping[str, Any], gathered: lis
         sync(parent)
     sequence = next_sequence(folder)
     manifest.write(unfinished, {**fields, "sequence": sequence, "files": files}, faults.operation)
-    _rename(unfinished, folder / tag)
+    replace_folder(unfinished, folder / tag, folder / f"{REPLACED}{tag}", faults.operation)
     if (folder / LATEST).is_dir():
         return [f"{folder / LATEST}: is a folder, so that it cannot name {tag} for stock DeepSpeed; rename it"]
     write_atomically(folder / LATEST, tag, faults.operation)
     return []
-
-
-def _rename(unfinished: Path, final: Path) -> None:
-    """Publish. One that exists already (the same step, saved again) makes way first, never written into. A kill between
-    the two renames leaves it as REPLACED, from where `take_back` fetches it.
-    """
-    replaced = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():
-        faults.operation(f"move the earlier {final.name} away")
-        os.rename(final, replaced)
-    faults.operation(f"publish {final.name}")
-    try:
-        os.rename(unfinished, final)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    faults.operation("flush the folder of checkpoints")
-    sync(final.parent)
-    if replaced.exists():
-        faults.operation(f"delete the earlier {final.name}")
-        shutil.rmtree(replaced)

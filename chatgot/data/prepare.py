@@ -35,14 +35,7 @@ from chatgot.data.prepared import (
 )
 from chatgot.data.reading import Characters, Part, TextReader, check_encoding, noting_parts, plan_split, split_pieces
 from chatgot.data.repeats import RepeatDetector
-from chatgot.data.tokenizer import (
-    BpeTokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    bpe_pieces,
-    describe_unknown,
-)
+from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, bpe_pieces, describe_unknown
 from chatgot.errors import ConfigError, DataError
 from chatgot.files import take_lock
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from chatgot.data.reading import Part
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
 from chatgot.errors import DataError, quoted
-from chatgot.files import sha256, sync, write_atomically
+from chatgot.files import put_back, replace_folder, sha256, write_atomically
 
 FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 2
@@ -198,19 +197,16 @@ def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, ag
 
 
 def publish(building: Path, out_dir: Path) -> None:
-    """Put the finished folder in its place. A kill between the two renames leaves what was there to `take_back`."""
+    """Put the finished folder in its place."""
     take_back(out_dir)
-    if out_dir.exists():
-        os.replace(out_dir, _replaced(out_dir))
-    os.replace(building, out_dir)
-    sync(out_dir.parent)
-    take_back(out_dir)
+    replace_folder(building, out_dir, _replaced(out_dir))
 
 
 def take_back(out_dir: Path) -> None:
-    """Give an earlier folder that made way its name back, if the new one never got it; else delete it."""
+    """After a kill: give an earlier folder that made way its name back, if the new one never got it; else delete it."""
+    put_back(_replaced(out_dir), out_dir)
     if (old := _replaced(out_dir)).exists():
-        shutil.rmtree(old) if out_dir.exists() else os.replace(old, out_dir)
+        shutil.rmtree(old)
 
 
 def _replaced(out_dir: Path) -> Path:

@@ -117,16 +117,10 @@ def _argument(where: str, name: str) -> tuple[str, str, str]:
     defaults = dict.fromkeys(shown(key.default) for key in takers.values())
     names = list(dict.fromkeys(_owner_name(owner) for owner in takers))
     required = " It must be given." if all(key.required for key in takers.values()) else ""
-    return (
-        first.help,
-        f"Default {' or '.join(defaults)}, by the {where.partition('.')[0]}; allowed: {first.allowed()}.{required}",
-        "\n".join(
-            [
-                f"Taken by {', '.join(names)}; any other {where.partition('.')[0]} fails on it.",
-                *rules_about(RULES, f"{where}.{name}"),
-            ]
-        ),
-    )
+    kind = where.partition(".")[0]
+    default = f"Default {' or '.join(defaults)}, by the {kind}; allowed: {first.allowed()}.{required}"
+    taken = f"Taken by {', '.join(names)}; any other {kind} fails on it."
+    return first.help, default, "\n".join([taken, *rules_about(RULES, f"{where}.{name}")])
 
 
 def _owner_name(entry: str) -> str:

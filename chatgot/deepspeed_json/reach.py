@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import Findings
+from chatgot.deepspeed_json.findings import Findings, Level
 from chatgot.deepspeed_json.values import Values
 
 _ZERO = "zero_optimization."
@@ -80,9 +80,7 @@ NEVER = {
 }
 """Keys that never change a run of ChatGoT, and why."""
 
-NEVER_SECTIONS = {
-    "pipeline": "it is for pipeline modules, and ChatGoT's model is none",
-}
+NEVER_SECTIONS = {"pipeline": "it is for pipeline modules, and ChatGoT's model is none"}
 
 
 def section_switch(section: str) -> str | None:
@@ -129,12 +127,8 @@ def note_idle(values: Values, findings: Findings) -> None:
     """Note sections that are off, keys that nothing reads, and deprecated ones. A stated default harms nobody."""
     off: dict[str, list[str]] = {}
     for dotted in values.given:
-        node, section, name, value = (
-            schema.NODES[dotted],
-            dotted.rpartition(".")[0],
-            values.name(dotted),
-            values[dotted],
-        )
+        node, value = schema.NODES[dotted], values[dotted]
+        section, name = dotted.rpartition(".")[0], values.name(dotted)
         if isinstance(node, schema.Section):
             switch = section_switch(dotted)
             if dotted in NEVER_SECTIONS:
@@ -150,9 +144,8 @@ def note_idle(values: Values, findings: Findings) -> None:
         if section and is_off(values, section) and dotted != section_switch(section):
             off.setdefault(section, []).append(dotted)
         elif reason := idle(values, dotted):
-            findings.add(
-                "warning" if dotted in STAGES or dotted in NEVER else "note", name, value, f"does nothing: {reason}"
-            )
+            level: Level = "warning" if dotted in STAGES or dotted in NEVER else "note"
+            findings.add(level, name, value, f"does nothing: {reason}")
     for section, keys in off.items():
         switch = section_switch(section) or section
         names = ", ".join(key.rpartition(".")[2] for key in keys)

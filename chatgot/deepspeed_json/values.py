@@ -239,12 +239,7 @@ def _homes(key: str, known: list[str], is_comment: bool) -> list[str]:
 
 
 def read_arguments(
-    params: dict[str, Any],
-    known: dict[str, Key],
-    owner: str,
-    where: str,
-    findings: Findings,
-    elsewhere: dict[str, str],
+    params: dict[str, Any], known: dict[str, Key], owner: str, where: str, findings: Findings, elsewhere: dict[str, str]
 ) -> None:
     """Check the arguments of an optimizer or scheduler.
 

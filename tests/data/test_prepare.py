@@ -510,14 +510,14 @@ def test_kill_between_the_renames_does_not_lose_the_earlier_folder(tmp_path, mon
     path, out = write(tmp_path / "t.txt", prose(500)), tmp_path / "out"
     first = prepare(path, out, config()).fingerprint
     write(tmp_path / "t.txt", prose(500, seed=1))
-    replace = os.replace
+    rename = os.rename
 
     def killed(source, target):
         if Path(target) == out:
             raise KeyboardInterrupt
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(os, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare(path, out, config())
     monkeypatch.undo()
