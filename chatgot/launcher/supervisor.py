@@ -131,7 +131,7 @@ class Supervisor:
             self._kill()
         else:
             first = next(rank.exit_code for rank in self._ended if rank.exit_code)
-            lost = first < 0 or first == EXIT_ENVIRONMENT
+            lost = not 0 < first < 128 or first == EXIT_ENVIRONMENT  # a node ends with 128 + the signal
             seconds = min(PEERS_SAVE_NOTHING_SECONDS, self.grace) if lost else self.grace
             say(f"SIGTERM to the rest, and SIGKILL in {seconds:g} s: {names}")
             self._kill_at = time.monotonic() + seconds

@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -237,14 +236,16 @@ class Watchdog:
 
     def _warn(self, quiet: float, allowed: float) -> bool:
         """Say where this rank is that is not yet taken to hang, unless it waits for the others; whether it does not."""
-        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        # in memory: a disk may be what it hangs on
+        with os.fdopen(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as file:
             self._write(file)
             file.seek(0)
             row, _ = _described(self.rank, file.read())
         if _WAITS in row:
             return False
-        why = f"{quiet:.0f} s without a sign of life, which are a hang after {allowed:.0f} s here"
-        print(f"chatgot: {row}: {why}", file=sys.stderr, flush=True)
+        why = f"no sign of life for {quiet:.0f} s; here that counts as a hang after {allowed:.0f} s"
+        with contextlib.suppress(OSError):  # nobody reads stderr any more
+            print(f"chatgot: {row}: {why}", file=sys.stderr, flush=True)
         return True
 
     def _write(self, file: IO[str]) -> None:

@@ -101,7 +101,7 @@ def test_a_rank_that_hangs_elsewhere_is_named_too(
     said = "".join(ended(ranks, (6, 6)))
     lines = report_in(said)
     hung = 0 if where == "data" else 1
-    warned = [line for line in said.splitlines() if doing in line and "which are a hang after 12 s here" in line]
+    warned = [line for line in said.splitlines() if doing in line and "; here that counts as a hang after 12 s" in line]
     assert any(line.startswith(f"chatgot: rank {hung} on ") and place in line for line in warned), said
     assert doing in lines[hung]
     assert "is in " in lines[hung]
@@ -158,7 +158,7 @@ def test_what_is_slow_is_no_hang_and_a_stopped_process_goes_on(tmp_path: Path) -
     said, errors = process.communicate(timeout=120)
     assert said == b"slow\n", errors
     assert process.returncode == 6
-    named = rb"a test: is in <string>:17 in <module>: . s without a sign of life, which are a hang after [4-9] s here"
+    named = rb"a test: is in <string>:17 in <module>: no sign of life for . s; here that counts as a hang after [4-9] s"
     assert re.search(named, errors), "three times the longest pause"
     assert b"no progress for" in errors
 
