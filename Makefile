@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+# Of the tests; more than two cores need, because some only wait.
+WORKERS ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A test run starts Python a hundred times: what it has compiled it keeps, whatever the shell says.
 unexport PYTHONDONTWRITEBYTECODE
@@ -15,10 +17,10 @@ quickstart: $(VENV)/.runtime
 	@echo "the report of this run, for a browser: $(RUN)/report.html"
 
 test: $(VENV)/.development lint types imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not gpu and not slow and not launches" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slow and not launches" -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
@@ -31,7 +33,7 @@ imports: $(VENV)/.development
 	$(BIN)/lint-imports
 
 test-full: $(VENV)/.development
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-gpu:
 	bash tests/gpu/run.sh

@@ -23,17 +23,24 @@ STARTS = ("run_ranks", "subprocess", "Probes", "in_process.train(")
 
 
 LONG = (
+    "tests/plan/test_peak.py",
     "tests/distributed/test_any_to_any.py",
     "tests/training/test_guard.py",
-    "tests/faults",
-    "tests/tuning",
-    "tests/plan/test_peak.py",
-    "tests/checkpoint/test_estimate.py",
+    "tests/training/test_watchdog.py",
+    "tests/launch/test_nodes.py",
     "tests/distributed",
-    "tests/checkpoint",
+    "tests/faults",
     "tests/training",
+    "tests/checkpoint",
+    "tests/launch",
+    "tests/tuning",
+    "tests/inference",
+    "tests/observe",
+    "tests/export",
+    "tests/test_packaging.py",
+    "tests/test_documented_commands.py",
 )
-"""What takes longest goes first, so that two workers end at the same time."""
+"""What takes longest goes first, so that all workers end at the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from chatgot.observe.journal import newest_step
 from chatgot.observe.status import status
-from tests.support import ROOT, engine_json, environment, free_port, write_json, write_run_yaml
+from tests.support import ROOT, engine_json, environment, free_port, warm_python, write_json, write_run_yaml
 from tests.training.in_process import argv, contents, events, series, tags
 
 BIN = Path(sys.executable).parent
@@ -40,7 +40,13 @@ def files(tmp_path_factory) -> Path:
 
 
 def launch(name: str, files: Path, text: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The Python is support.warm_python, but for DeepSpeed's ranks, which look at the name of their parent."""
     command = [word.format(port=free_port()) for word in LAUNCHERS[name]]
+    if name != "deepspeed":
+        command = [
+            warm_python(),
+            *(str(BIN / word) if word == name else word for word in command if word != sys.executable),
+        ]
     process = subprocess.Popen(
         [*command, *argv(files / "engine.json", files / out, files / "run.yaml", text, *more)],
         env=environment(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}"),

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import run_ranks
 
-BATCH, STEPS = 8, 20
+BATCH, STEPS = 8, 12
 OPTIMIZER = {
     "type": "Muon",
     "params": {"lr": 0.02, "muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1},

@@ -38,7 +38,7 @@ def killed(folder: Path, text: Path, stage: int, dropout: float) -> tuple[list[s
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_two_killed_ranks_repeat_the_journal_bit_for_bit(stage, tmp_path, text_file, capsys):
+def test_two_killed_ranks_repeat_the_journal_bit_for_bit(stage, tmp_path, text_file, capsys, warm_starts):
     line, last = killed(tmp_path, text_file, stage, dropout=0.1)
     out, steps = tmp_path / "out", last - SAVED
     said = run_ranks([TRAIN, *line, f"train.max_steps={last + 1}"], 2)[0].stdout

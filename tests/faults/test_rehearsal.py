@@ -4,10 +4,12 @@ alone.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -82,9 +84,17 @@ def test_misspelt_fault_is_refused(fault, tmp_path, text_file, monkeypatch, caps
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["at once", "async"])
-@pytest.mark.parametrize("kind", ["enospc", "eio"])
-@pytest.mark.parametrize("number", range(1, OPERATIONS + 1))
+def cell(number: int, kind: str, background: bool) -> Any:
+    """Every pair of two is in half of the cells; the others are marked slow."""
+    slow = (number + (kind == "eio") + background) % 2
+    name = f"{number}-{kind}-{'async' if background else 'at once'}"
+    return pytest.param(number, kind, background, marks=pytest.mark.slow if slow else (), id=name)
+
+
+CELLS = [cell(*one) for one in itertools.product(range(1, OPERATIONS + 1), ("enospc", "eio"), (False, True))]
+
+
+@pytest.mark.parametrize(("number", "kind", "background"), CELLS)
 def test_failing_operation_leaves_training_and_the_previous_checkpoint_alone(
     number, kind, background, tmp_path, text_file, capsys
 ):

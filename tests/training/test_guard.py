@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ def poisoned_run(line, stop_after=None, **poison):
 def test_rollback_goes_back_to_the_checkpoint_leaves_the_data_out_and_completes_the_run(
     stage, precision, tmp_path, text_file, capsys
 ):
-    code, poison = poisoned_run(words(tmp_path, text_file, stage, precision, steps=30, asynchronous=stage == 3))
+    steps = 14
+    code, poison = poisoned_run(words(tmp_path, text_file, stage, precision, steps, asynchronous=stage == 3))
     assert code == 0
     out = tmp_path / "out"
     [event] = events(out, "rolled_back")
@@ -71,26 +73,34 @@ def test_rollback_goes_back_to_the_checkpoint_leaves_the_data_out_and_completes_
         "checkpoint": f"step-{TO:08d}",
     }
     assert "loss or gradients were not finite for 2 steps in a row" in event["why"]
-    expected = [step * BATCH for step in (0, 1, 2, 3, 4, 4, 5, 5, *range(6, 33))]  # a skipped batch is looked at again
+    expected = [
+        step * BATCH for step in (0, 1, 2, 3, 4, 4, 5, 5, *range(6, steps + 3))
+    ]  # a skipped batch is looked at again
     assert poison.fed == expected
-    assert sorted(series(out, "train/loss")) == list(range(1, 31))
-    assert series(out, "data/tokens")[30] == (30 * BATCH + LEFT_OUT) * 16
+    assert sorted(series(out, "train/loss")) == list(range(1, steps + 1))
+    assert series(out, "data/tokens")[steps] == (steps * BATCH + LEFT_OUT) * 16
     assert not events(out, "resume_differs")
     assert verify(out)
     assert (
         f"rolled back from step {FROM} to {TO}; {LEFT_OUT} samples from {TO * BATCH} on were left out"
         in capsys.readouterr().out
     )
-    clean = words(tmp_path, text_file, stage, precision, steps=30, name="clean")
+    clean = words(tmp_path, text_file, stage, precision, steps, name="clean")
     assert in_process.train(clean) == 0
-    assert series(out, "val/loss")[30] == pytest.approx(series(tmp_path / "clean", "val/loss")[30], rel=1e-2)
+    assert series(out, "val/loss")[steps] == pytest.approx(series(tmp_path / "clean", "val/loss")[steps], rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory, text_file) -> Path:
+    """A run that met BAD and was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    poisoned_run(words(folder, text_file))
+    return folder / "out"
 
 
 @pytest.mark.parametrize("stop_after", [5, 6, 8], ids=["before the rollback", "right after it", "two steps after it"])
-def test_a_run_that_is_killed_around_its_rollback_and_resumed_repeats_it(stop_after, tmp_path, text_file):
-    line = words(tmp_path, text_file)
-    poisoned_run(line)
-    whole = {step: found.to_json() | {"setup": ""} for step, found in digest.history(tmp_path / "out").digests.items()}
+def test_a_run_that_is_killed_around_its_rollback_and_resumed_repeats_it(stop_after, rolled_back, tmp_path, text_file):
+    whole = {step: found.to_json() | {"setup": ""} for step, found in digest.history(rolled_back).digests.items()}
     line = words(tmp_path, text_file, name="killed")
     poisoned_run(line, stop_after)
     code, poison = poisoned_run(line)
@@ -118,13 +128,13 @@ def test_an_offloaded_optimizer_goes_back_too(stage, precision, offload_param, t
     assert verify(tmp_path / "out")
 
 
-def test_a_replay_stops_where_a_rollback_has_left_data_out(tmp_path, text_file, capsys):
+def test_a_replay_stops_where_a_rollback_has_left_data_out(tmp_path, text_file, capsys, warm_starts):
     poisoned_run(words(tmp_path, text_file), samples=(56, 64))
     assert replay(tmp_path / "out", 5, "step-00000003")
     assert "replay verified 3/3: steps 4..6" in capsys.readouterr().out
 
 
-def test_steps_after_a_rollback_can_be_replayed(tmp_path, text_file, capsys):
+def test_steps_after_a_rollback_can_be_replayed(tmp_path, text_file, capsys, warm_starts):
     poisoned_run(words(tmp_path, text_file))
     assert replay(tmp_path / "out", 2, f"step-{TO:08d}")
     assert "replay verified 2/2: steps 4..5" in capsys.readouterr().out

@@ -246,7 +246,7 @@ def test_a_branch_begins_where_it_left_the_other_run(tmp_path, text_file, capsys
     assert "5 steps with a digest, 4..8" in capsys.readouterr().out
 
 
-def test_replay_repeats_the_journal_and_touches_nothing(finished, capsys):
+def test_replay_repeats_the_journal_and_touches_nothing(finished, capsys, warm_starts):
     before = contents(finished)
     with in_process.cpu_environment():
         assert code(str(finished), "--replay", str(REPLAYED)) == 0
@@ -255,7 +255,7 @@ def test_replay_repeats_the_journal_and_touches_nothing(finished, capsys):
     assert contents(finished) == before
 
 
-def test_replay_names_the_step_and_the_field_of_an_altered_digest(run, capsys):
+def test_replay_names_the_step_and_the_field_of_an_altered_digest(run, capsys, warm_starts):
     def change(lines: list[str]) -> list[str]:
         records = [json.loads(line) for line in lines]
         for record in records:
@@ -275,7 +275,7 @@ def test_replay_names_the_step_and_the_field_of_an_altered_digest(run, capsys):
 @pytest.mark.parametrize(
     ("factor", "said"), [(1 + 1e-7, "replay verified 2/2"), (1.1, "replay differs at step 7: loss")]
 )
-def test_replay_on_a_device_that_does_not_repeat_its_roundings_proves_no_damage(factor, said, run, capsys):
+def test_replay_on_a_device_that_does_not_repeat_its_roundings_proves_no_damage(factor, said, run, capsys, warm_starts):
     def not_deterministic(lines: list[str]) -> list[str]:
         return [line.replace('"deterministic": true', '"deterministic": false') for line in lines]
 
@@ -294,7 +294,7 @@ def test_replay_on_a_device_that_does_not_repeat_its_roundings_proves_no_damage(
     assert ("no proof of damage" in printed) == (factor == 1.1)
 
 
-def test_replay_without_the_data_is_refused_with_3(tmp_path, capsys):
+def test_replay_without_the_data_is_refused_with_3(tmp_path, capsys, warm_starts):
     text = write_text(tmp_path / "text.txt")
     assert in_process.train(words(tmp_path, text)) == 0
     text.rename(tmp_path / "elsewhere.txt")
@@ -310,7 +310,7 @@ def test_replay_with_nothing_to_compare_is_refused(finished, capsys):
     assert "no journaled step follows checkpoint step-00000008" in capsys.readouterr().err
 
 
-def test_replay_finds_a_text_that_was_named_from_another_folder(tmp_path, capsys, monkeypatch):
+def test_replay_finds_a_text_that_was_named_from_another_folder(tmp_path, capsys, monkeypatch, warm_starts):
     write_text(tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
     assert in_process.train(words(tmp_path, Path("text.txt"))) == 0
