@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from chatgot.deepspeed_json import optimizers
+from chatgot.deepspeed_json.findings import ABSENT
 from chatgot.deepspeed_json.reach import STAGES
 from chatgot.deepspeed_json.rule_types import (
     RECOMPUTATION_OF_DEEPSPEED,
@@ -275,11 +276,10 @@ RULES: tuple[Rule, ...] = (
     *optimizers.RULES,
 
     # What is looked at, and what is not stated.
-    *(note("timers.throughput.enabled", lambda s, _, absent=absent: s.facts.kind == "cuda"
-           and s.v.timers.throughput.enabled and s.v.timers.throughput.synchronized
-           and s.is_unstated("timers.throughput.enabled") == absent and {"value": True},
-           "DeepSpeed waits for the device twice in every micro-batch to measure it, which slows training down; "
-           "set it to false: ChatGoT measures tokens per second itself", absent=absent) for absent in (True, False)),
+    note("timers.throughput.enabled", lambda s, on: on and s.facts.kind == "cuda" and s.v.timers.throughput.synchronized
+         and {"value": ABSENT if s.is_unstated("timers.throughput.enabled") else True},
+         "DeepSpeed waits for the device twice in every micro-batch to measure it, which slows training down; set it "
+         "to false: ChatGoT measures tokens per second itself"),
     note("wall_clock_breakdown memory_breakdown flops_profiler.enabled comms_logger.enabled", lambda s, on: on,
          "slows training down: it waits for the device to measure it"),
     note("tensorboard.enabled csv_monitor.enabled comet.enabled", lambda s, on: on,

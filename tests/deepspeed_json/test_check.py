@@ -290,6 +290,8 @@ def test_every_key_has_an_explanation() -> None:
     assert len(keys) > 450
     for key in keys:
         does, default, relations = sentences(key)
+        lines = relations.splitlines()
+        assert len(lines) == len(set(lines)), f"{key}: nothing is said twice"
         assert len(does) > 3, key
         assert does != "Turn it on.", key
         assert default.startswith(("Default ", "Keys: ")), key
