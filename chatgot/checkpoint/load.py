@@ -4,7 +4,6 @@ fresh start. Needs no torch.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -84,8 +83,9 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
     if tag is not None:
         return _open(folder, tag)
     for _ in range(MEANWHILE):
-        with contextlib.suppress(_GoneError):
-            return _newest(folder)
+        found, is_gone = _newest(folder)
+        if found is not None or not is_gone:
+            return found
     raise CheckpointError(f"{folder}: its checkpoints are deleted faster than they can be read")
 
 
@@ -113,12 +113,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-class _GoneError(Exception):
-    """All checkpoints that were listed have been deleted since."""
-
-
-def _newest(folder: Path) -> Found | None:
-    """See `find`; a checkpoint that a run deletes meanwhile is none."""
+def _newest(folder: Path) -> tuple[Found | None, bool]:
+    """See `find`; and whether a checkpoint that was listed has been deleted since: then it is worth looking again."""
     gone = False
     damaged: list[tuple[str, int | None, str]] = []
     candidates: list[tuple[int, int, bool, str]] = []
@@ -146,14 +142,12 @@ def _newest(folder: Path) -> Found | None:
             damaged.append((name, step, f"checkpoint {whole.path} is suspect: {why}; {forced}"))
             continue
         notes = (*whole.notes, *_notes(folder, name, step, damaged))
-        return Found(folder, name, whole.manifest, notes, tuple(lost for lost, _, _ in damaged))
-    if gone:
-        raise _GoneError
-    if damaged:
+        return Found(folder, name, whole.manifest, notes, tuple(lost for lost, _, _ in damaged)), gone
+    if damaged and not gone:
         raise CheckpointError(
             f"{folder}: no checkpoint is whole: " + "; ".join(reason for _, _, reason in damaged[-9:])
         )
-    return None
+    return None, gone
 
 
 def tags_in(folder: Path) -> list[str]:
