@@ -163,18 +163,15 @@ def prepare(
     check_out_dir(out_dir, source)
     for note in source.notes:
         logger.info(note)
-    building = None
+    prefix = f".{out_dir.name}.tmp-"
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.tmp-", dir=out_dir.parent))
-        meta = _build(source, building, config, block_size, tokenizer)
-        building.chmod(0o755)  # mkdtemp gives 0700
-        publish(building, out_dir)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=out_dir.parent, ignore_cleanup_errors=True) as building:
+            meta = _build(source, Path(building), config, block_size, tokenizer)
+            os.chmod(building, 0o755)  # a temporary folder has 0700
+            publish(Path(building), out_dir)
     except OSError as error:
         raise DataError(f"{out_dir}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
     sizes = ", ".join(f"{name} {split.tokens:,}" for name, split in meta.splits.items())
     vocabulary = f"{meta.tokenizer} vocabulary of {meta.vocab_size}"
     logger.info(f"prepared {source.name}: {sizes} tokens, {vocabulary}, split by {meta.split_by} -> {out_dir}")
