@@ -6,14 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.launch.test_run import PROGRAM, ROOT, running, wait_until
-from tests.support import free_port, write_json
+from tests.support import free_port, warm_python, write_json
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -27,7 +26,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def node(number: int, *actions: str, restarts: int = 2, minutes: float = 5.0, nproc: int = 1) -> subprocess.Popen:
         options = ["--nnodes", "3", "--node_rank", str(number), "--master_addr", "127.0.0.1", "--master_port", port]
         options += ["--nproc", str(nproc), "--max_restarts", str(restarts), "--rejoin_minutes", str(minutes)]
-        command = [sys.executable, str(ROOT / "launch" / "run"), *options, "--grace", "2", "--script", str(PROGRAM)]
+        command = [warm_python(), str(ROOT / "launch" / "run"), *options, "--grace", "2", "--script", str(PROGRAM)]
         environ = {**os.environ, "DS_ACCELERATOR": "cpu"}
         words = [*command, "--", str(tmp_path / "marks"), *actions]
         started.append(subprocess.Popen(words, env=environ, stderr=subprocess.PIPE, text=True))
