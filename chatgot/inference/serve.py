@@ -111,6 +111,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()  # who comes before the model is read waits
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise MachineError(f"--host {host} --port {port}: cannot be listened on: {why}; give another") from error

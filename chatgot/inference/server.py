@@ -116,7 +116,8 @@ def application(served: Served, hosts: Collection[str], token: str | None) -> AS
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/copied", copied, methods=["POST"]),
     ]
-    app = Starlette(routes=routes, exception_handlers={RefusedError: _refuse, HTTPException: _refuse_http})
+    handlers = {RefusedError: _refuse, HTTPException: _refuse_http, ClientDisconnect: _leave}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     return Gate(app, hosts, token)
 
 
@@ -264,6 +265,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
     again = {"Retry-After": "1"} if error.status == 429 else None
     return JSONResponse(error.body, error.status, headers=again)
+
+
+async def _leave(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody reads it
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:

@@ -283,6 +283,17 @@ def test_idle_connections_cannot_take_all_files(server: Server) -> None:
     until_idle(server)
 
 
+def until_health(url: str, status: int) -> None:
+    """Wait for this answer; a connection that is refused can end before its answer is read."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}health", timeout=60).status_code == status:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"no {status} within a minute")
+
+
 def test_connections_that_all_wait_for_answers_leave_no_room(served_run: Path) -> None:
     process, url = start(served_run, "--streams", "1", "--queue", "1")
     port, most = int(url.rstrip("/").rpartition(":")[2]), most_connections(2)
@@ -291,15 +302,9 @@ def test_connections_that_all_wait_for_answers_leave_no_room(served_run: Path) -
     with process, contextlib.ExitStack() as opened:
         for _ in range(most):  # a request whose body does not come
             opened.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(head)
-        end = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}health", timeout=60).status_code == 503:
-                    break
-            assert time.monotonic() < end
+        until_health(url, 503)
         opened.close()
-        while httpx.get(f"{url}health", timeout=60).status_code != 200:
-            assert time.monotonic() < end
+        until_health(url, 200)
         process.terminate()
         assert process.wait(60) == 0
 
