@@ -11,10 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_run import PROGRAM, ROOT, running, wait_until
+from tests.launch.test_run import PROGRAM, running, wait_until
 from tests.support import free_port, warm_python, write_json
 
 Start = Callable[..., subprocess.Popen[str]]
+LAUNCHER = """
+import sys
+from chatgot.launcher import main, nodes
+nodes.LEAVE_SECONDS = 15.0  # a node that does not come back is waited for so long at least
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def node(number: int, *actions: str, restarts: int = 2, minutes: float = 5.0, nproc: int = 1) -> subprocess.Popen:
         options = ["--nnodes", "3", "--node_rank", str(number), "--master_addr", "127.0.0.1", "--master_port", port]
         options += ["--nproc", str(nproc), "--max_restarts", str(restarts), "--rejoin_minutes", str(minutes)]
-        command = [warm_python(), str(ROOT / "launch" / "run"), *options, "--grace", "2", "--script", str(PROGRAM)]
+        command = [warm_python(), "-c", LAUNCHER, *options, "--grace", "2", "--script", str(PROGRAM)]
         environ = {**os.environ, "DS_ACCELERATOR": "cpu"}
         words = [*command, "--", str(tmp_path / "marks"), *actions]
         started.append(subprocess.Popen(words, env=environ, stderr=subprocess.PIPE, text=True))
