@@ -16,7 +16,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -153,7 +152,7 @@ def obey(stream: FileIO) -> None:
     def listen() -> None:
         for line in stream:
             os.kill(os.getpid(), signal.Signals[line.decode().strip()])
-        print(f"launch/run: host {socket.gethostname()}: the first launch/run is gone", file=sys.stderr, flush=True)
+        say(f"host {socket.gethostname()}: the first launch/run is gone")
         os.kill(os.getpid(), signal.SIGHUP)
 
     threading.Thread(target=listen, name="orders", daemon=True).start()

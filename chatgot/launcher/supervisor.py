@@ -68,7 +68,8 @@ class Rank:
 
 def say(message: str) -> None:
     """Print one line on stderr, at once."""
-    print(f"launch/run: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the connection to the first launch/run is broken
+        print(f"launch/run: {message}", file=sys.stderr, flush=True)
 
 
 class Supervisor:

@@ -373,3 +373,4 @@ def test_a_host_that_does_not_come_back_is_left_out(tmp_path: Path) -> None:
     assert "127.0.0.2 did not come back within 0 minutes: 1 rank(s) on localhost go on" in errors
     last = json.loads((marks / "start.0").read_text())["env"]
     assert (last["RANK"], last["WORLD_SIZE"]) == ("0", "1")
+    wait_until(lambda: not running(json.loads((marks / "start.2").read_text())["pid"]))  # nobody reads what it says
