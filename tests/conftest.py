@@ -3,7 +3,9 @@ from __future__ import annotations
 import gc
 import os
 import runpy
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             sources[path] = folder or any(word in text for word in STARTS)
         if sources[path]:
             item.add_marker(pytest.mark.launches)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Let signals in again that launch/run blocks where a test calls it here: what is started later inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        return (yield)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

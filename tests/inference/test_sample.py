@@ -278,6 +278,7 @@ def test_a_signal_ends_it(number, folder):
         env=environment(),
         cwd=ROOT,
         stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # in the background shells ignore SIGINT
     )
     assert process.stdout is not None
     with process, process.stdout:

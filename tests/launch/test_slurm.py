@@ -47,6 +47,15 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
 
+def end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(30)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[dict[str, str]]:
     """The environment in which `srun` reaches it."""
@@ -70,8 +79,7 @@ def slurm() -> Iterator[dict[str, str]]:
         ):
             log = stack.enter_context((folder / words[0]).open("w"))
             daemon = subprocess.Popen(words, env=variables, stdout=log, stderr=log)
-            stack.callback(daemon.wait)
-            stack.callback(daemon.terminate)
+            stack.callback(end, daemon)
             if words[0] == "munged":
                 wait_until((folder / "munge.socket").exists)
         deadline, said = time.monotonic() + 60, ""
