@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from chatgot.deepspeed_json.resolve import WandbConfig
 
 logger = logging.getLogger(__name__)
-
 _QUEUED_LINES = 10_000
 ARTIFACT_SECONDS = 1800.0
 """Granted to the upload at the end where artifacts were asked for."""
+_ADDED = ("val/", "sample/")
 _ALERTS = {
     "rolled_back": "Rolled back",
     "spike": "The loss shot up",
@@ -203,8 +203,8 @@ class WandbRun:
 
     def _send(self, step: int, metrics: dict[str, float | int], tables: dict[str, Any]) -> None:
         half, logged = self._half_sent
-        if step == half:
-            metrics = {name: value for name, value in metrics.items() if name not in logged}
+        if step == half:  # what an evaluation adds to a step, or samples; the rest came with the step
+            metrics = {name: metrics[name] for name in metrics if name not in logged and name.startswith(_ADDED)}
         if step > self._last_step or (step == half and metrics):
             self._tell({"step": step, "metrics": metrics, "tables": tables})
 

@@ -40,6 +40,8 @@ for step in steps:
         run.rolled_back(job["steps"][1] - 1)
         continue
     run.log({"train/loss": 1 / step, "optim/grad_norm": None}, step)
+    if step == steps[0]:
+        run.log({"goodput/fraction": 0.5}, step)
     if step % job.get("eval_every", 5) == 0:
         run.log({"val/loss": 2 / step}, step)
         run.log_table("sample", ("step", "text"), [[step, "<Tyrion> ’twas\\n  a night"]], step)
@@ -123,6 +125,20 @@ def test_an_evaluation_that_a_kill_cut_off_reaches_wandb_after_the_resume(tmp_pa
     history = read_offline_history(run_dir)[1]
     assert [r["train/step"] for r in history] == [1, 2, 3, 4, 5, 5, 6]
     assert [("train/loss" in r, "val/loss" in r) for r in history[4:]] == [(True, False), (False, True), (True, False)]
+
+
+def test_what_only_a_resumed_step_tells_makes_no_second_record_of_it(tmp_path, environment):
+    run_dir = tmp_path / "run"
+    train(environment, run_dir, range(1, 4))
+    time.sleep(1)  # wandb names its folders by the second
+    train(environment, run_dir, range(3, 5), resumed_from_step=2)
+    history = read_offline_history(run_dir)[1]
+    assert [(r["train/step"], "goodput/fraction" in r) for r in history] == [
+        (1, True),
+        (2, False),
+        (3, False),
+        (4, False),
+    ]
 
 
 def test_what_a_kill_kept_from_wandb_is_sent_by_the_resume(tmp_path, environment):
