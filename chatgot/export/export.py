@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -174,5 +175,7 @@ def _check_weights(weights: Weights, written: Reader, dtype: torch.dtype, of_vec
 
 def _same(stored: StoredTensor, written: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether these elements, flattened, are the stored ones as the type has them."""
+    if len(written) != math.prod(stored.shape):
+        return False
     chunks = zip(range(0, len(written), CHUNK), written.split(CHUNK))
     return all(torch.equal(stored.read(at, len(chunk)).to(dtype).float(), chunk) for at, chunk in chunks)

@@ -27,10 +27,27 @@ def energy_counter(device: torch.device, world_size: int) -> Callable[[], float]
     import torch
 
     try:
-        return gpu_energy(min(world_size, torch.cuda.device_count()))
+        return tolerant_counter(gpu_energy(min(world_size, torch.cuda.device_count())))
     except (OSError, AttributeError) as error:  # no driver of NVIDIA's, or one that is older than the counter
         logger.info(f"energy is left out of the run's account: {error}")
         return None
+
+
+def tolerant_counter(joules: Callable[[], float]) -> Callable[[], float]:
+    """Return a reader of the counter that gives its last value while it fails, which is said: no run ends for it."""
+    last, fails = joules(), False
+
+    def read() -> float:
+        nonlocal last, fails
+        try:
+            last, fails = joules(), False
+        except OSError as error:
+            if not fails:
+                logger.warning(f"energy: what the GPUs take is not counted for now: {error}")
+            fails = True
+        return last
+
+    return read
 
 
 def gpu_energy(count: int) -> Callable[[], float]:
@@ -61,5 +78,4 @@ def gpu_energy(count: int) -> Callable[[], float]:
     for index, handle in enumerate(handles):
         uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
         call("nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(handle))
-    joules()
     return joules

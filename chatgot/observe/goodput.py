@@ -48,7 +48,7 @@ class Ledger:
         """Args: began: when this start began, by `clock`; default: now. joules: reads an energy counter."""
         self._meter, self._clock, self._joules = meter, clock, joules
         self._joules_before = 0.0 if joules is None else -joules()
-        """What earlier starts took, less the counter's value when this one began."""
+        """What earlier starts took, less the counter's value when this ledger was made."""
         self._began = clock() if began is None else began
         self._before = dict.fromkeys(PARTS, 0.0)
         """What other starts spent, and what has been moved from `compute` to `lost` since."""

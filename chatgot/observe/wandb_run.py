@@ -321,13 +321,13 @@ def _run_id(folder: Path) -> tuple[str, bool]:
     """
     path = folder / "run_id.json"
     try:
-        stored = json.loads(path.read_bytes())["id"]
+        stored = json.loads(run_folder.read_bytes(path))["id"]
         if isinstance(stored, str) and stored:
             return stored, True
         raise ValueError(f"id = {stored!r}")
     except FileNotFoundError:
         pass
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         logger.info(f"wandb: {path} cannot be read ({error}); this run folder gets a new wandb run")
     folder.mkdir(parents=True, exist_ok=True)
     new = secrets.token_hex(4)
@@ -340,11 +340,11 @@ def _last_record(folder: Path, journal: Path) -> tuple[int, set[str]]:
     """Find out which step's record wandb was handed last, -1 for none, and what the record had."""
     path = folder / LAST_RECORD
     try:
-        last = json.loads(path.read_bytes())
+        last = json.loads(run_folder.read_bytes(path))
         return int(last["step"]), set(last["names"])
     except FileNotFoundError:
         pass  # an earlier version of ChatGoT kept none
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.info(f"wandb: {path} cannot be read ({error}); what {journal} has is not sent again")
     newest = newest_step(journal)
     return -1 if newest is None else newest, set(METRICS)

@@ -140,11 +140,17 @@ def _feed(wandb: Any, run: Any, last_record: str) -> dict[str, Any]:
     the next step comes and noted in the file `last_record`, so that a resume knows what wandb has.
     """
 
+    said = False
+
     def log(record: dict[str, Any]) -> None:
+        nonlocal said
         run.log(record)
-        with open(last_record + ".new", "w", encoding="ascii") as file:
-            json.dump({"step": record[STEP], "names": list(record)}, file)
-        os.replace(file.name, last_record)
+        try:
+            _note(record, last_record)
+        except OSError as error:  # a full disk costs no dashboard
+            if not said:
+                print(f"wandb: WARNING {last_record}: {error}; a resume may send steps twice", file=sys.stderr)
+            said = True
 
     pending: dict[str, Any] = {}
     end: dict[str, Any] = {"exit_code": _TRAINING_IS_GONE}
@@ -168,6 +174,16 @@ def _feed(wandb: Any, run: Any, last_record: str) -> dict[str, Any]:
     if pending:
         log(pending)
     return end
+
+
+def _note(record: dict[str, Any], path: str) -> None:
+    """Replace the file without a flush to the disk, which would cost too much at every step."""
+    new = path + ".new"
+    with suppress(FileNotFoundError):
+        os.unlink(new)  # of a kill; or a link, which is not to be followed
+    with open(new, "x", encoding="ascii") as file:
+        json.dump({"step": record[STEP], "names": list(record)}, file)
+    os.replace(new, path)
 
 
 def _tell(wandb: Any, run: Any, message: dict[str, Any]) -> None:

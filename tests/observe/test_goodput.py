@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatgot.observe.energy import energy_counter
+from chatgot.observe.energy import energy_counter, tolerant_counter
 from chatgot.observe.goodput import EVERY_SECONDS, PARTS, Ledger, describe
 from chatgot.observe.meters import Throughput
 
@@ -98,6 +98,20 @@ def test_energy_is_the_counters_rise_over_all_starts(tmp_path):
     assert describe(told).endswith("; 1 Wh")
     account, _ = ledger(Clock())
     assert "joules" not in account.tell(1)
+
+
+def test_an_energy_counter_that_fails_ends_no_run(caplog):
+    values = iter([5.0, OSError("the GPU is lost"), OSError("the GPU is lost"), 9.0])
+
+    def counter() -> float:
+        value = next(values)
+        if isinstance(value, OSError):
+            raise value
+        return value
+
+    read = tolerant_counter(counter)
+    assert [read() for _ in range(3)] == [5.0, 5.0, 9.0]
+    assert caplog.text.count("the GPU is lost") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -141,6 +141,23 @@ def test_what_only_a_resumed_step_tells_makes_no_second_record_of_it(tmp_path, e
     ]
 
 
+def test_links_and_fifos_in_a_folder_from_elsewhere_lead_nowhere(tmp_path, environment):
+    run_dir, foreign = tmp_path / "run", tmp_path / "foreign"
+    train(environment, run_dir, range(1, 4))
+    foreign.write_text("mine")
+    note = run_dir / "wandb" / "last_record.json"
+    note.unlink()
+    os.mkfifo(note)
+    note.with_name(f"{note.name}.new").symlink_to(foreign)
+    time.sleep(1)  # wandb names its folders by the second
+    (run_dir / "metrics.jsonl").write_text('{"step": 3, "train/loss": 0.3}\n')
+    said = train(environment, run_dir, range(3, 5), resumed_from_step=2)
+    assert f"{note} cannot be read" in said[0]
+    assert foreign.read_text() == "mine"
+    assert json.loads(note.read_text())["step"] == 4
+    assert [r["train/step"] for r in read_offline_history(run_dir)[1]] == [1, 2, 3, 4]
+
+
 def test_what_a_kill_kept_from_wandb_is_sent_by_the_resume(tmp_path, environment):
     run_dir = tmp_path / "run"
     train(environment, run_dir, range(1, 6), eval_every=100)
