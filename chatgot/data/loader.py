@@ -16,6 +16,8 @@ IGNORE_INDEX = -100
 """A target with this value counts in no loss: the default of torch's cross_entropy, which the model uses."""
 
 _FEISTEL_ROUNDS = 8
+LOOK_AHEAD = 4096
+"""Samples whose places are computed at once: numpy costs by the call, which shows beside the step of a small model."""
 
 
 class DataOrder:
@@ -133,10 +135,20 @@ class TrainBatches:
         self._windows = np.lib.stride_tricks.sliding_window_view(tokens, order.block_size + 1)
         slots = np.arange(global_batch_size, dtype=np.int64).reshape(self.accumulation, world_size, micro_batch_size)
         self._slots = np.ascontiguousarray(slots[:, rank]).reshape(-1)
+        self._known_first, self._known = 0, np.empty((0, len(self._slots)), dtype=np.int64)
 
     def indices(self, first_sample: int) -> np.ndarray:
         """Global sample indices (accumulation * B,) of this rank in the step that begins at first_sample, in order."""
         return first_sample + self._slots
+
+    def _starts(self, first_sample: int) -> np.ndarray:
+        """`order.starts` of `indices`, which are computed for some steps at once and kept."""
+        step, inside = divmod(first_sample - self._known_first, self.global_batch_size)
+        if inside or not 0 <= step < len(self._known):
+            steps = np.arange(max(1, LOOK_AHEAD // len(self._slots)))[:, None]
+            self._known = self.order.starts(self.indices(first_sample) + steps * self.global_batch_size)
+            self._known_first, step = first_sample, 0
+        return self._known[step]
 
     def tokens(self, sample: int) -> np.ndarray:
         """The (T + 1,) tokens of a global sample index."""
@@ -144,8 +156,7 @@ class TrainBatches:
 
     def micro_batches(self, first_sample: int) -> Iterator[Batch]:
         """The micro-batches of the step of samples first_sample .. first_sample + global_batch_size - 1."""
-        starts = self.order.starts(self.indices(first_sample)).reshape(self.accumulation, -1)
-        for rows in starts:
+        for rows in self._starts(first_sample).reshape(self.accumulation, -1):
             samples = torch.from_numpy(self._windows[rows].astype(np.int64))  # (B, T + 1)
             yield samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
 
@@ -156,7 +167,7 @@ class TrainBatches:
         """
         indices = self.indices(first_sample)
         total = 0
-        for index, window in zip(indices.tolist(), self._windows[self.order.starts(indices)]):
+        for index, window in zip(indices.tolist(), self._windows[self._starts(first_sample)]):
             digest = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8)
             digest.update(window.tobytes())
             total += int.from_bytes(digest.digest(), "little")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatgot.data.loader import IGNORE_INDEX, DataOrder, EvalBatches, TrainBatches
+from chatgot.data.loader import IGNORE_INDEX, LOOK_AHEAD, DataOrder, EvalBatches, TrainBatches
 
 sizes = st.tuples(st.integers(2, 400), st.integers(1, 40)).filter(lambda s: s[0] > s[1])
 
@@ -113,6 +113,18 @@ def test_global_batch_is_the_same_for_any_ranks_micro_batch_and_accumulation(wor
     assert sorted(seen) == list(range(first, first + global_batch))
     by_micro_step = np.concatenate(trace, axis=1)  # each accumulation step takes the next samples, whatever the ranks
     assert (np.diff(np.sort(by_micro_step, axis=1).reshape(-1)) == 1).all()
+
+
+@given(firsts=st.lists(st.integers(0, 3 * LOOK_AHEAD), min_size=1, max_size=6), steps=st.integers(0, 2000))
+@settings(max_examples=25, deadline=None)
+def test_a_batch_is_the_same_whatever_was_asked_before(firsts, steps):
+    tokens = np.arange(501, dtype=np.uint16)
+    order = DataOrder(len(tokens), 7, 11)
+    batches = TrainBatches(tokens, order, 6, 3, 0, 1)
+    for first in (firsts[0], firsts[0] + 6 * steps, *firsts):  # the next steps, and jumps as after a rollback
+        [inputs, more] = [x for x, _ in batches.micro_batches(first)]
+        assert torch.cat([inputs, more])[:, 0].tolist() == order.starts(first + np.arange(6)).tolist()
+        assert batches.batch_hash(first) == TrainBatches(tokens, order, 6, 6, 0, 1).batch_hash(first)
 
 
 def test_batch_that_does_not_divide_is_refused():
