@@ -158,9 +158,9 @@ def find_device(text: str) -> Device:
     if name in DEVICES:
         return DEVICES[name]
     if name == "cpu":
-        memory, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroup_memory()
-        of = "this machine" if limit is None or limit >= memory else "this container (its cgroup's limit)"
-        memory = memory if limit is None else min(memory, limit)
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = min([installed, *(limit for limit, _ in cgroup_memory())])
+        of = "this machine" if memory == installed else "this container (its cgroup's limit)"
         return Device("cpu", memory, assumed_device("cpu"), note=f"memory of {of}, shared by its ranks")
     size = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*(?:([kmgt]?)(i?)b)?", name)
     if size is None or (size[3] and not size[2]) or float(size[1]) <= 0:
@@ -172,21 +172,29 @@ def find_device(text: str) -> Device:
     return Device(text, memory, facts, note="a GPU of this size; its speed is not known")
 
 
-def cgroup_memory(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that this process's control groups, version 1 or 2, allow it; None: no limit, or none that can be read."""
-    limits: list[int] = []
+def cgroup_memory(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[tuple[int, int]]:
+    """Bytes that each of this process's control groups, version 1 or 2, allows and uses, files that the kernel could
+    drop not counted; those without a limit, or with one that cannot be read, are left out.
+    """
+    limits: list[tuple[int, int]] = []
     with contextlib.suppress(OSError):  # not Linux, or hidden
         for line in groups.read_text(encoding="utf-8", errors="replace").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
-            top, file = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+            top, files = root, ("memory.max", "memory.current")
+            if controllers:
+                top, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
             place = top / path.lstrip("/")
             for folder in (place, *place.parents):
                 with contextlib.suppress(OSError, ValueError):  # not there, or "max"
                     if folder.is_relative_to(top):
-                        limits.append(int((folder / file).read_text(encoding="utf-8")))
-    return min(limits, default=None)
+                        limit, used = (int((folder / file).read_text(encoding="utf-8")) for file in files)
+                        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                        limits.append((limit, used - int(stat.get("total_inactive_file", stat["inactive_file"]))))
+    return limits
 
 
 def device_of_machine(facts: DeviceFacts, device: torch.device | None = None) -> Device:

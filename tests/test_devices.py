@@ -121,29 +121,36 @@ def test_devices_by_name_and_size():
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "limit"),
+    ("own", "groups", "limits"),
     [
-        ("0::/\n", {"memory.max": "max\n"}, None),
-        ("0::/\n", {"memory.max": "2147483648\n"}, 2 << 30),
-        ("0::/a/b\n", {"a/memory.max": "1000\n", "a/b/memory.max": "max\n"}, 1000),
-        ("0::/a/b\n", {"a/memory.max": "1000\n", "a/b/memory.max": "900\n"}, 900),
-        ("7:cpu:/x\n5:memory,pids:/job\n", {"memory/job/memory.limit_in_bytes": "4096\n"}, 4096),
-        ("0::/\n", {}, None),
+        ("0::/\n", {".": "max\n"}, []),
+        ("0::/\n", {".": "2147483648\n"}, [2 << 30]),
+        ("0::/a/b\n", {"a": "1000\n", "a/b": "max\n"}, [1000]),
+        ("0::/a/b\n", {"a": "1000\n", "a/b": "900\n"}, [900, 1000]),
+        ("7:cpu:/x\n5:memory,pids:/job\n", {"memory/job": "4096\n"}, [4096]),
+        ("0::/\n", {}, []),
     ],
 )
 def test_a_container_has_the_memory_that_its_cgroup_allows(
-    own: str, files: dict[str, str], limit: int | None, tmp_path: Path
+    own: str, groups: dict[str, str], limits: list[int], tmp_path: Path
 ) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    for group, limit in groups.items():
+        first = "memory" in group
+        files = {
+            "memory.limit_in_bytes" if first else "memory.max": limit,
+            "memory.usage_in_bytes" if first else "memory.current": "17\n",
+            "memory.stat": "cache 9\ninactive_file 3\n" + ("total_inactive_file 4\n" if first else ""),
+        }
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / group / name).write_text(text)
     (tmp_path / "own").write_text(own)
-    assert cgroup_memory(tmp_path / "own", tmp_path) == limit
-    assert cgroup_memory(tmp_path / "not there", tmp_path) is None
+    assert cgroup_memory(tmp_path / "own", tmp_path) == [(limit, 13 if "memory" in own else 14) for limit in limits]
+    assert cgroup_memory(tmp_path / "not there", tmp_path) == []
 
 
 def test_the_cpu_has_no_more_memory_than_its_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatgot.devices.cgroup_memory", lambda: 123)
+    monkeypatch.setattr("chatgot.devices.cgroup_memory", lambda: [(123, 7), (456, 8)])
     assert find_device("cpu").memory == 123
     assert "its cgroup's limit" in find_device("cpu").note
 

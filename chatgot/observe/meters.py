@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from chatgot.devices import Precision, peak_flops
+from chatgot.devices import Precision, cgroup_memory, peak_flops
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ def available_bytes(device: torch.device) -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    bounds = [_kib("/proc/meminfo", "MemAvailable"), *_left_in_cgroup()]
+    bounds = [_kib("/proc/meminfo", "MemAvailable"), *(limit - used for limit, used in cgroup_memory())]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         bounds.append(limit - _status("VmSize"))
@@ -205,21 +205,6 @@ def peak_memory_gib(device_kind: str) -> float:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
     return _status("VmHWM") / 2**30
-
-
-def _left_in_cgroup() -> list[int]:
-    """Bytes left in this process's cgroup (version 2, or version 1's memory controller); nothing without a limit."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            allowed = Path(limit).read_text().strip()
-            taken = int(Path(used).read_text())
-        except OSError:
-            continue
-        return [] if allowed == "max" or int(allowed) >= 2**60 else [int(allowed) - taken]
-    return []
 
 
 def _status(name: str) -> int:
