@@ -28,6 +28,7 @@ setup(
         "numpy>=1.26",
         "plotext>=5.3,<6",
         "plotly>=6",
+        "psutil>=5.9",
         "pydantic>=2.7,<3",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
-import struct
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -153,28 +151,23 @@ def gloo_interface(master: str) -> str | None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))
             if not _is_loopback(address := probe.getsockname()[0]):
-                return interface_of(address)
-    return None
-
-
-def interface_of(address: str) -> str | None:
-    """Name the network interface that has an IPv4 address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
+                return _interfaces().get(address)
     return None
 
 
 def own_address(host: str) -> bool:
     """Whether a name or address is this machine's, under which others may reach it, too."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(OSError):
         address = socket.gethostbyname(host)
-        probe.bind((address, 0))  # refused for an address that no interface here has
-        return not _is_loopback(address)
+        return not _is_loopback(address) and address in _interfaces()
     return False
+
+
+def _interfaces() -> dict[str, str]:
+    """The network interface of every address of this machine."""
+    import psutil
+
+    return {one.address: name for name, addresses in psutil.net_if_addrs().items() for one in addresses}
 
 
 def _is_loopback(address: str) -> bool:
