@@ -128,11 +128,9 @@ class Saver:
         if self._pending is not None:
             raise ValueError(f"the save of step {self._pending.step} is not finished")
         started, step = time.monotonic(), engine.global_steps
-        if bad := first_non_finite(
-            engine
-        ):  # such a checkpoint would push one that is worth something out of the folder
-            bad = f"step {step}: {bad} has values that are not finite, and such a state is never saved"
-        self.ranks.agree(NumericsError(bad) if bad else None)
+        bad = first_non_finite(engine)  # such a checkpoint would push one that is worth something out of the folder
+        why = f"step {step}: {bad} has values that are not finite, and such a state is never saved"
+        self.ranks.agree(NumericsError(why) if bad else None)
         with self._cleared_away(step):
             made_room, name = self.ranks.on_rank_0(lambda: self._make_ready(fields, step))
             self._unfinished = unfinished = self.folder / name

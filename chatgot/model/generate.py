@@ -69,10 +69,8 @@ def generate(
         raise ValueError(f"{type(model).__name__} contains no GPT")
     check_settings(max_new_tokens, temperature, top_k, top_p)
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 1:
-        shape = tuple(input_ids.shape)
-        raise ValueError(
-            f"input_ids has shape {shape}: expected (rows, tokens), one of each at least (an empty prompt?)"
-        )
+        allowed = "expected (rows, tokens), one of each at least (an empty prompt?)"
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: {allowed}")
     window = gpt.config.max_seq_length if max_seq_length is None else max_seq_length
     if not 1 <= window <= gpt.config.max_seq_length:
         raise ValueError(f"max_seq_length = {window}: must be between 1 and the model's {gpt.config.max_seq_length}")
