@@ -136,6 +136,28 @@ def test_a_reply_streams_and_is_stopped(page: Page) -> None:
     assert 30 < len(page.text) < 4000
 
 
+def test_a_reply_that_comes_faster_than_it_can_be_drawn_leaves_the_page_its_buttons(page: Page) -> None:
+    """4,000 tokens at once, as a browser sees them on a busy machine: drawn a few times, not once for each."""
+    page("text").send_keys("The night")
+    page.driver.execute_script(
+        """
+        const logprobs = {tokens: ["ab"], text_offset: [0], token_logprobs: [-1], top_logprobs: [{ab: -1}]};
+        const piece = i => ({choices: [{text: "ab", logprobs: {...logprobs, text_offset: [2 * i]}}]});
+        const body = Array.from({length: 4000}, (_, i) => `data: ${JSON.stringify(piece(i))}\n\n`).join("");
+        const asked = window.fetch;
+        window.fetch = (path, ...rest) => path === "v1/completions" ? new Response(body) : asked(path, ...rest);
+        window.drawn = 0;
+        new MutationObserver(() => window.drawn++).observe(document.getElementById("behind"), {childList: true});
+        """
+    )
+    page("go").click()
+    page.until(lambda _: page("status").text.endswith("a second"))
+    assert "4000 tokens" in page("status").text
+    assert page.text == "The night" + 4000 * "ab"
+    assert len(page.driver.find_elements(By.CSS_SELECTOR, "#behind .drawn")) == 4000
+    assert page.driver.execute_script("return window.drawn") < 100
+
+
 def test_alternatives_are_shown_under_the_mouse_and_at_the_caret(page: Page) -> None:
     page("text").send_keys("The night")
     page.set("max_tokens", "20")
