@@ -18,6 +18,7 @@ from tests.inference.conftest import Server
 
 pytest.importorskip("selenium")
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -78,13 +79,18 @@ class Page:
 
     def look_at(self, token: int) -> str:
         """The alternatives that the mouse finds on a token."""
-        part = self.driver.find_element(By.CSS_SELECTOR, f'#behind [data-token="{token}"]')
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", part)
-        box, field = part.rect, self("text").rect
-        middle = (field["x"] + field["width"] / 2, field["y"] + field["height"] / 2)
-        x, y = box["x"] + box["width"] / 2 - middle[0], box["y"] + box["height"] / 2 - middle[1]
-        ActionChains(self.driver).move_to_element_with_offset(self("text"), int(x), int(y)).perform()
-        self.until(lambda _: self("tip").is_displayed())
+
+        def found(_: webdriver.Chrome) -> bool:
+            part = self.driver.find_element(By.CSS_SELECTOR, f'#behind [data-token="{token}"]')
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", part)
+            box, field = part.rect, self("text").rect
+            middle = (field["x"] + field["width"] / 2, field["y"] + field["height"] / 2)
+            x, y = box["x"] + box["width"] / 2 - middle[0], box["y"] + box["height"] / 2 - middle[1]
+            ActionChains(self.driver).move_to_element_with_offset(self("text"), int(x), int(y)).perform()
+            return self("tip").is_displayed()
+
+        # When copies are found, after the reply, the marks are drawn again.
+        WebDriverWait(self.driver, PATIENCE, 0.05, (StaleElementReferenceException,)).until(found)
         return self("tip").text
 
 
