@@ -19,10 +19,9 @@ from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import RunConfig, load_run_config, preset_names
 from chatgot.data.reading import check_encoding
 from chatgot.deepspeed_json import check, schema
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.deepspeed_json.read import parse_document, shipped_jsons
 from chatgot.deepspeed_json.resolve import resolve
+from chatgot.deepspeed_json.settings import ChatGoTSection, dotted_keys
 from chatgot.devices import DeviceFacts
 from chatgot.errors import ChatGoTError
 from chatgot.launcher.hosts import read_hostfile

@@ -18,7 +18,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, Required, TypedDict  # pydantic asks for it before Python 3.12
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.fields import read_section
+from chatgot.deepspeed_json.findings import Findings
+from chatgot.deepspeed_json.settings import read_section
 from chatgot.errors import CheckpointError, ConfigError, quoted
 from chatgot.files import sha256, write_atomically
 from chatgot.model.shapes import parameter_shapes
@@ -282,7 +283,7 @@ def model_of(fields: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 32:
         raise CheckpointError(f"{NAME}: model.vocab_size = {quoted(vocab_size)}: must be a whole number >= 1")
     try:
-        return read_section(ModelConfig, model, lambda key: f"{NAME}: "), vocab_size
+        return read_section(ModelConfig, model, Findings(NAME)), vocab_size
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
 

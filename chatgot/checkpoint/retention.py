@@ -16,7 +16,7 @@ from pathlib import Path
 
 from chatgot.checkpoint import faults
 from chatgot.checkpoint.load import Holdings, Published, examine
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.errors import CheckpointError, ConfigError
 from chatgot.run_folder import PRUNED
 

@@ -37,7 +37,7 @@ from chatgot.checkpoint.writing import (
     sweep,
     tag_of,
 )
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.distributed import ControlGroup
 from chatgot.engine.zero_view import first_non_finite
 from chatgot.errors import CheckpointError, NumericsError

@@ -14,10 +14,9 @@ from typing import Any
 
 from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.deepspeed_json.findings import around, shortened
 from chatgot.deepspeed_json.key_types import Effect
+from chatgot.deepspeed_json.settings import ChatGoTSection, dotted_keys
 from chatgot.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 import chatgot.run_folder as run_folder
-from chatgot.deepspeed_json.fields import Number, Settings, Texts, Whole, read_section
-from chatgot.deepspeed_json.findings import meant, shortened
+from chatgot.deepspeed_json.findings import Findings, Mark, meant, shortened
+from chatgot.deepspeed_json.settings import Number, Settings, Texts, Whole, read_section
 from chatgot.errors import ConfigError
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
@@ -188,7 +188,7 @@ def load_run_config(
     try:
         if path.is_file() and path.stat().st_size > run_folder.LARGEST:
             raise ConfigError(f"--config {path}: more than {run_folder.LARGEST} bytes, which no run YAML has")
-        tree, lines = _parse(run_folder.read_bytes(path, follow=True).decode("utf-8"))
+        tree, marks = _parse(run_folder.read_bytes(path, follow=True).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -197,46 +197,39 @@ def load_run_config(
         raise ConfigError(f"--config {path}: not valid YAML: {shortened(str(error), 300)}") from error
     if model is not None and isinstance(tree, dict):
         tree["model"] = dict(model)
-    return build_run_config(tree, str(path), overrides, lines)
+    return build_run_config(tree, str(path), overrides, marks)
 
 
 def build_run_config(
-    tree: Any, where: str, overrides: dict[str, Any] | None = None, lines: dict[str, int] | None = None
+    tree: Any, where: str, overrides: dict[str, Any] | None = None, marks: Mapping[str, Mark] | None = None
 ) -> RunConfig:
     """Make a RunConfig from a parsed YAML tree; see `load_run_config`.
 
     Args:
         where: the file's name in messages.
-        lines: the line of each section and key in the file.
+        marks: the place of each section and key in the file.
     """
-    tree, overrides, lines = {} if tree is None else tree, overrides or {}, lines or {}
+    tree, overrides = {} if tree is None else tree, overrides or {}
     for dotted, value in overrides.items():
         section, _, key = dotted.partition(".")
         keys = tree.get(section) if isinstance(tree, dict) else ()
         if keys is None or isinstance(keys, dict):  # else it is refused below
             tree = {**tree, section: {**(keys or {}), key: value}}
-
-    def place(key: str) -> str:
-        if given := [name for name in overrides if name == key or name.startswith(f"{key}.")]:
-            return "override " if given == [key] else f"override {', '.join(given)}: "
-        line = lines.get(key) or lines.get(key.partition(".")[0])
-        return f"{where}:{line}: " if line else f"{where}: "
-
-    return read_section(RunConfig, tree, place)
+    return read_section(RunConfig, tree, Findings(where, frozenset(overrides), marks or {}))
 
 
-def _parse(text: str) -> tuple[Any, dict[str, int]]:
-    """Parse YAML, and find the line of each section and key. A key given twice is an error here."""
+def _parse(text: str) -> tuple[Any, dict[str, Mark]]:
+    """Parse YAML, and find the place of each section and key. A key given twice is an error here."""
     import yaml
 
-    lines: dict[str, int] = {}
+    marks: dict[str, Mark] = {}
 
     def visit(node: yaml.Node | None, section: str = "") -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             name = f"{section}{key.value}"
-            if name in lines:
+            if name in marks:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
-            lines[name] = key.start_mark.line + 1
+            marks[name] = Mark(key.start_mark.line + 1, key.start_mark.column + 1)
             if not section:
                 visit(value, f"{name}.")
 
@@ -244,4 +237,4 @@ def _parse(text: str) -> tuple[Any, dict[str, int]]:
     loader.flatten_mapping = lambda node: None  # "<<: *other" would let a key be given twice
     root = loader.get_single_node()
     visit(root)
-    return loader.construct_document(root) if root is not None else None, lines
+    return loader.construct_document(root) if root is not None else None, marks

@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.findings import ABSENT, LEVELS, OVERRIDE, ConfigRefusal, Finding, around, shown
-from chatgot.deepspeed_json.optimizers import given_arguments, known_arguments
-from chatgot.deepspeed_json.reach import idle, is_off, section_switch
+from chatgot.deepspeed_json.optimizers import known_arguments
 from chatgot.deepspeed_json.read import find_json, name_of, read_document
 from chatgot.deepspeed_json.resolve import Resolved, resolve
+from chatgot.deepspeed_json.schema import section_switch
+from chatgot.deepspeed_json.values import idle, is_off
 from chatgot.devices import DeviceFacts
 from chatgot.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
+from chatgot.run_folder import flattened
 
 VERSION = "0.19.8"
 _ASSIGNMENT_WIDTH = 70
@@ -54,14 +56,7 @@ class Report:
 
     def effective(self) -> list[Effective]:
         """Every value in use; empty when the file could not be read."""
-        said = {finding.key for finding in self.findings if finding.level == "adapted"}
-        values = list(effective(self.resolved)) if self.resolved is not None else []
-        return [
-            dataclasses.replace(one, source="adapted")
-            if one.source == "derived" and said & set(around(one.key))
-            else one
-            for one in values
-        ]
+        return list(effective(self.resolved)) if self.resolved is not None else []
 
 
 def check(
@@ -113,18 +108,13 @@ def as_text(report: Report, with_effective: bool) -> Iterator[str]:
         if report.findings:
             yield ""
         for value in report.effective():
-            assignment = f"{value.key} = {shown(value.value)}"
-            yield f"{assignment:<{_ASSIGNMENT_WIDTH}} {_source(value)}"
+            prefix = {"default": "default of ", "derived": "derived: ", "adapted": "adapted: "}.get(value.source, "")
+            yield f"{f'{value.key} = {shown(value.value)}':<{_ASSIGNMENT_WIDTH}} {prefix}{value.where}"
         yield ""
     counts = Counter(finding.level for finding in report.findings)
     plural = {level: level if level == "adapted" else f"{level}s" for level in LEVELS}
     said = ", ".join(f"{counts[one]} {plural[one] if counts[one] > 1 else one}" for one in LEVELS if counts[one])
     yield f"{report.file}: {said or 'nothing to say'}"
-
-
-def _source(value: Effective) -> str:
-    prefix = {"default": "default of ", "derived": "derived: ", "adapted": "adapted: "}.get(value.source, "")
-    return prefix + value.where
 
 
 def as_json(report: Report, with_effective: bool) -> str:
@@ -141,71 +131,53 @@ def as_json(report: Report, with_effective: bool) -> str:
     return json.dumps(tree, indent=2, ensure_ascii=False, default=str)
 
 
-def effective(resolved: Resolved) -> Iterator[Effective]:
+def effective(s: Resolved) -> Iterator[Effective]:
     """Every value in use, in the schema's order; of a section that is switched off, the switch alone."""
-    values = resolved.subject.v
-    precision = next((name for name in ("bf16", "fp16") if values[f"{name}.enabled"] is True), "fp32")
+    values = s.v
     implied = {
-        "zero_optimization.overlap_comm": (values.zero_optimization.stage == 3, "null: on at stage 3 only"),
-        "communication_data_type": (precision, "null: the training precision"),
-        "data_types.grad_accum_dtype": (precision, "null: the training precision"),
-        "data_types.param_dtype": (precision, "null: the training precision"),
+        "zero_optimization.overlap_comm": (s.stage == 3, "null: on at stage 3 only"),
+        "communication_data_type": (s.precision, "null: the training precision"),
+        "data_types.grad_accum_dtype": (s.precision, "null: the training precision"),
+        "data_types.param_dtype": (s.precision, "null: the training precision"),
     }
     for dotted, node in schema.NODES.items():
-        if isinstance(node, schema.Section):
-            if dotted in ("optimizer.params", "scheduler.params") and dotted.partition(".")[0] in values:
-                yield from _arguments(resolved, dotted)
-            elif dotted == "chatgot":
-                yield from _chatgot(resolved, resolved.subject.chatgot.model_dump(by_alias=True), "chatgot")
+        section = dotted.partition(".")[0]
+        if dotted == "chatgot":
+            for name, value in flattened(s.chatgot.model_dump(by_alias=True), "chatgot.").items():
+                yield _used(s, name, s.states(name), value, "ChatGoT")
+        if section in ("optimizer", "scheduler") and section not in values:
             continue
-        if node.instead and dotted not in values:
+        if dotted in schema.ARGUMENTS:
+            yield from _arguments(s, section)
+        if isinstance(node, schema.Section) or (node.instead and dotted not in values):
             continue
-        if any(is_off(values, section) and dotted != section_switch(section) for section in around(dotted)):
+        if any(is_off(values, one) and dotted != section_switch(one) for one in around(dotted)):
             continue
-        if dotted.startswith(("optimizer.", "scheduler.")) and dotted.partition(".")[0] not in values:
-            continue
-        derived = resolved.derived.get(dotted)
-        name = values.name(dotted)
-        if derived is not None:
-            yield Effective(name, derived.value, "derived", derived.reason)
-        elif dotted in values and not (values[dotted] is None and dotted in implied):
-            yield _stated(resolved, name, values[dotted])
-        elif dotted in implied:
-            yield Effective(name, implied[dotted][0], "derived", implied[dotted][1])
-        elif not idle(values, dotted):
-            yield Effective(name, node.default, "default", f"DeepSpeed {VERSION}")
+        if dotted in implied and dotted not in s.derived and values[dotted] is None:
+            yield Effective(values.name(dotted), implied[dotted][0], "derived", implied[dotted][1])
+        elif dotted in s.derived or dotted in values or not idle(values, dotted):
+            yield _used(s, dotted, dotted in values, values[dotted], f"DeepSpeed {VERSION}")
 
 
-def _stated(resolved: Resolved, name: str, value: Any) -> Effective:
-    if resolved.findings.from_override(name):
-        return Effective(name, value, "override", f"override ds.{name}")
-    mark = resolved.findings.mark(name)
-    return Effective(name, value, "file", f"{resolved.document.name}:{mark.line}" if mark else resolved.document.name)
-
-
-def _arguments(resolved: Resolved, dotted: str) -> Iterator[Effective]:
+def _arguments(s: Resolved, section: str) -> Iterator[Effective]:
     """The arguments of the optimizer or scheduler: those given, then the defaults of the others."""
-    section = dotted.partition(".")[0]
-    kind, params = resolved.subject.v[f"{section}.type"], given_arguments(resolved.subject.tree, section)
-    for key, value in params.items():
-        name, derived = f"{dotted}.{key}", resolved.derived.get(f"{dotted}.{key}")
-        yield Effective(name, derived.value, "derived", derived.reason) if derived else _stated(resolved, name, value)
-    coupled = str(kind).lower() == "adam" and params.get("adam_w_mode") is False
-    for key, node in known_arguments(resolved.subject.v, resolved.subject.tree, section).items():
-        default = 0.0 if key == "weight_decay" and coupled else node.default  # torch.optim.Adam's, not AdamW's
-        if key not in params and default is not None:
-            yield Effective(f"{dotted}.{key}", default, "default", str(kind))
+    kind, given = str(s.v[f"{section}.type"]), s.params(section)
+    defaults = {key: node.default for key, node in known_arguments(s, section).items() if node.default is not None}
+    if s.optimizer == "adam" and given.get("adam_w_mode") is False and "weight_decay" in defaults:
+        defaults["weight_decay"] = 0.0  # torch.optim.Adam's, not AdamW's
+    for key, value in {**given, **{key: value for key, value in defaults.items() if key not in given}}.items():
+        yield _used(s, f"{section}.params.{key}", key in given, value, kind)
 
 
-def _chatgot(resolved: Resolved, section: dict[str, Any], where: str) -> Iterator[Effective]:
-    for key, value in section.items():
-        dotted = f"{where}.{key}"
-        derived = resolved.derived.get(dotted)
-        if isinstance(value, dict):
-            yield from _chatgot(resolved, value, dotted)
-        elif derived is not None:
-            yield Effective(dotted, derived.value, "derived", derived.reason)
-        elif resolved.subject.states(dotted):
-            yield _stated(resolved, dotted, value)
-        else:
-            yield Effective(dotted, value, "default", "ChatGoT")
+def _used(s: Resolved, dotted: str, is_stated: bool, value: Any, owner: str) -> Effective:
+    """A value with its source; `owner` gives it where nobody states it."""
+    name = s.v.name(dotted)
+    if derived := s.derived.get(dotted):
+        is_adapted = any(one.key in around(name) for one in s.findings.at_level("adapted"))
+        return Effective(name, derived.value, "adapted" if is_adapted else "derived", derived.reason)
+    if not is_stated:
+        return Effective(name, value, "default", owner)
+    if s.findings.from_override(name):
+        return Effective(name, value, "override", f"override ds.{name}")
+    mark = s.findings.mark(name)
+    return Effective(name, value, "file", f"{s.document.name}:{mark.line}" if mark else s.document.name)

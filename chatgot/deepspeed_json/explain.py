@@ -1,20 +1,29 @@
-"""`chatgot check --explain KEY`: what a key does, its default and what it may hold, what it interacts with."""
+"""`chatgot check --explain KEY`: what a key does, its default and what it may hold, what it interacts with; `--rules`:
+what becomes of a stock JSON.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from chatgot.deepspeed_json import rules, schema
 from chatgot.deepspeed_json.adapt import ADAPTED
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import Settings, described, keys_of, nested_class
 from chatgot.deepspeed_json.findings import around, meant, shown
 from chatgot.deepspeed_json.optimizers import REFUSED_OPTIMIZERS, REFUSED_SCHEDULERS
-from chatgot.deepspeed_json.reach import NEEDS, NEVER, NEVER_SECTIONS, STAGES, section_switch, stages_in_words
-from chatgot.deepspeed_json.rule_types import adapted, rules_about
-from chatgot.deepspeed_json.schema import Key, Section
+from chatgot.deepspeed_json.rule_types import adapted
+from chatgot.deepspeed_json.schema import (
+    NEEDS,
+    NEVER,
+    NEVER_SECTIONS,
+    STAGES,
+    Key,
+    Section,
+    section_switch,
+    stages_in_words,
+)
+from chatgot.deepspeed_json.settings import ChatGoTSection, Settings, described, keys_of, nested_class
 from chatgot.errors import ConfigError
 
 _WIDTH = 110
@@ -39,21 +48,21 @@ def explain(key: str, run: type[Settings] | None = None) -> str:
 
 def verdict_table(with_reasons: bool) -> str:
     """What becomes of a stock JSON, from the rules, as a table in Markdown: passed on, adapted, refused."""
-    rows, adapted, refused = [("verdict", "keys", "reason"), ("---", "---", "---")], dict[str, list[str]](), {}
+    rows, changed, refused = [("verdict", "keys", "reason"), ("---", "---", "---")], dict[str, list[str]](), {}
     for rule in RULES:
-        said = refused if rule.unsupported else adapted if rule.level == "adapted" else {}
+        said = refused if rule.unsupported else changed if rule.level == "adapted" else {}
         said.setdefault(replace(rule, source="").text(), []).extend(rule.keys.split())
     for key, kinds in (("optimizer.type", REFUSED_OPTIMIZERS), ("scheduler.type", REFUSED_SCHEDULERS)):
         for why in dict.fromkeys(kinds.values()):
             refused[why] = [f"{key} = {' or '.join(kind for kind in kinds if kinds[kind] == why)}"]
-    adapted["where DeepSpeed drops it: its default; anywhere else: as in the shipped JSON of this device"] = ['"auto"']
+    changed["where DeepSpeed drops it: its default; anywhere else: as in the shipped JSON of this device"] = ['"auto"']
     refused["removed from DeepSpeed, which refuses it too"] = list(schema.REMOVED)
     idle = [*NEVER, *NEVER_SECTIONS]
     elsewhere = {"chatgot", *idle, *(key for keys in refused.values() for key in keys)}
     passed = [name for name in schema.ROOT.keys if not {name, section_switch(name)} & elsewhere]
     for verdict, said in (
         ("passed on", {"as it stands, but for the keys below; ChatGoT writes `wandb` itself": passed}),
-        ("adapted", adapted),
+        ("adapted", changed),
         ("no effect", {"passed on, and changes nothing: `--explain` says why": idle}),
         ("refused", refused),
     ):
@@ -82,6 +91,16 @@ def sentences(dotted: str) -> tuple[str, str, str]:
     return does, f"Default {shown(node.default)}{spelled}; allowed: {node.allowed()}.", _relations(dotted)
 
 
+def _rules_about(dotted: str) -> Iterator[str]:
+    """What the rules say about a key: its own ones, then those of other keys whose message names it."""
+    words = {"error": "refused", "adapted": "adapted", "warning": "warned of", "note": "noted"}
+    own = [rule for rule in RULES if dotted in rule.keys.split()]
+    yield from (f"May be {words[rule.level]}: {rule.text()}." for rule in own)
+    for rule in RULES:
+        if rule not in own and any(word.strip("();,:") == dotted for word in rule.text().split()):
+            yield f"See {rule.keys.split()[0]}: {rule.text()}."
+
+
 def _relations(dotted: str) -> str:
     """What the tables of rules and of reach say about a key, else what its section says."""
     said, node = [], schema.NODES.get(dotted)
@@ -94,7 +113,7 @@ def _relations(dotted: str) -> str:
         said.append(f"It is read only when {other} is {' or '.join(map(shown, values))}.")
     if dotted in NEVER:
         said.append(f"It never changes a run of ChatGoT: {NEVER[dotted]}.")
-    said += rules_about(RULES, dotted)
+    said += _rules_about(dotted)
     return "\n".join(said) or _inherited(dotted)
 
 
@@ -103,11 +122,11 @@ def _inherited(dotted: str) -> str:
     for section in around(dotted):
         if section in NEVER_SECTIONS:
             return f"It never changes a run of ChatGoT: {NEVER_SECTIONS[section]}."
-        if section != dotted and (said := next(rules_about(RULES, section), "")):
+        if section != dotted and (said := next(_rules_about(section), "")):
             return f"{section}: {said}"
         switch = section_switch(section)
         if switch and switch != dotted:
-            return f"It is read only when {switch} is on. {next(rules_about(RULES, switch), '')}".strip()
+            return f"It is read only when {switch} is on. {next(_rules_about(switch), '')}".strip()
     return "It stands alone: no other key changes what it does."
 
 
@@ -115,21 +134,18 @@ def _argument(where: str, name: str) -> tuple[str, str, str]:
     takers = {owner: entry[name] for owner, entry in schema.ARGUMENTS[where].items() if name in entry}
     first = next(iter(takers.values()))
     defaults = dict.fromkeys(shown(key.default) for key in takers.values())
-    names = list(dict.fromkeys(_owner_name(owner) for owner in takers))
-    required = " It must be given." if all(key.required for key in takers.values()) else ""
-    kind = where.partition(".")[0]
-    default = f"Default {' or '.join(defaults)}, by the {kind}; allowed: {first.allowed()}.{required}"
-    taken = f"Taken by {', '.join(names)}; any other {kind} fails on it."
-    return first.help, default, "\n".join([taken, *rules_about(RULES, f"{where}.{name}")])
-
-
-def _owner_name(entry: str) -> str:
     words = {
         "adam/fused": "DeepSpeed's Adam(W)",
         "adam/cpu": "DeepSpeed's CPU Adam(W)",
         "adam/torch": "Adam(W) with torch_adam",
     }
-    return words.get(entry, entry.removeprefix("torch.").partition("/")[0])
+    owners = (words.get(owner, owner.removeprefix("torch.").partition("/")[0]) for owner in takers)
+    names = list(dict.fromkeys(owners))
+    required = " It must be given." if all(key.required for key in takers.values()) else ""
+    kind = where.partition(".")[0]
+    default = f"Default {' or '.join(defaults)}, by the {kind}; allowed: {first.allowed()}.{required}"
+    taken = f"Taken by {', '.join(names)}; any other {kind} fails on it."
+    return first.help, default, "\n".join([taken, *_rules_about(f"{where}.{name}")])
 
 
 def _fields(
@@ -139,7 +155,7 @@ def _fields(
     explanations: dict[str, tuple[str, str, str]] = {}
     for key, field in keys_of(cls).items():
         dotted = f"{where}.{key}".lstrip(".")
-        relation = "\n".join(rules_about(RULES, dotted)) or home
+        relation = "\n".join(_rules_about(dotted)) or home
         nested = nested_class(field)
         if nested is not None:
             does = f"{(nested.__doc__ or '').strip()} {field.description or ''}".strip()

@@ -63,7 +63,8 @@ class Finding:
     @property
     def subject(self) -> str:
         """'key = value', as it stands."""
-        name = f"ds.{self.key}" if self.file == OVERRIDE and self.key else self.key
+        ours = self.key.partition(".")[0] in ("model", "data", "train")  # sections of the run YAML
+        name = f"ds.{self.key}" if self.file == OVERRIDE and not ours else self.key
         return name if self.value is ABSENT else f"{name} = {shown(self.value)}"
 
     @property
@@ -77,9 +78,8 @@ class Finding:
     @property
     def sentences(self) -> list[str]:
         """Why, what is allowed unless the list is long and a suggestion says enough, what was meant."""
-        allowed = (
-            "" if not self.allowed or (self.suggestion and len(self.allowed) > _LONG) else f"expected {self.allowed}"
-        )
+        too_long = self.suggestion and len(self.allowed) > _LONG
+        allowed = f"expected {self.allowed}" if self.allowed and not too_long else ""
         return [part for part in (self.why, allowed, self.hint) if part]
 
     @property
@@ -97,19 +97,11 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for --format json; null where something is unknown."""
-        return {
-            "level": self.level,
-            "file": self.file,
-            "line": self.line,
-            "column": self.column,
-            "key": self.key or None,
-            "value": None if self.value is ABSENT else self.value,
-            "given": self.value is not ABSENT,
-            "allowed": self.allowed or None,
-            "suggestion": self.suggestion or None,
-            "why": self.why,
-            "message": self.message,
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "excerpt"}
+        for name in ("key", "allowed", "suggestion"):
+            fields[name] = fields[name] or None
+        given = self.value is not ABSENT
+        return {**fields, "value": self.value if given else None, "given": given, "message": self.message}
 
 
 OVERRIDE = "override"
@@ -136,33 +128,36 @@ class Findings:
     strict: bool = False
     """Whether every warning is an error, but for those of a machine: ranks on unlike ones must refuse alike."""
 
-    def add(self, level: Level, key: str, value: Any, why: str, of_machine: bool = False, **more: str) -> None:
-        """Note something about a key, or of this machine because of it; `more` is allowed or suggestion."""
-        level, why = (level, why) if of_machine else self._judged(level, why)
-        mark, name = self.mark(key), shortened(key, 200)
-        if self.from_override(key):
-            self._add(Finding(level, OVERRIDE, None, None, name, value, why, **more))
-        else:
-            self._add(Finding(level, self.file, mark and mark.line, mark and mark.column, name, value, why, **more))
+    def add(
+        self,
+        level: Level,
+        key: str,
+        value: Any,
+        why: str,
+        *,
+        of_machine: bool = False,
+        at: Mark | None = None,
+        allowed: str = "",
+        suggestion: str = "",
+    ) -> None:
+        """Note something about a key, or of this machine because of it.
 
-    def at(self, mark: Mark | None, level: Level, key: str, why: str) -> None:
-        """Note something about a place of the file."""
-        level, why = self._judged(level, why)
-        place = (mark and mark.line, mark and mark.column)
-        self._add(Finding(level, self.file, *place, shortened(key, 200), ABSENT, why))
-
-    def error(self, key: str, value: Any, why: str, **more: str) -> None:
-        """Note what forbids to start."""
-        self.add("error", key, value, why, False, **more)
-
-    def _judged(self, level: Level, why: str) -> tuple[Level, str]:
-        if self.strict and level == "warning":
-            return "error", f"{why} (a warning, refused because of --strict)"
-        return level, why
-
-    def _add(self, finding: Finding) -> None:
+        Args:
+            of_machine: another machine would not say so, so that no warning is an error.
+            at: a place of the file, where it is not the key's.
+        """
+        if self.strict and level == "warning" and not of_machine:
+            level, why = "error", f"{why} (a warning, refused because of --strict)"
+        file, mark = (OVERRIDE, None) if at is None and self.from_override(key) else (self.file, at or self.mark(key))
+        finding = Finding(
+            level, file, mark and mark.line, mark and mark.column, shortened(key, 200), value, why, allowed, suggestion
+        )
         if finding not in self.all:
             self.all.append(finding)
+
+    def error(self, key: str, value: Any, why: str, allowed: str = "", suggestion: str = "") -> None:
+        """Note what forbids to start."""
+        self.add("error", key, value, why, allowed=allowed, suggestion=suggestion)
 
     def from_override(self, key: str) -> bool:
         """Whether the key, or a section around it, came from the command line."""

@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
-from chatgot.deepspeed_json.findings import Findings
-from chatgot.deepspeed_json.optimizers import cpu_adam_key, optimizer_arguments
-from chatgot.deepspeed_json.rule_types import Subject
-
-_MONITORS = {"tensorboard": ("tensorboard", "tensorboardX"), "comet": ("comet_ml",), "wandb": ("wandb",)}
-_OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+from chatgot.deepspeed_json.optimizers import cpu_adam_key, variant
+from chatgot.deepspeed_json.rule_types import Rule, Subject, warning
 
 
 def has_package(*names: str) -> bool:
@@ -44,59 +41,52 @@ def has_library(name: str) -> bool:
     return find_library(name) is not None
 
 
-def note_lacks(subject: Subject, findings: Findings) -> None:
-    """Note packages, compilers and folders that this configuration needs and this machine lacks."""
-    values = subject.v
-    for section, packages in _MONITORS.items():
-        if values[f"{section}.enabled"] and not has_package(*packages):
-            lost = "the run is not recorded there" if section == "wandb" else "DeepSpeed stops at the start"
-            why = f"the package {' or '.join(packages)} is not installed: {lost}"
-            findings.add("warning", values.name(f"{section}.enabled"), True, why, of_machine=True)
-    for dotted, what in _compiled(subject).items():
-        if lacks := [name for name, there in _compiler(subject, dotted).items() if not there]:
-            why = f"{what} is compiled at the first start, and this machine lacks {', '.join(lacks)}"
-            value = True if dotted.startswith("chatgot") else values[dotted]
-            name = dotted if dotted.startswith("chatgot") else values.name(dotted)
-            findings.add("warning", name, value, why, of_machine=True)
-    for section in _OFFLOADS:
-        path = values[f"{section}.nvme_path"]
-        if values[f"{section}.device"] == "nvme" and path and not (os.path.isdir(path) and os.access(path, os.W_OK)):
-            why = "is no folder that this machine can write to"
-            findings.add("warning", values.name(f"{section}.nvme_path"), path, why, of_machine=True)
+def _lacks(s: Subject, what: str, also: str = "") -> dict[str, str] | None:
+    """What this machine lacks to compile something at the first start: g++, and what `also` names."""
+    there = {
+        "g++": has_command("g++", "c++"),
+        "ninja": "ninja" not in also or has_command("ninja") or has_package("ninja"),
+        "nvcc (CUDA toolkit)": "nvcc" not in also or s.facts.kind != "cuda" or has_cuda_compiler(),
+        "libaio": "aio" not in also or has_library("aio"),
+    }
+    lacks = ", ".join(name for name, found in there.items() if not found)
+    return {"what": what, "lacks": lacks} if lacks else None
 
 
-def _compiled(subject: Subject) -> dict[str, str]:
-    """Key -> what DeepSpeed or torch compiles at the first start because of it."""
-    needs: dict[str, str] = {}
-    if subject.optimizer:
-        kind, params = str(subject.v.optimizer.type), subject.arguments
-        variant = optimizer_arguments(kind, params, subject.offloaded)
-        asked = params.get("torch_adam") is False or params.get("bias_correction") is False
-        asked = asked or bool(cpu_adam_key(subject.v, subject.tree))
-        if variant in ("lamb", "lion/fused", "lion/cpu", "adagrad/cpu") or (
-            variant in ("adam/fused", "adam/cpu") and asked
-        ):
-            needs["optimizer.type"] = f"DeepSpeed's {kind}"
-    for section in _OFFLOADS:
-        if subject.v[f"{section}.device"] == "nvme":
-            needs[f"{section}.device"] = "DeepSpeed's asynchronous file access"
-    if subject.v.compile.deepcompile and subject.stage:
-        needs["compile.deepcompile"] = "DeepCompile"
-    if subject.chatgot.compile.enabled:
-        needs["chatgot.compile.enabled"] = "the model"
-    return needs
+def _optimizer(s: Subject) -> dict[str, str] | None:
+    built, arguments = variant(s), s.arguments
+    asked = arguments.get("torch_adam") is False or arguments.get("bias_correction") is False or cpu_adam_key(s)
+    if built in ("lamb", "lion/fused", "lion/cpu", "adagrad/cpu") or (built in ("adam/fused", "adam/cpu") and asked):
+        return _lacks(s, f"DeepSpeed's {s.v.optimizer.type}", "ninja" if s.offloaded else "ninja, nvcc")
+    return None
 
 
-def _compiler(subject: Subject, dotted: str) -> dict[str, bool]:
-    """Program -> whether it is there, for what `_compiled` says of a key."""
-    if dotted == "chatgot.compile.enabled" and subject.facts.kind == "cuda":
-        return {"a C compiler (gcc), so that it stays eager": has_c_compiler("cuda")}
-    needs = {"g++": has_command("g++", "c++")}
-    if dotted != "chatgot.compile.enabled":
-        needs["ninja"] = has_command("ninja") or has_package("ninja")
-    on_cuda = dotted == "compile.deepcompile" or (dotted == "optimizer.type" and not subject.offloaded)
-    if on_cuda and subject.facts.kind == "cuda":
-        needs["nvcc (CUDA toolkit)"] = has_cuda_compiler()
-    if dotted.endswith(".device"):
-        needs["libaio"] = has_library("aio")
-    return needs
+def _model(s: Subject) -> dict[str, str] | None:
+    if s.facts.kind == "cuda":
+        eager = "a C compiler (gcc), so that it stays eager"
+        return None if has_c_compiler("cuda") else {"what": "the model", "lacks": eager}
+    return _lacks(s, "the model")
+
+
+_COMPILED = "{what} is compiled at the first start, and this machine lacks {lacks}"
+_OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+_machine = partial(warning, machine=True)
+# fmt: off
+RULES: tuple[Rule, ...] = (
+    *(_machine(f"{section}.enabled", lambda s, on, packages=packages: on and not has_package(*packages),
+               f"the package {' or '.join(packages)} is not installed: {lost}") for section, packages, lost in (
+        ("tensorboard", ("tensorboard", "tensorboardX"), "DeepSpeed stops at the start"),
+        ("comet", ("comet_ml",), "DeepSpeed stops at the start"),
+        ("wandb", ("wandb",), "the run is not recorded there"))),
+    _machine("optimizer.type", lambda s, _: s.optimizer and _optimizer(s), _COMPILED),
+    _machine(" ".join(f"{section}.device" for section in _OFFLOADS), lambda s, device: device == "nvme"
+             and _lacks(s, "DeepSpeed's asynchronous file access", "ninja, aio"), _COMPILED),
+    _machine("compile.deepcompile", lambda s, on: on and s.stage and _lacks(s, "DeepCompile", "ninja, nvcc"),
+             _COMPILED),
+    _machine("chatgot.compile.enabled", lambda s, on: on and _model(s), _COMPILED),
+    *(_machine(f"{section}.nvme_path", lambda s, path, section=section: s.v[f"{section}.device"] == "nvme" and path
+               and not (os.path.isdir(path) and os.access(path, os.W_OK)),
+               "is no folder that this machine can write to") for section in _OFFLOADS),
+)
+"""The rows of rules.RULES about this machine: packages, compilers and folders that it may lack."""
+# fmt: on

@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import ABSENT, Findings, meant
+from chatgot.deepspeed_json.findings import ABSENT, meant
 from chatgot.deepspeed_json.rule_types import Rule, Subject, adapted, error, note, warning
 from chatgot.deepspeed_json.schema import Key
-from chatgot.deepspeed_json.values import Values, given_arguments, is_offloaded, read_arguments
+from chatgot.deepspeed_json.values import read_arguments
 
 DEEPSPEED_OPTIMIZERS = ("adam", "adamw", "adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
 TORCH_OPTIMIZERS = tuple(n.removeprefix("torch.") for n in schema.OPTIMIZER_PARAMS if n.startswith("torch."))
@@ -39,29 +39,27 @@ REFUSED_SCHEDULERS = {
 }
 
 
-def optimizer_arguments(kind: str, params: dict[str, Any], offloaded: bool) -> str:
+def variant(s: Subject) -> str:
     """Which entry of OPTIMIZER_PARAMS describes the optimizer that DeepSpeed builds (engine.py,
     _configure_basic_optimizer).
     """
-    name = kind.lower()
-    if name in ("adam", "adamw"):
-        return "adam/torch" if params.get("torch_adam") else "adam/cpu" if offloaded else "adam/fused"
-    if name == "adagrad":
-        return "adagrad/cpu" if offloaded else "adagrad/torch"
-    if name == "lion":
-        return "lion/cpu" if offloaded else "lion/fused"
-    return name if name in DEEPSPEED_OPTIMIZERS else f"torch.{kind}"
+    if s.optimizer in ("adam", "adamw"):
+        return "adam/torch" if s.arguments.get("torch_adam") else "adam/cpu" if s.offloaded else "adam/fused"
+    if s.optimizer == "adagrad":
+        return "adagrad/cpu" if s.offloaded else "adagrad/torch"
+    if s.optimizer == "lion":
+        return "lion/cpu" if s.offloaded else "lion/fused"
+    return s.optimizer if s.optimizer in DEEPSPEED_OPTIMIZERS else f"torch.{s.v.optimizer.type}"
 
 
-def known_arguments(values: Values, tree: dict[str, Any], section: str) -> dict[str, Key]:
+def known_arguments(s: Subject, section: str) -> dict[str, Key]:
     """What the optimizer or scheduler of this configuration takes; empty for one that nobody knows."""
-    kind = values[f"{section}.type"]
+    kind = s.v[f"{section}.type"]
     if not isinstance(kind, str):
         return {}
     if section == "scheduler":
         return schema.SCHEDULER_PARAMS.get(kind, {})
-    variant = optimizer_arguments(kind, given_arguments(tree, section), is_offloaded(values))
-    return schema.OPTIMIZER_PARAMS.get(variant, {})
+    return schema.OPTIMIZER_PARAMS.get(variant(s), {})
 
 
 _OFFLOAD = "zero_optimization.offload_optimizer"
@@ -72,13 +70,17 @@ zero/stage_1_and_2.py), or makes another CPUAdam of it (superoffload).
 """
 
 
-def cpu_adam_key(values: Values, tree: dict[str, Any]) -> str:
-    """The key for which DeepSpeed must build its CPUAdam; empty where torch's AdamW does the same update."""
-    name, params = str(values.optimizer.type).lower(), given_arguments(tree, "optimizer")
-    if name not in ("adam", "adamw") or params.get("torch_adam") or not is_offloaded(values):
+def cpu_adam_key(s: Subject, arguments: dict[str, Any] | None = None) -> str:
+    """The key for which DeepSpeed must build its CPUAdam; empty where torch's AdamW does the same update.
+
+    Args:
+        arguments: of the optimizer, in place of those in the JSON.
+    """
+    arguments = s.arguments if arguments is None else arguments
+    if s.optimizer not in ("adam", "adamw") or arguments.get("torch_adam") or not s.offloaded:
         return ""
     keys = ("zero_force_ds_cpu_optimizer", *_CPU_ADAM_ONLY)
-    return next((key for key in keys if key in values and _is_asked(values[key])), "")
+    return next((key for key in keys if key in s.v and _is_asked(s.v[key])), "")
 
 
 def _is_asked(value: Any) -> bool:
@@ -86,56 +88,42 @@ def _is_asked(value: Any) -> bool:
     return value if isinstance(value, bool) else value < 1
 
 
-def check_optimizer(values: Values, tree: dict[str, Any], findings: Findings) -> None:
-    """Note what is wrong with the optimizer's type and arguments."""
-    if "optimizer" not in tree and not any(finding.suggestion == "optimizer" for finding in findings.all):
-        findings.error("optimizer", ABSENT, "must be given: without it there is nothing to train with")
-    kind = values.optimizer.type
-    if not isinstance(kind, str):
-        return
-    name, key = kind.lower(), "optimizer.type"
-    if refused := REFUSED_OPTIMIZERS.get(name) or REFUSED_OPTIMIZERS.get(kind):
-        findings.error(key, kind, f"{refused}; use AdamW or Muon")
-        return
-    if name not in DEEPSPEED_OPTIMIZERS and kind not in TORCH_OPTIMIZERS:
-        known = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", *TORCH_OPTIMIZERS)
-        why = "unknown optimizer, DeepSpeed fails when it builds it"
-        findings.error(key, kind, why, allowed="one of " + ", ".join(known), suggestion=meant(kind, known))
-        return
-    params = given_arguments(tree, "optimizer")
-    variant = optimizer_arguments(kind, params, is_offloaded(values))
-    elsewhere = {"max_grad_norm": "DeepSpeed clips by the top-level key gradient_clipping"}
-    if variant in ("adam/fused", "adam/cpu"):
-        advice = 'torch.optim.AdamW takes it: add "torch_adam": true'
-        elsewhere |= dict.fromkeys(("foreach", "fused", "maximize", "capturable"), advice)
-    makers = {"adam/fused": "DeepSpeed's fused ", "adam/cpu": "DeepSpeed's CPU ", "adam/torch": "torch's "}
-    owner = makers.get(variant, "") + kind
-    read_arguments(params, schema.OPTIMIZER_PARAMS[variant], owner, "optimizer.params", findings, elsewhere)
+def check_types(s: Subject) -> None:
+    """Note what is wrong with the types and arguments of the optimizer and the stock scheduler."""
+    if "optimizer" not in s.tree and s.is_unstated("optimizer"):
+        s.findings.error("optimizer", ABSENT, "must be given: without it there is nothing to train with")
+    names = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", *TORCH_OPTIMIZERS)
+    if _is_built(s, "optimizer", names, REFUSED_OPTIMIZERS, "AdamW or Muon"):
+        elsewhere = {"max_grad_norm": "DeepSpeed clips by the top-level key gradient_clipping"}
+        if variant(s) in ("adam/fused", "adam/cpu"):
+            advice = 'torch.optim.AdamW takes it: add "torch_adam": true'
+            elsewhere |= dict.fromkeys(("foreach", "fused", "maximize", "capturable"), advice)
+        makers = {"adam/fused": "DeepSpeed's fused ", "adam/cpu": "DeepSpeed's CPU ", "adam/torch": "torch's "}
+        owner = f"{makers.get(variant(s), '')}{s.v.optimizer.type}"
+        known = known_arguments(s, "optimizer")
+        read_arguments(s.arguments, known, owner, "optimizer.params", s.findings, elsewhere)
+    if _is_built(s, "scheduler", tuple(schema.SCHEDULER_PARAMS), REFUSED_SCHEDULERS, "chatgot.schedule"):
+        kind, known = str(s.v.scheduler.type), known_arguments(s, "scheduler")
+        if s.tree["scheduler"].get("params") is None:
+            why = f"must be given, DeepSpeed fails without it; {{}} for {kind}'s own defaults"
+            s.findings.error("scheduler.params", ABSENT, why)
+        else:
+            read_arguments(s.params("scheduler"), known, kind, "scheduler.params", s.findings, {})
 
 
-def check_scheduler(values: Values, tree: dict[str, Any], findings: Findings) -> None:
-    """Note what is wrong with the stock scheduler's type and arguments."""
-    if "scheduler" not in values:
-        return
-    kind, key = values.scheduler.type, "scheduler.type"
+def _is_built(s: Subject, section: str, names: tuple[str, ...], refused: dict[str, str], instead: str) -> bool:
+    """Whether DeepSpeed can build what a section asks for; else it is noted, unless there is no type at all."""
+    key, kind = f"{section}.type", s.v[f"{section}.type"]
     if not isinstance(kind, str):
-        return
-    if kind in REFUSED_SCHEDULERS:
-        findings.error(key, kind, f"{REFUSED_SCHEDULERS[kind]}; use chatgot.schedule")
-    elif kind not in schema.SCHEDULER_PARAMS:
-        known = tuple(schema.SCHEDULER_PARAMS)
-        why = "unknown scheduler, DeepSpeed fails when it builds it"
-        findings.error(key, kind, why, allowed="one of " + ", ".join(known), suggestion=meant(kind, known))
-    elif tree["scheduler"].get("params") is None:
-        why = f"must be given, DeepSpeed fails without it; {{}} for {kind}'s own defaults"
-        findings.error("scheduler.params", ABSENT, why)
+        return False
+    if why := refused.get(kind) or refused.get(kind.lower()):
+        s.findings.error(key, kind, f"{why}; use {instead}")
+    elif not known_arguments(s, section):
+        why, allowed = f"unknown {section}, DeepSpeed fails when it builds it", "one of " + ", ".join(names)
+        s.findings.error(key, kind, why, allowed=allowed, suggestion=meant(kind, names))
     else:
-        params = given_arguments(tree, "scheduler")
-        read_arguments(params, schema.SCHEDULER_PARAMS[kind], kind, "scheduler.params", findings, {})
-
-
-def _variant(s: Subject) -> str:
-    return optimizer_arguments(str(s.v.optimizer.type), s.arguments, s.offloaded)
+        return True
+    return False
 
 
 def _is_untested(s: Subject) -> bool:
@@ -159,7 +147,7 @@ def has_one_group(stage: int, optimizer: str, offloaded: bool) -> bool:
 def _no_lr(s: Subject) -> dict[str, str] | None:
     if not s.optimizer or {"lr", "muon_lr", "adam_lr"} & set(s.arguments):
         return None
-    node = schema.OPTIMIZER_PARAMS.get(_variant(s), {}).get("lr")
+    node = known_arguments(s, "optimizer").get("lr")
     return {"lr": f"{node.default:g}" if node is not None and node.default else "the optimizer's own"}
 
 
@@ -167,17 +155,17 @@ def _no_lr(s: Subject) -> dict[str, str] | None:
 RULES: tuple[Rule, ...] = (
     error("optimizer.type", lambda s, _: s.stage > 0 and not s.v.zero_allow_untested_optimizer and _is_untested(s),
           "DeepSpeed did not test it with ZeRO; add zero_allow_untested_optimizer = true to use it"),
-    error("optimizer.type", lambda s, _: s.optimizer in CUDA_OPTIMIZERS and _variant(s) != "lion/cpu"
+    error("optimizer.type", lambda s, _: s.optimizer in CUDA_OPTIMIZERS and variant(s) != "lion/cpu"
           and s.facts.kind == "cpu", "its kernel exists for CUDA only; use AdamW", device=True),
     error("optimizer.type", lambda s, _: s.optimizer == "lamb" and s.offloaded, "its kernel cannot step on offloaded "
           "state; use AdamW, or zero_optimization.offload_optimizer.device = none"),
     error("fp16.loss_scale", lambda s, scale: s.optimizer == "lamb" and scale != 0,
           "lamb needs dynamic loss scaling; set 0"),
-    error("optimizer.params.amsgrad", lambda s, _: _variant(s) in ("adam/fused", "adam/cpu")
+    error("optimizer.params.amsgrad", lambda s, _: variant(s) in ("adam/fused", "adam/cpu")
           and s.arguments.get("amsgrad") is True and {"value": True},
           'DeepSpeed\'s Adam does not have it; add "torch_adam": true'),
     error(" ".join(_CPU_ADAM_ONLY), lambda s, value: _is_asked(value) and s.offloaded and s.stage and s.optimizer
-          and _variant(s) != "adam/cpu", "DeepSpeed takes its CPUAdam only for it: optimizer.type must be AdamW or "
+          and variant(s) != "adam/cpu", "DeepSpeed takes its CPUAdam only for it: optimizer.type must be AdamW or "
           "Adam, without torch_adam"),
     error("optimizer.params.adam_w_mode", lambda s, _: s.optimizer == "adam" and s.stage == 3 and s.offloaded
           and s.arguments.get("adam_w_mode") is False and any(_is_asked(s.v[key]) for key in _CPU_ADAM_ONLY[:2])
@@ -186,7 +174,7 @@ RULES: tuple[Rule, ...] = (
     warning(f"{_OFFLOAD}.super_offload", lambda s, on: on and s.stage == 3,
             "keeps the optimizer's state in a process of its own, which no checkpoint reaches: a resumed run starts "
             "with a new state", "superoffload/superoffload_utils.py"),
-    error("optimizer.params.foreach", lambda s, _: _variant(s) == "adam/torch" and s.arguments.get("fused")
+    error("optimizer.params.foreach", lambda s, _: variant(s) == "adam/torch" and s.arguments.get("fused")
           and s.arguments.get("foreach") and {"value": True}, "torch takes fused or foreach, not both"),
     error("optimizer.params.adam_w_mode", lambda s, _: s.optimizer == "adamw"
           and s.arguments.get("adam_w_mode") is False and {"value": False},

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,18 +120,16 @@ def check_document(document: Document, findings: Findings) -> None:
     """Note keys that were given twice as errors, and what only hjson's dialect allows once per kind."""
     for key, mark in document.duplicates:
         why = f"given twice in {key.rpartition('.')[0] or 'the top level'}; keep one of them"
-        findings.at(mark, "error", key, why)
-    kinds = [kind for kind, _, _ in document.liberties]
-    for kind in dict.fromkeys(kinds):
-        _, mark, key = document.liberties[kinds.index(kind)]
-        often = f" ({kinds.count(kind)} places in this file)" if kinds.count(kind) > 1 else ""
+        findings.add("error", key, ABSENT, why, at=mark)
+    counts = Counter(kind for kind, _, _ in document.liberties)
+    for kind, mark, key in {liberty[0]: liberty for liberty in reversed(document.liberties)}.values():
+        often = f" ({counts[kind]} places in this file)" if counts[kind] > 1 else ""
         if kind == "unquoted text":
             why = "it runs to the end of the line, commas and comments included; put it in quotes"
-            findings.at(mark, "warning", key, f"{kind}{often}: {why}")
+            findings.add("warning", key, ABSENT, f"{kind}{often}: {why}", at=mark)
         else:
-            findings.at(
-                mark, "note", "", f"{kind}{often}: not JSON, but DeepSpeed reads it (hjson); other tools will not"
-            )
+            why = "not JSON, but DeepSpeed reads it (hjson); other tools will not"
+            findings.add("note", "", ABSENT, f"{kind}{often}: {why}", at=mark)
 
 
 class _Finder:
@@ -153,10 +152,11 @@ class _Finder:
         self.skip()
         try:
             if self.text[self.position : self.position + 1] in ("{", ""):
-                self.value("")
+                self.take(r"\{")
+                self.elements("", "}")
             else:
                 self.liberty("no braces around the whole")
-                self.members("", "")
+                self.elements("", "")
             self.skip()
         except (LookupError, RecursionError):
             pass  # best effort: the values are hjson's
@@ -165,8 +165,8 @@ class _Finder:
         line = bisect_right(self.lines, self.position)
         return Mark(line, self.position - self.lines[line - 1] + 1)
 
-    def liberty(self, kind: str, key: str = "") -> None:
-        self.document.liberties.append((kind, self.mark(), key))
+    def liberty(self, kind: str, key: str = "", at: Mark | None = None) -> None:
+        self.document.liberties.append((kind, at or self.mark(), key))
 
     def take(self, pattern: str | re.Pattern[str]) -> str | None:
         match = re.compile(pattern).match(self.text, self.position)
@@ -183,25 +183,26 @@ class _Finder:
             self.take(self.COMMENT)
             self.take(r"\s*")
 
-    def value(self, where: str) -> None:
-        if self.take(r"\{"):
-            self.members(where, "}")
-        elif self.take(r"\["):
-            while not self.ends("]"):
-                self.value(where)
-        elif quoted := self.QUOTED.match(self.text, self.position):
-            if quoted.group()[0] == "'":
-                self.liberty("text in triple quotes" if quoted.group().startswith("'''") else "single quotes", where)
-            self.take(self.QUOTED)
-        elif self.take(self.LITERAL) is None:
-            self.liberty("unquoted text", where)
-            self.take(r"[^\r\n]*")
-
-    def members(self, where: str, closing: str) -> None:
+    def elements(self, where: str, closing: str) -> None:
+        """Walk over what stands between brackets, or, where there are none, to the text's end."""
         names: set[str] = set()
-        while not self.ends(closing):
-            mark = self.mark()
-            key = self.key()
+        first = True
+        while True:
+            end = self.mark()
+            self.skip()
+            mark, comma = self.mark(), self.take(",")
+            self.skip()
+            if self.position == len(self.text) or (closing and self.take(re.escape(closing))):
+                if comma:
+                    self.liberty("trailing comma", at=mark)
+                return
+            if not (first or comma):
+                self.liberty("missing comma", at=end)
+            first = False
+            if closing == "]":
+                self.value(where)
+                continue
+            mark, key = self.mark(), self.key()
             dotted = f"{where}.{key}" if where else key
             if key in names:
                 self.document.duplicates.append((dotted, mark))
@@ -213,6 +214,17 @@ class _Finder:
             self.skip()
             self.value(dotted)
 
+    def value(self, where: str) -> None:
+        if bracket := self.take(r"[{\[]"):
+            self.elements(where, "}" if bracket == "{" else "]")
+        elif quoted := self.QUOTED.match(self.text, self.position):
+            if quoted.group()[0] == "'":
+                self.liberty("text in triple quotes" if quoted.group().startswith("'''") else "single quotes", where)
+            self.take(self.QUOTED)
+        elif self.take(self.LITERAL) is None:
+            self.liberty("unquoted text", where)
+            self.take(r"[^\r\n]*")
+
     def key(self) -> str:
         quoted = self.QUOTED.match(self.text, self.position)
         if quoted is None:
@@ -223,27 +235,6 @@ class _Finder:
         self.position = quoted.end()
         inner = quoted.group()[1:-1]
         return json.loads(f'"{inner}"', strict=False) if "\\" in inner and '"' not in inner else inner
-
-    def ends(self, closing: str) -> bool:
-        """Go behind what separates elements; whether the closing bracket (or the text's end) came, and behind it."""
-        begin = self.position
-        before = begin
-        while before and self.text[before - 1].isspace():
-            before -= 1
-        first = self.text[max(before - 1, 0) : before] in ("", "{", "[") or (not closing and begin == 0)
-        self.skip()
-        mark = self.mark()
-        has_comma = self.take(",") is not None
-        self.skip()
-        if self.position == len(self.text) or (closing and self.take(re.escape(closing))):
-            if has_comma:
-                self.document.liberties.append(("trailing comma", mark, ""))
-            return True
-        if not (first or has_comma):
-            self.position, here = begin, self.position
-            self.liberty("missing comma")
-            self.position = here
-        return False
 
 
 def _syntax_finding(text: str, name: str, reason: str, position: int) -> Finding:
@@ -268,13 +259,6 @@ def _syntax_finding(text: str, name: str, reason: str, position: int) -> Finding
     mark, excerpt = Mark(text.count("\n", 0, position) + 1, column), shortened(line[begin:], 120)
     why, excerpt = f"not valid JSON: {shortened(reason)}", f"    {excerpt}\n    {indent}^"
     return Finding("error", name, mark.line, mark.column, "", ABSENT, why, excerpt=excerpt)
-
-
-def plain_copy(value: Any) -> Any:
-    """A deep copy made of plain dicts and lists."""
-    if isinstance(value, dict):
-        return {key: plain_copy(item) for key, item in value.items()}
-    return [plain_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # --- the JSONs that ship with ChatGoT ---

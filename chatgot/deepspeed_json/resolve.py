@@ -8,24 +8,23 @@ sections. train.py reads and resolves once, and completes the result when it kno
 from __future__ import annotations
 
 import dataclasses
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
-from chatgot.deepspeed_json import machine, schema
-from chatgot.deepspeed_json.adapt import RUN_LENGTH, Adaptation
-from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, Batch, resolve_batch
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import read_fields
-from chatgot.deepspeed_json.findings import Finding, Findings
-from chatgot.deepspeed_json.optimizers import check_optimizer, check_scheduler, cpu_adam_key
-from chatgot.deepspeed_json.reach import note_idle
-from chatgot.deepspeed_json.read import Document, check_document, plain_copy, read_document
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.adapt import RUN_LENGTH, adapt, resolve_batch
+from chatgot.deepspeed_json.findings import Finding, Findings, shown
+from chatgot.deepspeed_json.optimizers import check_types, cpu_adam_key
+from chatgot.deepspeed_json.read import Document, check_document, read_document
 from chatgot.deepspeed_json.rule_types import Subject, apply
 from chatgot.deepspeed_json.rules import RULES
-from chatgot.deepspeed_json.values import Derivations, Values, apply_overrides, read_values, without_comments
+from chatgot.deepspeed_json.schema import ACCUMULATION, MICRO
+from chatgot.deepspeed_json.settings import ChatGoTSection, read_fields
+from chatgot.deepspeed_json.values import Values, apply_overrides, note_idle, read_values, without_comments
 from chatgot.devices import DeviceFacts
 
 Precision = Literal["fp32", "bf16", "fp16", "autocast_bf16", "autocast_fp16"]
@@ -96,24 +95,11 @@ class EngineConfig:
         chatgot = self.chatgot.model_dump(by_alias=True, mode="json")
         if self.activation_checkpointing is None:
             del chatgot["activation_checkpointing"]  # would do nothing without the DeepSpeed section, and is refused
-        return {**plain_copy(self.deepspeed), "wandb": dataclasses.asdict(self.wandb), "chatgot": chatgot}
+        return {**deepcopy(self.deepspeed), "wandb": dataclasses.asdict(self.wandb), "chatgot": chatgot}
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(Subject):
     """A JSON with everything that is to be said about it, whether or not it can be used."""
-
-    document: Document
-    subject: Subject
-    """The configuration as the rules see it: values, tree with overrides, device, ranks."""
-    derived: Derivations
-    backend: Literal["torch", "deepspeed"] | None
-    findings: Findings
-
-    @property
-    def batch(self) -> Batch | None:
-        """The batch numbers; None: there is an error."""
-        return self.subject.batch
 
     def complete(
         self, n_params: int | None = None, micro_batch: tuple[int, str] | None = None, max_steps: int | None = None
@@ -125,21 +111,20 @@ class Resolved:
             micro_batch: where the JSON leaves it open, the micro-batch that memory allows, and why.
             max_steps: where the run ends; None: not known.
         """
-        values, findings = self.subject.v, dataclasses.replace(self.findings, all=[*self.findings.all])
-        derived, batch = Derivations(values, self.derived), self.batch
-        if micro_batch is not None and batch is not None and batch.is_open:
-            batch = resolve_batch(values, self.subject.ranks, findings, derived, micro_batch)
-        subject = dataclasses.replace(self.subject, batch=batch, n_params=n_params)
-        _fill_buckets(values, n_params, derived)
-        apply(RULES, subject, findings, late=True)
-        if RUN_LENGTH in derived and max_steps is not None:
-            derived.add(RUN_LENGTH, max_steps, '"auto", train.max_steps')
-        schedule = subject.chatgot.schedule
+        findings = dataclasses.replace(self.findings, all=[*self.findings.all])
+        whole = dataclasses.replace(self, n_params=n_params, findings=findings, derived=dict(self.derived))
+        if micro_batch is not None and whole.batch is not None and whole.batch.is_open:
+            whole.batch = resolve_batch(whole, micro_batch)
+        _fill_buckets(whole)
+        apply(RULES, whole, late=True)
+        if RUN_LENGTH in whole.derived and max_steps is not None:
+            whole.derive(RUN_LENGTH, max_steps, '"auto", train.max_steps')
+        schedule = whole.chatgot.schedule
         if schedule is not None and max_steps is not None and schedule.warmup_steps > max_steps:
             why = f"the run ends at train.max_steps = {max_steps}, before the learning rate reaches its peak"
             advice = f"{why}; {max(1, max_steps // 10)} would be a tenth of the run"
             findings.add("warning", "chatgot.schedule.warmup_steps", schedule.warmup_steps, advice)
-        return dataclasses.replace(self, subject=subject, derived=derived, findings=findings)
+        return whole
 
     def engine_config(self) -> EngineConfig:
         """Split into what DeepSpeed gets and what ChatGoT gets.
@@ -148,21 +133,20 @@ class Resolved:
             ConfigError: all that is wrong, one problem per line.
         """
         self.findings.refuse()
-        tree, values, batch, zero = self.subject.tree, self.subject.v, self.batch, self.subject.v.zero_optimization
+        values, batch, zero = self.v, self.batch, self.v.zero_optimization
         assert batch is not None  # else there was an error
-        deepspeed = {key: plain_copy(value) for key, value in tree.items() if key not in ("chatgot", "wandb")}
+        deepspeed = {key: deepcopy(value) for key, value in self.tree.items() if key not in ("chatgot", "wandb")}
         for *sections, key in values.ignored:
             del reduce(getitem, sections, deepspeed)[key]
         for dotted, derived in self.derived.items():
-            if derived.inform_deepspeed:
+            if not dotted.startswith("chatgot."):
                 _put(deepspeed, values.name(dotted), derived.value)
-        optimizer = deepspeed.get("optimizer")
+        optimizer, wandb = deepspeed.get("optimizer"), values.wandb
         remarks = tuple(self.findings.at_level("adapted", "warning", "note"))
-        wandb = values.wandb
         return EngineConfig(
             path=self.document.name,
             deepspeed=deepspeed,
-            chatgot=self.subject.chatgot,
+            chatgot=self.chatgot,
             wandb=WandbConfig(wandb.enabled, wandb.project, wandb.group, wandb.team),
             train_batch_size=batch.total,
             micro_batch_size=batch.micro,
@@ -171,16 +155,22 @@ class Resolved:
             zero_stage=zero.stage,
             offload_optimizer="cpu" if zero.cpu_offload else values["zero_optimization.offload_optimizer.device"],
             offload_param="cpu" if zero.cpu_offload_param else values["zero_optimization.offload_param.device"],
-            optimizer=optimizer and OptimizerConfig(optimizer["type"], plain_copy(optimizer.get("params") or {})),
-            cpu_adam_key=cpu_adam_key(values, tree),
-            scheduler=plain_copy(deepspeed.get("scheduler")),
+            optimizer=optimizer and OptimizerConfig(optimizer["type"], deepcopy(optimizer.get("params") or {})),
+            cpu_adam_key=cpu_adam_key(self),
+            scheduler=deepcopy(deepspeed.get("scheduler")),
             gradient_clipping=float(values.gradient_clipping),
-            activation_checkpointing=plain_copy(deepspeed.get("activation_checkpointing")),
+            activation_checkpointing=deepcopy(deepspeed.get("activation_checkpointing")),
             activation_backend=self.backend,
-            notes=(*self.derived.lines(besides=remarks), *(f"{finding.level}: {finding.text}" for finding in remarks)),
+            notes=(*self._derivations(), *(f"{finding.level}: {finding.text}" for finding in remarks)),
             findings=remarks,
-            source=plain_copy(self.document.tree),
+            source=deepcopy(self.document.tree),
         )
+
+    def _derivations(self) -> list[str]:
+        """'key = value: reason' of what was derived, but for what a finding says that it is adapted."""
+        said = tuple(f"{finding.key}." for finding in self.findings.at_level("adapted"))
+        named = [(self.v.name(dotted), derived) for dotted, derived in self.derived.items()]
+        return [f"{name} = {shown(one.value)}: {one.reason}" for name, one in named if not f"{name}.".startswith(said)]
 
 
 def resolve(
@@ -200,35 +190,21 @@ def resolve(
         facts: what the device can do.
         strict: whether every warning is an error.
     """
-    tree = apply_overrides(plain_copy(document.tree), overrides or {})
+    tree = apply_overrides(deepcopy(document.tree), overrides or {})
     findings = Findings(document.name, frozenset(overrides or {}), document.marks, strict=strict)
     check_document(document, findings)
     values = read_values(tree, findings)
     section = without_comments(tree.get("chatgot", {}), "chatgot", findings)
     section = section if isinstance(section, dict) else {}  # anything but a mapping was noted by read_values
     chatgot = read_fields(ChatGoTSection, section, "chatgot", findings)
-    derived = Derivations(values)
-    Adaptation(values, tree, facts, world_size, findings, derived).run()
-    chatgot = _with_compile(chatgot, values, derived)
-    batch = resolve_batch(values, world_size, findings, derived)
-    check_optimizer(values, tree, findings)
-    check_scheduler(values, tree, findings)
-    misspelled = frozenset(finding.suggestion for finding in findings.at_level("error"))
-    subject = Subject(values, tree, chatgot, facts, world_size, batch, misspelled=misspelled)
-    apply(RULES, subject, findings, late=False)
+    resolved = Resolved(document, tree, values, chatgot, facts, world_size, findings)
+    adapt(resolved)
+    resolved.batch = resolve_batch(resolved)
+    check_types(resolved)
+    apply(RULES, resolved, late=False)
     note_idle(values, findings)
-    machine.note_lacks(subject, findings)
-    _fill_defaults(values, derived)
-    backend = _recomputation_backend(subject, derived)
-    return Resolved(document, subject, derived, backend, findings)
-
-
-def _with_compile(chatgot: ChatGoTSection, values: Values, derived: Derivations) -> ChatGoTSection:
-    """Compile the model for DeepCompile, unless the file says whether to."""
-    if not values.compile.deepcompile or "enabled" in chatgot.compile.model_fields_set:
-        return chatgot
-    derived.add("chatgot.compile.enabled", True, "compile.deepcompile needs it", inform_deepspeed=False)
-    return chatgot.model_copy(update={"compile": chatgot.compile.model_copy(update={"enabled": True})})
+    _fill_defaults(resolved)
+    return resolved
 
 
 def read_engine_config(
@@ -262,52 +238,43 @@ def build_engine_config(
     return resolved.complete(n_params).engine_config()
 
 
-def _fill_defaults(values: Values, derived: Derivations) -> None:
-    """State the defaults that DeepSpeed changed in 2026, so that the stored file means the same under any version."""
+def _fill_defaults(s: Subject) -> None:
+    """State the defaults that DeepSpeed changed in 2026, so that the stored file means the same under any version, and
+    what recomputes.
+    """
     stated = ["gradient_clipping"]
-    stated += ["bf16.check_grad_overflow"] if values.bf16.enabled else []
+    stated += ["bf16.check_grad_overflow"] if s.v.bf16.enabled else []
     for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
-        stated += [f"{section}.pin_memory"] if values[f"{section}.device"] != "none" else []
+        stated += [f"{section}.pin_memory"] if s.v[f"{section}.device"] != "none" else []
     for dotted in stated:
-        if dotted not in values and dotted not in derived:
-            derived.add(dotted, values[dotted], "not given, DeepSpeed's default since 2026")
+        if dotted not in s.v and dotted not in s.derived:
+            s.derive(dotted, s.v[dotted], "not given, DeepSpeed's default since 2026")
+    if s.backend is not None and s.chatgot.activation_checkpointing.backend == "auto":
+        keys = s.needs_deepspeed()
+        reason = f"activation_checkpointing.{keys[0]} asks for it" if keys else "nothing needs DeepSpeed's"
+        s.derive("chatgot.activation_checkpointing.backend", s.backend, f'"auto", {reason}')
 
 
-def _fill_buckets(values: Values, n_params: int | None, derived: Derivations) -> None:
+def _fill_buckets(s: Subject) -> None:
     """Communication buckets no larger than the model.
 
     DeepSpeed allocates reduce_bucket_size elements whatever the model's size (zero/stage_1_and_2.py, zero/stage3.py),
     so that its default of 5e8 makes ZeRO cost more memory than it saves on small models.
     """
-    if n_params is None:
+    if s.n_params is None:
         return
     used_at = {"reduce_bucket_size": (1, 2, 3), "allgather_bucket_size": (1, 2), "stage3_prefetch_bucket_size": (3,)}
-    stage = values.zero_optimization.stage
-    legacy = "zero_optimization" in values and "zero_optimization.stage" not in values.spelled and stage
+    legacy = "zero_optimization" in s.v and "zero_optimization.stage" not in s.v.spelled and s.stage
     for name, stages in used_at.items():
         dotted = f"zero_optimization.{name}"
-        auto = values[dotted] == "auto"
-        if not auto and (dotted in values or legacy or stage not in stages):
+        auto = s.v[dotted] == "auto"
+        if not auto and (dotted in s.v or legacy or s.stage not in stages):
             continue
         default = schema.NODES[dotted].default
-        size = f"the model's {n_params:,} parameters"
-        reason = size if n_params < default else "DeepSpeed's default, the model is larger"
+        size = f"the model's {s.n_params:,} parameters"
+        reason = size if s.n_params < default else "DeepSpeed's default, the model is larger"
         given = '"auto"' if auto else "not given"
-        derived.add(dotted, min(default, n_params + n_params % 2), f"{given}, {reason}")
-
-
-def _recomputation_backend(subject: Subject, derived: Derivations) -> Literal["torch", "deepspeed"] | None:
-    section = "activation_checkpointing"
-    if section not in subject.v:
-        return None
-    asked = subject.chatgot.activation_checkpointing.backend
-    if asked != "auto":
-        return asked
-    wanted = subject.needs_deepspeed()
-    backend: Literal["torch", "deepspeed"] = "deepspeed" if wanted else "torch"
-    reason = f"{section}.{wanted[0]} asks for it" if wanted else "nothing needs DeepSpeed's"
-    derived.add(f"chatgot.{section}.backend", backend, f'"auto", {reason}', inform_deepspeed=False)
-    return backend
+        s.derive(dotted, min(default, s.n_params + s.n_params % 2), f"{given}, {reason}")
 
 
 def _precision(values: Values) -> Precision:

@@ -1,17 +1,17 @@
-"""What a rule about a DeepSpeed JSON is, what it looks at, and how it becomes a finding or an explanation."""
+"""What a rule about a DeepSpeed JSON is, what it looks at, and how it becomes a finding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.batch import Batch
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.findings import ABSENT, Findings, Level
-from chatgot.deepspeed_json.values import Values, given_arguments, is_offloaded
+from chatgot.deepspeed_json.read import Document
+from chatgot.deepspeed_json.settings import ChatGoTSection
+from chatgot.deepspeed_json.values import Values
 from chatgot.devices import DeviceFacts
 
 RECOMPUTATION_OF_DEEPSPEED = (
@@ -24,20 +24,49 @@ RECOMPUTATION_OF_DEEPSPEED = (
 """Keys of activation_checkpointing that torch.utils.checkpoint cannot honour."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What the rules look at."""
+class Derived(NamedTuple):
+    """A value that nobody wrote down."""
 
-    v: Values
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an optimizer step is made of."""
+
+    total: int
+    """Samples over all ranks."""
+    micro: int
+    """Samples per rank and forward pass."""
+    accumulation: int
+    """Forward passes."""
+    is_open: bool = False
+    """Whether memory decides the micro-batch ("auto", and the other two numbers do not determine it)."""
+
+
+@dataclass
+class Subject:
+    """A JSON with all that is known of it: what the rules look at, what follows from it, what is said about it."""
+
+    document: Document
     tree: dict[str, Any]
+    """The JSON with overrides; arguments of optimizer and scheduler that are "auto" are filled in here."""
+    v: Values
     chatgot: ChatGoTSection
     facts: DeviceFacts
     ranks: int
+    findings: Findings
+    derived: dict[str, Derived] = field(default_factory=dict)
+    """By documented dotted name. What does not begin with "chatgot." DeepSpeed gets too."""
     batch: Batch | None = None
+    """None: there is an error."""
     n_params: int | None = None
     """The model's parameters; None: not known yet."""
-    misspelled: frozenset[str] = frozenset()
-    """Names that errors suggest: those keys do stand there, misspelled."""
+
+    def derive(self, dotted: str, value: Any, reason: str) -> None:
+        """Note a value that nobody wrote down."""
+        self.derived[dotted] = Derived(value, reason)
 
     @property
     def stage(self) -> int:
@@ -58,22 +87,37 @@ class Subject:
     @property
     def arguments(self) -> dict[str, Any]:
         """The optimizer's arguments as given."""
-        return given_arguments(self.tree, "optimizer")
+        return self.params("optimizer")
+
+    def params(self, section: str) -> dict[str, Any]:
+        """The params of the optimizer or scheduler section; empty where there are none, or no mapping."""
+        parent = self.tree.get(section)
+        params = parent.get("params") if isinstance(parent, dict) else None
+        return params if isinstance(params, dict) else {}
 
     @property
     def offloaded(self) -> bool:
         """Whether the optimizer state lives outside the device."""
-        return is_offloaded(self.v)
+        zero = self.v.zero_optimization
+        return zero.offload_optimizer.device != "none" or bool(zero.cpu_offload)
 
     @property
-    def precision(self) -> str:
-        """bf16, fp16 or fp32."""
+    def precision(self) -> Literal["bf16", "fp16", "fp32"]:
+        """Of the parameters."""
         return "bf16" if self.v.bf16.enabled else "fp16" if self.v.fp16.enabled else "fp32"
 
     def needs_deepspeed(self) -> list[str]:
         """What only DeepSpeed's recomputation can do, and the JSON asks for."""
         section = self.v.activation_checkpointing
         return [key for key in RECOMPUTATION_OF_DEEPSPEED if getattr(section, key)]
+
+    @property
+    def backend(self) -> Literal["torch", "deepspeed"] | None:
+        """Which implementation recomputes; None: no recomputation."""
+        asked = self.chatgot.activation_checkpointing.backend
+        if "activation_checkpointing" not in self.v:
+            return None
+        return ("deepspeed" if self.needs_deepspeed() else "torch") if asked == "auto" else asked
 
     def states(self, dotted: str) -> bool:
         """Whether the file, or an override, has a key by this very name."""
@@ -86,7 +130,8 @@ class Subject:
 
     def is_unstated(self, dotted: str) -> bool:
         """Whether a key stands nowhere, not even misspelled."""
-        return dotted not in self.v.spelled and dotted not in self.v and dotted not in self.misspelled
+        misspelled = any(one.suggestion == dotted for one in self.findings.at_level("error"))
+        return dotted not in self.v.spelled and dotted not in self.v and not misspelled
 
 
 @dataclass(frozen=True)
@@ -107,6 +152,8 @@ class Rule:
     """Whether it is about a key that does not stand there."""
     device: bool = False
     """Whether it is about the device: only a warning where this machine may not be the one that runs."""
+    machine: bool = False
+    """Whether it is about this machine's packages and files: ranks on unlike ones must still refuse alike."""
     late: bool = False
     """Whether the model's size or the batch must be known."""
     unsupported: bool = False
@@ -129,7 +176,7 @@ def accepts(key: str, why: str, *allowed: Any) -> Rule:
     return error(key, lambda s, value: key in s.v and value not in allowed, why, unsupported=True)
 
 
-def apply(rules: Iterable[Rule], subject: Subject, findings: Findings, *, late: bool) -> None:
+def apply(rules: Iterable[Rule], subject: Subject, *, late: bool) -> None:
     """Hold the rules against a configuration: those that need its size and batch, or the others."""
     for rule in rules:
         for dotted in rule.keys.split() if rule.late == late else ():
@@ -144,22 +191,7 @@ def apply(rules: Iterable[Rule], subject: Subject, findings: Findings, *, late: 
                 level, why = "warning", f"{why} (seen from this machine; --device says what the run will have)"
             name = dotted if dotted not in schema.NODES else subject.v.name(dotted)
             shown = ABSENT if rule.absent else known.get("value", value)
-            findings.add(known.get("level", level), name, shown, why, guessed)
-
-
-def rules_about(rules: tuple[Rule, ...], dotted: str) -> Iterator[str]:
-    """What the rules say about a key: its own ones, then those of other keys whose message names it."""
-    words = {
-        "error": "May be refused",
-        "adapted": "May be adapted",
-        "warning": "May be warned of",
-        "note": "May be noted",
-    }
-    own = [rule for rule in rules if dotted in rule.keys.split()]
-    yield from (f"{words[rule.level]}: {rule.text()}." for rule in own)
-    for rule in rules:
-        if rule not in own and any(word.strip("();,:") == dotted for word in rule.text().split()):
-            yield f"See {rule.keys.split()[0]}: {rule.text()}."
+            subject.findings.add(known.get("level", level), name, shown, why, of_machine=guessed or rule.machine)
 
 
 def _value(subject: Subject, dotted: str) -> Any:

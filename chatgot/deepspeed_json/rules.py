@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from chatgot.deepspeed_json import optimizers
+from chatgot.deepspeed_json import machine, optimizers
 from chatgot.deepspeed_json.findings import ABSENT
-from chatgot.deepspeed_json.reach import STAGES
 from chatgot.deepspeed_json.rule_types import (
     RECOMPUTATION_OF_DEEPSPEED,
     Rule,
@@ -21,7 +20,7 @@ from chatgot.deepspeed_json.rule_types import (
     note,
     warning,
 )
-from chatgot.deepspeed_json.schema import BF16_NAMES, FP16_NAMES, FP32_NAMES
+from chatgot.deepspeed_json.schema import BF16_NAMES, FP16_NAMES, FP32_NAMES, STAGES
 
 CUDA_ONLY = (
     "zero_optimization.zero_quantized_weights",
@@ -274,6 +273,7 @@ RULES: tuple[Rule, ...] = (
           '{accumulation}); use "default", ZeRO stage 2, or a micro-batch that needs no accumulation', late=True),
 
     *optimizers.RULES,
+    *machine.RULES,
 
     # What is looked at, and what is not stated.
     note("timers.throughput.enabled", lambda s, on: on and s.facts.kind == "cuda" and s.v.timers.throughput.synchronized

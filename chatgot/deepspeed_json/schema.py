@@ -1,19 +1,26 @@
-"""The schema of the DeepSpeed JSON: every key of DeepSpeed 0.19.8 by its dotted name, and which names are gone.
+"""The schema of the DeepSpeed JSON: every key of DeepSpeed 0.19.8 by its dotted name, which names are gone, and when a
+key is read at all: the ZeRO stages, switches and other keys without which it does nothing.
 
-deepspeed_keys.py holds the keys as data; what ChatGoT accepts of them stands in rules.py.
+deepspeed_keys.py holds the keys as data; what ChatGoT accepts of them stands in rules.py. Source of when a key is read:
+where deepspeed/runtime/engine.py hands each value on (_configure_zero_optimizer and its neighbours), and who uses it
+there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
 from chatgot.deepspeed_json.deepspeed_keys import OPTIMIZER_PARAMS, SCHEDULER_PARAMS, Root
-from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.deepspeed_json.key_types import Key, Section
+from chatgot.deepspeed_json.settings import ChatGoTSection, dotted_keys
 
 __all__ = ["NODES", "OPTIMIZER_PARAMS", "REMOVED", "ROOT", "SCHEDULER_PARAMS", "Key", "Root", "Section"]
+
+TOTAL = "train_batch_size"
+MICRO = "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
 
 # Every spelling of each type: deepspeed/runtime/config.py, DtypeEnum.
 FP16_NAMES = ("fp16", "float16", "half", "torch.float16")
@@ -94,3 +101,87 @@ def spellings(section: Section) -> dict[str, str]:
     """Every spelling that a section accepts -> the documented one."""
     aliases = {node.alias: name for name, node in section.keys.items() if node.alias}
     return {**{name: name for name in section.keys}, **aliases}
+
+
+_ZERO = "zero_optimization."
+
+# fmt: off
+STAGES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys((_ZERO + key for key in (
+        "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm", "offload_optimizer",
+    )), (1, 2, 3)),
+    **dict.fromkeys((_ZERO + key for key in (
+        "use_multi_rank_bucket_allreduce", "allgather_bucket_size", "compute_grad_norm", "elastic_checkpoint",
+        "load_from_fp32_weights",
+        "ignore_unused_parameters", "round_robin_gradients", "parameter_alignment",
+    )), (1, 2)),
+    **dict.fromkeys((name for name in NODES if name.startswith(_ZERO + "stage3_")), (3,)),
+    **dict.fromkeys((_ZERO + key for key in (
+        "offload_param", "sub_group_size", "zero_hpz_partition_size", "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear",
+        "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
+        "save_muon_momentum_buffer_in_memory", "leaf_module",
+    )), (3,)),
+}
+# fmt: on
+"""The ZeRO stages that read a key; keys that are not listed are read at every stage."""
+
+_SPECIAL_SWITCHES = {
+    "compile": "compile.deepcompile",
+    "zero_optimization.offload_param": "zero_optimization.offload_param.device",
+    "zero_optimization.offload_optimizer": "zero_optimization.offload_optimizer.device",
+    "tensor_parallel": "tensor_parallel.autotp_size",
+}
+
+ON_WHEN_GIVEN = ("activation_checkpointing", "checkpoint.writer", "weight_quantization", "zero_optimization.zenflow")
+"""Sections that do nothing while they stand nowhere, whatever the defaults of their keys."""
+
+# fmt: off
+NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **{f"{_ZERO}offload_param.{key}": (f"{_ZERO}offload_param.device", ("nvme",))
+       for key in ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")},
+    **{f"{_ZERO}offload_optimizer.{key}": (f"{_ZERO}offload_optimizer.device", ("nvme",))
+       for key in ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")},
+    **{name: (f"{_ZERO}offload_optimizer.device or {_ZERO}offload_param.device", ("nvme",))
+       for name in NODES if name.startswith("aio.")},
+    **{f"fp16.{key}": ("fp16.loss_scale", (0.0,)) for key in (
+        "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale")},
+    f"{_ZERO}offload_optimizer.cpuadam_cores_perc": (f"{_ZERO}offload_optimizer.super_offload", (True,)),
+    "bf16.immediate_grad_update": ("zero_optimization.stage", (1,)),
+    "bf16.bf16_optimizer_states": ("bf16.bf16_master_weights_and_grads", (True,)),
+    "activation_checkpointing.number_checkpoints": ("activation_checkpointing.contiguous_memory_optimization", (True,)),
+    "zero_force_ds_cpu_optimizer": (f"{_ZERO}offload_optimizer.device", ("cpu", "nvme")),
+    "comms_logger.prof_ops": ("comms_logger.prof_all", (False,)),
+    "compile.free_activation_threshold": ("compile.free_activation", (True,)),
+    "compile.offload_activation_pin_memory": ("compile.offload_activation", (True,)),
+}
+# fmt: on
+"""Key -> another key and the values of it without which the first one does nothing."""
+
+NEVER = {
+    "allgather_size": "only the old form zero_optimization: true reads it",
+    "dataloader_drop_last": "it is for DeepSpeed's own data loader, and ChatGoT's only ever gives whole batches",
+    "disable_allgather": "DeepSpeed reads it and uses it nowhere",
+    "optimizer.legacy_fusion": "it is for fp16 at ZeRO stage 0, which ChatGoT runs at stage 1",
+    "seq_parallel_communication_data_type": "it is for sequence parallelism, which ChatGoT does not have",
+    "vocabulary_size": "DeepSpeed only warns when it is no multiple of 8",
+    "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed ignores it; write pin_memory inside offload_param or "
+    "offload_optimizer",
+    "zero_optimization.allgather_partitions": "DeepSpeed reads it and uses it nowhere",
+}
+"""Keys that never change a run of ChatGoT, and why."""
+
+NEVER_SECTIONS = {"pipeline": "it is for pipeline modules, and ChatGoT's model is none"}
+
+
+def section_switch(section: str) -> str | None:
+    """The key that turns a section on; None for a section without a switch."""
+    if section in _SPECIAL_SWITCHES:
+        return _SPECIAL_SWITCHES[section]
+    switch = f"{section}.enabled"
+    return switch if isinstance(NODES.get(switch), Key) else None
+
+
+def stages_in_words(stages: tuple[int, ...]) -> str:
+    """'stage 3' or 'stages 1, 2'."""
+    return f"stage {stages[0]}" if len(stages) == 1 else "stages " + ", ".join(map(str, stages))

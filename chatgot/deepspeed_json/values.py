@@ -1,18 +1,17 @@
-"""Hold the file's tree against the schema: what is unknown or mistyped is a finding, what is known becomes a value."""
+"""Hold the file's tree against the schema: what is unknown or mistyped is a finding, what is known becomes a value, and
+what nothing reads is said.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import dotted_keys
-from chatgot.deepspeed_json.findings import ABSENT, Finding, Findings, Level, meant, one_slip_apart, shown
+from chatgot.deepspeed_json.findings import ABSENT, Findings, Level, meant, one_slip_apart
 from chatgot.deepspeed_json.schema import Key, Section
+from chatgot.deepspeed_json.settings import ChatGoTSection, dotted_keys
 
 _COMMENT = re.compile(r"_|//|#|\$|comments?$")
 """How a key begins that nobody reads."""
@@ -74,35 +73,6 @@ class Values(schema.Root):
             return self.spelled.get(dotted, dotted)
         section, _, key = dotted.rpartition(".")
         return f"{self.name(section)}.{key}"
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A value that nobody wrote down."""
-
-    name: str
-    value: Any
-    reason: str
-    inform_deepspeed: bool
-    """Whether it goes into the configuration that DeepSpeed gets."""
-
-
-class Derivations(dict[str, Derived]):
-    """Every derived value of a configuration, by its documented name."""
-
-    def __init__(self, values: Values, known: dict[str, Derived] | None = None) -> None:
-        super().__init__(known or {})
-        self._values = values
-
-    def add(self, dotted: str, value: Any, reason: str, inform_deepspeed: bool = True) -> None:
-        """Note one value and why it is so."""
-        self[dotted] = Derived(self._values.name(dotted), value, reason, inform_deepspeed)
-
-    def lines(self, besides: Iterable[Finding] = ()) -> list[str]:
-        """'key = value: reason', one per value, without those of which a finding says that they are adapted."""
-        said = tuple(finding.key for finding in besides if finding.level == "adapted")
-        unsaid = [one for one in self.values() if not f"{one.name}.".startswith(tuple(f"{key}." for key in said))]
-        return [f"{one.name} = {shown(one.value)}: {one.reason}" for one in unsaid]
 
 
 def read_values(tree: dict[str, Any], findings: Findings) -> Values:
@@ -267,17 +237,64 @@ def read_arguments(
             findings.error(f"{where}.{key}", ABSENT, f"must be given for {owner}: {node.allowed()}")
 
 
-def is_offloaded(values: Values) -> bool:
-    """Whether the optimizer state lives outside the device."""
-    zero = values.zero_optimization
-    return zero.offload_optimizer.device != "none" or bool(zero.cpu_offload)
+def is_off(values: Values, section: str) -> bool:
+    """Whether a section does nothing because its switch is off, or because it stands nowhere and has no switch."""
+    if section in schema.NEVER_SECTIONS or (section in schema.ON_WHEN_GIVEN and section not in values):
+        return True
+    switch = schema.section_switch(section)
+    return switch is not None and values[switch] in (None, False, 0, "none")
 
 
-def given_arguments(tree: dict[str, Any], section: str) -> dict[str, Any]:
-    """The params of the optimizer or scheduler section; empty where there are none, or no mapping."""
-    parent = tree.get(section)
-    params = parent.get("params") if isinstance(parent, dict) else None
-    return params if isinstance(params, dict) else {}
+def idle(values: Values, dotted: str) -> str:
+    """Why a key that is given does nothing here, or an empty text. Switches are the business of its section."""
+    if dotted in schema.NEVER:
+        return schema.NEVER[dotted]
+    stage = values.zero_optimization.stage
+    if dotted in schema.STAGES and stage not in schema.STAGES[dotted]:
+        return f"read at ZeRO {schema.stages_in_words(schema.STAGES[dotted])} only, and the stage is {stage}"
+    if dotted in schema.NEEDS:
+        other, wanted = schema.NEEDS[dotted]
+        if not any(values[name] in wanted for name in other.split(" or ")):
+            return f"read only when {other} is {' or '.join(map(shown_value, wanted))}"
+    return ""
+
+
+def shown_value(value: Any) -> str:
+    """A value as prose has it: true, nvme, 0.0."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def note_idle(values: Values, findings: Findings) -> None:
+    """Note sections that are off, keys that nothing reads, and deprecated ones. A stated default harms nobody."""
+    off: dict[str, list[str]] = {}
+    for dotted in values.given:
+        node, value = schema.NODES[dotted], values[dotted]
+        section, name = dotted.rpartition(".")[0], values.name(dotted)
+        if isinstance(node, Section):
+            switch = schema.section_switch(dotted)
+            if dotted in schema.NEVER_SECTIONS:
+                findings.add("note", name, "{...}", f"does nothing: {schema.NEVER_SECTIONS[dotted]}")
+            elif switch and switch not in values and switch not in values.spelled and values[switch] in (None, False):
+                why = f"stands here but is off: {switch.rpartition('.')[2]} is not given"
+                findings.add("note", name, value, why)
+            continue
+        if node.instead and value and dotted not in schema.NEVER:
+            findings.add("note", name, value, f"is deprecated: write {node.instead}")
+        if value in (node.default, "auto"):
+            continue
+        if section and is_off(values, section) and dotted != schema.section_switch(section):
+            off.setdefault(section, []).append(dotted)
+        elif reason := idle(values, dotted):
+            level: Level = "warning" if dotted in schema.STAGES or dotted in schema.NEVER else "note"
+            findings.add(level, name, value, f"does nothing: {reason}")
+    for section, keys in off.items():
+        switch = schema.section_switch(section) or section
+        names = ", ".join(key.rpartition(".")[2] for key in keys)
+        why = f"does nothing ({names}): the section is off, {values.name(switch)} = {str(values[switch]).lower()}"
+        findings.add("note", values.name(keys[0]), values[keys[0]], why)
+    zero = "zero_optimization"
+    if zero in values and f"{zero}.stage" in values and f"{zero}.stage" not in values.spelled:
+        findings.add("note", zero, bool(values[f"{zero}.stage"]), 'is deprecated: write {"stage": 1} or {"stage": 0}')
 
 
 def apply_overrides(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

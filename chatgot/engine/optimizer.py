@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatgot.deepspeed_json.chatgot_section import ScheduleConfig
 from chatgot.deepspeed_json.resolve import EngineConfig, OptimizerConfig
+from chatgot.deepspeed_json.settings import ScheduleConfig
 from chatgot.errors import ConfigError
 
 ONLY_DEEPSPEED = ("bias_correction", "fp32_optimizer_states")

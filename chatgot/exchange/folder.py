@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from chatgot.config.run import ModelConfig, RunConfig, load_run_config
-from chatgot.deepspeed_json.fields import read_section
+from chatgot.deepspeed_json.findings import Findings
+from chatgot.deepspeed_json.settings import read_section
 from chatgot.errors import CheckpointError, ConfigError, quoted
 from chatgot.exchange.layout import CLASSES, DROPOUTS, FIXED, KEYS, OUTSIDE, SHARED_KEYS, Part, transformers_parts
 from chatgot.run_folder import read_bytes
@@ -179,7 +180,7 @@ def _model(values: dict[str, Any], names: Mapping[str, str], path: Path) -> Mode
     given = {key: value for key, value in values.items() if key not in ("epsilon", "kv_heads", "head_width")}
     given |= {"norm_eps": values["epsilon"], "n_kv_head": values.get("kv_heads"), "head_dim": values.get("head_width")}
     try:
-        model = read_section(ModelConfig, given, lambda key: f"{path}: ")
+        model = read_section(ModelConfig, given, Findings(str(path)))
         for key in ("norm_eps", "n_kv_head", "head_dim"):
             try:
                 without = ModelConfig.model_validate(model.model_dump() | {key: None})

@@ -25,6 +25,7 @@ from typing import Any
 
 import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.findings import shortened
+from chatgot.deepspeed_json.schema import MICRO, TOTAL
 from chatgot.distributed import own_address
 from chatgot.errors import ConfigError, MachineError
 from chatgot.launcher.supervisor import say

@@ -11,9 +11,9 @@ from typing import Any
 
 from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import RunConfig, load_run_config
-from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.read import Document, read_document
 from chatgot.deepspeed_json.resolve import EngineConfig, resolve
+from chatgot.deepspeed_json.schema import ACCUMULATION, MICRO, TOTAL
 from chatgot.devices import Device, find_device
 from chatgot.errors import ConfigError
 from chatgot.model.shapes import count_parameters

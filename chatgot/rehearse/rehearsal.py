@@ -123,7 +123,7 @@ class Rehearsal:
         self.json = find_json(given.deepspeed_config)
         cpu = assumed_device("cpu")
         section = self._resolved(ds_overrides, "cuda")
-        if section.subject.v["fp16.enabled"] is True and not assumed_device("auto").fp16 and not cpu.fp16:
+        if section.v["fp16.enabled"] is True and not assumed_device("auto").fp16 and not cpu.fp16:
             self.lowered = ["ds.fp16.enabled=false", "ds.bf16.enabled=true"]
             print("adapted: fp16 -> bf16: this CPU does not train in fp16")
         self.real = section.engine_config()

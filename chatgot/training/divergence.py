@@ -22,7 +22,7 @@ from chatgot.checkpoint.load import Found, examine, find
 from chatgot.checkpoint.save import Saver
 from chatgot.data.loader import Batch, TrainBatches
 from chatgot.data.tokenizer import Tokenizer
-from chatgot.deepspeed_json.chatgot_section import GuardConfig
+from chatgot.deepspeed_json.settings import GuardConfig
 from chatgot.devices import is_out_of_memory
 from chatgot.distributed import ControlGroup
 from chatgot.engine.precision_check import autocast

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.checkpoint.manifest import ClientState
-from chatgot.deepspeed_json.batch import MICRO
 from chatgot.deepspeed_json.resolve import EngineConfig
+from chatgot.deepspeed_json.schema import MICRO
 from chatgot.devices import GIB, is_out_of_memory
 from chatgot.distributed import ControlGroup
 from chatgot.engine.step import TrainingEngine

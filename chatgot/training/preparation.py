@@ -159,7 +159,7 @@ def refuse_unlike_ranks(config: RunConfig, resolved: Resolved, data: PreparedDat
         )
     used = {"python": platform.python_version(), "numpy": numpy.__version__, **versions(), "code": code_hash()}
     derived = {name: one.value for name, one in resolved.derived.items()}
-    settings = flattened(config.to_dict()) | flattened(resolved.subject.tree, "ds.") | flattened(derived, "ds.")
+    settings = flattened(config.to_dict()) | flattened(resolved.tree, "ds.") | flattened(derived, "ds.")
     facts = {f"version of {name}": value for name, value in used.items()}
     facts |= {name: value for name, value in settings.items() if not name.endswith(".nvme_path")}
     facts["data fingerprint"] = data.fingerprint

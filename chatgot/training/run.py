@@ -195,7 +195,7 @@ def _prepared(
     n_params = count_parameters(config.model, vocab_size)
     answer = None
     if resolved.batch is not None and resolved.batch.is_open:
-        tree, model_keys, name = resolved.subject.tree, config.model.model_dump(), facts.name or facts.kind
+        tree, model_keys, name = resolved.tree, config.model.model_dump(), facts.name or facts.kind
         tried = functools.partial(watchdog.beat, PATIENCE, "the search for the micro-batch")
         answer = micro_batch.find(tree, model_keys, vocab_size, name, arguments.out_dir, place, ranks, tried)
     found = None if answer is None else (answer.micro_batch, answer.reason)

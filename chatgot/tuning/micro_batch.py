@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import chatgot.run_folder as run_folder
-from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.resolve import EngineConfig
+from chatgot.deepspeed_json.schema import ACCUMULATION, MICRO, TOTAL
 from chatgot.devices import GIB, device_facts, device_of_machine
 from chatgot.distributed import ControlGroup, Place
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError

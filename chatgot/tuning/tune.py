@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from chatgot.config.overrides import parse_overrides
 from chatgot.config.run import load_run_config
 from chatgot.data.prepare import prepare_cached
 from chatgot.data.prepared import check_block_size
-from chatgot.deepspeed_json.batch import ACCUMULATION, MICRO, TOTAL
-from chatgot.deepspeed_json.read import name_of, plain_copy, read_document
+from chatgot.deepspeed_json.read import name_of, read_document
 from chatgot.deepspeed_json.resolve import build_engine_config
+from chatgot.deepspeed_json.schema import ACCUMULATION, MICRO, TOTAL
 from chatgot.deepspeed_json.values import apply_overrides
 from chatgot.devices import GIB, DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
@@ -146,7 +147,7 @@ def variants(tree: dict[str, Any], arguments: TuneArguments, facts: DeviceFacts)
     compilation = arguments.compile or (("off", "on") if facts.kind == "cuda" else ("off",))
     section = tree.get(SECTION)
     for stage, recomputed, compiled in itertools.product(stages, recomputation, compilation):
-        variant = {**plain_copy(tree), ZERO: {**zero, "stage": stage}}
+        variant = {**deepcopy(tree), ZERO: {**zero, "stage": stage}}
         chatgot = variant.setdefault("chatgot", {})
         if recomputed == "on":
             variant[SECTION] = section if isinstance(section, dict) else {}

@@ -13,7 +13,7 @@ from chatgot.checkpoint import save as save_module
 from chatgot.checkpoint.load import examine, find
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.checkpoint.retention import make_room
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.errors import CheckpointError
 from chatgot.training import saving
 from tests.checkpoint.full_disk_ranks import fill

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from chatgot.checkpoint import manifest, retention
 from chatgot.checkpoint.load import Published, examine, find
 from chatgot.checkpoint.retention import find_room, make_room, needed, plan, prune, shown
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.errors import CheckpointError
 from tests.support import engine_json, write_json, write_run_yaml
 from tests.training import in_process

@@ -13,7 +13,7 @@ from chatgot.checkpoint import manifest, writing
 from chatgot.checkpoint.load import examine, find
 from chatgot.checkpoint.retention import prune
 from chatgot.checkpoint.writing import tag_of, take_back, writer
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.errors import CheckpointError
 from chatgot.training import run
 from chatgot.training import saving as saving_module

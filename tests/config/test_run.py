@@ -43,7 +43,7 @@ def test_everything_wrong_is_said_at_once_with_its_place(tmp_path: Path) -> None
         ("model: {head_dim: 7}", "run.yaml:1: model: head_dim = 7 must be even for rotary positions"),
         ("model: {architecture: gpt2, head_dim: 32}", "model: head_dim = 32: heads of another width need architecture"),
         ("model: {norm_eps: 0}", "model.norm_eps = 0: expected a number or null (> 0.0)"),
-        ("[1]", "run.yaml: [1]: expected a section {...}"),
+        ("[1]", "run.yaml: got [1]; expected a section {...}"),
         ("train: {seed: 1, seed: 2}", "key 'seed' is given twice"),
         ("? [a]\n: 1", "unhashable key"),
         ("model: {", "not valid YAML"),
@@ -73,8 +73,14 @@ BOMB = "model:\n  a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("train: " + "{a: " * 5000, "not valid YAML: maximum recursion depth"),
         ("model: text\ndata: [1]\n", 'model = "text": expected a section'),
         ("train: {max_steps: " + "9" * 5000 + "}", "not valid YAML: Exceeds the limit (4300"),
-        ("train: {max_steps: " + "9" * 4000 + "}", "train.max_steps: is beyond what 64 bits hold"),
-        ("train: {sample_seed: 18446744073709551616}", "train.sample_seed: is beyond what 64 bits hold"),
+        (
+            "train: {max_steps: " + "9" * 4000 + "}",
+            'train.max_steps = "a number of 13288 bits": is beyond what 64 bits hold',
+        ),
+        (
+            "train: {sample_seed: 18446744073709551616}",
+            "train.sample_seed = 18446744073709551616: is beyond what 64 bits hold",
+        ),
         ("model: {init_std: .inf}", "model.init_std = Infinity: expected a number (> 0.0)"),
         ("model: {init_std: " + "1" + "0" * 400 + "}", "model.init_std = "),
         ('"model\\ud800": 1', 'the key "model\\\\ud800" is no text'),
@@ -107,7 +113,7 @@ def test_what_is_hostile_is_refused_in_few_words(tmp_path: Path, text: str, said
 def test_settings_that_do_not_go_together_name_the_override_and_not_the_file() -> None:
     with pytest.raises(ConfigError) as refusal:
         load_run_config("tiny", {"model.n_head": 5, "train.seed": 1})
-    said = "override model.n_head: model: d_model = 128 is not a multiple of n_head = 5"
+    said = "override model.n_head: d_model = 128 is not a multiple of n_head = 5"
     assert str(refusal.value) == said
 
 

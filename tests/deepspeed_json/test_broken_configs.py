@@ -60,6 +60,7 @@ CASES: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
     ({"steps_per_print": 0}, "error", "steps_per_print", ">= 1", {}),
     ({"optimizer.params.betas": [0.9, 1.0]}, "error", "optimizer.params.betas", "each >= 0 and < 1", {}),
     ({"chatgot": {"schedule": {"type": "cosin"}}}, "error", "chatgot.schedule.type", "did you mean 'cosine'", {}),
+    ({"chatgot": {"wandb": {"tags": ["a", 1]}}}, "error", "chatgot.wandb.tags", "expected a list of texts", {}),
     ({"fp16": {"loss_scale_window": "x"}}, "error", "fp16.loss_scale_window", "a whole number", {}),
     ({"bf16": True}, "error", "bf16", "a section {...}", {}),
     # batch

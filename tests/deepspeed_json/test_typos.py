@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.chatgot_section import ChatGoTSection
-from chatgot.deepspeed_json.fields import Settings, keys_of, nested_class
 from chatgot.deepspeed_json.findings import meant, one_slip_apart
 from chatgot.deepspeed_json.read import Document
 from chatgot.deepspeed_json.resolve import resolve
 from chatgot.deepspeed_json.schema import Section
+from chatgot.deepspeed_json.settings import ChatGoTSection, Settings, keys_of, nested_class
 from tests.deepspeed_json.conftest import GPU, with_keys
 
 ALPHABET = "e_7S"

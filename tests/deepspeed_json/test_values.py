@@ -9,10 +9,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.fields import dotted_keys
 from chatgot.deepspeed_json.findings import Finding
 from chatgot.deepspeed_json.read import Document
 from chatgot.deepspeed_json.resolve import build_engine_config, resolve
+from chatgot.deepspeed_json.settings import dotted_keys
 from tests.deepspeed_json.conftest import GPU, with_keys
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from chatgot.config.run import ModelConfig
-from chatgot.deepspeed_json.chatgot_section import CompileConfig
 from chatgot.deepspeed_json.machine import has_command
 from chatgot.deepspeed_json.resolve import EngineConfig, build_engine_config
+from chatgot.deepspeed_json.settings import CompileConfig
 from chatgot.devices import DeviceFacts
 from chatgot.engine import guards
 from chatgot.engine.build import build

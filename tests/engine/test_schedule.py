@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatgot.deepspeed_json.chatgot_section import ScheduleConfig
+from chatgot.deepspeed_json.settings import ScheduleConfig
 from chatgot.engine.optimizer import describe_schedule, schedule_factor
 
 

@@ -16,7 +16,7 @@ import torch
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import examine, find
-from chatgot.deepspeed_json.chatgot_section import GuardConfig
+from chatgot.deepspeed_json.settings import GuardConfig
 from chatgot.errors import EXIT_NUMERICS, NumericsError
 from chatgot.proof import digest
 from chatgot.training import divergence, run

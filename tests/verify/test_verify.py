@@ -20,7 +20,7 @@ from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
 from chatgot.checkpoint.retention import prune
 from chatgot.checkpoint.writing import publish, tag_of
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.observe.journal import read_journal
 from chatgot.verify import verify as verify_module
 from chatgot.verify.verify import verify

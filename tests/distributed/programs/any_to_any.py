@@ -25,8 +25,8 @@ from chatgot.checkpoint.resume import parameter_groups
 from chatgot.checkpoint.save import Saver
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
 from chatgot.deepspeed_json.resolve import build_engine_config
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.devices import device_facts
 from chatgot.distributed import ControlGroup, Place, find_place
 from chatgot.engine.build import build, join
