@@ -10,29 +10,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from chatgot.version import __version__
 
 SUITES = {
-    "train": "the whole program against a plain PyTorch loop of the same model, interleaved",
-    "checkpoint": "saving and loading against torch.save and the disk, and the stall of training",
-    "act_ckpt": "activation checkpointing: bytes kept for backward, peak memory and step time of every way",
-    "plan": "the memory that `chatgot plan` predicts against the memory that runs take, on a grid of configurations",
-    "generate": "sampling against transformers' generate, and many streams at once against one by one",
-    "prepare": "text to tokens: MB/s and peak memory against a list comprehension",
-    "launch": "the launchers' thread settings at two ranks, and what the heartbeat costs",
-    "copies": "what a sample has verbatim from its training text, found in 100 MB",
+    "train": ("speed", "the whole program against a plain PyTorch loop of the same model, interleaved"),
+    "checkpoint": ("checkpoint", "saving and loading against torch.save and the disk, and the stall of training"),
+    "act_ckpt": ("memory", "activation checkpointing: bytes kept for backward, peak memory and step time of every way"),
+    "plan": ("memory", "the memory that `chatgot plan` predicts against what runs take, on a grid of configurations"),
+    "generate": ("speed", "sampling against transformers' generate, and many streams at once against one by one"),
+    "prepare": ("text", "text to tokens: MB/s and peak memory against a list comprehension"),
+    "launch": ("speed", "the launchers' thread settings at two ranks, and what the heartbeat costs"),
+    "copies": ("text", "what a sample has verbatim from its training text, found in 100 MB"),
 }
+"""Suite -> its module, and what it measures."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measure ChatGoT.",
         epilog="suites: "
-        + "; ".join(f"{name}: {what}" for name, what in SUITES.items())
+        + "; ".join(f"{name}: {what}" for name, (_, what) in SUITES.items())
         + ". What follows belongs to the suite.",
     )
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     parser.add_argument("--suite", required=True, choices=list(SUITES))
     arguments, rest = parser.parse_known_args()
-    suite = importlib.import_module(f"chatgot.bench.{arguments.suite}")
-    sys.exit(suite.main(rest))
+    module = importlib.import_module(f"chatgot.bench.{SUITES[arguments.suite][0]}")
+    getattr(module, arguments.suite)(rest)
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def test_copies_are_searched_for_in_every_kind_of_tokens():
 
 def test_sampling_is_held_against_transformers_on_the_same_weights(capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("transformers", reason="transformers is not installed: it needs Python 3.11")
-    from chatgot.bench import generate
+    from chatgot.bench.speed import generate
 
     shape = ["--layers", "1", "--d_model", "16", "--n_head", "2", "--max_seq_length", "32", "--vocab_size", "30"]
     small = ["--prompt", "3", "--new_tokens", "4", "--batches", "1", "2", "--streams", "3", "--turns", "1"]
     for architecture in ("gpt2", "modern"):
-        assert generate.main([*shape, *small, "--architecture", architecture]) == 0
+        generate([*shape, *small, "--architecture", architecture])
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if "equal" in line] == [f"batch {n}: greedy tokens equal: True" for n in (1, 2)]
         names = [line.split("|")[2].strip() for line in lines if line.startswith("| ")][1:]

@@ -1,8 +1,4 @@
-"""What a checkpoint costs: saving and loading against torch and the disk alone, and how long training stands still.
-
-Every round measures each of them once, one after the other, so that the machine's drift hits all; the figures are
-medians.
-"""
+"""Time of checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from chatgot.checkpoint import manifest, pickles
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.resume import resume
 from chatgot.checkpoint.save import Saver
-from chatgot.deepspeed_json.chatgot_section import CheckpointConfig
+from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.files import sync
 from chatgot.training.loop import Loop
 from chatgot.training.run import leave
@@ -36,9 +32,13 @@ QUIET = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the table of BENCHMARKS.md."""
-    parser = measuring.suite_parser("checkpoint", __doc__)
+def checkpoint(argv: Sequence[str]) -> None:
+    """What a checkpoint costs: saving and loading against torch and the disk alone, and how long training stands still.
+
+    Every round measures each of them once, one after the other, so that the machine's drift hits all; the figures are
+    medians.
+    """
+    parser = measuring.suite_parser(checkpoint)
     preset, steps = "chatgot_small_14M_clean", "steps per round that the step time is taken of (default: 2)"
     parser.add_argument("--config", default=preset, help="preset or run YAML (default: the 14 M one)")
     parser.add_argument("--deepspeed_config", default="ds_configs/fp32_zero0.json")
@@ -56,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
         report(measured, size)
         loop.engine.engine.destroy()
     leave()
-    return 0
 
 
 def measure(loop: Loop, folder: Path, rounds: int, steps_a_round: int) -> tuple[dict[str, list[float]], int]:

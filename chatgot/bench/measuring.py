@@ -6,6 +6,7 @@ Imports torch when a run is started, not before: the suite `prepare` measures th
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -24,13 +25,13 @@ ENDLESS = 10**6
 """Optimizer steps of a run that the benchmark ends."""
 
 
-def suite_parser(suite: str, description: str | None) -> argparse.ArgumentParser:
+def suite_parser(suite: Callable[..., None]) -> argparse.ArgumentParser:
     """The command line of one suite."""
-    prog, kind = f"launch/bench.py --suite {suite}", argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=kind)
+    prog, kind = f"launch/bench.py --suite {suite.__name__}", argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=inspect.getdoc(suite), formatter_class=kind)
 
 
-def in_own_process(suite: str, *words: str, timeout: float | None = None) -> dict[str, Any]:
+def in_own_process(suite: str, *words: str, timeout: float | None = None) -> Any:
     """The JSON that a suite prints in a fresh process, so that no memory of this one is counted.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chatgot.bench.measuring import in_own_process
-from chatgot.bench.plan import GRID
+from chatgot.bench.memory import GRID
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.devices import device_facts
