@@ -273,7 +273,6 @@ RULES: tuple[Rule, ...] = (
           '{accumulation}); use "default", ZeRO stage 2, or a micro-batch that needs no accumulation', late=True),
 
     *optimizers.RULES,
-    *machine.RULES,
 
     # What is looked at, and what is not stated.
     note("timers.throughput.enabled", lambda s, on: on and s.facts.kind == "cuda" and s.v.timers.throughput.synchronized
@@ -296,4 +295,6 @@ RULES: tuple[Rule, ...] = (
          and s.v.gradient_accumulation_steps in (None, "auto") and {"total": s.batch.total},
          "is not stated: {total} follows from the number of ranks, and so does what is learned; state it to keep it",
          absent=True, late=True),
+
+    *machine.RULES,
 )

@@ -115,7 +115,8 @@ def _note(cls: type[Settings], values: Any, details: Any, prefix: str, findings:
     elif details["type"] == "value_error":
         findings.error(key, value, str(details["ctx"]["error"]))
     else:
-        why = why if key else f"got {shown(value)}"
+        if not key:
+            value, why = ABSENT, f"got {shown(value)}"
         findings.error(key, value, why, allowed=allowed, suggestion=meant(word, known))
 
 
