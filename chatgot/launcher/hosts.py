@@ -25,7 +25,6 @@ from typing import Any
 
 import chatgot.run_folder as run_folder
 from chatgot.deepspeed_json.findings import shortened
-from chatgot.deepspeed_json.schema import MICRO, TOTAL
 from chatgot.distributed import own_address
 from chatgot.errors import ConfigError, MachineError
 from chatgot.launcher.supervisor import say
@@ -202,7 +201,7 @@ def _batch(out_dir: Path | None) -> tuple[int, int]:
     """Global batch and micro-batch of a run, from its folder; where it has none, what any number of ranks can make."""
     if out_dir is None:
         return 0, 1
-    from chatgot.deepspeed_json.batch import MICRO, TOTAL  # two thirds of launch/run's start, for nodes that are gone
+    from chatgot.deepspeed_json.schema import MICRO, TOTAL  # two thirds of launch/run's start, for nodes that are gone
 
     try:
         stored = json.loads(run_folder.read_bytes(out_dir / run_folder.DS_CONFIG))
