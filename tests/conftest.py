@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import pytest
 from tests.support import ROOT, takes_fp16, warm_python, write_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if (compiler := shutil.which("c++")) and not compiler.startswith(str(ROOT)):
+    os.environ["PATH"] = os.pathsep.join([str(ROOT / "tests" / "compiler"), os.environ["PATH"]])
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".pytest_cache" / "torch_extensions")  # nobody trains with these
 if os.environ.get("CHATGOT_TEST_FP16"):
     path = [str(ROOT / "tests" / "forced"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)  # for the processes that tests start
