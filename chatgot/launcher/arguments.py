@@ -7,8 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from inspect import signature
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, get_type_hints
 
 from chatgot.errors import EXIT_CONFIG
 from chatgot.version import __version__
@@ -16,12 +17,14 @@ from chatgot.version import __version__
 T = TypeVar("T")
 Add = Callable[..., argparse.Action]
 """`add_argument` of a parser."""
+Program = Callable[[argparse.Namespace], int | None]
+"""What runs after the command line has been read; its exit code, None for 0."""
 
 
 class Command(Protocol):
     """Adds a command to the parser; what it returns adds arguments to it."""
 
-    def __call__(self, name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add: ...
+    def __call__(self, name: str, program: Program | str, help: str) -> Add: ...
 
 
 def on_rank_0() -> bool:
@@ -70,11 +73,21 @@ class RankParser(Parser):
         super().error(message)
 
 
-def count(text: str) -> int:
-    """Read a whole number from 1 on, for add_argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
+def whole(low: int, high: int | None = None, auto: bool = False) -> Callable[[str], Any]:
+    """Make a reader of whole numbers from `low` to `high`, and perhaps of "auto", which is None, for add_argument."""
+    allowed = f"a whole number from {low} {'on' if high is None else f'to {high}'}{', nor auto' if auto else ''}"
+
+    def number(text: str) -> int | None:
+        if auto and text == "auto":
+            return None
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return int(text)
+
+    return number
+
+
+count = whole(1)
 
 
 def duration(text: str) -> float:
@@ -99,3 +112,19 @@ def given_to(kind: Callable[..., T], arguments: argparse.Namespace) -> T:
     """Make the arguments of a room's function from those of a command line, lists as tuples."""
     given = {name: value for name, value in vars(arguments).items() if name in signature(kind).parameters}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def imported(name: str) -> Program:
+    """Make a program of a function, "chatgot.room.module:function", which is imported when it runs.
+
+    It gets what of the command line it has parameters for, or its type has, if its only one is named `arguments`.
+    """
+
+    def program(arguments: argparse.Namespace) -> int | None:
+        module, _, function = name.partition(":")
+        work = getattr(import_module(module), function)
+        kind = get_type_hints(work).get("arguments")
+        code = given_to(work, arguments) if kind is None else work(given_to(kind, arguments))
+        return code if isinstance(code, int) else None
+
+    return program

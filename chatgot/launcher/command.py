@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import NoReturn
 import chatgot.run_folder as run_folder
 from chatgot.devices import visible_gpus
 from chatgot.errors import EXIT_CONFIG, ChatGoTError, ConfigError, MachineError
-from chatgot.launcher.arguments import duration
-from chatgot.launcher.environment import rank_environment, rendezvous_port
+from chatgot.launcher.arguments import Parser, count, duration, whole
+from chatgot.launcher.entry import rank_environment, rendezvous_port
 from chatgot.launcher.hosts import (
     PORT,
     check_options,
@@ -34,9 +33,7 @@ from chatgot.launcher.hosts import (
     without_lost,
 )
 from chatgot.launcher.nodes import Nodes
-from chatgot.launcher.restarts import Restarts
-from chatgot.launcher.supervisor import Start, Supervisor, say
-from chatgot.version import __version__
+from chatgot.launcher.supervisor import Rank, Restarts, Supervisor, say
 
 GRACE_SECONDS = 60.0
 REJOIN_MINUTES = 5.0
@@ -61,18 +58,14 @@ def main(argv: Sequence[str]) -> int:
             argv = take_order(orders)
         else:
             os.environ.pop(ATTEMPT, None)  # of a launcher around this one
-    except MachineError as error:
-        say(str(error))
-        return error.exit_code
-    split = argv.index("--") if "--" in argv else len(argv)
-    parser = _parser()
-    arguments, unknown = parser.parse_known_args(argv[:split])
-    if unknown:
-        parser.error(f"{' '.join(unknown)}: not an option of launch/run; the arguments of train.py come after --")
-    if split == len(argv) and arguments.script is None:
-        parser.print_help(sys.stderr)
-        parser.exit(EXIT_CONFIG, "launch/run: the arguments of train.py are missing; they come after --\n")
-    try:
+        split = argv.index("--") if "--" in argv else len(argv)
+        parser = _parser()
+        arguments, unknown = parser.parse_known_args(argv[:split])
+        if unknown:
+            parser.error(f"{' '.join(unknown)}: not an option of launch/run; the arguments of train.py come after --")
+        if split == len(argv) and arguments.script is None:
+            parser.print_help(sys.stderr)
+            parser.exit(EXIT_CONFIG, "launch/run: the arguments of train.py are missing; they come after --\n")
         command = [_interpreter(arguments.python), _script(arguments.script), *argv[split + 1 :]]
         if arguments.max_minutes is not None:
             command += ["--max_minutes", f"{arguments.max_minutes:g}"]
@@ -85,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/run",
         usage="launch/run [options] -- <train.py arguments>",
         description="Start train.py once per GPU of this machine, or once on the CPU.",
@@ -94,45 +87,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--version", action="version", version=f"chatgot {__version__}")
-    nproc = _at_least(1, "neither auto nor a number of processes from 1 on", auto=True)
-    add("--nproc", type=nproc, metavar="N|auto", help="processes (default: auto: one per visible GPU, or one)")
+    processes = "processes (default: auto: one per visible GPU, or one)"
+    add("--nproc", type=whole(1, auto=True), metavar="N|auto", help=processes)
     add("--hostfile", type=Path, metavar="H", help="several machines: lines of `host slots=N`")
-    port = _at_least(1, "not a port: 1 to 65535, or leave it out for a free one", high=65535)
-    add("--nnodes", type=_at_least(1, "not a number of nodes from 1 on"), metavar="M", help="nodes of --nproc ranks")
-    add("--node_rank", type=_at_least(0, "not a node's number from 0 on"), metavar="R", help="of this node: 0 to M-1")
+    add("--nnodes", type=count, metavar="M", help="nodes of --nproc ranks")
+    add("--node_rank", type=whole(0), metavar="R", help="of this node: 0 to M-1")
     add("--master_addr", metavar="A", help="address of node 0 (default: the hostfile's first host)")
-    add("--ranks", type=_first_of_all, help=argparse.SUPPRESS)
+    add("--ranks", type=int, nargs=2, help=argparse.SUPPRESS)
     rendezvous = f"port of the rendezvous (default: a free one, or {PORT} between machines)"
-    add("--master_port", type=port, metavar="P", help=rendezvous)
-    restarts = _at_least(0, "not a number of restarts from 0 on")
-    add("--max_restarts", type=restarts, metavar="K", help="start again after a crash, K times at most (default: 0)")
+    add("--master_port", type=whole(1, 65535), metavar="P", help=rendezvous)
+    restarts = "start again after a crash, K times at most (default: 0)"
+    add("--max_restarts", type=whole(0), default=0, metavar="K", help=restarts)
     add("--max_minutes", type=duration, metavar="T", help="passed on to train.py: save and end after so many minutes")
     rejoin = f"minutes to wait for a host that was lost, before the others go on alone (default: {REJOIN_MINUTES:g})"
     add("--rejoin_minutes", type=duration, default=REJOIN_MINUTES, metavar="T", help=rejoin)
     grace = f"seconds that ranks have to save and end after a signal (default: {GRACE_SECONDS:g})"
-    add("--grace", type=duration, metavar="S", help=grace)
+    add("--grace", type=duration, default=GRACE_SECONDS, metavar="S", help=grace)
     add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
     add("--script", metavar="PATH", help="another program to start instead of launch/train.py")
     return parser
-
-
-def _at_least(low: int, otherwise: str, high: float = math.inf, auto: bool = False) -> Callable[[str], int | None]:
-    """Make a parser of whole numbers from `low` to `high`, and of "auto", which is None, where that is allowed."""
-
-    def number(text: str) -> int | None:
-        if auto and text == "auto":
-            return None
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is {otherwise}")
-        return int(text)
-
-    return number
-
-
-def _first_of_all(text: str) -> tuple[int, int]:
-    first, _, total = text.partition(":")
-    return int(first), int(total)
 
 
 def _interpreter(given: str | None) -> str:
@@ -167,11 +140,10 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
             f"--nproc {nproc}: more processes than the {len(gpus)} visible GPUs; give {len(gpus)} or fewer, or set "
             f"DS_ACCELERATOR=cpu"
         )
-    restarts = arguments.max_restarts or 0
+    restarts = arguments.max_restarts
     if hosts is None and orders is None and nproc == 1 and restarts == 0:
         [start] = _starts_here(arguments, command, 1, gpus, os.environ)
         _exec(command, start.environment)
-    grace = GRACE_SECONDS if arguments.grace is None else arguments.grace
 
     stops = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
     if orders is not None or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -184,7 +156,7 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
     out_dir = _out_dir(command)
     again, nodes = Restarts(restarts, out_dir), None
     if arguments.nnodes not in (None, 1) and restarts:
-        nodes = Nodes.meet(arguments, nproc, again, out_dir)
+        nodes = Nodes(arguments, nproc, again, out_dir)
     while True:
         attempt = os.environ[ATTEMPT] if orders is not None else uuid.uuid4().hex
         if nodes is not None:
@@ -196,7 +168,7 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
             first, where = starts[0].environment, f"{nproc} of {len(gpus)} GPUs" if gpus else "the CPU"
             ranks, threads = "ranks" if nproc > 1 else "rank", first["OMP_NUM_THREADS"]
             say(f"{nproc} {ranks} on {where}, OMP_NUM_THREADS={threads}, port {first['MASTER_PORT']}")
-        supervisor = Supervisor(stops, grace, partial(_stored_by, attempt, out_dir))
+        supervisor = Supervisor(stops, arguments.grace, partial(_stored_by, attempt, out_dir))
         code = supervisor.run(starts)
         if nodes is not None:
             code = nodes.agree(code, supervisor.ran_out, supervisor.stopping)
@@ -223,7 +195,7 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
 
 def _starts_here(
     arguments: argparse.Namespace, command: Sequence[str], nproc: int, gpus: Sequence[str], environ: Mapping[str, str]
-) -> list[Start]:
+) -> list[Rank]:
     """The ranks of this machine, which is all there is, or one of --nnodes, or one of a hostfile (--ranks)."""
     first, total, address = 0, nproc, "127.0.0.1"
     if arguments.ranks is not None:
@@ -234,23 +206,23 @@ def _starts_here(
     port = rendezvous_port(wanted) if first == 0 else wanted
     assert port is not None  # several machines have agreed on one
     alike = [rank_environment(environ, rank, nproc, port, bool(gpus), first, total, address) for rank in range(nproc)]
-    return [Start(f"rank {first + rank}", command, environment) for rank, environment in enumerate(alike)]
+    return [Rank(f"rank {first + rank}", command, environment) for rank, environment in enumerate(alike)]
 
 
 def _starts_of_hosts(
     arguments: argparse.Namespace, command: Sequence[str], hosts: Mapping[str, int], attempt: str
-) -> list[Start]:
+) -> list[Rank]:
     """The launch/run of every host."""
     address = master_address(hosts, arguments.master_addr)
-    total, first, starts = sum(hosts.values()), 0, list[Start]()
+    total, first, starts = sum(hosts.values()), 0, list[Rank]()
     port = arguments.master_port or (rendezvous_port(None) if all(map(is_here, hosts)) else PORT)
     python, script, *words = command
     for host, slots in hosts.items():
-        options = {"nproc": slots, "ranks": f"{first}:{total}", "master_addr": address, "master_port": port}
-        options |= {"python": python, "script": script, "grace": arguments.grace or GRACE_SECONDS}
+        options = {"nproc": slots, "master_addr": address, "master_port": port, "python": python, "script": script}
         told = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        told += ["--grace", str(arguments.grace), "--ranks", str(first), str(total)]
         order_line = order([*told, "--", *words], {ATTEMPT: attempt})
-        starts.append(Start(f"host {host}", node_command(host, python), os.environ, order_line))
+        starts.append(Rank(f"host {host}", node_command(host, python), os.environ, order_line))
         first += slots
     say(f"{total} ranks on {len(hosts)} host(s): {', '.join(hosts)}; rendezvous at {address}:{port}")
     return starts

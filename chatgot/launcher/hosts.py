@@ -31,21 +31,9 @@ from chatgot.launcher.supervisor import say
 
 PORT = 29500
 """Of the rendezvous between machines, unless --master_port says another."""
-_SSH = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o")
+_SSH = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=10", "ServerAliveCountMax=3")
 """Never asks, notices a host that does not answer within 10 s, and one that is cut off within 30."""
-_PASSED_ON = (
-    "NCCL_",
-    "GLOO_",
-    "CHATGOT_",
-    "DS_",
-    "OMP_",
-    "GOMP_",
-    "MKL_",
-    "TORCH",
-    "WANDB_",
-    "PYTHONPATH",
-    "SLURM_JOB",
-)
+_SHARED = ("NCCL_", "GLOO_", "CHATGOT_", "DS_", "OMP_", "GOMP_", "MKL_", "TORCH", "WANDB_", "PYTHONPATH", "SLURM_JOB")
 """Prefixes of the environment variables that every host gets."""
 
 
@@ -116,15 +104,18 @@ def node_command(host: str, python: str) -> list[str]:
     run = str(Path(__file__).resolve().parent.parent.parent / "launch" / "run")
     if is_here(host):
         return [python, run, "--node"]
-    ssh = shutil.which("ssh")
-    if ssh is None:
+    if shutil.which("ssh") is None:
         raise MachineError(f"--hostfile: host {host}: there is no ssh on this machine, which reaches it; install it")
-    return [ssh, *_SSH, "ServerAliveCountMax=3", "--", host, f"exec {shlex.quote(python)} {shlex.quote(run)} --node"]
+    return _ssh(host, f"exec {shlex.quote(python)} {shlex.quote(run)} --node")
+
+
+def _ssh(host: str, command: str) -> list[str]:
+    return ["ssh", "-T", *(word for option in _SSH for word in ("-o", option)), "--", host, command]
 
 
 def order(argv: Sequence[str], more: Mapping[str, str]) -> bytes:
     """The first line of a node's stdin. In there and not on a command line, which everybody can read: it has keys."""
-    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_SHARED)}
     return json.dumps({"argv": list(argv), "cwd": os.getcwd(), "environ": {**passed, **more}}).encode() + b"\n"
 
 
@@ -212,5 +203,5 @@ def _batch(out_dir: Path | None) -> tuple[int, int]:
 
 def _answers(host: str) -> bool:
     """Whether ssh reaches a host."""
-    command = [shutil.which("ssh") or "ssh", *_SSH, "ServerAliveCountMax=3", "--", host, "true"]
-    return is_here(host) or subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    probe = _ssh(host, "true")
+    return is_here(host) or subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0

@@ -1,4 +1,6 @@
-"""Ranks, or launch/run of other machines, as processes: start them, pass signals on, see all to their end."""
+"""Ranks, or launch/run of other machines, as processes: start them, pass signals on, see all to their end, and whether
+they are started again then.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT, MachineError
+import chatgot.run_folder as run_folder
+from chatgot.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_INTERRUPTED,
+    EXIT_NUMERICS,
+    EXIT_SECOND_INTERRUPT,
+    MachineError,
+)
 
 PEERS_END_SECONDS = 5.0
 """After one rank ended badly, the others often end by themselves with the same code: wait so long, then end them."""
@@ -23,11 +37,14 @@ NODE_ENDS_SECONDS = 5.0
 """How long a node that is to kill its ranks may take."""
 SSH_FAILED = 255
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+REFUSALS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_NUMERICS)
+FINAL = (EXIT_DONE, *REFUSALS, EXIT_INTERRUPTED, EXIT_SECOND_INTERRUPT)
+"""A refusal would refuse again, and an interruption was asked for."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """What is to be started."""
+@dataclass(eq=False)
+class Rank:
+    """One rank or node, to be started once."""
 
     name: str
     """'rank 0', or 'host worker-1'."""
@@ -35,25 +52,37 @@ class Start:
     environment: Mapping[str, str]
     order: bytes | None = None
     """The first line of its stdin, for a node: signals then go there too, because ssh passes none on."""
-
-
-@dataclass(eq=False)
-class Rank:
-    """One started rank or node. `exit_code` is None while it runs, and -N if signal N ended it."""
-
-    name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] = field(init=False)
     exit_code: int | None = None
+    """None until it has ended, -N if signal N ended it."""
     told_to_end: bool = False
     """The launcher, not the user, sent it SIGTERM or SIGKILL: what it ends with says nothing about the cause."""
+
+    def start(self, unblock: set[signal.Signals]) -> None:
+        """Start it as a session of its own, with `unblock` unblocked. Raises MachineError."""
+        before_exec, stdin = dies_with_this_process(unblock), subprocess.DEVNULL
+        if self.order is not None:  # it notices by itself, from the end of its stdin, and lets its ranks save
+            before_exec, stdin = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, unblock), subprocess.PIPE
+        try:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdin=stdin, start_new_session=True, preexec_fn=before_exec
+            )
+        except OSError as error:
+            raise MachineError(f"{self.command[0]}: {self.name} cannot be started: {error.strerror}") from error
+        if self.order is not None:
+            self._tell(self.order)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
         if self.process.stdin is None:
             self.process.send_signal(number)
             return
-        with contextlib.suppress(BrokenPipeError):  # it is ending
-            self.process.stdin.write(f"{number.name}\n".encode())
+        self._tell(f"{number.name}\n".encode())
+
+    def _tell(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is ending, and is collected with its exit code
+            self.process.stdin.write(line)
             self.process.stdin.flush()
 
     def kill(self) -> None:
@@ -93,11 +122,12 @@ class Supervisor:
         self._end_peers_at: float | None = None
         self._kill_at: float | None = None
 
-    def run(self, starts: Sequence[Start]) -> int:
+    def run(self, ranks: Sequence[Rank]) -> int:
         """Run all ranks; returns the exit code. Each is a session of its own: Ctrl-C reaches it through us, once."""
         try:
-            for start in starts:
-                self.ranks.append(Rank(start.name, _start(start, self.stops | {signal.SIGCHLD})))
+            for rank in ranks:
+                rank.start(self.stops | {signal.SIGCHLD})
+                self.ranks.append(rank)
             interrupts = 0
             while self._alive():
                 received = self._next_signal()
@@ -233,18 +263,36 @@ def dies_with_this_process(unblock: Set[signal.Signals] = frozenset()) -> Callab
     return before_exec
 
 
-def _start(start: Start, unblock: set[signal.Signals]) -> subprocess.Popen[bytes]:
-    before_exec, stdin = dies_with_this_process(unblock), subprocess.DEVNULL
-    if start.order is not None:  # it notices by itself, from the end of its stdin, and lets its ranks save
-        before_exec, stdin = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, unblock), subprocess.PIPE
+class Restarts:
+    """Counts restarts, up to a number, and up to two in a row that made no checkpoint."""
+
+    def __init__(self, allowed: int, out_dir: Path | None) -> None:
+        self.allowed = allowed
+        self._out_dir = out_dir
+        self._made = self._idle = 0
+        self._newest = _newest_checkpoint(out_dir)
+
+    def another(self, code: int) -> bool:
+        """Whether to start again after this exit code; says why not, where it would be allowed."""
+        if code in FINAL or self._made == self.allowed:
+            return False
+        before, self._newest = self._newest, _newest_checkpoint(self._out_dir)
+        nothing_new = self._made and self._newest == before and self._out_dir is not None
+        self._idle = self._idle + 1 if nothing_new else 0
+        if self._idle == 2:
+            say("two restarts in a row have made no checkpoint: it is not started again")
+            return False
+        self._made += 1
+        return True
+
+    def announce(self) -> None:
+        """Say which one begins."""
+        say(f"restart {self._made} of {self.allowed}: all ranks start again")
+
+
+def _newest_checkpoint(out_dir: Path | None) -> str | None:
+    """Read which checkpoint of a run folder is the newest."""
     try:
-        process = subprocess.Popen(
-            start.command, env=start.environment, stdin=stdin, start_new_session=True, preexec_fn=before_exec
-        )
-    except OSError as error:
-        raise MachineError(f"{start.command[0]}: {start.name} cannot be started: {error.strerror}") from error
-    if process.stdin is not None and start.order is not None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and is collected with its exit code
-            process.stdin.write(start.order)
-            process.stdin.flush()
-    return process
+        return None if out_dir is None else (out_dir / run_folder.CHECKPOINTS / run_folder.LATEST).read_text()[:1000]
+    except (OSError, ValueError):
+        return None

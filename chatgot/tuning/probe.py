@@ -23,7 +23,7 @@ from chatgot.devices import GIB, Device, DeviceFacts, device_facts, is_out_of_me
 from chatgot.distributed import find_place, free_port, python_path
 from chatgot.errors import EXIT_ENVIRONMENT, ChatGoTError, MachineError
 from chatgot.launcher.command import ATTEMPT
-from chatgot.launcher.environment import rank_environment
+from chatgot.launcher.entry import rank_environment
 from chatgot.launcher.supervisor import dies_with_this_process
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.estimate import estimate

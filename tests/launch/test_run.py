@@ -346,8 +346,8 @@ def test_a_chosen_port_is_used_and_a_busy_one_refused(launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--nproc", "0"), "neither auto nor a number"),
-        (("--master_port", "70000"), "not a port"),
+        (("--nproc", "0"), "not a whole number from 1 on, nor auto"),
+        (("--master_port", "70000"), "not a whole number from 1 to 65535"),
         (("--max_restarts", "-1"), "max_restarts"),
         (("--grace", "soon"), "not a number from 0 on"),
         (("--config", "tiny"), "come after --"),
