@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import atexit
 import json
+from argparse import Namespace
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -104,9 +104,9 @@ class Run:
         """
         spec = None if data is None else str(data)
         if spec not in self._texts:
-            from chatgot.inference.copied import training_text
+            from chatgot.inference.copied import TrainingText
 
-            self._texts[spec] = training_text(self.path, self.model.checkpoint, spec)
+            self._texts[spec] = TrainingText(self.path, self.model.checkpoint, spec)
         return self._texts[spec].spans(text, min_characters, after)
 
 
@@ -155,24 +155,22 @@ def train(
             goes on.
         ChatGoTError: every other refusal; its exit_code is the command's.
     """
+    given = Namespace(**locals())  # as from a command line
+    given.config, given.data, given.out_dir = str(config), str(data), Path(out_dir)
+    given.init_from = None if init_from is None else str(init_from)
+    if isinstance(overrides, Mapping):
+        given.overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    if isinstance(deepspeed_config, Mapping):
+        given.deepspeed_config = urlsafe_b64encode(json.dumps(dict(deepspeed_config)).encode()).decode()
+    from chatgot.launcher.arguments import given_to
     from chatgot.launcher.entry import refuse_wrong_settings, settle_environment
 
-    texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else ()
-    if isinstance(deepspeed_config, Mapping):
-        deepspeed_config = urlsafe_b64encode(json.dumps(dict(deepspeed_config)).encode()).decode()
-    settings = (str(config), deepspeed_config, texts or tuple(overrides), str(data), Path(out_dir))
-    init = None if init_from is None else str(init_from)
-    named = refuse_wrong_settings(*settings, strict=strict, init_from=init)
+    given.deepspeed_config = given_to(refuse_wrong_settings, given)
     settle_environment()
     from chatgot.training.run import TrainArguments, leave
     from chatgot.training.run import train as run
 
-    arguments = TrainArguments(named, Path(out_dir), str(config), str(data), resume_from)
-    arguments = replace(arguments, allow_data_change=allow_data_change, allow_batch_change=allow_batch_change)
-    arguments = replace(arguments, overrides=tuple(texts or overrides), strict=strict)
-    arguments = replace(arguments, run_name=run_name, max_minutes=max_minutes, hang_timeout=hang_timeout)
-    arguments = replace(arguments, init_from=init)
-    code = run(arguments)
+    code = run(given_to(TrainArguments, given))
     atexit.unregister(leave)
     atexit.register(leave)  # of several ranks, one that the interpreter tears down while gloo's threads run aborts
     if code == EXIT_INTERRUPTED:

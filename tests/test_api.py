@@ -79,7 +79,7 @@ def test_samples_are_those_of_the_command_and_weights_are_read_once(run: chatgot
     shutil.copytree(run.path, tmp_path / "run")
     loaded = chatgot.load(tmp_path / "run", device="cpu")
     written = io.StringIO()
-    expected = sample(SampleArguments(run.path, "The night", max_new_tokens=12, seed=5, device="cpu"), written)
+    expected = sample(SampleArguments(run.path, prompt="The night", max_new_tokens=12, seed=5, device="cpu"), written)
     text = loaded.sample("The night", max_new_tokens=12, seed=5)
     assert [text] == expected
     assert written.getvalue() == text + "\n"

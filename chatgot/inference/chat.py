@@ -10,15 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
-import torch
-
 from chatgot.errors import ConfigError
 from chatgot.files import write_atomically
-from chatgot.inference.copied import TrainingText, listed, marked, training_text
-from chatgot.inference.reply import Reply
-from chatgot.inference.sample import LoadedModel, load_run
-from chatgot.model.generate import check_settings, generate
+from chatgot.inference.copied import TrainingText, listed, marked
+from chatgot.inference.sample import DrawArguments, LoadedModel, Reply, check_drawing
 
 HELP = """The model continues text: what you type is added to it, and it goes on from there.
 A line such as "HENRY: Who goes there?" is a turn of a scene: it gets a line of
@@ -40,38 +35,24 @@ _TURN = re.compile(r"\s*([^\s:][^:]{0,40}):")
 
 
 @dataclass(frozen=True)
-class ChatArguments:
+class ChatArguments(DrawArguments):
     """The command line of `chatgot chat`."""
 
-    run: Path
     max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    tag: str | None = None
-    device: str = "auto"
-    mark_copied: int | None = None
-    """Say which passages of at least so many characters of a reply stand in the training text; None: don't look."""
-    data: str | None = None
-    """The training text, as for --data of train.py; None: where the run had it."""
 
 
-def chat(arguments: ChatArguments, out: TextIO | None = None) -> None:
-    """Read lines from stdin until it ends or says /quit, and write replies to `out` (default: stdout).
+def chat(arguments: ChatArguments) -> None:
+    """Read lines from stdin until it ends or says /quit, and write replies to stdout.
 
     Raises:
         ConfigError: a setting out of range.
-        CheckpointError: see `load_run`.
-        DataError: copies are to be marked, and the training text is not at hand.
+        CheckpointError, DataError: see `RunArguments.open`.
     """
     _check(arguments)
-    with contextlib.suppress(ImportError):  # not on Windows: there the terminal itself edits lines
+    with contextlib.suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  (input() then edits lines and remembers them)
-    model = load_run(arguments.run, arguments.tag, arguments.device)
-    marking = arguments.mark_copied is not None
-    source = training_text(arguments.run, model.checkpoint, arguments.data) if marking else None
-    talk = Conversation(model, arguments, out or sys.stdout, source)
+    model, source = arguments.open()
+    talk = Conversation(model, arguments, sys.stdout, source)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a script starts with &
     try:
         _talk(talk)
@@ -153,10 +134,9 @@ class Conversation:
         text = before + added
         if not text:
             raise ConfigError("there is no text to go on from: type its beginning")
-        ids = self.model.tokenizer.encode_prompt(text)  # refuses before anything is changed
+        reply = self._reply(text, f"\n{speaker}:" if speaker else None)  # refuses before anything is changed
         self._before.append((before, self.speaker))
-        self.text, self.speaker = text, speaker
-        self.text += self._reply(ids, f"\n{speaker}:" if speaker else None)
+        self.text, self.speaker = text + reply, speaker
         self._show_copies(len(text))
 
     def _show_copies(self, begin: int) -> None:
@@ -173,32 +153,29 @@ class Conversation:
             self.say(marked(recent[first:], spans, self._out) + "\n")
         self.say(listed(recent[first:], spans, least, drawn) + "\n")
 
-    def _reply(self, ids: np.ndarray, end: str | None) -> str:
-        """Stream the continuation of ids up to `end`, which is left out, and return it; Ctrl-C ends it sooner."""
+    def _reply(self, before: str, end: str | None) -> str:
+        """Stream the continuation of a text up to `end`, which is left out, and return it; Ctrl-C ends it sooner."""
         reply = Reply(self.model.tokenizer, [end] if end else [])
 
         def show(text: str) -> None:
             self._out.write(text)
             self._out.flush()
 
-        settings = self.settings
-        seed, self._drawn = settings.seed + self._drawn, self._drawn + 1
-        device = next(self.model.gpt.parameters()).device
-        stopped = False
+        settings, stopped = self.settings, False
         try:
-            generate(
-                self.model.gpt,
-                torch.from_numpy(ids.astype("int64"))[None].to(device),
+            self.model.continuations(
+                before,
                 settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 top_p=settings.top_p,
-                seed=seed % 2**63,
+                seed=(settings.seed + self._drawn) % 2**63,
                 stop=lambda _: reply.ended,
                 on_token=lambda row, token: show(reply.push(token)),
             )
         except KeyboardInterrupt:
             stopped = True
+        self._drawn += 1
         show(reply.flush())
         text = reply.text
         if reply.ended:
@@ -236,12 +213,7 @@ class Conversation:
 
 
 def _check(settings: ChatArguments) -> None:
-    try:
-        check_settings(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if not 0 <= settings.seed < 2**63:
-        raise ConfigError(f"seed {settings.seed}: must be >= 0 and below 2**63")
+    check_drawing(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, settings.seed)
 
 
 def _speaker_of(line: str) -> str | None:

@@ -1,4 +1,4 @@
-"""OpenAI's completions over a batch: the answers, whole or as a stream.
+"""OpenAI's completions over a batch: the answers, whole or as a stream, and what of them is copied.
 
 Beyond OpenAI's keys: `top_k`; `seed` in every answer; `ended_by` beside `finish_reason`, which has no word for a limit
 of time; and with `mark_copied`, `copied` in every choice that has ended.
@@ -14,11 +14,59 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+from starlette.concurrency import run_in_threadpool
+
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.inference.batching import Alternatives, Batch, End, Generation
-from chatgot.inference.copy_finder import CopyFinder
-from chatgot.inference.reply import Reply
+from chatgot.inference.copied import FedPlace, TrainingText
 from chatgot.inference.requests import CompletionRequest, RefusedError
+from chatgot.inference.sample import Reply
+
+MOST_SEARCHED = 20_000
+"""Characters, the last ones of a text, in which copies are looked for."""
+MOST_SEARCHES = 8
+"""Texts that may be searched or wait for it."""
+
+
+class CopyFinder:
+    """Looks for what stands in the training text word for word, one text after another, while others are answered."""
+
+    def __init__(self, source: TrainingText, min_characters: int) -> None:
+        self._source, self.min_characters = source, min_characters
+        self._one, self._waiting = asyncio.Lock(), 0
+
+    async def find(self, text: str, after: int = 0) -> dict[str, Any]:
+        """The passages of a text that end beyond its first `after` characters, with where they stand.
+
+        Raises:
+            RefusedError: too many texts are waiting (429).
+        """
+        if self._waiting >= MOST_SEARCHES:
+            raise RefusedError(429, "too many texts are being searched for copies; try again in a while")
+        self._waiting += 1
+        try:
+            async with self._one:
+                left_out = max(0, len(text) - MOST_SEARCHED)
+                search = self._source.spans, text[left_out:], self.min_characters, max(0, after - left_out)
+                spans = await run_in_threadpool(*search)
+        finally:
+            self._waiting -= 1
+        copies = [
+            {
+                "begin": span.begin + left_out,
+                "end": span.end + left_out,
+                "count": span.count,
+                "where": span.where,
+                "places": [_place(one) for one in span.places],
+            }
+            for span in spans
+        ]
+        return {"min_characters": self.min_characters, "searched_from": left_out, "copies": copies}
+
+
+def _place(one: FedPlace) -> dict[str, Any]:
+    stands = {"file": one.place.file, "line": one.place.line, "token": one.place.begin}
+    return {**stands, "fed_in_steps": one.fed.whole, "fed_in_part_in_steps": one.fed.part}
 
 
 class Piece(NamedTuple):

@@ -10,7 +10,6 @@ from typing import TextIO
 
 from chatgot.checkpoint.load import Found
 from chatgot.data.copies import MIN_CHARACTERS, Place, covered, find_copies
-from chatgot.data.prepared import PreparedData
 from chatgot.data.recorded import recorded_data
 from chatgot.errors import DataError
 from chatgot.proof.fed import Fed, Feed
@@ -53,15 +52,8 @@ class Span:
 class TrainingText:
     """The text that a checkpoint was trained on. Opened once, searched as often as wanted."""
 
-    def __init__(self, data: PreparedData, feed: Feed) -> None:
-        self._data = data
-        self._feed = feed
-        self.notes = tuple(f"not known whether fed: {line}" for line in feed.unknown(data.fingerprint))
-        """What the user must hear of steps that are not known."""
-
-    @classmethod
-    def of(cls, run: Path, checkpoint: Found, spec: str | None = None) -> TrainingText:
-        """Open the text of a run's checkpoint.
+    def __init__(self, run: Path, checkpoint: Found, spec: str | None = None) -> None:
+        """Open the text of a run's checkpoint, and warn of steps of which is not known what they were fed.
 
         Args:
             spec: the text, as for --data; None: where the run had it.
@@ -70,13 +62,14 @@ class TrainingText:
             DataError: it is not there any more, or gives other tokens.
             ConfigError: not a run folder.
         """
-        step, fingerprint = checkpoint.manifest["step"], checkpoint.manifest["data"]
         try:
-            _, data = recorded_data(run, fingerprint, spec)
+            _, self._data = recorded_data(run, checkpoint.manifest["data"], spec)
         except DataError as error:
             hint = "the tokens are kept in the cache and not in the run folder; name the same text with --data"
             raise DataError(f"the training text of {run} is not at hand: {error}; {hint}") from error
-        return cls(data, Feed.of(run, step, checkpoint.tag))
+        self._feed = Feed.of(run, checkpoint.manifest["step"], checkpoint.tag)
+        for line in self._feed.unknown(self._data.fingerprint):
+            print(f"WARNING: not known whether fed: {line}", file=sys.stderr)
 
     def spans(self, text: str, min_characters: int = MIN_CHARACTERS, after: int = 0) -> list[Span]:
         """Find all longest passages of at least `min_characters`, in their order in `text`. One pass over the text.
@@ -94,14 +87,6 @@ class TrainingText:
                 fed = [self._feed.fed(fingerprint, n_tokens, at.begin, at.end) for at in one.places[:PLACES]]
                 spans.append(Span(one.begin, one.end, one.count, tuple(map(FedPlace, one.places, fed))))
         return spans
-
-
-def training_text(run: Path, checkpoint: Found, spec: str | None = None) -> TrainingText:
-    """Open a checkpoint's training text for a command, and say what is not known of it. See `TrainingText.of`."""
-    source = TrainingText.of(run, checkpoint, spec)
-    for note in source.notes:
-        print(f"WARNING: {note}", file=sys.stderr)
-    return source
 
 
 def marked(text: str, spans: list[Span], out: TextIO) -> str:

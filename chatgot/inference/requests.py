@@ -5,31 +5,30 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
 
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.errors import ConfigError, quoted
 
-Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
-Whole = Annotated[int, Field(strict=True)]
-TokenId = Annotated[int, Field(strict=True, ge=0)]
-Text = Annotated[str, Field(strict=True)]
-StopText = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0)]
+StopText = Annotated[str, Field(min_length=1, max_length=200)]
 MOST_ALTERNATIVES = 20
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class RefusedError(Exception):
+class RefusedError(HTTPException):
     """An answer that is an error: HTTP status, message, and the parameter that it is about."""
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param = status, param
+        super().__init__(status, message, {"Retry-After": "1"} if status == 429 else None)
+        self.param = param
 
     @property
     def body(self) -> dict[str, Any]:
         """In OpenAI's form."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.status}}
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.status_code}}
 
 
 class StreamOptions(BaseModel):
@@ -42,34 +41,34 @@ class StreamOptions(BaseModel):
 class CompletionRequest(BaseModel):
     """The body of POST /v1/completions. A key that would be ignored is refused."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-    model: Text | None = None
-    prompt: Text | list[TokenId] | list[Text] | list[list[TokenId]]
-    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = 16
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model: str | None = None
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = 1.0
-    top_k: Annotated[int, Field(strict=True, ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(strict=True, ge=1, le=128)] | None = 1
-    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    stream: Annotated[bool, Field(strict=True)] | None = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_ALTERNATIVES)] | None = None
-    echo: Annotated[bool, Field(strict=True)] | None = False
-    user: Text | None = None
-    best_of: Whole | None = None
-    suffix: Text | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    echo: bool | None = False
+    user: str | None = None
+    best_of: int | None = None
+    suffix: str | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
-    mark_copied: Annotated[bool, Field(strict=True)] | None = False
+    mark_copied: bool | None = False
 
 
 class CopiedRequest(BaseModel):
     """The body of POST /v1/copied."""
 
-    model_config = ConfigDict(extra="forbid")
-    text: Text
+    model_config = ConfigDict(extra="forbid", strict=True)
+    text: str
 
 
 def read_body(kind: type[Body], body: bytes) -> Body:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -19,31 +19,53 @@ from chatgot.checkpoint.portable import fp32_weights
 from chatgot.config.run import load_run_config
 from chatgot.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from chatgot.errors import CheckpointError, ConfigError, NumericsError
-from chatgot.inference.copied import listed, marked, training_text
-from chatgot.model.generate import generate
+from chatgot.inference.copied import TrainingText, listed, marked
+from chatgot.model.generate import check_settings, generate
 from chatgot.model.gpt import GPT
 
 
 @dataclass(frozen=True)
-class SampleArguments:
-    """The command line of `chatgot sample`."""
+class RunArguments:
+    """What `chatgot sample`, `chat` and `serve` open."""
 
     run: Path
-    prompt: str | None = None
-    """None: the run's first sample prompt."""
+    tag: str | None = None
+    device: str = "auto"
+    mark_copied: int | None = None
+    """Say which passages of at least so many characters stand in the training text; None: don't look for them."""
+    data: str | None = None
+    """The training text, as for --data of train.py; None: where the run had it."""
+
+    def open(self) -> tuple[LoadedModel, TrainingText | None]:
+        """Read the model, and open its training text where copies are to be marked.
+
+        Raises:
+            CheckpointError: see `load_run`.
+            DataError: the training text is not at hand.
+        """
+        model = load_run(self.run, self.tag, self.device)
+        return model, None if self.mark_copied is None else TrainingText(self.run, model.checkpoint, self.data)
+
+
+@dataclass(frozen=True)
+class DrawArguments(RunArguments):
+    """How `chatgot sample` and `chat` draw."""
+
     max_new_tokens: int = 256
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleArguments(DrawArguments):
+    """The command line of `chatgot sample`."""
+
+    prompt: str | None = None
+    """None: the run's first sample prompt."""
     num_samples: int = 1
     greedy: bool = False
-    tag: str | None = None
-    device: str = "auto"
-    mark_copied: int | None = None
-    """Mark passages of at least so many characters that stand in the training text; None: don't look for them."""
-    data: str | None = None
-    """The training text, as for --data of train.py; None: where the run had it."""
 
 
 class LoadedModel(NamedTuple):
@@ -64,36 +86,93 @@ class LoadedModel(NamedTuple):
         seed: int = 0,
         num_samples: int = 1,
         on_token: Callable[[int, int], None] | None = None,
+        stop: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[str]:
         """Draw `num_samples` continuations as one batch; returns the prompt with each. Temperature 0 is greedy;
-        `on_token` is called with (sample, token) as tokens are drawn.
+        `on_token` is called with (sample, token) as tokens are drawn, then `stop` with all of a sample so far: whether
+        it ends there.
 
         Raises:
             ConfigError: a prompt with unseen characters, or a setting out of range.
         """
         if num_samples < 1:
             raise ConfigError(f"--num_samples {num_samples}: must be >= 1")
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"--seed {seed}: must be >= 0 and below 2**63")
+        check_drawing(max_new_tokens, temperature, top_k, top_p, seed)
         ids = self.tokenizer.encode_prompt(prompt)
         if len(ids) == 0:
             raise ConfigError("--prompt: is empty; give at least one character")
         device = next(self.gpt.parameters()).device
         input_ids = torch.from_numpy(ids.astype("int64"))[None].repeat(num_samples, 1).to(device)
-        try:
-            rows = generate(
-                self.gpt,
-                input_ids,
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                on_token=on_token,
-            )
-        except ValueError as error:
-            raise ConfigError(f"chatgot sample: {error}") from error
+        rows = generate(
+            self.gpt,
+            input_ids,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=on_token,
+            stop=stop,
+        )
         return [prompt + self.tokenizer.decode(row) for row in rows]
+
+
+class Reply:
+    """The text of tokens as they are drawn, up to one of the texts `stops`, none of which is empty.
+
+    Gives it out once it is sure that it stays: what may become a stop text is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = tuple(stops)
+        self.text = ""
+        """All text so far, without the stop text and what follows it."""
+        self.given_out = 0
+        """Characters of it that `push` and `flush` have returned."""
+        self.decoded = 0
+        """Characters of all tokens so far, those behind a stop text too."""
+        self.ended = False
+        """Whether a stop text has come."""
+
+    def push(self, token: int) -> str:
+        """Take the next token; returns the text that is sure since the last call."""
+        self._add(self._decoder.push(token))
+        return self._sure(len(self.text) if self.ended else self._unsure())
+
+    def flush(self) -> str:
+        """At the end of the tokens: the rest of the text."""
+        self._add(self._decoder.flush())
+        return self._sure(len(self.text))
+
+    def _add(self, more: str) -> None:
+        self.decoded += len(more)
+        if self.ended:
+            return
+        before = len(self.text)
+        self.text += more
+        found = (self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stops)
+        if places := [place for place in found if place >= 0]:
+            self.text, self.ended = self.text[: min(places)], True
+
+    def _unsure(self) -> int:
+        """Where the longest end of the text begins that is the beginning of a stop text."""
+        lengths = (n for stop in self._stops for n in range(len(stop) - 1, 0, -1) if self.text.endswith(stop[:n]))
+        return len(self.text) - max(lengths, default=0)
+
+    def _sure(self, end: int) -> str:
+        more, self.given_out = self.text[self.given_out : end], max(self.given_out, end)
+        return more
+
+
+def check_drawing(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+    """Refuse a setting that is out of range; ConfigError."""
+    try:
+        check_settings(max_new_tokens, temperature, top_k, top_p)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed {seed}: must be >= 0 and below 2**63")
 
 
 def load_run(run: Path, tag: str | None = None, device: str = "auto") -> LoadedModel:
@@ -164,13 +243,10 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
 
     Raises:
         ConfigError: a prompt with unseen characters, or a setting out of range.
-        CheckpointError: see `load_run`.
-        DataError: copies are to be marked, and the training text is not at hand.
+        CheckpointError, DataError: see `RunArguments.open`.
     """
     out: TextIO = sys.stdout if to is None else to
-    loaded = load_run(arguments.run, arguments.tag, arguments.device)
-    marking = arguments.mark_copied
-    source = None if marking is None else training_text(arguments.run, loaded.checkpoint, arguments.data)
+    loaded, source = arguments.open()
     decoder = StreamDecoder(loaded.tokenizer)
     prompt = first_prompt(arguments.run, loaded.tokenizer) if arguments.prompt is None else arguments.prompt
     before = prompt  # written with the first token, when every setting has been accepted
@@ -197,9 +273,9 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
     for number, text in enumerate(texts, start=1):
         if number > 1:
             out.write(f"\n--- sample {number}\n")
-        if source is not None and marking is not None:
-            spans = source.spans(text, marking, after=len(prompt))
-            below = listed(text, spans, marking, drawn=len(text) - len(prompt))
+        if source is not None and (least := arguments.mark_copied) is not None:
+            spans = source.spans(text, least, after=len(prompt))
+            below = listed(text, spans, least, drawn=len(text) - len(prompt))
             out.write(f"{marked(text, spans, out)}\n\n{below}\n")
         elif number > 1:
             out.write(f"{text}\n")

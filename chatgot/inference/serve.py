@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
+import resource
 import secrets
 import signal
 import socket
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from chatgot.errors import ConfigError, MachineError
+from chatgot.inference.batching import Batch
+from chatgot.inference.sample import RunArguments
 
+log = logging.getLogger(__name__)
 TOKEN = "CHATGOT_TOKEN"
 """Variable that holds the token; a command line is seen by everybody on the machine."""
+OTHER_FILES = 64
+"""Files that the process has open beside its connections."""
+_REFUSED = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 @dataclass(frozen=True)
-class ServeArguments:
+class ServeArguments(RunArguments):
     """The command line of `chatgot serve`."""
 
-    run: Path
     host: str = "127.0.0.1"
     port: int = 0
     allow_host: tuple[str, ...] = ()
@@ -30,12 +38,6 @@ class ServeArguments:
     max_tokens: int = 4096
     max_seconds: float = 300.0
     max_body: int = 1 << 20
-    tag: str | None = None
-    device: str = "auto"
-    mark_copied: int | None = None
-    """Look for passages of at least so many characters that stand in the training text; None: don't."""
-    data: str | None = None
-    """The training text, as for --data of train.py; None: where the run had it."""
 
 
 def serve(arguments: ServeArguments) -> None:
@@ -43,42 +45,30 @@ def serve(arguments: ServeArguments) -> None:
 
     Raises:
         ConfigError: starlette or uvicorn is missing, or a value out of range.
-        CheckpointError: see `load_run`.
-        DataError: copies are to be marked, and the training text is not at hand.
+        CheckpointError, DataError: see `RunArguments.open`.
         MachineError: the address cannot be listened on.
     """
-    if not 0 <= arguments.port < 65536:
-        raise ConfigError(f"--port {arguments.port}: must be 0 (any free one) to 65535")
     if arguments.max_seconds <= 0:
         raise ConfigError(f"--max_seconds {arguments.max_seconds}: must be above 0")
     try:
         import uvicorn
 
-        from chatgot.inference.connections import limited, most_connections
-        from chatgot.inference.copy_finder import CopyFinder
-        from chatgot.inference.server import Limits, Served, application
+        from chatgot.inference.completions import CopyFinder
+        from chatgot.inference.server import Served, application
     except ImportError as error:
         raise ConfigError(f"chatgot serve: {error}; pip install -e .[serve]") from error
-    from chatgot.inference.batching import Batch
-    from chatgot.inference.copied import training_text
-    from chatgot.inference.sample import load_run
-
     listening = _listen(arguments.host, arguments.port)
     address = listening.getsockname()[0]
     token = os.environ.get(TOKEN) or (None if _is_loopback(address) else secrets.token_urlsafe(24))
-    loaded = load_run(arguments.run, arguments.tag, arguments.device)
-    finder, marking = None, arguments.mark_copied
-    if marking is not None:
-        finder = CopyFinder(training_text(arguments.run, loaded.checkpoint, arguments.data), marking)
+    (loaded, source), marking = arguments.open(), arguments.mark_copied
+    finder = None if source is None or marking is None else CopyFinder(source, marking)
     batch = Batch(loaded.gpt, arguments.streams, arguments.queue)
     name = arguments.run.resolve().name
     config = loaded.gpt.config
     about = {"id": name, "object": "model", "created": int(arguments.run.stat().st_mtime), "owned_by": "chatgot"}
-    size = {"max_model_len": config.max_seq_length, "vocab_size": loaded.gpt.vocab_size}
-    limits = Limits(arguments.max_tokens, arguments.max_seconds, arguments.max_body)
-    served = Served(
-        batch, loaded.tokenizer, limits, {**about, **size, "max_tokens": limits.tokens, "mark_copied": marking}, finder
-    )
+    about |= {"max_model_len": config.max_seq_length, "vocab_size": loaded.gpt.vocab_size}
+    about |= {"max_tokens": arguments.max_tokens, "mark_copied": marking}
+    served = Served(batch, loaded.tokenizer, about, arguments.max_seconds, arguments.max_body, finder)
     names = {"localhost", arguments.host, *arguments.allow_host}
     if not _is_loopback(address):
         names |= {socket.gethostname(), socket.getfqdn()}
@@ -122,3 +112,41 @@ def _is_loopback(address: str) -> bool:
     import ipaddress
 
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def most_connections(texts: int) -> int:
+    """For a server of so many texts at once, waiting ones included: the answer beyond them is 429, and not yet 503."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(8, min(2 * texts + 32, files - OTHER_FILES))
+
+
+def limited(most: int) -> type[asyncio.Protocol]:
+    """uvicorn's protocol with at most so many connections.
+
+    A new one beyond that takes the place of the one that has asked for nothing for the longest time. Where all of them
+    wait for answers, it is refused (503).
+    """
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    base: Any = AutoHTTPProtocol
+
+    class Connection(base):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            self.heard = self.loop.time()
+            open_ones = [one for one in self.connections if not one.transport.is_closing()]
+            super().connection_made(transport)
+            if len(open_ones) < most:
+                return
+            idle = [one for one in open_ones if one.cycle is None or one.cycle.response_complete]
+            if idle:
+                min(idle, key=lambda one: one.heard).transport.close()
+            else:
+                log.warning("all of %d connections wait for answers: another one was refused", most)
+                transport.write(_REFUSED)
+                transport.close()
+
+        def data_received(self, data: bytes) -> None:
+            self.heard = self.loop.time()
+            super().data_received(data)
+
+    return Connection

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -25,8 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.inference.batching import Batch, QueueFullError
-from chatgot.inference.completions import Completion
-from chatgot.inference.copy_finder import CopyFinder
+from chatgot.inference.completions import Completion, CopyFinder
 from chatgot.inference.requests import CopiedRequest, RefusedError, read_body, read_prompts, read_request
 
 log = logging.getLogger(__name__)
@@ -35,22 +35,16 @@ BODY_SECONDS = 20.0
 """A request that has not come by then is given up."""
 
 
-class Limits(NamedTuple):
-    """Of one request."""
-
-    tokens: int
-    seconds: float
-    body_bytes: int
-
-
 class Served(NamedTuple):
     """What the application answers from."""
 
     batch: Batch
     tokenizer: Tokenizer
-    limits: Limits
     model: dict[str, Any]
     """As /v1/models lists it; `id` is its name."""
+    max_seconds: float
+    max_body: int
+    """Bytes of one request."""
     finder: CopyFinder | None = None
     """Of passages that stand in the training text; None: they are not looked for."""
 
@@ -88,24 +82,25 @@ def application(served: Served, hosts: Collection[str], token: str | None) -> AS
 
     async def copied(request: Request) -> Response:
         finder = finder_of_copies()
-        asked = read_body(CopiedRequest, await _body(request, served.limits.body_bytes))
+        asked = read_body(CopiedRequest, await _body(request, served.max_body))
         return JSONResponse(await finder.find(asked.text))
 
     async def completions(request: Request) -> Response:
-        asked = read_request(await _body(request, served.limits.body_bytes), served.limits.tokens)
+        asked = read_request(await _body(request, served.max_body), served.model["max_tokens"])
         _check_name(asked.model, served)
         prompts = await run_in_threadpool(read_prompts, asked, served.tokenizer)
         most = served.batch.streams + served.batch.most_waiting
         if (texts := len(prompts) * (asked.n or 1)) > most:
             raise RefusedError(400, f"{texts} texts in one request (prompts x n): at most {most} here", "n")
         finder = finder_of_copies("mark_copied") if asked.mark_copied else None
-        work = Completion(asked, prompts, served.tokenizer, served.model["id"], served.limits.seconds, finder)
+        work = Completion(asked, prompts, served.tokenizer, served.model["id"], served.max_seconds, finder)
         try:
             served.batch.submit(work.generations)
         except QueueFullError:
             raise RefusedError(429, "too many texts are waiting already; try again in a while") from None
         if asked.stream:
-            return _Stream(work.stream(served.batch), media_type="text/event-stream")
+            leaving = BackgroundTask(served.batch.cancel, work.generations)  # whose stream may not have begun
+            return StreamingResponse(work.stream(served.batch), media_type="text/event-stream", background=leaving)
         return JSONResponse(await _unless_left(request, work.whole(served.batch)))
 
     routes = [
@@ -116,7 +111,7 @@ def application(served: Served, hosts: Collection[str], token: str | None) -> AS
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/copied", copied, methods=["POST"]),
     ]
-    handlers = {RefusedError: _refuse, HTTPException: _refuse_http, ClientDisconnect: _leave}
+    handlers = {HTTPException: _refuse, ClientDisconnect: _leave}
     app = Starlette(routes=routes, exception_handlers=handlers)
     return Gate(app, hosts, token)
 
@@ -145,7 +140,7 @@ class Gate:
             await send(message)
 
         refusal = self._refusal(Headers(scope=scope), scope["path"])
-        answer = self._app if refusal is None else JSONResponse(refusal.body, refusal.status)
+        answer = self._app if refusal is None else JSONResponse(refusal.body, refusal.status_code)
         await answer(scope, receive, guarded_send)
 
     def _refusal(self, headers: Headers, path: str) -> RefusedError | None:
@@ -202,21 +197,6 @@ def _content_policy(page: str) -> str:
     return f"{nothing}; connect-src 'self'; img-src data:; script-src {hashes('script')}; style-src {hashes('style')}"
 
 
-class _Stream(StreamingResponse):
-    """Ends what it streams as soon as the client has gone, also while there is nothing to send."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self.stream_response(send))
-        leaving = asyncio.ensure_future(self.listen_for_disconnect(receive))
-        try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sending, leaving):
-                task.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
-            await self.body_iterator.aclose()  # pyright: ignore[reportAttributeAccessIssue]  (an async generator)
-
-
 async def _unless_left(request: Request, work: Any) -> dict[str, Any]:
     """Await the work; raises ClientDisconnect and ends it when the client goes away."""
 
@@ -262,16 +242,12 @@ def _check_name(name: str | None, served: Served) -> None:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    again = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body, error.status, headers=again)
+    assert isinstance(error, HTTPException)
+    if not isinstance(error, RefusedError):
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(RefusedError(error.status_code, what).body, error.status_code, headers=error.headers)
+    return JSONResponse(error.body, error.status_code, headers=error.headers)
 
 
 async def _leave(request: Request, error: Exception) -> Response:
     return Response(status_code=400)  # nobody reads it
-
-
-async def _refuse_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    refusal = RefusedError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(refusal.body, error.status_code, headers=error.headers)

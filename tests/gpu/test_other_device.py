@@ -68,7 +68,7 @@ def test_checkpoints_move_between_gpu_and_cpu(device, tmp_path: Path, text_file:
         assert list(losses) == list(range(1, 2 * N + 1))
         deviations[out.name] = worst(list(losses.values()), list(reference.values()))
     texts = [
-        sample(SampleArguments(out, "The night", 16, greedy=True, device=kind))
+        sample(SampleArguments(out, prompt="The night", max_new_tokens=16, greedy=True, device=kind))
         for out in (to_cpu, to_gpu)
         for kind in ("cpu", device.type)
     ]

@@ -89,7 +89,7 @@ def test_the_steps_are_those_of_brute_force_up_to_the_checkpoint(folder, model):
     passage = PLANTED[3:28]
     for tag, last in ((f"step-{STEPS:08d}", STEPS), (f"step-{SAVED:08d}", SAVED)):
         checkpoint = load_run(folder / "run", tag, "cpu").checkpoint
-        source = TrainingText.of(folder / "run", checkpoint)
+        source = TrainingText(folder / "run", checkpoint)
         [span] = source.spans(f"-- {passage} --", 20)
         assert (span.begin, span.end, span.count) == (3, 3 + len(passage), 2)
         for one in span.places:
@@ -126,7 +126,7 @@ def test_memorising_is_a_curve_of_the_journal(folder):
 
 def test_nothing_is_marked_in_what_stands_nowhere(folder, model):
     assert "copied: no passage of 40 characters or more stands" in drawn(folder / "run", temperature=9, greedy=False)
-    source = TrainingText.of(folder / "run", model.checkpoint)
+    source = TrainingText(folder / "run", model.checkpoint)
     assert source.spans(gibberish(9, 99), 40) == []
     assert source.spans(PLANTED, 40, after=len(PLANTED)) == [], "what the prompt has, the model did not write"
 

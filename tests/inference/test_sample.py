@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,9 @@ from chatgot.checkpoint.load import choose, find
 from chatgot.checkpoint.portable import fp32_weights
 from chatgot.data.loader import EvalBatches
 from chatgot.data.prepared import PreparedData
+from chatgot.data.tokenizer import ByteTokenizer
 from chatgot.errors import NumericsError
-from chatgot.inference.sample import SampleArguments, load_run, sample
+from chatgot.inference.sample import Reply, SampleArguments, load_run, sample
 from chatgot.model.generate import generate
 from chatgot.training import run
 from tests.support import ROOT, TINY_MODEL, engine_json, environment, present, write_json, write_run_yaml, write_text
@@ -199,8 +201,8 @@ def command(*words: str | Path) -> int:
         (["--top_k", "0"], ["top_k = 0"]),
         (["--max_new_tokens", "0"], ["max_new_tokens = 0"]),
         (["--num_samples", "0"], ["--num_samples 0"]),
-        (["--seed", "-1"], ["--seed -1"]),
-        (["--seed", str(2**70)], ["--seed"]),
+        (["--seed", "-1"], ["seed -1"]),
+        (["--seed", str(2**70)], ["seed"]),
     ],
 )
 def test_settings_out_of_range_are_refused_with_2_and_nothing_is_printed(settings, fragments, folder, capsys):
@@ -300,3 +302,39 @@ def test_weights_that_are_not_finite_are_refused_before_a_token_is_drawn(runs, t
     with pytest.raises(NumericsError, match=r"norm\.weight has values that are not finite; name an earlier one") as no:
         text_of(run_dir)
     assert no.value.exit_code == 5
+
+
+def pieces(text: str, *stops: str) -> tuple[list[str], Reply]:
+    """What each token of the text gives out, and the rest at the end."""
+    tokenizer = ByteTokenizer()
+    reply = Reply(tokenizer, stops)
+    return [*(reply.push(int(token)) for token in tokenizer.encode(text)), reply.flush()], reply
+
+
+def test_what_may_become_a_stop_text_is_held_back():
+    assert pieces("abc\nKI", "\nKING:")[0] == ["a", "b", "c", "", "", "", "\nKI"]
+    assert pieces("abc\nKU", "\nKING:")[0] == ["a", "b", "c", "", "", "\nKU", ""]
+    given, reply = pieces("abc\nKING: d", "\nKING:")
+    assert ("".join(given), reply.text, reply.ended) == ("abc", "abc", True)
+
+
+def test_the_first_of_several_stop_texts_ends_it_and_characters_come_whole():
+    given, reply = pieces("ē’á one two", "two", "on", "xyz")
+    assert given[:4] == ["", "ē", "", ""]
+    assert ("".join(given), reply.ended) == ("ē’á ", True)
+    given, reply = pieces("ē"[:1])
+    assert (reply.ended, reply.given_out) == (False, 1)
+
+
+def test_no_stop_text_is_overlooked():
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choices("ab\n", k=draw.randint(0, 12)))
+        stops = ["".join(draw.choices("ab\n", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 3))]
+        given, reply = pieces(text, *stops)
+        found = [text.index(stop) for stop in stops if stop in text]
+        ends = sorted(text.index(stop) + len(stop) for stop in stops if stop in text)
+        # the text ends where the first stop text is complete, and before all of those that are complete there
+        first = min(text.find(stop, 0, ends[0]) for stop in stops if stop in text[: ends[0]]) if found else None
+        assert reply.ended == bool(found)
+        assert "".join(given) == reply.text == (text if first is None else text[:first])

@@ -23,8 +23,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chatgot.inference.connections import OTHER_FILES, most_connections
 from chatgot.inference.sample import LoadedModel
+from chatgot.inference.serve import OTHER_FILES, most_connections
 from tests.inference.conftest import COPIED, QUEUE, STREAMS, Server, start
 
 PROMPT = "The night"
