@@ -11,8 +11,10 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,12 @@ from chatgot.deepspeed_json import check
 from chatgot.deepspeed_json.read import find_json
 from chatgot.deepspeed_json.resolve import EngineConfig, Resolved
 from chatgot.devices import assumed_device
-from chatgot.errors import EXIT_DONE, CheckpointError, ConfigError, MachineError, NumericsError
-from chatgot.launcher.ranks import launch, refusal
+from chatgot.errors import EXIT_DONE, ChatGoTError, CheckpointError, ConfigError, MachineError, NumericsError
+from chatgot.launcher.ranks import refusal
 from chatgot.model.shapes import count_parameters
 from chatgot.observe.journal import read_journal
 from chatgot.proof import digest
-from chatgot.rehearse.rows import LAUNCH_SECONDS, Table, failed
+from chatgot.rehearse.ranks import failed, start, trained
 from chatgot.verify.replay import OUTSIDE
 
 SAVED, KILLED, END = 20, 30, 40
@@ -43,8 +45,7 @@ class RehearseArguments:
     """The command line of `chatgot rehearse`."""
 
     deepspeed_config: Path
-    config: str | None = None
-    """None: tiny."""
+    config: str = "tiny"
     data: str = "wars_of_the_roses"
     nproc: int = 2
     out_dir: Path | None = None
@@ -73,31 +74,40 @@ def shrunk(model: ModelConfig) -> ModelConfig:
 
 
 def rehearse(arguments: RehearseArguments) -> int:
-    """Go through all rows and print the table; returns the exit code of the first that failed, or 0."""
-    table = Table()
+    """Go through all rows, up to the first that fails, and print the table; returns that row's exit code, or 0."""
+    table, exit_code = list[str](), EXIT_DONE
     with contextlib.ExitStack() as cleanup:
         rehearsal = Rehearsal(arguments, cleanup)
-        rows: list[tuple[str, Callable[[], str]]] = [
-            ("check", rehearsal.check),
-            ("data", rehearsal.read_data),
-            ("compiler", rehearsal.compiler),
-            ("folder", rehearsal.folder),
-            ("train, save, kill", rehearsal.train),
-            ("plain loop", rehearsal.plain_loop),
-            ("resume", rehearsal.resume),
-            ("other rank count", rehearsal.other_ranks),
-            ("evaluate", rehearsal.evaluate),
-            ("sample", rehearsal.sample),
-            ("verify", rehearsal.verify),
-        ]
+        rows: dict[str, Callable[[], str]] = {
+            "check": rehearsal.check,
+            "data": rehearsal.read_data,
+            "compiler": rehearsal.compiler,
+            "folder": rehearsal.folder,
+            "train, save, kill": rehearsal.train,
+            "plain loop": rehearsal.plain_loop,
+            "resume": rehearsal.resume,
+            "other rank count": rehearsal.other_ranks,
+            "evaluate": rehearsal.evaluate,
+            "sample": rehearsal.sample,
+            "verify": rehearsal.verify,
+        }
         if arguments.full:
-            rows.append(("full model", rehearsal.full_model))
-        for name, work in rows:
-            table.row(name, work)
-    print(table)
-    passed = "passes" if not table.exit_code else f"fails (exit {table.exit_code})"
+            rows["full model"] = rehearsal.full_model
+        for name, work in rows.items():
+            began, verdict, said = time.monotonic(), "-", "not reached"
+            if not exit_code:
+                print(f"rehearsing: {name}", file=sys.stderr, flush=True)
+                try:
+                    said = work()
+                    verdict = "skip" if said.startswith("skipped") else "pass"
+                except ChatGoTError as error:
+                    exit_code, verdict, said = error.exit_code, "FAIL", str(error)
+            said = "; ".join(line.strip() for line in said.splitlines() if line.strip())
+            table.append(f"{name:<18} {verdict:<5} {time.monotonic() - began:6.1f} s  {said}")
+    print("\n".join(table))
+    passed = "passes" if not exit_code else f"fails (exit {exit_code})"
     print(f"rehearsal of {arguments.deepspeed_config} with {arguments.nproc} rank(s): {passed}")
-    return table.exit_code
+    return exit_code
 
 
 class Rehearsal:
@@ -119,7 +129,7 @@ class Rehearsal:
         """Hold the JSON and the YAML against all rules, and settle what is made smaller."""
         given = self.arguments
         run_overrides, ds_overrides = parse_overrides(list(given.overrides))
-        self.config = load_run_config(given.config or "tiny", run_overrides)
+        self.config = load_run_config(given.config, run_overrides)
         self.json = find_json(given.deepspeed_config)
         cpu = assumed_device("cpu")
         section = self._resolved(ds_overrides, "cuda")
@@ -129,14 +139,8 @@ class Rehearsal:
         self.real = section.engine_config()
         _, all_ds = parse_overrides([*given.overrides, *self.lowered])
         self.engine = self._resolved(all_ds, "cpu").engine_config()
-        train = {
-            "max_steps": END,
-            "log_every": 1,
-            "eval_every": None,
-            "sample_every": None,
-            "eval_tokens": 8192,
-            "sample_max_new_tokens": 16,
-        }
+        train = {"max_steps": END, "log_every": 1, "eval_tokens": 8192, "sample_max_new_tokens": 16}
+        train |= dict.fromkeys(("eval_every", "sample_every"))
         kind = self.config.data.tokenizer
         data = {"bpe_vocab_size": min(self.config.data.bpe_vocab_size, 512), "tokenizer": kind.replace("given", "bpe")}
         self.small = self.config.model_copy(
@@ -220,7 +224,8 @@ class Rehearsal:
         task = {"steps": KILLED, "arguments": {**self._named("run"), "overrides": self._overrides()}}
         (self.work / "task.json").write_text(json.dumps(task), encoding="utf-8")
         script = str(Path(__file__).with_name("ranks.py"))
-        code, said = self._launch(self.arguments.nproc, ["--script", script, "--", str(self.work / "task.json")])
+        words = ["--script", script, "--", str(self.work / "task.json")]
+        code, said = start(self.arguments.nproc, words, self.work / "log.txt")
         self.digests = digest.history(self.work / "run").digests if (self.work / "run").exists() else {}
         if KILLED not in self.digests or code in (EXIT_DONE, None):
             raise failed("the training", code, said)
@@ -265,9 +270,8 @@ class Rehearsal:
 
     def _resumed(self, ranks: int, folder: str, resume_from: str) -> str:
         words = [word for name, value in self._named(folder).items() for word in (f"--{name}", str(value))]
-        code, said = self._launch(ranks, ["--", *words, "--resume_from", resume_from, *self._overrides(ranks)])
-        if code != EXIT_DONE:
-            raise failed("the resume", code, said)
+        words = ["--", *words, "--resume_from", resume_from, *self._overrides(ranks)]
+        said = trained("the resume", ranks, words, self.work / "log.txt")
         read, _ = read_journal(self.work / folder / run_folder.EVENTS)
         kinds = {event.get("event"): event for event in read}
         if "resume_verified" not in kinds:
@@ -313,11 +317,9 @@ class Rehearsal:
         """Train the real model for two steps, on the devices that launch/run finds."""
         given = self.arguments
         short = ["train.max_steps=2", "train.eval_tokens=8192", "train.sample_max_new_tokens=8"]
-        words = ["--deepspeed_config", str(self.json), "--config", given.config or "tiny", "--data", given.data]
-        out = ["--out_dir", str(self.work / "full")]
-        code, said = self._launch(given.nproc, ["--", *words, *out, *given.overrides, *short], on_cpu=False)
-        if code != EXIT_DONE:
-            raise failed("the real model", code, said)
+        words = ["--deepspeed_config", str(self.json), "--config", given.config, "--data", given.data]
+        words = ["--", *words, "--out_dir", str(self.work / "full"), *given.overrides, *short]
+        trained("the real model", given.nproc, words, self.work / "log.txt", on_cpu=False)
         return f"{self.n_params:,} parameters, two steps, saved"
 
     def _named(self, folder: str) -> dict[str, str]:
@@ -344,7 +346,3 @@ class Rehearsal:
         offloads = [name for name in ("offload_optimizer", "offload_param") if (zero.get(name) or {}).get("nvme_path")]
         nvme = [f"ds.zero_optimization.{name}.nvme_path={self.work / 'nvme'}" for name in offloads]
         return [*(f"ds.{name}.enabled=false" for name in boards), *nvme]
-
-    def _launch(self, ranks: int, words: Sequence[str], on_cpu: bool = True) -> tuple[int | None, str]:
-        environment = {**os.environ, "WANDB_MODE": "offline"} | ({"DS_ACCELERATOR": "cpu"} if on_cpu else {})
-        return launch(ranks, words, environment, self.work / "log.txt", LAUNCH_SECONDS if on_cpu else None)
