@@ -7,25 +7,27 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-import chatgot.inference.commands as inference_commands
 import chatgot.proof.commands as proof_commands
 from chatgot.deepspeed_json.findings import meant
 from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE
-from chatgot.inference.commands import name_checkpoint
 from chatgot.launcher.arguments import (
     Add,
+    Command,
     Parser,
+    Program,
     RankParser,
     config_argument,
     count,
     duration,
     given_to,
+    imported,
     overrides_argument,
+    whole,
 )
 from chatgot.launcher.entry import STOPS, escape_unwritable, guarded, refuse_wrong_settings, settle_environment
 from chatgot.tuning.commands import add_checks
@@ -139,6 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         escape_unwritable()
     if own_process and argv[0] in ("sample", "chat", "serve", "export", "verify", "tune", "rehearse"):
         settle_environment(start_again=True)
+    if "run" in arguments and "tag" in arguments:
+        from chatgot.checkpoint.load import take_apart
+
+        arguments.run, tag = take_apart(arguments.run)
+        arguments.tag = arguments.tag or tag
     sys.exit(guarded(lambda: arguments.program(arguments), arguments.debug))
 
 
@@ -150,9 +157,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"chatgot {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, program: Callable[[argparse.Namespace], int | None], help: str) -> Add:
+    def command(name: str, program: Program | str, help: str) -> Add:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-        added.set_defaults(program=program)
+        added.set_defaults(program=imported(program) if isinstance(program, str) else program)
         added.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
         return added.add_argument
 
@@ -164,7 +171,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     config_argument(add, "its data section says how")
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
-    inference_commands.add_commands(command)
+    _add_inference(command)
     proof_commands.add_commands(command)
 
     add = command("export", _export, "the model for transformers or llama.cpp")
@@ -183,7 +190,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add = command("status", _status, "what became of a run: exit code 0 finished, 10 running, 75 run it again")
     add("run", type=Path, metavar="RUN", help="the run folder; it is only read")
 
-    add = command("report", _report, "the curves, events, samples and costs of runs in one HTML file")
+    what = "the curves, events, samples and costs of runs in one HTML file"
+    add = command("report", "chatgot.observe.report:report_or_show", what)
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, also while it trains; several are compared")
     add("--out", type=Path, metavar="FILE", help="default: report.html in the run folder, or of several runs here")
     add("--terminal", action="store_true", help="show it in the terminal instead of writing a file")
@@ -191,7 +199,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
 
     add_checks(command)
 
-    add = command("rehearse", _rehearse, "run everything once with a small model on this CPU, before the queue does")
+    what = "run everything once with a small model on this CPU, before the queue does"
+    add = command("rehearse", "chatgot.rehearse.rehearsal:rehearse", what)
     add("deepspeed_config", type=Path, metavar="JSON", help="the run's DeepSpeed JSON, or the name of a shipped one")
     config_argument(add, "the run's preset or YAML")
     add("--data", default="wars_of_the_roses", metavar="SPEC", help="the run's text, as for train")
@@ -203,6 +212,47 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     command("presets", _presets, "list the models that ship, for --config")
     command("configs", _configs, "list the DeepSpeed JSONs that ship, for --deepspeed_config")
     return parser, commands.choices
+
+
+def _add_inference(command: Command) -> None:
+    """Add the commands that turn a run folder into text."""
+
+    def model(add: Add) -> None:
+        add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")
+        add("--tag", help="checkpoint to use (default: the newest)")
+        add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda where there is one")
+        what = "mark passages of K characters or more that stand in the training text, and say where and what fed them"
+        add("--mark_copied", type=count, nargs="?", const=40, metavar="K", help=f"{what} (default K: 40)")
+        add("--data", metavar="SPEC", help="the training text, for --mark_copied (default: where the run had it)")
+
+    def drawing(add: Add, max_new_tokens: int) -> None:
+        model(add)
+        add("--max_new_tokens", type=int, default=max_new_tokens, help=f"tokens to draw (default: {max_new_tokens})")
+        add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+        add("--top_k", type=int, help="draw from the k likeliest tokens only")
+        add("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+        add("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+
+    add = command("sample", "chatgot.inference.sample:sample", "draw text from a run folder")
+    drawing(add, max_new_tokens=256)
+    add("--prompt", help="text to continue (default: the run's first sample prompt)")
+    add("--num_samples", type=int, default=1, help="continuations to draw (default: 1)")
+    add("--greedy", action="store_true", help="always take the likeliest token")
+
+    add = command("chat", "chatgot.inference.chat:chat", "write a text in turns with a run's model, in the terminal")
+    drawing(add, max_new_tokens=200)
+
+    what = "a page and OpenAI's completions for a run's model, on this machine"
+    add = command("serve", "chatgot.inference.serve:serve", what)
+    model(add)
+    add("--host", default="127.0.0.1", help="address to listen on; any but this machine's own demands a token")
+    add("--port", type=whole(0, 65535), default=0, help="0: any free one (default)")
+    add("--allow_host", action="append", default=[], metavar="NAME", help="another name that it is reached by")
+    add("--streams", type=count, default=16, metavar="N", help="texts in one forward (default: 16)")
+    add("--queue", type=count, default=64, metavar="N", help="texts that may wait; then 429 (default: 64)")
+    add("--max_tokens", type=count, default=4096, metavar="N", help="tokens of a reply at most (default: 4096)")
+    add("--max_seconds", type=duration, default=300.0, metavar="S", help="of a request, waiting too (default: 300)")
+    add("--max_body", type=count, default=1 << 20, metavar="BYTES", help="of a request (default: 1 MiB)")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -229,20 +279,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from chatgot.observe.progress import show_log
 
     show_log()
-    name_checkpoint(arguments)
     export(given_to(ExportArguments, arguments))
-
-
-def _rehearse(arguments: argparse.Namespace) -> int:
-    from chatgot.rehearse.rehearsal import RehearseArguments, rehearse
-
-    return rehearse(given_to(RehearseArguments, arguments))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from chatgot.verify.verify import verify
 
-    name_checkpoint(arguments)
     whole = verify(arguments.run, arguments.tag)
     if arguments.replay is not None:
         from chatgot.verify.replay import replay
@@ -259,19 +301,29 @@ def _status(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    from chatgot.observe.terminal import report_or_show
-
-    report_or_show(arguments.runs, arguments.out, arguments.terminal, arguments.follow)
-
-
 def _presets(arguments: argparse.Namespace) -> None:
-    from chatgot.launcher.listings import presets
+    from chatgot.config.run import load_run_config, preset_names
+    from chatgot.model.shapes import count_parameters
 
-    presets()
+    rows = [("PRESET", "ARCHITECTURE", "PARAMETERS", "WIDTH x LAYERS x HEADS", "CONTEXT", "TOKENIZER")]
+    for name in preset_names():
+        config = load_run_config(name)
+        model, data = config.model, config.data
+        parameters = count_parameters(model, data.bpe_vocab_size if data.tokenizer == "bpe" else 95)
+        shape = f"{model.d_model} x {model.n_layers} x {model.n_head}"
+        rows.append((name, model.architecture, f"{parameters:,}", shape, f"{model.max_seq_length}", data.tokenizer))
+    _print_table(rows)
+    print("parameters: with the tokenizer's vocabulary for bpe, with 95 characters for char")
 
 
 def _configs(arguments: argparse.Namespace) -> None:
-    from chatgot.launcher.listings import configs
+    from chatgot.deepspeed_json.read import shipped_table
 
-    configs()
+    _print_table([("CONFIG", "PRECISION", "ZERO", "USE IT WHEN"), *shipped_table()])
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows, the first of which is the head, as columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())

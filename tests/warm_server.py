@@ -32,7 +32,6 @@ import torch._inductor.compile_fx  # noqa: F401 - and every ZeRO engine, for Muo
 import yaml  # noqa: F401
 
 import chatgot.cli
-import chatgot.inference.commands
 import chatgot.launcher
 import chatgot.tuning.probe  # noqa: F401
 from chatgot.training import run  # noqa: F401

@@ -12,7 +12,7 @@ import torch
 
 from chatgot.devices import device_facts, peak_flops
 from chatgot.inference.sample import SampleArguments, sample
-from chatgot.observe.energy import gpu_energy
+from chatgot.observe.goodput import gpu_energy
 from tests.gpu import program
 from tests.gpu.tiny import json_tree
 from tests.support import live_metrics, write_json, write_run_yaml
@@ -62,7 +62,8 @@ def test_a_run_evaluates_samples_and_reports_and_none_of_it_touches_the_training
         assert 0 < last["perf/mfu"] < 1
 
     texts = {
-        kind: sample(SampleArguments(busy, "The night", 16, greedy=True, device=kind)) for kind in {"cpu", device.type}
+        kind: sample(SampleArguments(busy, prompt="The night", max_new_tokens=16, greedy=True, device=kind))
+        for kind in {"cpu", device.type}
     }
     assert len(set(map(tuple, texts.values()))) == 1, texts
     assert texts["cpu"][0].startswith("The night")
