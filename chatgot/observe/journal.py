@@ -107,11 +107,8 @@ class LineFile:
             what = "the last line was cut off (the run was killed while it was written)"
             logger.info(f"{self.path}: {what}; it stays, and new lines follow it")
 
-    def write_line(self, record: Mapping[str, Any]) -> None:
-        """Write one line, a fresh one after one that was lost. Raises ValueError: closed, or not for JSON."""
-        self._append(record)
-
-    def _append(self, *records: Mapping[str, Any]) -> None:
+    def write_lines(self, *records: Mapping[str, Any]) -> None:
+        """Write lines, fresh ones after one that was lost. Raises ValueError: closed, or not for JSON."""
         gap = []
         if self._lost:
             gap = [{"step": max(self._lost), "lost_lines": len(self._lost), "lost_from_step": min(self._lost)}]
@@ -139,7 +136,7 @@ class LineFile:
         """Give back the descriptor; the lines are with the kernel when `append` returns. Idempotent."""
         if self._fd is not None:
             if self._lost:
-                self._append()
+                self.write_lines()
             os.close(self._fd)
             self._fd = None
 
@@ -165,11 +162,11 @@ class Journal(LineFile):
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise ValueError(f"metric {name} = {value!r}: expected a number")
             line[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
-        self.write_line(line)
+        self.write_lines(line)
 
     def digest(self, step: int, digest: Mapping[str, Any]) -> None:
         """Write the digest of one optimizer step (proof.digest.Digest.to_json), on a line of its own."""
-        self.write_line({"step": int(step), "digest": digest})
+        self.write_lines({"step": int(step), "digest": digest})
 
 
 class Events(LineFile):
@@ -195,7 +192,7 @@ class Events(LineFile):
         }
         if clash := own.keys() & fields.keys():
             raise ValueError(f"event {kind!r}: the fields {sorted(clash)} are every event's own")
-        self.write_line({**own, **fields})
+        self.write_lines({**own, **fields})
 
 
 def read_lines(
@@ -218,7 +215,8 @@ def read_lines(
         if (size := os.fstat(file.fileno()).st_size) > LARGEST:
             raise ConfigError(f"{path}: has {size} bytes, and at most {LARGEST} are read; move it away")
         if after is not None:
-            file.seek(_end_of_step(file, size, after))
+            ends = (end for step, end, line in _steps_from_the_end(file, size) if step <= after and _parsed(line))
+            file.seek(next(ends, 0))
         while line := file.readline(LONGEST):
             if line == b"\n" or (without is not None and without in line):
                 continue
@@ -236,8 +234,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _end_of_step(file: BinaryIO, size: int, step: int) -> int:
-    """Find where the last line of a step that is not above `step` ends; 0 where there is none."""
+def _steps_from_the_end(file: BinaryIO, size: int) -> Iterator[tuple[int, int, bytes]]:
+    """Lines of a journal from the last one on, perhaps broken ones too: the step, where the line ends, and itself."""
     end, rest = size, b""
     while end > 0:
         begin = max(0, end - _BLOCK)
@@ -245,14 +243,12 @@ def _end_of_step(file: BinaryIO, size: int, step: int) -> int:
         lines = (file.read(end - begin) + rest).split(b"\n")
         offset = begin + sum(map(len, lines)) + len(lines) - 1
         for line in reversed(lines[1:] if begin else lines):
-            found = _STEP.match(line)
-            if found and int(found[1]) <= step and _parsed(line) is not None:
-                return min(offset + 1, size)
+            if found := _STEP.match(line):
+                yield int(found[1]), min(offset + 1, size), line
             offset -= len(line) + 1
         end, rest = begin, lines[0]
         if len(rest) > LONGEST:
             rest = b""  # of a line that is too long only the beginning counts
-    return 0
 
 
 def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
@@ -296,15 +292,13 @@ class Branch(Generic[T]):
 
 
 def last_step(path: str | os.PathLike) -> int | None:
-    """Find the step of the last whole line, where the run stands; None: there is none in the last MiB."""
+    """Find the step of the last whole line, where the run stands; None: there is none."""
     try:
         with os.fdopen(open_file(Path(path)), "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _BLOCK))
-            lines = file.read(_BLOCK).split(b"\n")
+            lines = _steps_from_the_end(file, os.fstat(file.fileno()).st_size)
+            return next((step for step, _, line in lines if _parsed(line)), None)
     except OSError:
         return None
-    found = (_STEP.match(line) for line in reversed(lines) if _parsed(line) is not None)
-    return next((int(one[1]) for one in found if one), None)
 
 
 def newest_step(path: str | os.PathLike) -> int | None:

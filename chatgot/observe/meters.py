@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import logging
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import psutil
 
 from chatgot.devices import Precision, cgroup_memory, peak_flops
 
@@ -25,16 +25,21 @@ _EMA_DECAY_PER_STEP = 0.99
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """Training between two readings of the meter, paused sections excluded."""
 
     steps: int
     tokens: int
     """Tokens of all ranks."""
     seconds: float
-    tokens_per_sec: float
-    step_ms: float
+
+    @property
+    def tokens_per_sec(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def step_ms(self) -> float:
+        return 1000.0 * self.seconds / self.steps
 
 
 class Throughput:
@@ -105,15 +110,8 @@ class Throughput:
         self._charge()
         if not self._steps:
             return None
-        seconds = self._active - self._since
         self._update_ema()
-        reading = Interval(
-            steps=self._steps,
-            tokens=self._tokens,
-            seconds=seconds,
-            tokens_per_sec=self._tokens / seconds if seconds > 0 else 0.0,
-            step_ms=1000.0 * seconds / self._steps,
-        )
+        reading = Interval(self._steps, self._tokens, self._active - self._since)
         self._steps = self._tokens = 0
         self._since = self._active
         return reading
@@ -171,10 +169,10 @@ def available_bytes(device: torch.device) -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    bounds = [_kib("/proc/meminfo", "MemAvailable"), *(limit - used for limit, used in cgroup_memory())]
+    bounds = [psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_memory())]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        bounds.append(limit - _status("VmSize"))
+        bounds.append(limit - psutil.Process().memory_info().vms)
     return max(min(bounds), 0)
 
 
@@ -201,17 +199,10 @@ def peak_memory_gib(device_kind: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform != "linux":  # ru_maxrss on Linux is handed down through fork and exec, the launcher's peak included
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
-    return _status("VmHWM") / 2**30
+    return _status("VmHWM") / 2**30  # ru_maxrss is handed down through fork and exec, the launcher's peak included
 
 
 def _status(name: str) -> int:
-    return _kib("/proc/self/status", name)
-
-
-def _kib(path: str, name: str) -> int:
-    """Bytes of the line 'name:  1234 kB'."""
-    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    """Bytes of the line 'name:  1234 kB' of this process's status, which psutil does not read."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

@@ -25,31 +25,24 @@ class _Bar(tqdm):
 class Progress:
     """Rank 0's voice; every other rank constructs it with enabled=False and stays silent.
 
-    A stream that is gone (closed pipe, vanished terminal, full disk behind a redirect) makes it quiet for good:
-    `on_quiet` is told the reason once, and the file descriptor is pointed at the null device, so that a library's print
-    does not raise either.
+    A stream that is gone (closed pipe, vanished terminal, full disk behind a redirect) makes it quiet for good: the
+    file descriptor is pointed at the null device, so that a library's print does not raise either.
     """
 
     def __init__(
         self,
         max_steps: int,
         *,
-        start_step: int = 0,
         enabled: bool = True,
         stream: TextIO | None = None,
-        on_quiet: Callable[[str], None] | None = None,
         log_format: str = "text",
     ) -> None:
         """Args: log_format: "text", or "json": an object a line instead, for programs, and no bar."""
         self.max_steps = max_steps
-        self._start_step = start_step
-        self._on_quiet = on_quiet
         self._bar: _Bar | None = None
         self._closed = False
         stream = sys.stdout if stream is None else stream
         self._stream: TextIO | None = stream if enabled else None
-        if enabled and self._stream is None:
-            self._go_quiet("there is no standard output")
         self._json = log_format == "json"
         self._on_terminal = False
         with self._quiet_if_gone():
@@ -65,7 +58,6 @@ class Progress:
                 sized = os.get_terminal_size(self._stream.fileno()).columns > 0
                 self._bar = _Bar(
                     total=self.max_steps,
-                    initial=self._start_step,
                     file=self._stream,
                     # rate and time to go are the meter's
                     bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
@@ -154,10 +146,10 @@ class Progress:
             yield
         except UnicodeEncodeError:
             raise
-        except (OSError, ValueError) as error:  # ValueError: the stream object itself is closed
-            self._go_quiet(str(error))
+        except (OSError, ValueError):  # ValueError: the stream object itself is closed
+            self._go_quiet()
 
-    def _go_quiet(self, reason: str) -> None:
+    def _go_quiet(self) -> None:
         stream, self._stream = self._stream, None
         if self._bar is not None:
             self._bar.disable = True
@@ -170,8 +162,6 @@ class Progress:
                 os.close(null)
             except (OSError, ValueError):
                 pass  # no descriptor behind it (io.UnsupportedOperation is both): then nothing is left to flush
-        if self._on_quiet is not None:
-            self._on_quiet(reason)
 
 
 class _LogHandler(logging.Handler):

@@ -5,6 +5,7 @@ The file holds the numbers as JSON, plotly's JavaScript, and report.html, which 
 
 from __future__ import annotations
 
+import html
 import importlib.resources
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import chatgot.run_folder as run_folder
 from chatgot.distributed import python_path
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
-from chatgot.observe.curves import at_steps, drawn, read_curves
+from chatgot.observe.curves import at_steps, drawn, read_curves, show, step_of
 from chatgot.observe.goodput import PARTS
 from chatgot.observe.journal import read_lines
 from chatgot.observe.status import status
@@ -67,7 +68,7 @@ def report(runs: Sequence[Path], out: Path | None = None, ending: bool = False) 
     }
     page = importlib.resources.files("chatgot.observe").joinpath("report.html").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no text of a run ends the element it is in
-    for place, content in (("/*TITLE*/", _escaped(", ".join(names))), ("/*DATA*/", text), ("/*PLOTLY*/", script)):
+    for place, content in (("/*TITLE*/", html.escape(", ".join(names))), ("/*DATA*/", text), ("/*PLOTLY*/", script)):
         before, after = page.split(place)
         page = f"{before}{content}{after}"
     try:
@@ -77,8 +78,18 @@ def report(runs: Sequence[Path], out: Path | None = None, ending: bool = False) 
     return out
 
 
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+def report_or_show(runs: Sequence[Path], out: Path | None, terminal: bool, follow: bool) -> None:
+    """`chatgot report`: write the file, or show one run here.
+
+    Raises:
+        ConfigError: what is asked for does not go together; see `report` and `show`.
+    """
+    if not (terminal or follow):
+        print(f"report: {report(runs, out)}")
+    elif out is not None or len(runs) > 1:
+        raise ConfigError("chatgot report --terminal: shows one run and writes no file; leave out --out and other runs")
+    else:
+        show(runs[0], follow)
 
 
 def _plotly() -> str:
@@ -166,12 +177,6 @@ def _shown(events: list[dict[str, Any]]) -> dict[str, Any]:
         "texts": ["; ".join(_field(*pair) for pair in event.items() if pair[0] not in own) for event in told],
         "left_out": left_out,
     }
-
-
-def step_of(event: Mapping[str, Any]) -> int | None:
-    """The optimizer step of an event; None where it has none."""
-    step = event.get("step", event.get("from_step"))
-    return step if isinstance(step, int) else None
 
 
 def _field(name: str, value: Any) -> str:

@@ -7,16 +7,16 @@ samples on the step axis, and raises on rank 0 alone when there is no API key (d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import queue
 import secrets
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,17 +25,16 @@ from typing import TYPE_CHECKING, Any
 import chatgot.run_folder as run_folder
 from chatgot.distributed import python_path
 from chatgot.files import write_atomically
-from chatgot.observe.journal import METRICS, newest_step, read_lines, with_numbers
 from chatgot.observe.wandb_worker import LAST_RECORD
 
 if TYPE_CHECKING:
     from chatgot.deepspeed_json.resolve import WandbConfig
 
 logger = logging.getLogger(__name__)
-_QUEUED_LINES = 10_000
+_MOST_UNSENT = 2 << 20
+"""Bytes of records that wait until the process takes them."""
 ARTIFACT_SECONDS = 1800.0
 """Granted to the upload at the end where artifacts were asked for."""
-_ADDED = ("val/", "sample/")
 _ALERTS = {
     "rolled_back": "Rolled back",
     "spike": "The loss shot up",
@@ -50,21 +49,10 @@ _SAID = ("step", "why", "error", "signal", "from_step", "to_step", "exit_code")
 
 
 class WandbRun:
-    """Rank 0's wandb run, or nothing at all where wandb is disabled, missing or broken. Made by `start`."""
+    """Rank 0's wandb run, or nothing at all where wandb is disabled, missing or broken."""
 
-    def __init__(self, finish_timeout: float) -> None:
-        self._finish_timeout = finish_timeout
-        self._last_step = -1
-        self._half_sent: tuple[int, set[str]] = (-1, set())
-        """A step that a kill may have cut in two, and the metrics of it that were logged."""
-        self._worker: _Worker | None = None
-        self.id: str | None = None
-        self.mode: str = "off"
-        """online, offline, or off: nothing is sent anywhere."""
-
-    @classmethod
-    def start(
-        cls,
+    def __init__(
+        self,
         config: WandbConfig,
         *,
         run_dir: Path,
@@ -74,43 +62,38 @@ class WandbRun:
         tags: Sequence[str] = (),
         init_timeout: float = 30.0,
         finish_timeout: float = 60.0,
-    ) -> WandbRun:
+    ) -> None:
         """Open or continue the run folder's wandb run. No fault of wandb, the network or the server is raised.
 
         Args:
             run_dir: keeps the id in wandb/run_id.json and what wandb has in wandb/last_record.json, with wandb's own
-                files beside them. Steps that wandb has, trained again after a resume, are not logged a second time;
-                steps that a kill kept from it, and that are not trained again, are sent from metrics.jsonl.
+                files beside them. Steps that wandb has and that are trained again are not logged a second time; steps
+                that a kill kept from it, and that are not trained again, are sent from metrics.jsonl.
             run_config: the resolved configuration, shown by wandb.
             resumed_from_step: the checkpoint's step; None for a new start.
             init_timeout: seconds granted to go online; then offline is granted as many, then wandb is off.
             finish_timeout: seconds granted to the upload at the end.
         """
-        self = cls(finish_timeout)
+        self._finish_timeout = finish_timeout
+        self._worker: _Worker | None = None
+        self.mode: str = "off"
+        """online, offline, or off: nothing is sent anywhere."""
         if not config.enabled:
-            return self
+            return
         if os.environ.get("WANDB_MODE", "").lower() == "disabled":
             logger.info("wandb: off (WANDB_MODE=disabled)")
-            return self
+            return
         folder = run_dir / run_folder.WANDB
         try:
-            self.id, known = _run_id(folder)
+            name, known = _run_id(folder)
         except OSError as error:
             self._off(f"its id cannot be kept: {error}")
-            return self
-        journal = run_dir / run_folder.METRICS
-        if known:
-            self._last_step, names = _last_record(folder, journal)
-            self._half_sent = (self._last_step, names)
+            return
+        run = {"id": name, "dir": str(run_dir), "name": run_name, "config": dict(run_config), "tags": list(tags)}
+        run |= {"project": config.project, "group": config.group, "entity": config.team}
         job = {
-            "id": self.id,
-            "dir": str(run_dir),
-            "name": run_name,
-            "config": dict(run_config),
-            "tags": list(tags),
-            "project": config.project,
-            "group": config.group,
-            "team": config.team,
+            "run": run,
+            "resumed_from_step": resumed_from_step if known else None,
             "pid": os.getpid(),
             "init_timeout": init_timeout,
             "finish_timeout": finish_timeout,
@@ -129,22 +112,19 @@ class WandbRun:
             self._worker = worker
             because = ready["offline_because"]
             self.mode = "offline" if because else "online"
-            what = f"run {self.id} goes on, {self.mode}" if known else f"new run {self.id} {self.mode}"
+            what = f"run {name} goes on, {self.mode}" if known else f"new run {name} {self.mode}"
             more = f" ({because}); upload later: wandb sync {folder}/offline-run-*" if because else f": {ready['url']}"
             logger.info(f"wandb: {what}{more}")
-            if known and resumed_from_step is not None:
-                self._catch_up(journal, resumed_from_step)
-            return self
+            return
         self._off(str(failure))
-        return self
 
     def log(self, metrics: Mapping[str, float | int | None], step: int) -> None:
         """Send a step's metrics. Never blocks. A step's calls are one record, sent when the next step comes."""
-        self._send(step, {name: value for name, value in metrics.items() if value is not None and name != "step"}, {})
+        self._tell({"step": step, "metrics": {name: value for name, value in metrics.items() if value is not None}})
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """Send a table, e.g. of samples, as part of the step's record. Never blocks."""
-        self._send(step, {}, {name: {"columns": columns, "rows": rows}})
+        self._tell({"step": step, "tables": {name: {"columns": columns, "rows": rows}}})
 
     def summarize(self, **values: Any) -> None:
         """Set values of the run's summary. Never blocks."""
@@ -159,11 +139,6 @@ class WandbRun:
             self.summarize(verified=f"{fields['steps']}/{fields['of']} ({fields['compares']})")
         elif kind == "resume_differs":
             self.summarize(verified=f"differs at step {fields['step']}")
-
-    def rolled_back(self, from_step: int) -> None:
-        """The run goes back from this step: wandb, which cannot forget, gets the steps up to it only once."""
-        self._last_step = max(self._last_step, from_step)
-        self._half_sent = (-1, set())
 
     def finish(self, exit_code: int, artifacts: Mapping[str, Path] | None = None) -> None:
         """Send what is left, close the run, and wait for it no longer than `finish_timeout`, or ARTIFACT_SECONDS where
@@ -182,31 +157,6 @@ class WandbRun:
             worker.kill()  # nothing is left for it to do
         except _WorkerError as error:
             self._off(f"the run was not closed ({error}); complete the upload with: wandb sync {worker.folder}/*run-*")
-
-    def _catch_up(self, journal: Path, to_step: int) -> None:
-        """Send what the journal has up to the checkpoint's step and wandb lacks: a kill came between."""
-        if to_step < self._last_step:
-            return
-        records = read_lines(journal, after=self._last_step - 1, without=b'"digest"')
-        rows = [
-            with_numbers(row)
-            for row in records
-            if row is not None and isinstance(row.get("step"), int) and self._last_step <= row["step"] <= to_step
-        ]
-        if len(rows) > _QUEUED_LINES // 2:
-            logger.info(f"wandb: has no record of {len(rows)} steps; the newest {_QUEUED_LINES // 2} are sent now")
-        for row in rows[-_QUEUED_LINES // 2 :]:
-            self.log(row, row["step"])
-        known = self._half_sent[1] if to_step == self._last_step else set[str]()
-        self._half_sent = (to_step, known.union(*(row for row in rows if row["step"] == to_step)))
-        self._last_step = to_step
-
-    def _send(self, step: int, metrics: dict[str, float | int], tables: dict[str, Any]) -> None:
-        half, logged = self._half_sent
-        if step == half:  # what an evaluation adds to a step, or samples; the rest came with the step
-            metrics = {name: metrics[name] for name in metrics if name not in logged and name.startswith(_ADDED)}
-        if step > self._last_step or (step == half and metrics):
-            self._tell({"step": step, "metrics": metrics, "tables": tables})
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         if self._worker is None:
@@ -227,7 +177,7 @@ class _WorkerError(Exception):
 
 
 class _Worker:
-    """observe.wandb_worker as a child process, with a thread for each direction, because both pipes block."""
+    """observe.wandb_worker as a child process. Neither pipe is waited for but in `wait`."""
 
     def __init__(self, job: Mapping[str, Any], folder: Path) -> None:
         self.folder = folder
@@ -235,57 +185,49 @@ class _Worker:
         with open(folder / "worker.log", "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "chatgot.observe.wandb_worker"],
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": python_path(), "TMPDIR": self._temporary},
                 start_new_session=True,  # a Ctrl-C on the terminal is for the training
             )
-        self._replies: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._lines: queue.Queue[bytes | None] = queue.Queue(maxsize=_QUEUED_LINES)
-        self._threads = [
-            threading.Thread(target=self._read, name="wandb-replies", daemon=True),
-            threading.Thread(target=self._write, name="wandb-lines", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+        os.set_blocking(self._in.fileno(), False)
+        self._unsent, self._unread = bytearray(), b""
         self.send(job)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Log the warnings that have come in, and queue one message. Raises _WorkerError: the process has reported a
-        failure, has ended, or has not read for a long time.
+        """Hand over one message, or as much as the process takes now. Raises _WorkerError: it has reported a failure,
+        has ended, or has not read for a long time.
         """
-        while not self._replies.empty():
-            self._handle(self._replies.get())
-        try:
-            self._lines.put_nowait(json.dumps(message, default=str).encode("ascii") + b"\n")
-        except queue.Full:
+        self._unsent += json.dumps(message, default=str).encode("ascii") + b"\n"
+        for reply in self._exchange(0.0):
+            self._handle(reply)
+        if len(self._unsent) > _MOST_UNSENT:
             self.kill()
-            raise _WorkerError(f"it has not taken the last {_QUEUED_LINES} records") from None
+            raise _WorkerError(f"it has not taken the last {_MOST_UNSENT >> 20} MiB of records")
 
     def wait(self, kind: str, seconds: float) -> Any:
         """Wait for the reply `kind`; returns its value. Raises _WorkerError: the process failed, or time is over."""
         deadline = time.monotonic() + seconds
-        while True:
-            try:
-                reply = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                self.kill()
-                raise _WorkerError(f"wandb did not answer within {seconds:g} s") from None
-            if kind in reply:
-                return reply[kind]
-            self._handle(reply)
+        while (left := deadline - time.monotonic()) > 0:
+            for reply in self._exchange(left):
+                if kind in reply:
+                    return reply[kind]
+                self._handle(reply)
+        self.kill()
+        raise _WorkerError(f"wandb did not answer within {seconds:g} s")
 
     def kill(self) -> None:
-        """End the process and both threads. Idempotent."""
+        """End the process. Idempotent."""
         self._process.kill()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, it dies when let go
             self._process.wait(timeout=5)
-            self._lines.put_nowait(None)
-        except (subprocess.TimeoutExpired, queue.Full):
-            pass  # stuck in the kernel, it dies when let go; a full queue has a writer, whom the broken pipe ends
-        for thread in self._threads:
-            thread.join(timeout=1)
+        self._in.close()
+        self._out.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _handle(self, reply: dict[str, Any]) -> None:
@@ -295,23 +237,24 @@ class _Worker:
         if "warning" in reply:
             logger.info(f"wandb: {reply['warning']}")
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as replies:
-            for line in replies:
-                if line.startswith(b"{") and line.endswith(b"}\n"):  # else it was killed, or a sitecustomize prints
-                    self._replies.put(json.loads(line))
-        self._replies.put({"failed": f"its process has ended (see {self.folder / 'worker.log'})"})
-
-    def _write(self) -> None:
-        assert self._process.stdin is not None
-        try:
-            with self._process.stdin as pipe:
-                while (line := self._lines.get()) is not None:
-                    pipe.write(line)
-                    pipe.flush()
-        except BrokenPipeError:
-            pass  # the process has ended; the reading thread says so
+    def _exchange(self, seconds: float) -> list[dict[str, Any]]:
+        """Write and read what can be without waiting, or after a wait of `seconds` at most; returns whole replies."""
+        pipes = select.poll()
+        pipes.register(self._out, select.POLLIN)
+        if self._unsent:
+            pipes.register(self._in, select.POLLOUT)
+        ready = {descriptor for descriptor, _ in pipes.poll(1000 * seconds)}
+        if self._in.fileno() in ready:
+            try:
+                del self._unsent[: os.write(self._in.fileno(), self._unsent)]
+            except BrokenPipeError:
+                self._unsent.clear()  # the process has ended; what it said before comes first
+        if self._out.fileno() not in ready:
+            return []
+        if not (read := os.read(self._out.fileno(), 1 << 16)):
+            return [{"failed": f"its process has ended (see {self.folder / 'worker.log'})"}]
+        *lines, self._unread = (self._unread + read).split(b"\n")
+        return [json.loads(line) for line in lines if line.startswith(b"{")]  # else a sitecustomize prints
 
 
 def _run_id(folder: Path) -> tuple[str, bool]:
@@ -334,17 +277,3 @@ def _run_id(folder: Path) -> tuple[str, bool]:
     write_atomically(folder / LAST_RECORD, json.dumps({"step": -1, "names": []}))
     write_atomically(path, json.dumps({"id": new}))
     return new, False
-
-
-def _last_record(folder: Path, journal: Path) -> tuple[int, set[str]]:
-    """Find out which step's record wandb was handed last, -1 for none, and what the record had."""
-    path = folder / LAST_RECORD
-    try:
-        last = json.loads(run_folder.read_bytes(path))
-        return int(last["step"]), set(last["names"])
-    except FileNotFoundError:
-        pass  # an earlier version of ChatGoT kept none
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        logger.info(f"wandb: {path} cannot be read ({error}); what {journal} has is not sent again")
-    newest = newest_step(journal)
-    return -1 if newest is None else newest, set(METRICS)

@@ -4,7 +4,7 @@ Measured with wandb 0.31: a wandb.init that a silent server keeps waiting leaves
 process cannot go offline with it, and holds the interpreter's exit for another 12 s. In a process of its own all that
 is one kill away. It also outlives a killed training just long enough to hand over what it was given.
 
-Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics", "tables"}, {"summary"},
+Protocol, one JSON object a line. In, on standard input: the job, then {"step", "metrics" or "tables"}, {"summary"},
 {"alert"}, {"artifact"}..., then {"exit_code", "seconds"} or the end of input, which means that the training is gone.
 Out, on what was standard output before it became worker.log: {"ready": {...}} or {"failed": why}; {"warning": text};
 {"finished": true}.
@@ -12,6 +12,7 @@ Out, on what was standard output before it became worker.log: {"ready": {...}} o
 
 from __future__ import annotations
 
+import io
 import json
 import netrc
 import os
@@ -22,17 +23,23 @@ import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
+
+import chatgot.run_folder as run_folder
+from chatgot.observe.journal import METRICS, newest_step, read_lines, with_numbers
 
 LAST_RECORD = "last_record.json"
 """In the wandb folder: the step of the last record that wandb was handed, and the names of what it had."""
 STEP = "train/step"
 """The step axis of every chart. wandb's own step counter is not used: it silently drops what is out of order."""
 
+_ADDED = ("val/", "sample/")
+"""Metrics that a step gets later than the others; a kill may have come between."""
 _REACH_SECONDS = 3.0
 _TRAINING_IS_GONE = 1
 _LATER = 5.0
@@ -44,7 +51,7 @@ def _reply(descriptor: int, **message: Any) -> None:
         os.write(descriptor, json.dumps(message).encode("ascii") + b"\n")
 
 
-class _Stderr:
+class _Stderr(io.TextIOBase):
     """Writes standard error to worker.log, and sends wandb's warnings and errors to the training process, too."""
 
     encoding = "utf-8"
@@ -66,9 +73,6 @@ class _Stderr:
     def flush(self) -> None:
         self._log.flush()
 
-    def isatty(self) -> bool:
-        return False
-
     def fileno(self) -> int:
         return self._log.fileno()
 
@@ -82,8 +86,10 @@ def main() -> None:
     sys.stderr = _Stderr(sys.stderr, reply)
     job = json.loads(sys.stdin.buffer.readline())
     try:
+        folder = Path(job["run"]["dir"])
+        has = _last_record(folder)
         wandb, run = _open(job, reply)
-        end = _feed(wandb, run, os.path.join(job["dir"], "wandb", LAST_RECORD))
+        end = _feed(wandb, run, folder, has, job["resumed_from_step"])
         seconds = end["seconds"] + _LATER if "seconds" in end else job["finish_timeout"]
         bound = threading.Timer(seconds, os._exit, args=(1,))
         bound.daemon = True
@@ -115,17 +121,10 @@ def _open(job: dict[str, Any], reply: Callable[..., None]) -> tuple[Any, Any]:
         "x_stats_pid": job["pid"],
     }
     run = wandb.init(
-        id=job["id"],
+        **job["run"],
         resume="allow",
         mode="offline" if offline_because else "online",
-        dir=job["dir"],
-        name=job["name"],
-        tags=job["tags"],
-        config=job["config"],
         allow_val_change=True,  # a resumed run may have another world size or precision
-        project=job["project"],
-        group=job["group"],
-        entity=job["team"],
         settings=wandb.Settings(**{key: value for key, value in own.items() if key in wandb.Settings.model_fields}),
     )
     run.define_metric(STEP)
@@ -135,45 +134,76 @@ def _open(job: dict[str, Any], reply: Callable[..., None]) -> tuple[Any, Any]:
     return wandb, run
 
 
-def _feed(wandb: Any, run: Any, last_record: str) -> dict[str, Any]:
+def _feed(wandb: Any, run: Any, folder: Path, has: tuple[int, set[str]], to_step: int | None) -> dict[str, Any]:
     """Log until the end and return how it ends: {"exit_code", "seconds"}. Lines of one step are one record, sent when
-    the next step comes and noted in the file `last_record`, so that a resume knows what wandb has.
+    the next step comes and noted in a file, so that a resume knows what wandb has. wandb cannot forget: a step that it
+    has is sent again only for what an evaluation adds, or samples.
     """
-
-    said = False
+    (last, names), path = has, folder / run_folder.WANDB / LAST_RECORD
+    newest, said = last - 1, False
 
     def log(record: dict[str, Any]) -> None:
-        nonlocal said
+        nonlocal newest, said
         run.log(record)
+        newest = record[STEP]
         try:
-            _note(record, last_record)
+            _note(record, str(path))
         except OSError as error:  # a full disk costs no dashboard
             if not said:
-                print(f"wandb: WARNING {last_record}: {error}; a resume may send steps twice", file=sys.stderr)
+                print(f"wandb: WARNING {path}: {error}; a resume may send steps twice", file=sys.stderr)
             said = True
 
     pending: dict[str, Any] = {}
     end: dict[str, Any] = {"exit_code": _TRAINING_IS_GONE}
-    for line in sys.stdin.buffer:
-        try:
-            message = json.loads(line)
-        except ValueError:  # the training was killed while it wrote this line, so it is the last
-            break
+    for message in _messages(folder / run_folder.METRICS, last, to_step):
         if "exit_code" in message:
             end = message
             break
         if "step" not in message:
             _tell(wandb, run, message)
             continue
-        if pending and pending[STEP] != message["step"]:
+        step, metrics = message["step"], message.get("metrics", {})
+        if step == last:
+            metrics = {name: metrics[name] for name in metrics if name not in names and name.startswith(_ADDED)}
+        if step <= newest or (step == last and not metrics):
+            continue
+        if pending and pending[STEP] != step:
             log(pending)
             pending = {}
-        pending = {STEP: message["step"], **pending, **message["metrics"]}
-        for name, table in message["tables"].items():
+        pending = {STEP: step, **pending, **metrics}
+        for name, table in message.get("tables", {}).items():
             pending[name] = wandb.Table(columns=table["columns"], data=table["rows"])
     if pending:
         log(pending)
     return end
+
+
+def _messages(journal: Path, last: int, to_step: int | None) -> Iterator[dict[str, Any]]:
+    """What a kill kept from wandb, from the journal up to the checkpoint of `to_step`; then what the training sends."""
+    if to_step is not None:
+        for row in read_lines(journal, after=last - 1, without=b'"digest"'):
+            if row is not None and isinstance(step := row.get("step"), int) and last <= step <= to_step:
+                row = with_numbers(row)
+                yield {"step": step, "metrics": {name: row[name] for name in METRICS if name in row}}
+    for line in sys.stdin.buffer:
+        try:
+            yield json.loads(line)
+        except ValueError:  # the training was killed while it wrote this line, so it is the last
+            return
+
+
+def _last_record(folder: Path) -> tuple[int, set[str]]:
+    """Find out which step's record wandb was handed last, -1 for none, and what the record had."""
+    path, journal = folder / run_folder.WANDB / LAST_RECORD, folder / run_folder.METRICS
+    try:
+        last = json.loads(run_folder.read_bytes(path))
+        return int(last["step"]), set(last["names"])
+    except FileNotFoundError:
+        pass  # an earlier version of ChatGoT kept none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        print(f"wandb: WARNING {path} cannot be read ({error}); what {journal} has is not sent again", file=sys.stderr)
+    newest = newest_step(journal)
+    return -1 if newest is None else newest, set(METRICS)
 
 
 def _note(record: dict[str, Any], path: str) -> None:

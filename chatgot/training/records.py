@@ -60,7 +60,7 @@ class Records:
         if self.journal is not None:
             self.journal.append({"step": step, **metrics})
         if self.wandb is not None:
-            self.wandb.log({name: value for name, value in metrics.items() if value is not None}, step)
+            self.wandb.log(metrics, step)
         if self.monitor is not None:
             told = [(name, value, step) for name, value in metrics.items() if value is not None]
             self._monitored.attempt(lambda: self.monitor.write_events(told))
@@ -116,8 +116,6 @@ class Records:
 
     def rolled_back(self, from_step: int, to_step: int, **fields: Any) -> None:
         """The run goes back to the checkpoint of `to_step`."""
-        if self.wandb is not None:
-            self.wandb.rolled_back(from_step)
         if self.ledger is not None:
             self.ledger.go_back(from_step, to_step)
         self.event("rolled_back", from_step=from_step, to_step=to_step, **fields)
@@ -181,7 +179,7 @@ def open_records(
     records.report = ReportWriter(out_dir)
     for change in changes:
         logger.info(f"changed since the checkpoint's run: {change}")
-    records.wandb = WandbRun.start(
+    records.wandb = WandbRun(
         engine.config.wandb,
         run_dir=out_dir,
         run_name=arguments.run_name or out_dir.resolve().name,

@@ -27,8 +27,7 @@ from chatgot.engine.precision_check import check_precision
 from chatgot.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, ChatGoTError, CheckpointError
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_matmul_parameters, count_parameters, flops_per_token
-from chatgot.observe.energy import energy_counter
-from chatgot.observe.goodput import Ledger, describe
+from chatgot.observe.goodput import Ledger, describe, energy_counter
 from chatgot.observe.meters import Mfu, Throughput
 from chatgot.observe.progress import Progress, human_count, show_log
 from chatgot.plan.estimate import estimate, slowness

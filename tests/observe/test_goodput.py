@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from chatgot.observe.energy import energy_counter, tolerant_counter
-from chatgot.observe.goodput import EVERY_SECONDS, PARTS, Ledger, describe
+from chatgot.observe.goodput import EVERY_SECONDS, PARTS, Ledger, describe, energy_counter, tolerant_counter
 from chatgot.observe.meters import Throughput
 
 

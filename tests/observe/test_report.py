@@ -13,9 +13,9 @@ import pytest
 
 from chatgot import cli
 from chatgot.errors import ConfigError
+from chatgot.observe.curves import page
 from chatgot.observe.journal import METRICS, read_journal
 from chatgot.observe.report import ReportWriter, report
-from chatgot.observe.terminal import page
 from tests.support import engine_json, live_metrics, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv

@@ -27,18 +27,15 @@ from chatgot.observe.wandb_run import WandbRun
 job = json.loads(sys.argv[1])
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 section = SimpleNamespace(enabled=job.get("enabled", True), project="ravens", group="winter", team=None)
-run = WandbRun.start(
+run = WandbRun(
     section, run_dir=Path(job["run_dir"]), run_name="a-run", run_config={"model": {"d_model": 64}},
     resumed_from_step=job.get("resumed_from_step"), tags=("north", "snow"),
     init_timeout=job.get("init_timeout", 30), finish_timeout=job.get("finish_timeout", 30),
 )
 steps = list(range(*job["steps"]))
 if back_to := job.get("back_to"):
-    steps += [None, *range(back_to + 1, job["steps"][1] + 2)]
+    steps += range(back_to + 1, job["steps"][1] + 2)
 for step in steps:
-    if step is None:
-        run.rolled_back(job["steps"][1] - 1)
-        continue
     run.log({"train/loss": 1 / step, "optim/grad_norm": None}, step)
     if step == steps[0]:
         run.log({"goodput/fraction": 0.5}, step)
