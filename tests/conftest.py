@@ -8,9 +8,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import support
 from tests.support import ROOT, takes_fp16, warm_python, write_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,24 +31,41 @@ STARTS = ("run_ranks", "subprocess", "Probes", "in_process.train(")
 
 
 LONG = (
-    "tests/plan/test_peak.py",
-    "tests/distributed/test_any_to_any.py",
+    "tests/plan",
+    "tests/distributed",
     "tests/training/test_guard.py",
     "tests/training/test_watchdog.py",
-    "tests/launch/test_nodes.py",
-    "tests/distributed",
-    "tests/faults",
-    "tests/training",
-    "tests/checkpoint",
     "tests/launch",
-    "tests/tuning",
+    "tests/checkpoint",
+    "tests/training",
     "tests/inference",
     "tests/observe",
     "tests/export",
+    "tests/tuning",
+    "tests/faults",
+    "tests/proof",
+    "tests/engine",
+    "tests/verify",
+    "tests/test_bench.py",
     "tests/test_packaging.py",
+    "tests/test_api.py",
     "tests/test_documented_commands.py",
+    "tests/data",
+    "tests/deepspeed_json",
 )
 """What takes longest goes first, so that all workers end at the same time."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Of every worker, here in the process that starts them: they share one warm Python."""
+    node.workerinput["warm_python"] = str(support.start_warm_python())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In a worker: take that one."""
+    if path := getattr(config, "workerinput", {}).get("warm_python"):
+        support.start_warm_python = lambda: Path(path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -184,27 +184,31 @@ def free_port() -> int:
 
 
 @functools.cache
-def warm_python() -> str:
-    """What runs a program as Python does, in a process forked from one that has imported torch, DeepSpeed and ChatGoT:
-    tests/warm_server.py, of which every test process has one.
-
-    Not for what is about Python's start, imports, signals meanwhile, or who the parent of a process is.
-    """
+def start_warm_python() -> Path:
+    """Start tests/warm_server.py; the file that is returned is there when it listens. It ends with this process."""
     folder = Path(tempfile.mkdtemp(prefix="chatgot-warm-"))
-    python, door, pipe = folder / "python", folder / "socket", subprocess.PIPE
-    client = f'exec {sys.executable} -I -S {ROOT / "tests" / "warm_client.py"} {door} "$@"'
-    python.write_text(f"#!/bin/sh\n{client}\n")
-    python.chmod(0o755)
-    command = [sys.executable, "-m", "tests.warm_server", str(door), str(python)]
-    server = subprocess.Popen(command, env=environment(), cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    command = [sys.executable, "-m", "tests.warm_server", str(folder)]
+    server = subprocess.Popen(command, env=environment(), cwd=ROOT, stdin=subprocess.PIPE)
 
     def close() -> None:
         server.communicate()
         shutil.rmtree(folder)
 
     atexit.register(close)
-    assert server.stdout is not None
-    assert server.stdout.readline() == "ready\n"
+    return folder / "python"
+
+
+@functools.cache
+def warm_python() -> str:
+    """What runs a program as Python does, in a process forked from one that has imported torch, DeepSpeed and ChatGoT:
+    tests/warm_server.py, which the workers of a test run share.
+
+    Not for what is about Python's start, imports, signals meanwhile, or who the parent of a process is.
+    """
+    python, deadline = start_warm_python(), time.monotonic() + 300
+    while not python.exists():
+        assert time.monotonic() < deadline, "tests/warm_server.py does not start"
+        time.sleep(0.05)
     return str(python)
 
 

@@ -10,8 +10,10 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 
 server = socket.socket(socket.AF_UNIX)
 server.connect(sys.argv[1])
+blocked = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)]
+ignored = [int(number) for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
 request = {"program": sys.argv[2:], "environment": dict(os.environ), "folder": os.getcwd()}
-signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+request |= {"blocked": blocked, "ignored": ignored}
 socket.send_fds(server, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
 for number in PASSED_ON:
     signal.signal(number, lambda number, _: server.send(bytes([number])))

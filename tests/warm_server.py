@@ -1,10 +1,11 @@
 """A process that has imported torch, DeepSpeed and ChatGoT and forks what would be `python PROGRAM`: imports are nine
 tenths of a small rank's time.
 
-tests.support.warm_python starts one per test process. Its clients, warm_client.py, are what a test or a launcher starts
-in place of Python; each sends the words of its program, its environment, folder and standard streams, and passes
-signals on. A program is a process of its own as ever, nothing of torch has run before it is forked, and it ends as a
-Python process does. It is killed when its client is gone; what it starts itself with sys.executable is forked as well.
+tests.support.warm_python starts it. Its clients, warm_client.py, are what a test or a launcher starts in place of
+Python; each sends the words of its program, its environment, folder and standard streams and which signals it blocks or
+ignores, and passes signals on. A program is a process of its own as ever, nothing of torch has run before it is forked,
+and it ends as a Python process does. It is killed when its client is gone; what it starts itself with sys.executable is
+forked as well.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def enter(request: dict[str, Any], streams: list[int], executable: str) -> list[
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -79,8 +84,8 @@ def become(program: list[str]) -> None:
         runpy.run_path(program[0], run_name="__main__")
 
 
-def serve(path: Path, executable: str) -> list[str]:
-    """Fork what clients ask for, and tell each the end of its program.
+def serve(folder: Path) -> list[str]:
+    """Write `folder / "python"`, which asks for a program; fork what is asked for, and tell each the end of its own.
 
     Returns in a forked process, with its program; ends when stdin is closed, and its programs with it.
     """
@@ -88,12 +93,16 @@ def serve(path: Path, executable: str) -> list[str]:
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     door = socket.socket(socket.AF_UNIX)
-    door.bind(str(path))
+    door.bind(str(folder / "socket"))
     door.listen()
     running: dict[int, socket.socket] = {}
     gc.collect()
     gc.freeze()  # the modules: programs neither search nor, by that, copy them
-    print("ready", flush=True)
+    unfinished, python = folder / "unfinished", folder / "python"
+    client = f'exec {sys.executable} -I -S {Path(__file__).with_name("warm_client.py")} {folder / "socket"} "$@"'
+    unfinished.write_text(f"#!/bin/sh\n{client}\n")
+    unfinished.chmod(0o755)
+    unfinished.rename(python)
     while True:
         ready = select.select([0, door, ended, *running.values()], [], [])[0]
         if 0 in ready:  # whoever started this is gone
@@ -120,11 +129,11 @@ def serve(path: Path, executable: str) -> list[str]:
                     other.close()
                 os.close(ended)
                 os.close(wake)
-                return enter(json.loads(text), streams, executable)
+                return enter(json.loads(text), streams, str(python))
             for stream in streams:
                 os.close(stream)
             running[pid] = client
 
 
 if __name__ == "__main__":
-    become(serve(Path(sys.argv[1]), sys.argv[2]))
+    become(serve(Path(sys.argv[1])))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.halves import HALVES
 from tests.distributed.programs.plain import plain_losses
 from tests.support import run_ranks
 
@@ -17,17 +18,21 @@ STEPS = 10
 BATCH = 8
 
 
-def cases(world_size: int) -> dict[str, dict[str, Any]]:
-    """Every combination; with accumulation 1 the micro batch is the whole share of a rank."""
+def cases(world_size: int, rest: bool) -> dict[str, dict[str, Any]]:
+    """Half of all combinations, in which there is every pair; or the rest. With accumulation 1 the micro batch is the
+    whole share of a rank.
+    """
     found = {}
     for stage in range(4):
         for accumulation in (1, 4):
             micro = BATCH // world_size // accumulation
             for offload in (False, True) if stage else (False,):
+                if (stage + (accumulation > 1) + offload + world_size + rest) % 2:
+                    continue
                 found[f"fp32 stage {stage} accumulation {accumulation} offload {offload}"] = {
                     "json": {"stage": stage, "batch": BATCH, "micro": micro, "offload": offload}
                 }
-        if stage == 3:
+        if stage == 3 and not rest:
             found["fp32 stage 3 parameters and optimizer offloaded"] = {
                 "json": {
                     "stage": 3,
@@ -37,19 +42,20 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
                     "offload_param": True,
                 }
             }
-        if stage:
+        if stage and not rest:
             found[f"bf16 stage {stage}"] = {
                 "json": {"stage": stage, "batch": BATCH, "micro": BATCH // world_size, "precision": "bf16"}
             }
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=HALVES)
 def engine_losses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    folder: Path = tmp_path_factory.mktemp(f"ranks{request.param}")
+    world_size, rest = request.param
+    folder: Path = tmp_path_factory.mktemp(f"ranks{world_size}")
     plan, results = folder / "plan.json", folder / "results.json"
-    plan.write_text(json.dumps({"steps": STEPS, "cases": cases(request.param)}))
-    run_ranks(["-m", "tests.distributed.programs.equivalence", str(plan), str(results)], request.param)
+    plan.write_text(json.dumps({"steps": STEPS, "cases": cases(world_size, rest)}))
+    run_ranks(["-m", "tests.distributed.programs.equivalence", str(plan), str(results)], world_size)
     return json.loads(results.read_text())
 
 
@@ -64,14 +70,14 @@ def worst(losses: list[float], reference: list[float]) -> float:
 
 def test_invariant_08_accumulation_and_fp32_stages_equal_a_plain_loop(engine_losses, reference):
     deviations = {name: worst(losses, reference) for name, losses in engine_losses.items() if name.startswith("fp32")}
-    assert len(deviations) == 15
+    assert len(deviations) in (7, 8)
     assert max(deviations.values()) <= 1e-5, deviations
 
 
 def test_bf16_stays_near_the_plain_fp32_loop_from_the_first_step(engine_losses, reference):
     deviations = {name: worst(losses, reference) for name, losses in engine_losses.items() if name.startswith("bf16")}
-    assert len(deviations) == 3
-    assert max(deviations.values()) <= 2e-2, deviations
+    assert len(deviations) in (0, 3)
+    assert max(deviations.values(), default=0.0) <= 2e-2, deviations
 
 
 def test_control_another_clipping_or_rate_is_noticed(reference):

@@ -20,7 +20,7 @@ RUNS = {
     "stage 3 bf16": (3, "bf16"),
     "stage 0 fp32": (0, "fp32"),
 }
-STEPS = 24
+STEPS = 14
 
 
 @pytest.fixture(scope="module")

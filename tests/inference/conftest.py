@@ -11,7 +11,7 @@ import pytest
 
 from chatgot.inference.sample import LoadedModel, load_run
 from chatgot.training import run
-from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml, write_text
+from tests.support import ROOT, engine_json, environment, warm_python, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv
 
@@ -29,10 +29,10 @@ class Server(NamedTuple):
     """That it was trained on."""
 
 
-def start(*arguments: str | Path, **variables: str) -> tuple[subprocess.Popen[str], str]:
+def start(*arguments: str | Path, python: str = "", **variables: str) -> tuple[subprocess.Popen[str], str]:
     """The process, to be used in a `with`, and its address, once it answers."""
     program = "from chatgot.cli import main; main()"
-    command = [sys.executable, "-c", program, "serve", *map(str, arguments), "--device", "cpu"]
+    command = [python or warm_python(), "-c", program, "serve", *map(str, arguments), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(**variables), cwd=ROOT)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -54,7 +54,8 @@ def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(served_run: Path) -> Iterator[Server]:
     """One server for all tests."""
-    process, url = start(served_run, "--streams", str(STREAMS), "--queue", str(QUEUE), "--mark_copied", str(COPIED))
+    limits = ("--streams", str(STREAMS), "--queue", str(QUEUE), "--mark_copied", str(COPIED))
+    process, url = start(served_run, *limits, python=sys.executable)
     text = (served_run.parent / "text.txt").read_text(encoding="utf-8")
     with process:
         yield Server(process, url.rstrip("/"), load_run(served_run, device="cpu"), text)

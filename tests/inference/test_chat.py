@@ -19,7 +19,7 @@ import pytest
 from chatgot.inference.chat import ChatArguments, Conversation, _speaker_of
 from chatgot.inference.sample import load_run
 from chatgot.training import run
-from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml, write_text
+from tests.support import ROOT, engine_json, environment, warm_python, write_json, write_run_yaml, write_text
 from tests.training import in_process
 from tests.training.in_process import argv
 
@@ -65,7 +65,7 @@ def folder(tmp_path_factory) -> Path:
 def terminal(folder) -> Iterator[Terminal]:
     program = "from chatgot.cli import main; main()"
     arguments = [str(folder), "--device", "cpu", "--max_new_tokens", "30"]
-    talk = Terminal([sys.executable, "-c", program, "chat", *arguments])
+    talk = Terminal([warm_python(), "-c", program, "chat", *arguments])
     talk.until("> ")
     yield talk
     talk.process.kill()
@@ -106,9 +106,8 @@ def test_a_conversation_in_a_terminal(terminal, tmp_path):
 def test_ctrl_c_stops_the_reply_and_not_the_program(before, folder):
     """Also where it was ignored before, as in what a script starts with &."""
     program = f"{before}from chatgot.cli import main; main()"
-    talk = Terminal(
-        [sys.executable, "-c", program, "chat", str(folder), "--device", "cpu", "--max_new_tokens", "1000000"]
-    )
+    arguments = [str(folder), "--device", "cpu", "--max_new_tokens", "1000000"]
+    talk = Terminal([warm_python() if before else sys.executable, "-c", program, "chat", *arguments])
     talk.until("> ")
     os.write(talk.fd, b"The night\n")
     talk.until("The night\n.{5}")

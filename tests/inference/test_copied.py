@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from chatgot.inference.copied import TrainingText
 from chatgot.inference.sample import LoadedModel, SampleArguments, load_run, sample
 from chatgot.training import run
 from tests.inference.test_chat import Terminal
-from tests.support import engine_json, write_json, write_run_yaml
+from tests.support import engine_json, warm_python, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, events, series
 
@@ -160,7 +159,7 @@ def test_a_run_of_an_earlier_version_says_what_is_not_known(folder, tmp_path, ca
 def test_in_a_terminal_marks_are_colours(folder):
     program = "from chatgot.cli import main; main()"
     flags = ["--device", "cpu", "--max_new_tokens", str(DRAWN), "--temperature", "0", "--mark_copied"]
-    talk = Terminal([sys.executable, "-c", program, "chat", str(folder / "run"), *flags])
+    talk = Terminal([warm_python(), "-c", program, "chat", str(folder / "run"), *flags])
     talk.until("> ")
     shown = talk.ask("Zounds!")
     assert re.search(r"\x1b\[30;43mZounds![^\x1b]{33,}\x1b\[0m", shown)

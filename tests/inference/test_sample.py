@@ -24,11 +24,21 @@ from chatgot.errors import NumericsError
 from chatgot.inference.sample import Reply, SampleArguments, load_run, sample
 from chatgot.model.generate import generate
 from chatgot.training import run
-from tests.support import ROOT, TINY_MODEL, engine_json, environment, present, write_json, write_run_yaml, write_text
+from tests.support import (
+    ROOT,
+    TINY_MODEL,
+    engine_json,
+    environment,
+    present,
+    warm_python,
+    write_json,
+    write_run_yaml,
+    write_text,
+)
 from tests.training import in_process
 from tests.training.in_process import argv, contents, series
 
-COMMAND = [sys.executable, "-c", "from chatgot.cli import main; main()", "sample"]
+COMMAND = ["-c", "from chatgot.cli import main; main()", "sample"]
 KINDS = [(stage, "fp32") for stage in range(4)] + [(stage, "bf16") for stage in (1, 2, 3)]
 
 
@@ -245,7 +255,7 @@ def write_byte_tokenizer(folder: Path) -> Path:
 def test_the_command_prints_the_text_and_writes_nothing(folder):
     before = contents(folder)
     done = subprocess.run(
-        [*COMMAND, str(folder), "--prompt", "The night", "--greedy", "--max_new_tokens", "40"],
+        [sys.executable, *COMMAND, str(folder), "--prompt", "The night", "--greedy", "--max_new_tokens", "40"],
         env=environment(CUDA_VISIBLE_DEVICES=""),
         cwd=ROOT,
         capture_output=True,
@@ -259,7 +269,7 @@ def test_the_command_prints_the_text_and_writes_nothing(folder):
 
 def test_reader_that_goes_away_is_no_error(folder):
     process = subprocess.Popen(
-        [*COMMAND, str(folder), "--max_new_tokens", "3000", "--device", "cpu"],
+        [warm_python(), *COMMAND, str(folder), "--max_new_tokens", "3000", "--device", "cpu"],
         env=environment(),
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -276,7 +286,7 @@ def test_reader_that_goes_away_is_no_error(folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it(number, folder):
     process = subprocess.Popen(
-        [*COMMAND, str(folder), "--max_new_tokens", "100000", "--device", "cpu"],
+        [warm_python(), *COMMAND, str(folder), "--max_new_tokens", "100000", "--device", "cpu"],
         env=environment(),
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -72,41 +72,66 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("entry", ["train", "api"])
-def test_a_wrong_configuration_is_refused_before_torch_is_imported(case: str, entry: str, tmp_path: Path) -> None:
-    words, said = REFUSED[case]
-    write_json(tmp_path / "wrong.json", engine_json(gradient_cliping=1.0))
-    write_json(tmp_path / "warned.json", engine_json(author="x"))
-    write_text(tmp_path / "my_book.txt")
-    strict = ["--strict"] if "warning" in case else []
-    given = {"--data": "my_book.txt", "--out_dir": "run"} | dict(zip(words[::2], words[1::2], strict=False))
-    overrides = [word for word in words if "=" in word]
-    if entry == "train":
-        flags = [word for pair in given.items() if "=" not in pair[0] for word in pair]
-        call = f"from chatgot import cli\ncli.train({[*flags, *strict, *overrides]!r})"
-    else:
-        arguments = {name.removeprefix("--"): value for name, value in given.items() if "=" not in name}
-        arguments.setdefault("deepspeed_config", "fp32_zero0_muon")
-        call = f"import chatgot\nchatgot.train(**{arguments!r}, overrides={overrides!r}, strict={bool(strict)})"
-    program = f"""
-import atexit, sys
-atexit.register(lambda: print([name for name in ("torch", "deepspeed") if name in sys.modules]))
-{call}
+CALLS = """
+import contextlib, io, json, os, sys
+import chatgot
+from chatgot import cli
+outcomes = {}
+for case, (folder, variables, call) in json.load(open("calls.json")).items():
+    before, said = dict(os.environ), io.StringIO()
+    os.chdir(folder)
+    os.environ.update(variables)
+    code = None
+    with contextlib.redirect_stderr(said):
+        try:
+            exec(call)
+        except SystemExit as end:
+            code = end.code
+        except chatgot.ChatGoTError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+    os.environ.clear()
+    os.environ.update(before)
+    heavy = [name for name in ("torch", "deepspeed") if name in sys.modules]
+    outcomes[case] = [code, said.getvalue(), heavy]
+print(json.dumps(outcomes))
 """
-    port = {"MASTER_PORT": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if "variable" in case else {}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(**port),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
-    assert said in done.stderr
-    assert done.stdout == "[]\n"
-    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("entry", ["train", "api"])
+def test_a_wrong_configuration_is_refused_before_torch_is_imported(entry: str, tmp_path: Path) -> None:
+    """All cases in one process, which torch would stay in."""
+    calls = {}
+    for number, (case, (words, _)) in enumerate(REFUSED.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_json(folder / "wrong.json", engine_json(gradient_cliping=1.0))
+        write_json(folder / "warned.json", engine_json(author="x"))
+        write_text(folder / "my_book.txt", 2000)
+        strict = ["--strict"] if "warning" in case else []
+        given = {"--data": "my_book.txt", "--out_dir": "run"} | dict(zip(words[::2], words[1::2], strict=False))
+        overrides = [word for word in words if "=" in word]
+        if entry == "train":
+            flags = [word for pair in given.items() if "=" not in pair[0] for word in pair]
+            call = f"cli.train({[*flags, *strict, *overrides]!r})"
+        else:
+            arguments = {name.removeprefix("--"): value for name, value in given.items() if "=" not in name}
+            arguments.setdefault("deepspeed_config", "fp32_zero0_muon")
+            call = f"chatgot.train(**{arguments!r}, overrides={overrides!r}, strict={bool(strict)})"
+        port = {"MASTER_PORT": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if "variable" in case else {}
+        calls[case] = str(folder), port, call
+    write_json(tmp_path / "calls.json", calls)
+    words = [sys.executable, "-c", CALLS]
+    settled = environment(**dict.fromkeys(SETTINGS, "7"))  # so that no call begins the process anew
+    done = subprocess.run(words, cwd=tmp_path, env=settled, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert outcomes.keys() == REFUSED.keys()
+    for case, (code, said, heavy) in outcomes.items():
+        assert code, case
+        assert REFUSED[case][1] in said, case
+        assert heavy == [], case
+        assert not Path(calls[case][0], "run").exists(), case
 
 
 def test_a_variable_that_is_empty_is_as_if_unset() -> None:
