@@ -16,12 +16,12 @@ import pytest
 import chatgot
 from chatgot.errors import CheckpointError, ConfigError, DataError, RunAgainError
 from chatgot.inference.sample import SampleArguments, sample
-from tests.support import ROOT, encoded, engine_json, environment, write_json, write_run_yaml
+from tests.support import ROOT, encoded, engine_json, environment, warm_python, write_json, write_run_yaml
 from tests.training.in_process import cpu_environment
 
 
-def python(program: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *more]
+def python(program: str, *more: str, start: str = sys.executable, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [start, "-c", program, *more]
     return subprocess.run(command, env=environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_run_is_saved_and_says_so(arguments: dict[str, Any], tmp_
     words = [str(arguments[name]) for name in ("deepspeed_config", "config", "data")]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # which a child inherits
     try:
-        done = python(INTERRUPTED, words[0], str(tmp_path / "run"), *words[1:])
+        done = python(INTERRUPTED, words[0], str(tmp_path / "run"), *words[1:], start=warm_python())
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert "ENDED RunAgainError 75" in done.stdout, done.stdout + done.stderr
@@ -163,7 +163,7 @@ def test_two_ranks_train_from_python(arguments: dict[str, Any], tmp_path: Path) 
     program = tmp_path / "program.py"
     program.write_text("import sys, chatgot\nprint(len(chatgot.train(*sys.argv[1:]).metrics) > 0)\n")
     words = [str(arguments[name]) for name in ("deepspeed_config", "config", "data")]
-    command = [sys.executable, str(ROOT / "launch" / "run"), "--nproc", "2", "--script", str(program), "--"]
+    command = [warm_python(), str(ROOT / "launch" / "run"), "--nproc", "2", "--script", str(program), "--"]
     command += [words[0], str(tmp_path / "run"), *words[1:]]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,6 @@ import importlib
 import inspect
 import math
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from chatgot.deepspeed_json.machine import has_command
 from chatgot.engine import guards, process_guards
 from chatgot.engine.step import poisoned_by
-from tests.support import environment, present
+from tests.support import environment, present, warm_python
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -140,7 +139,7 @@ def test_plain_python_needs_mpi4py():
         if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
     }
     done = subprocess.run(
-        [sys.executable, "-c", "import deepspeed; deepspeed.init_distributed('gloo')"],
+        [warm_python(), "-c", "import deepspeed; deepspeed.init_distributed('gloo')"],
         env=env,
         capture_output=True,
         text=True,

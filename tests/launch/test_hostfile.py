@@ -26,7 +26,7 @@ from chatgot.launcher import main
 from chatgot.launcher.hosts import read_hostfile
 from chatgot.observe.journal import newest_step
 from tests.launch.test_run import PROGRAM, ROOT, Launch, running, wait_until
-from tests.support import engine_json, environment, free_port, write_json, write_run_yaml
+from tests.support import engine_json, environment, free_port, warm_python, write_json, write_run_yaml
 from tests.training.in_process import argv, events, series, tags
 
 SSHD, SSH = shutil.which("sshd") or "/usr/sbin/sshd", shutil.which("ssh")
@@ -262,7 +262,8 @@ def test_a_node_with_other_code_is_named_before_it_trains(tmp_path: Path, text_f
     port, nodes = str(free_port()), list[subprocess.Popen[str]]()
     for node, checkout in enumerate((ROOT, tmp_path / "there")):
         options = ["--nproc", "1", "--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1"]
-        command = [sys.executable, str(checkout / "launch" / "run"), *options, "--master_port", port, "--"]
+        python = warm_python() if checkout == ROOT else sys.executable
+        command = [python, str(checkout / "launch" / "run"), *options, "--master_port", port, "--"]
         command += argv(engine, tmp_path / "out", config, text_file)
         variables = environment(PYTHONPATH="")
         nodes.append(subprocess.Popen(command, env=variables, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
@@ -291,7 +292,7 @@ def test_a_run_on_two_hosts_is_saved_by_a_signal_and_goes_on_alone(
         "--master_port",
         str(free_port()),
     ]
-    command = [sys.executable, str(ROOT / "launch" / "run"), *where, "--", *argv(engine, out, config, text_file)]
+    command = [warm_python(), str(ROOT / "launch" / "run"), *where, "--", *argv(engine, out, config, text_file)]
     process = subprocess.Popen(command, env=environment(**reached), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while newest_step(out / "metrics.jsonl") is None and process.poll() is None:
@@ -303,7 +304,7 @@ def test_a_run_on_two_hosts_is_saved_by_a_signal_and_goes_on_alone(
     [step] = tags(out)
     assert events(out, "preempted")[0]["step"] == step
     assert json.loads((out / "environment.json").read_text())["world_size"] == 2
-    train = [sys.executable, str(ROOT / "launch" / "train.py"), *argv(engine, out, config, text_file)]
+    train = [warm_python(), str(ROOT / "launch" / "train.py"), *argv(engine, out, config, text_file)]
     more = subprocess.run([*train, f"train.max_steps={step + 1}"], env=environment(), capture_output=True, text=True)
     assert more.returncode == 0, more.stderr
     assert step + 1 in series(out, "train/loss")

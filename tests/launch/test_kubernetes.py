@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from chatgot.launcher.entry import refuse_wrong_settings
 from chatgot.observe.journal import newest_step
 from chatgot.observe.status import status
 from tests.launch.test_run import wait_until
-from tests.support import ROOT, environment, free_port, write_run_yaml, write_text
+from tests.support import ROOT, environment, free_port, warm_python, write_run_yaml, write_text
 from tests.training.in_process import tags
 
 
@@ -94,7 +93,7 @@ def test_two_pods_train_together_and_end_with_75_when_one_is_drained(job, tmp_pa
     here = {"chatgot-0.chatgot": "127.0.0.1", "8": "1", "/runs/my.txt": str(text_file), "/runs/a": str(out)}
     here["gpt2_small"] = str(write_run_yaml(tmp_path / "run.yaml", max_steps=1_000_000))
     _, run, *args = [*container(job)["command"], *container(job)["args"]]
-    words = [sys.executable, run, "--master_port", port, *(here.get(word, word) for word in args)]
+    words = [warm_python(), run, "--master_port", port, *(here.get(word, word) for word in args)]
     pods = []
     for index in "01":
         command = [word.replace(f"$({variable['name']})", index) for word in words]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.observe.offline_wandb import read_offline_history, read_offline_records, summary_of
-from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml
+from tests.support import ROOT, engine_json, environment, warm_python, write_json, write_run_yaml
 from tests.training import in_process
 from tests.training.in_process import argv, series
 
@@ -55,7 +54,7 @@ def start(program: list[str], home: Path) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in environment().items() if name not in changed}
     variables |= {name: value for name, value in changed.items() if value is not None}
     return subprocess.run(
-        [sys.executable, *program], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [warm_python(), *program], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 

@@ -33,6 +33,8 @@ BAD = (32, 40)
 """First samples of the batches of steps 5 and 6."""
 TO, FROM, LEFT_OUT = 3, 6, 3 * BATCH
 """A run that meets BAD goes back from step 6 to the checkpoint of step 3, and leaves out the three batches since."""
+WINDOW = 12
+"""In place of SPIKE_WINDOW, for runs."""
 
 
 def words(folder, text, stage=0, precision="fp32", steps=12, name="out", guard=None, asynchronous=False, **engine):
@@ -198,12 +200,13 @@ def test_the_journal_names_text_samples_and_layers_of_a_skipped_step(tmp_path, t
 
 @pytest.mark.parametrize(
     ("zscore", "late", "at", "expected"),
-    [(8.0, False, 55, (55, 54)), (8.0, True, 55, (56, 54)), (8.0, True, 54, (54, 51)), (None, False, 55, None)],
+    [(8.0, False, 16, (16, 15)), (8.0, True, 16, (17, 15)), (8.0, True, 15, (15, 12)), (None, False, 16, None)],
     ids=["spike", "loss known a step late", "loss known when it is saved", "off"],
 )
-def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, at, expected, tmp_path, text_file):
+def test_a_spike_rolls_back_where_that_is_asked_for(zscore, late, at, expected, tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(divergence, "SPIKE_WINDOW", WINDOW)
     spike = (at - 1) * BATCH
-    line = [*words(tmp_path, text_file, steps=SPIKE_WINDOW + 6, guard={"spike_zscore": zscore}), "train.log_every=20"]
+    line = [*words(tmp_path, text_file, steps=WINDOW + 6, guard={"spike_zscore": zscore}), "train.log_every=20"]
     loop = in_process.prepare(line)
     loop.proof.lags = late  # as on a GPU
     poison = Poison(loop, [spike], 5.0)
@@ -387,15 +390,16 @@ def test_a_second_bad_batch_after_a_rollback_speaks_against_the_checkpoint(tmp_p
     assert [(one["from_step"], one["to_step"]) for one in events(tmp_path / "out", "rolled_back")] == [(7, 6), (7, 3)]
 
 
-def test_a_spike_is_some_nats_high_at_least_and_tells_the_samples_that_are_to_blame(tmp_path, text_file):
+def test_a_spike_is_some_nats_high_at_least_and_tells_the_samples_that_are_to_blame(tmp_path, text_file, monkeypatch):
     guard = Guard(GuardConfig(spike_zscore=4.0))
     for step in range(1, SPIKE_WINDOW + 1):
         assert guard.divergence(step, 0, (step, 1.4 + 0.02 * (step % 2))) is None
     assert guard.divergence(51, 0, (51, 1.7)) is None, "29 deviations, and a third of a nat"
     assert guard.divergence(52, 0, (52, 2.1)) is not None
-    line = words(tmp_path, text_file, steps=SPIKE_WINDOW + 6, guard={"spike_zscore": 8.0}, micro=8)
+    monkeypatch.setattr(divergence, "SPIKE_WINDOW", WINDOW)
+    line = words(tmp_path, text_file, steps=WINDOW + 6, guard={"spike_zscore": 8.0}, micro=8)
     loop = in_process.prepare([*line, "train.log_every=20"])
-    spike = SPIKE_WINDOW * BATCH
+    spike = WINDOW * BATCH
     tokens, bad = loop.train_batches.tokens, {spike + 1, spike + 4}
 
     def garbage(module, arguments, keywords, loss):
@@ -407,7 +411,7 @@ def test_a_spike_is_some_nats_high_at_least_and_tells_the_samples_that_are_to_bl
     loop.engine.engine.module.register_forward_hook(garbage, with_kwargs=True)
     assert run.finish(loop) == 0
     [event] = events(tmp_path / "out", "spike")
-    assert (event["step"], event["outliers"]) == (SPIKE_WINDOW + 1, "2 of 8 samples")
+    assert (event["step"], event["outliers"]) == (WINDOW + 1, "2 of 8 samples")
     assert {int(sample) for sample in event["texts"]} == bad
     for sample in bad:
         assert event["texts"][str(sample)] == loop.data.tokenizer.decode(tokens(sample).tolist())
