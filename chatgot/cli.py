@@ -275,7 +275,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from chatgot.export.export import ExportArguments, export
+    from chatgot.exchange.export import ExportArguments, export
     from chatgot.observe.progress import show_log
 
     show_log()

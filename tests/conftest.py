@@ -40,7 +40,7 @@ LONG = (
     "tests/training",
     "tests/inference",
     "tests/observe",
-    "tests/export",
+    "tests/exchange/test_export.py",
     "tests/tuning",
     "tests/faults",
     "tests/proof",

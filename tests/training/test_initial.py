@@ -12,12 +12,12 @@ import pytest
 
 from chatgot import cli
 from chatgot.errors import CheckpointError, DataError
-from chatgot.export.export import ExportArguments, export
+from chatgot.exchange.export import ExportArguments, export
 from chatgot.inference.sample import load_run
 from chatgot.observe.journal import read_journal
 from chatgot.training import initial
 from tests.exchange import folders
-from tests.export.llama import llama_continues
+from tests.exchange.llama import llama_continues
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml, write_text
 from tests.training import in_process
 

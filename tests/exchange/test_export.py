@@ -19,16 +19,15 @@ from chatgot.data.loader import IGNORE_INDEX, EvalBatches
 from chatgot.data.recorded import recorded_data
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import CheckpointError, ConfigError
-from chatgot.exchange import parity
+from chatgot.exchange import parity, weights
+from chatgot.exchange.export import ExportArguments, export
 from chatgot.exchange.folder import INDEX
 from chatgot.exchange.layout import Part, transformers_parts
 from chatgot.exchange.tokenizer import library_definition
-from chatgot.export import gguf_file, weights
-from chatgot.export.export import ExportArguments, export
-from chatgot.export.weights import write_safetensors
+from chatgot.exchange.weights import write_safetensors
 from chatgot.inference.sample import load_run
 from chatgot.observe.journal import read_journal
-from tests.export.llama import llama_continues
+from tests.exchange.llama import llama_continues
 from tests.support import engine_json, write_json, write_run_yaml, write_text
 from tests.training import in_process
 
@@ -113,7 +112,7 @@ def test_a_folder_that_computes_something_else_is_not_left(runs, tmp_path, monke
 
 def test_a_spoiled_gguf_file_is_not_left(runs, tmp_path, monkeypatch, capsys):
     pytest.importorskip("gguf")
-    right = gguf_file.write_gguf
+    right = weights.write_gguf
 
     def spoiled(path: Path, *given: Any) -> None:
         right(path, *given)
@@ -121,7 +120,7 @@ def test_a_spoiled_gguf_file_is_not_left(runs, tmp_path, monkeypatch, capsys):
             file.seek(-64, os.SEEK_END)
             file.write(b"\x42" * 64)
 
-    monkeypatch.setattr(gguf_file, "write_gguf", spoiled)
+    monkeypatch.setattr(weights, "write_gguf", spoiled)
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", str(runs[KINDS[0]]), "--to", str(tmp_path / "out"), "--format", "gguf"])
     assert ended.value.code == 4

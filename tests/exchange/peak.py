@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from chatgot.export.export import ExportArguments, export
+from chatgot.exchange.export import ExportArguments, export
 
 
 def anonymous() -> int:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from chatgot.export.export import ExportArguments, export
+from chatgot.exchange.export import ExportArguments, export
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml, write_text
 from tests.training import in_process
 

@@ -31,7 +31,7 @@ def test_an_export_takes_less_than_twice_the_largest_tensor(runs, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("gguf")
     formats = ("transformers-bf16", "transformers-fp32", "gguf-bf16")
-    program = [sys.executable, "-m", "tests.export.peak", *map(str, runs), str(tmp_path), *formats]
+    program = [sys.executable, "-m", "tests.exchange.peak", *map(str, runs), str(tmp_path), *formats]
     done = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     largest = 4 * LARGE["d_model"] * LARGE["d_hid"]
