@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
 from chatgot.data.prepared import PreparedData
-from chatgot.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from chatgot.data.tokenizer import CharTokenizer, Tokenizer
 from chatgot.errors import ConfigError
 
 MIN_CHARACTERS = 40
@@ -92,45 +92,33 @@ def search(
     if min_characters < 1:
         raise ConfigError(f"{min_characters} characters: a passage that is looked for has at least 1")
     where = Places(data, split)
-    tokens, overlap = where.tokens[:most], 4 * min_characters  # a character has at most four bytes, a token at least 1
+    searched, overlap = len(where.tokens[:most]), 4 * min_characters  # a character has at most four bytes, a token >= 1
     if len(text) < min_characters:
-        return Search([], len(tokens))
+        return Search([], searched)
     matcher = _Matcher(text, min_characters, effort)
-    base, held, searched = 0, b"", 0
-    while searched < len(tokens):
-        ids = tokens[searched : searched + _WINDOW]
-        fresh = where.decode(ids)
-        where.note(searched, base, fresh)
+    base, held = 0, b""
+    for number, fresh in enumerate(where.windows(most)):
         matcher.search(held + fresh, base - len(held), len(held))
         if matcher.effort <= 0:
+            searched = number * _WINDOW
             break
-        base, held, searched = base + len(fresh), (held + fresh)[-overlap:], searched + len(ids)
+        base, held = base + len(fresh), (held + fresh)[-overlap:]
     found = [
-        Copy(begin, end, passage.count, [where.place(*at) for at in passage.at])
-        for (begin, end), passage in matcher.longest().items()
+        Copy(begin, end, count, [where.place(*at) for at in places]) for begin, end, count, places in matcher.longest()
     ]
     return Search(found, searched)
 
 
-class Passage(Protocol):
-    """A passage of a text, begin..end - 1 in characters."""
-
-    @property
-    def begin(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-
-
-def covered(found: Iterable[Passage], since: int = 0) -> int:
-    """Characters from `since` on that stand in at least one of the passages."""
+def covered(found: Iterable[tuple[int, int]], since: int = 0) -> int:
+    """Characters from `since` on that stand in at least one of the passages, given by begin and end."""
     total, last = 0, since
-    for one in sorted(found, key=lambda one: one.begin):
-        total, last = total + max(0, one.end - max(one.begin, last)), max(last, one.end)
+    for begin, end in sorted(found):
+        total, last = total + max(0, end - max(begin, last)), max(last, end)
     return total
 
 
 class Places:
-    """Bytes of a split's text -> tokens, files and lines. Knows as much of the text as `note` or `read` showed it."""
+    """Bytes of a split's text -> tokens, files and lines. Knows as much of the text as was read of `windows`."""
 
     def __init__(self, data: PreparedData, split: str) -> None:
         self.tokens: np.ndarray = getattr(data, split)
@@ -138,22 +126,22 @@ class Places:
         self._parts = (data.meta.parts or {}).get(split, ())
         self._names = [file.name for file in data.meta.files]
         self._windows: list[tuple[int, int, int]] = []  # first byte, first token, line ends before
-        self._lines = 0
         self._window = lru_cache(maxsize=4)(self._decoded)
         self._lines_before = lru_cache(maxsize=1024)(self._count_lines)
 
-    def note(self, token: int, base: int, raw: bytes) -> None:
-        """Learn of the next window: its first token, its first byte, its text."""
-        self._windows.append((base, token, self._lines))
-        self._lines += raw.count(b"\n")
+    def windows(self, most: int | None = None) -> Iterator[bytes]:
+        """The text of the tokens up to `most`, or of all, in pieces; each is known from then on."""
+        base = lines = 0
+        for token in range(0, len(self.tokens[:most]), _WINDOW):
+            raw = self.decode(self.tokens[:most][token : token + _WINDOW])
+            self._windows.append((base, token, lines))
+            yield raw
+            base, lines = base + len(raw), lines + raw.count(b"\n")
 
     def read(self, most: int | None = None) -> Places:
-        """Learn of the windows up to token `most`, or of all."""
-        base = 0
-        for token in range(0, len(self.tokens[:most]), _WINDOW):
-            raw = self.decode(self.tokens[token : token + _WINDOW])
-            self.note(token, base, raw)
-            base += len(raw)
+        """Read the windows up to token `most`, or all."""
+        for _ in self.windows(most):
+            pass
         return self
 
     def place(self, begin: int, end: int) -> Place:
@@ -163,8 +151,7 @@ class Places:
     def of_token(self, token: int) -> Place:
         """The place of one token."""
         base, first, _ = self._windows[bisect_right(self._windows, token, key=lambda one: one[1]) - 1]
-        ids = self.tokens[first:token]
-        byte = base + (token - first if self._sizes is None else int(self._sizes[ids].sum()))
+        byte = base + int(self._sizes[self.tokens[first:token]].sum())
         return Place(token, token + 1, *self._file_line(byte))
 
     def _file_line(self, byte: int) -> tuple[str | None, int | None]:
@@ -178,8 +165,6 @@ class Places:
 
     def _token(self, byte: int) -> int:
         base, first, _ = self._windows[self._at(byte)]
-        if self._sizes is None:
-            return first + byte - base
         return first + int(np.searchsorted(self._window(self._at(byte))[1], byte - base, side="right"))
 
     def _count_lines(self, byte: int) -> int:
@@ -190,19 +175,16 @@ class Places:
         """A window's text, and where each of its tokens ends in it."""
         first = self._windows[number][1]
         ids = self.tokens[first : first + _WINDOW]
-        ends = np.arange(1, len(ids) + 1) if self._sizes is None else np.cumsum(self._sizes[ids])
-        return self.decode(ids), ends
+        return self.decode(ids), np.cumsum(self._sizes[ids])
 
 
-def _decoder(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray], bytes], np.ndarray | None]:
-    """A function from token ids to UTF-8, and the bytes of each token (None: one)."""
-    if isinstance(tokenizer, ByteTokenizer):
-        return (lambda ids: ids.tobytes()), None
+def _decoder(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray], bytes], np.ndarray]:
+    """A function from token ids to UTF-8, and the bytes of each token."""
     table = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     sizes = np.array([len(one) for one in table], dtype=np.int32)
     raw = np.frombuffer(b"".join(table), dtype=np.uint8)
     if int(sizes.max()) == 1:
-        return (lambda ids: raw[ids].tobytes()), None
+        return (lambda ids: raw[ids].tobytes()), sizes
     if isinstance(tokenizer, CharTokenizer):
         return (lambda ids: tokenizer.decode(ids).encode("utf-8")), sizes
     begins = np.cumsum(sizes, dtype=np.int32) - sizes
@@ -215,13 +197,6 @@ def _decoder(tokenizer: Tokenizer) -> tuple[Callable[[np.ndarray], bytes], np.nd
         return raw.take(at, mode="clip").tobytes()
 
     return decode, sizes
-
-
-@dataclass
-class _Passage:
-    count: int = 0
-    at: list[tuple[int, int]] = field(default_factory=list)
-    """First byte, and one past the last, in the split's text."""
 
 
 class _Matcher:
@@ -253,7 +228,9 @@ class _Matcher:
         self._halves = BytesAhoCorasick(list(halves), implementation=Implementation.DFA)
         self._open: dict[int, list[int]] = {}
         """Byte of the split minus byte of the text -> first and last stretch, first byte and end."""
-        self._found: dict[tuple[int, int], _Passage] = {}
+        self._found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        """First character and end of a passage -> first byte and end of its first KEPT_PLACES in the split."""
+        self._counts: Counter[tuple[int, int]] = Counter()
 
     def search(self, raw: bytes, base: int, known: int) -> None:
         """Look through raw, which begins at byte `base`; matches within its first `known` bytes are known."""
@@ -294,20 +271,18 @@ class _Matcher:
             self._keep(self._open.pop(shift))
 
     def _keep(self, run: list[int]) -> None:
-        passage = self._found.setdefault((run[0], run[1] + self._size), _Passage())
-        passage.count += 1
-        if passage.count <= KEPT_PLACES:
-            passage.at.append((run[2], run[3]))
+        passage = (run[0], run[1] + self._size)
+        self._counts[passage] += 1
+        if self._counts[passage] <= KEPT_PLACES:
+            self._found.setdefault(passage, []).append((run[2], run[3]))
 
-    def longest(self) -> dict[tuple[int, int], _Passage]:
-        """At the end: the passages that are part of no longer one, by first character and end."""
+    def longest(self) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
+        """At the end: first character, end, count and byte places of the passages that are part of no longer one."""
         for run in self._open.values():
             self._keep(run)
         self._open.clear()
-        kept, furthest = dict[tuple[int, int], _Passage](), 0
+        furthest = 0
         for begin, end in sorted(self._found, key=lambda key: (key[0], -key[1])):
             if end > furthest:
-                kept[begin, end], furthest = self._found[begin, end], end
-        for passage in kept.values():
-            passage.at.sort()
-        return kept
+                furthest = end
+                yield begin, end, self._counts[begin, end], sorted(self._found[begin, end])

@@ -1,22 +1,29 @@
-"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus of an installed package."""
+"""What --data names: a text file, a folder of them, a prepared folder, or a built-in corpus of an installed package;
+and what its files hold.
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 import chatgot.run_folder as run_folder
-from chatgot.data.prepared import looks_prepared
+from chatgot.data.prepared import FileMeta, looks_prepared
 from chatgot.data.reading import TextReader, not_regular
 from chatgot.deepspeed_json.findings import printable
 from chatgot.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 """Files of a folder that are read; others are counted and named in a note."""
 
@@ -202,6 +209,41 @@ def _nothing_there(spec: str, path: Path) -> str:
     hint = f"; did you mean '{close[0]}'?" if close else ""
     names = ", ".join(BUILT_INS)
     return f"--data {spec}: no such file or folder, and no built-in corpus of that name{hint} (built-in: {names})"
+
+
+def scan(source: Source, encoding: str) -> tuple[tuple[FileMeta, ...], list[int], list[str]]:
+    """Read all files once; returns them, the characters that each adds to the text, and the distinct characters.
+
+    Raises:
+        DataError: the text is empty, or what `TextReader` raises.
+    """
+    files: list[FileMeta] = []
+    lengths: list[int] = []
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    boms = crlf_files = crlf = 0
+    for file in source.files:
+        reader = TextReader(file.path, encoding)
+        length = 0
+        for text in source.pieces(reader):
+            length += len(text)
+            seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+        files.append(FileMeta(file.name, reader.bytes, reader.sha256))
+        lengths.append(length)
+        boms += reader.had_bom
+        crlf += reader.crlf
+        crlf_files += reader.crlf > 0
+        if reader.nul:
+            logger.warning(f"{file.path}: {reader.nul:,} NUL characters; is it really a text file?")
+    if not sum(lengths):
+        raise DataError(f"--data {source.path or source.name}: the text is empty")
+    if boms:
+        logger.info(f"byte order mark removed ({boms} file{'s' * (boms > 1)})")
+    if crlf:
+        logger.info(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
+    if empty := [file.name for file, length in zip(source.files, lengths) if not length]:
+        names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
+        logger.warning(f"{len(empty)} empty file{'s' * (len(empty) > 1)} left out: {names}")
+    return tuple(files), lengths, list(map(chr, np.flatnonzero(seen)))
 
 
 def check_run_folder(out_dir: Path, spec: str) -> None:

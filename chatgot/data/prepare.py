@@ -16,13 +16,13 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from chatgot.config.run import DataConfig
+import chatgot.run_folder as run_folder
+from chatgot.config.run import DataConfig, load_run_config
 from chatgot.data.byte_level import tokenizers_library
-from chatgot.data.corpus import Source, check_out_dir, resolve
+from chatgot.data.corpus import Source, check_out_dir, resolve, scan
 from chatgot.data.prepared import (
     FORMAT_VERSION,
     TOKENIZER_FILE,
-    FileMeta,
     PreparedData,
     PreparedMeta,
     SplitMeta,
@@ -33,9 +33,16 @@ from chatgot.data.prepared import (
     token_file,
     write_meta,
 )
-from chatgot.data.reading import Characters, Part, TextReader, check_encoding, noting_parts, plan_split, split_pieces
-from chatgot.data.repeats import RepeatDetector
-from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, bpe_pieces, describe_unknown
+from chatgot.data.reading import Part, RepeatDetector, check_encoding, noting_parts, plan_split, split_pieces
+from chatgot.data.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    bpe_pieces,
+    describe_unknown,
+    load_tokenizer,
+)
 from chatgot.errors import ConfigError, DataError
 from chatgot.files import take_lock
 
@@ -45,8 +52,8 @@ _SAY_SECONDS = 5.0
 """Between lines about the reading for bpe."""
 Spec = str | os.PathLike | Sequence[str | os.PathLike]
 
-WARN_REPEATED_SHARE = 0.05
-WARN_VAL_IN_TRAIN_SHARE = 0.05
+WARN_SHARE = 0.05
+"""Of the text, or of the validation text, that stands there twice."""
 
 
 def prepare_cached(
@@ -134,6 +141,34 @@ def _cache_key(source: Source, config: DataConfig, tokenizer: Tokenizer | None) 
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
+def recorded_data(run: Path, fingerprint: str, spec: str | None = None) -> tuple[str, PreparedData]:
+    """Open the text that a run folder was trained on, from the cache or prepared again; returns what --data would call
+    it, and the data.
+
+    Args:
+        fingerprint: of the data, as a checkpoint's manifest has it.
+        spec: the text, as for --data; None: what environment.json says, here or where the run was started.
+
+    Raises:
+        DataError: it is not there any more, or gives other tokens.
+        ConfigError: not a run folder.
+    """
+    if spec is None:
+        environment = run_folder.read(run, run_folder.ENVIRONMENT)
+        recorded = environment.get("data")
+        spec = str(recorded.get("spec") if isinstance(recorded, dict) else None)
+        elsewhere = Path(str(environment.get("cwd", ""))) / spec
+        if not Path(spec).exists() and elsewhere.exists():
+            spec = str(elsewhere)
+    config = load_run_config(str(run / run_folder.RUN)).data
+    given = load_tokenizer(run / run_folder.TOKENIZER) if config.tokenizer == "given" else None
+    data = prepare_cached(spec, config, tokenizer=given)
+    if data.fingerprint != fingerprint:
+        prints = f"fingerprint {data.fingerprint[:12]}…, the checkpoint has {fingerprint[:12]}…"
+        raise DataError(f"--data {spec}: is not the data that {run} was trained on ({prints})")
+    return spec, data
+
+
 def prepare(
     spec: Spec,
     out_dir: Path | str,
@@ -182,7 +217,7 @@ def _build(
     source: Source, folder: Path, config: DataConfig, block_size: int | None, given: Tokenizer | None
 ) -> PreparedMeta:
     encoding = check_encoding(config.encoding)
-    files, file_characters, characters = _scan(source, encoding)
+    files, file_characters, characters = scan(source, encoding)
     hashes = [file.sha256 for file in files]
     plan = plan_split(file_characters, config)
     for (name, end), begin in zip(plan.ends, (0, plan.train_end, plan.val_end)):
@@ -236,37 +271,6 @@ def _build(
     tokenizer.save(folder / TOKENIZER_FILE)
     write_meta(meta, folder)
     return meta
-
-
-def _scan(source: Source, encoding: str) -> tuple[tuple[FileMeta, ...], list[int], list[str]]:
-    """First pass: returns the files, the characters that each adds to the text, and the distinct characters."""
-    files: list[FileMeta] = []
-    lengths: list[int] = []
-    seen = Characters()
-    boms = crlf_files = crlf = 0
-    for file in source.files:
-        reader = TextReader(file.path, encoding)
-        length = 0
-        for text in source.pieces(reader):
-            length += len(text)
-            seen.add(text.encode("utf-8"))
-        files.append(FileMeta(file.name, reader.bytes, reader.sha256))
-        lengths.append(length)
-        boms += reader.had_bom
-        crlf += reader.crlf
-        crlf_files += reader.crlf > 0
-        if reader.nul:
-            logger.warning(f"{file.path}: {reader.nul:,} NUL characters; is it really a text file?")
-    if not sum(lengths):
-        raise DataError(f"--data {source.path or source.name}: the text is empty")
-    if boms:
-        logger.info(f"byte order mark removed ({boms} file{'s' * (boms > 1)})")
-    if crlf:
-        logger.info(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
-    if empty := [file.name for file, length in zip(source.files, lengths) if not length]:
-        names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
-        logger.warning(f"{len(empty)} empty file{'s' * (len(empty) > 1)} left out: {names}")
-    return tuple(files), lengths, seen.sorted()
 
 
 def _noted(pieces: Iterable[str]) -> Iterator[str]:
@@ -327,9 +331,9 @@ def _warn_of_repeats(meta: PreparedMeta) -> None:
         twin = first_with.setdefault(file.sha256, file.name)
         if twin != file.name and file.bytes:
             logger.warning(f"{file.name} has the same content as {twin}")
-    if meta.repeated_share >= WARN_REPEATED_SHARE:
+    if meta.repeated_share >= WARN_SHARE:
         share = f"about {meta.repeated_share:.0%} of the text"
         logger.warning(f"{share} repeats an earlier passage word for word; is something in it twice?")
-    if meta.val_in_train_share >= WARN_VAL_IN_TRAIN_SHARE:
+    if meta.val_in_train_share >= WARN_SHARE:
         share = f"about {meta.val_in_train_share:.0%} of the validation text"
         logger.warning(f"{share} also stands in the training text; val/loss will look better than it is")

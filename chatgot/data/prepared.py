@@ -197,8 +197,7 @@ def _open_tokens(file: Path, split: SplitMeta, dtype: np.dtype, verify: bool, ag
 
 
 def publish(building: Path, out_dir: Path) -> None:
-    """Put the finished folder in its place."""
-    take_back(out_dir)
+    """Put the finished folder in its place, after `take_back`."""
     replace_folder(building, out_dir, _replaced(out_dir))
 
 

@@ -166,7 +166,7 @@ def _compare(
         logger.warning("transformers is not installed: its own model was not compared (pip install transformers)")
     else:
         ours = parity.read_logits(config, tokenizer.vocab_size, written)
-        logger.info(parity.compare(ours, theirs, windows).required("the exported folder in transformers"))
+        logger.info(parity.compare(ours, theirs, windows, "the exported folder in transformers"))
     logger.info(parity.check_tokenizer(folder, tokenizer, texts))
 
 

@@ -214,22 +214,21 @@ def _tensors(path: Path, model: ModelConfig, names: Sequence[str]) -> dict[str, 
                 raise CheckpointError(f"{path / name}: this shard is missing; get the whole folder again")
     else:
         raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX} is there; weights are read from safetensors only")
+    held = [(stored, name) for name in files for stored in _names_in(path / name)]
+    if listed is not None and (wrong := sorted(listed.items() ^ set(held))):
+        stored, name = wrong[0]
+        raise CheckpointError(
+            f"{path / INDEX}: does not agree with {name} about {quoted(stored)}; get the whole folder again"
+        )
     tensors: dict[str, tuple[Path, str]] = {}
     prefix = PREFIX[model.architecture]
-    for name in files:
-        for stored in _names_in(path / name):
-            if listed is not None and listed.get(stored) != name:
-                raise CheckpointError(f"{path / name}: {quoted(stored)} stands there, and not in {INDEX}")
-            full = stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
-            if any(fnmatch(full, buffer) for buffer in BUFFERS):
-                continue
-            if full in tensors:
-                raise CheckpointError(f"{path / name}: {quoted(stored)} stands in the folder twice")
-            tensors[full] = (path / name, stored)
-    if listed is not None and (gone := listed.keys() - {stored for _, stored in tensors.values()}):
-        absent = [name for name in sorted(gone) if not any(fnmatch(f"{prefix}{name}", one) for one in BUFFERS)]
-        if absent:
-            raise CheckpointError(f"{path / listed[absent[0]]}: {quoted(absent[0])} is in {INDEX}, and not there")
+    for stored, name in held:
+        full = stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
+        if any(fnmatch(full, buffer) for buffer in BUFFERS):
+            continue
+        if full in tensors:
+            raise CheckpointError(f"{path / name}: {quoted(stored)} stands in the folder twice")
+        tensors[full] = (path / name, stored)
     return tensors
 
 
@@ -262,18 +261,14 @@ def _compare(folder: Folder) -> None:
     if others := folder.tensors.keys() - parts.keys():
         file, stored = folder.tensors[min(others)]
         raise CheckpointError(f"{file}: tensor {quoted(stored)}: the model of {CONFIG} has none of that name")
-    by_file: dict[Path, list[str]] = {}
-    for name, (file, _) in folder.tensors.items():
-        by_file.setdefault(file, []).append(name)
-    for path, names in by_file.items():
-        with open_safetensors(path, "np") as file:
-            for name in names:
-                stored = file.get_slice(folder.tensors[name][1])
-                shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-                if shape != parts[name]:
-                    raise CheckpointError(f"{path}: {name} has shape {shape}, {CONFIG} asks for {parts[name]}")
-                if kind not in TYPES:
-                    raise CheckpointError(f"{path}: {name} is of type {kind}, taken are {', '.join(TYPES)}")
+    opened = {path: open_safetensors(path, "np") for path, _ in folder.tensors.values()}
+    for name, (path, stored) in folder.tensors.items():
+        tensor = opened[path].get_slice(stored)
+        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+        if shape != parts[name]:
+            raise CheckpointError(f"{path}: {name} has shape {shape}, {CONFIG} asks for {parts[name]}")
+        if kind not in TYPES:
+            raise CheckpointError(f"{path}: {name} is of type {kind}, taken are {', '.join(TYPES)}")
 
 
 def run_config(name_or_path: str, overrides: Mapping[str, Any], model: Mapping[str, Any], where: Path) -> RunConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from chatgot.config.run import ModelConfig
-from chatgot.data.recorded import recorded_data
+from chatgot.data.prepare import recorded_data
 from chatgot.data.tokenizer import Tokenizer
 from chatgot.errors import ChatGoTError, CheckpointError
 from chatgot.model.gpt import GPT
@@ -29,38 +28,26 @@ OF_THE_LARGEST = 1e-5
 TIE = 1e-3
 """Two logits that are as close may change their order."""
 Logits = Callable[[torch.Tensor], torch.Tensor]
-"""(B, T) int64 -> (B, T, V) fp32."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far two models are apart over the same windows."""
-
-    largest: float
-    """Largest absolute difference of a logit."""
-    scale: float
-    """Largest absolute logit."""
-    top_1: int
-    """Positions whose likeliest token differs although the two best are more than TIE apart."""
-    positions: int
-
-    def required(self, what: str, instead: str = "nothing was exported") -> str:
-        """A line for the log. Raises CheckpointError where it is not close enough; `instead`: what then happens."""
-        line = f"{what}: max |Δlogits| {self.largest:.2e} over {self.positions} positions"
-        most = max(LARGEST_DIFFERENCE, OF_THE_LARGEST * self.scale)
-        if not self.largest <= most or self.top_1:  # NaN fails too
-            allowed = f"allowed are {most:.1e} and the same likeliest token"
-            raise CheckpointError(f"{line}, {self.top_1} other likeliest tokens; {allowed}: {instead}")
-        return line
+"""(B, T) int64 -> (B, T, V)."""
 
 
 @torch.no_grad()
-def compare(ours: Logits, theirs: Logits, windows: torch.Tensor) -> Parity:
-    """Hold two models against each other on windows (n, T)."""
+def compare(
+    ours: Logits, theirs: Logits, windows: torch.Tensor, what: str, instead: str = "nothing was exported"
+) -> str:
+    """Hold two models against each other on windows (n, T); returns a line for the log.
+
+    Args:
+        what: names theirs; `instead`: what happens where they differ.
+
+    Raises:
+        CheckpointError: logits are too far apart, or the likeliest token is another one although the two best are more
+            than TIE apart.
+    """
     largest = scale = torch.zeros(())
     other = 0
     for few in windows.split(max(1, TOGETHER // windows.shape[1])):
-        one, two = ours(few).flatten(0, 1), theirs(few).flatten(0, 1)  # (n T, V)
+        one, two = ours(few).float().flatten(0, 1), theirs(few).float().flatten(0, 1)  # (n T, V)
         if one.shape != two.shape:
             raise CheckpointError(f"logits of shape {tuple(two.shape)}, ours are {tuple(one.shape)}")
         largest = torch.maximum(largest, (one - two).abs().max())  # keeps NaN
@@ -68,7 +55,12 @@ def compare(ours: Logits, theirs: Logits, windows: torch.Tensor) -> Parity:
         best = one.topk(min(2, one.shape[-1]), dim=-1).values
         apart = best[:, 0] - best[:, -1] > TIE
         other += int((apart & (one.argmax(-1) != two.argmax(-1))).sum())
-    return Parity(float(largest), float(scale), other, windows.numel())
+    line = f"{what}: max |Δlogits| {float(largest):.2e} over {windows.numel()} positions"
+    most = max(LARGEST_DIFFERENCE, OF_THE_LARGEST * float(scale))
+    if not float(largest) <= most or other:  # NaN fails too
+        allowed = f"allowed are {most:.1e} and the same likeliest token"
+        raise CheckpointError(f"{line}, {other} other likeliest tokens; {allowed}: {instead}")
+    return line
 
 
 def transformers_logits(folder: Path) -> Logits | None:
@@ -82,7 +74,7 @@ def transformers_logits(folder: Path) -> Logits | None:
     model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     own = dict(model.named_parameters(remove_duplicate=False))
     read_while_used(model, lambda name: own[name].float())
-    return lambda ids: model(ids).logits.float()
+    return lambda ids: model(ids).logits
 
 
 def check_tokenizer(
@@ -140,11 +132,6 @@ def evenly(tokens: np.ndarray, length: int, most: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
 
 
-def model_logits(model: GPT) -> Logits:
-    """Our model's."""
-    return lambda ids: model(ids).float()
-
-
 def read_while_used(model: nn.Module, read: Callable[[str], torch.Tensor]) -> None:
     """Let a module have its parameters only while it runs, so that one of them is in memory at a time.
 
@@ -173,4 +160,4 @@ def read_logits(config: ModelConfig, vocab_size: int, read: Callable[[str], torc
         model = GPT(config, vocab_size).eval()
     tied = {"lm_head.weight": "embed_tokens.weight"} if config.tie_embeddings else {}
     read_while_used(model, lambda name: read(tied.get(name, name)))
-    return model_logits(model)
+    return model

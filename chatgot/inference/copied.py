@@ -10,7 +10,7 @@ from typing import TextIO
 
 from chatgot.checkpoint.load import Found
 from chatgot.data.copies import MIN_CHARACTERS, Place, covered, find_copies
-from chatgot.data.recorded import recorded_data
+from chatgot.data.prepare import recorded_data
 from chatgot.errors import DataError
 from chatgot.proof.fed import Fed, Feed
 
@@ -116,7 +116,7 @@ def listed(text: str, spans: list[Span], min_characters: int, drawn: int) -> str
     if not spans:
         return f"copied: no passage of {min_characters} characters or more stands in the training text"
     first = len(text) - drawn
-    total = covered(spans, since=first)
+    total = covered(((span.begin, span.end) for span in spans), since=first)
     lines = [f"copied: {total} of {drawn} characters ({total / drawn:.0%}) stand in the training text word for word"]
     for number, span in enumerate(spans, start=1):
         begins = text[span.begin : min(span.end, span.begin + 40)]

@@ -54,7 +54,7 @@ def at_step(run: Path, step: int, rank: int | None = None, spec: str | None = No
     """
     from chatgot.data.copies import Places
     from chatgot.data.loader import DataOrder, TrainBatches
-    from chatgot.data.recorded import recorded_data
+    from chatgot.data.prepare import recorded_data
     from chatgot.proof import digest
 
     feed, last = _feed(run)
@@ -105,7 +105,7 @@ def where(run: Path, text: str, spec: str | None = None) -> Iterator[str]:
         DataError: the text is not there any more, or gives other tokens.
     """
     import chatgot.run_folder as run_folder
-    from chatgot.data.recorded import recorded_data
+    from chatgot.data.prepare import recorded_data
 
     if not text:
         raise ConfigError("chatgot data where: the passage is empty; give some characters")

@@ -160,7 +160,7 @@ def copied(samples: list[Sample], data: PreparedData) -> Copied:
         index = bisect_right(begins, found.begin) - 1
         passages[index].append((found.begin - begins[index], found.end - begins[index]))
     characters, longest = sum(map(len, written)), max((one.end - one.begin for one in done.found), default=0)
-    share = covered(done.found) / characters if characters else 0.0
+    share = covered((one.begin, one.end) for one in done.found) / characters if characters else 0.0
     return Copied(passages, {"sample/copied_fraction": share, "sample/longest_copy": longest}, done.searched)
 
 

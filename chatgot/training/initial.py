@@ -93,12 +93,10 @@ def _compared(path: Path, model: GPT, data: PreparedData) -> list[str]:
         theirs = parity.transformers_logits(path)
         if theirs is None:
             return [f"{path}: transformers is not installed, so that its own model was not compared"]
-        compared = parity.compare(parity.model_logits(model.eval()), theirs, windows)
+        what, instead = f"{path} in our model and in transformers'", "the run is not started"
+        compared = parity.compare(model.eval(), theirs, windows, what, instead)
     finally:
         model.train(was_training)
     texts = [data.tokenizer.decode(row.numpy()) for row in windows]
     whole = [text for text in texts if "\ufffd" not in text]
-    return [
-        compared.required(f"{path} in our model and in transformers'", "the run is not started"),
-        parity.check_tokenizer(path, data.tokenizer, whole, "the run is not started", back=False),
-    ]
+    return [compared, parity.check_tokenizer(path, data.tokenizer, whole, instead, back=False)]

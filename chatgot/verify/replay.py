@@ -15,7 +15,7 @@ from typing import Any
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found, find, tags_in
-from chatgot.data.recorded import recorded_data
+from chatgot.data.prepare import recorded_data
 from chatgot.devices import visible_gpus
 from chatgot.distributed import find_place
 from chatgot.errors import CheckpointError, ConfigError, DataError, MachineError, NumericsError

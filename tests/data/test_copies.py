@@ -65,7 +65,7 @@ def test_finds_what_brute_force_finds_with_file_and_line(prepared, tmp_path):
                 )
                 assert text[one.begin : one.end].split("\n")[0] in line
                 assert len(prepared.tokenizer.decode(prepared.train[: place.begin])) <= at
-        assert covered(found) == len(set().union(*(range(*key) for key in expected)))
+        assert covered((one.begin, one.end) for one in found) == len(set().union(*(range(*key) for key in expected)))
     assert find_copies(words(200, 77, "mnopqrstu"), prepared, 8) == []
 
 

@@ -16,7 +16,7 @@ from chatgot.checkpoint.load import find
 from chatgot.checkpoint.portable import read_portable
 from chatgot.checkpoint.portable import stored as as_stored
 from chatgot.data.loader import IGNORE_INDEX, EvalBatches
-from chatgot.data.recorded import recorded_data
+from chatgot.data.prepare import recorded_data
 from chatgot.data.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import CheckpointError, ConfigError
 from chatgot.exchange import parity, weights
