@@ -62,8 +62,8 @@ class Holdings:
     good: tuple[Published, ...] = ()
     """In order of publication."""
     damaged: tuple[tuple[str, str], ...] = ()
-    """(tag, "is damaged: why" or "is suspect: why") of those that turned out not to be good just now; those that were
-    known are left out.
+    """(tag, "checkpoint ... is damaged: why" or "is suspect: why") of those that turned out not to be good just now;
+    those that were known are left out.
     """
     other_bytes: int = 0
     """Of everything else that stays: damaged checkpoints, small files."""
@@ -178,7 +178,7 @@ def _manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{damaged}file {manifest.NAME}: {error}") from error
 
 
-def _open(folder: Path, tag: str) -> Found:
+def _open(folder: Path, tag: str, contents: bool = True) -> Found:
     if not TAG.fullmatch(tag):
         raise CheckpointError(f"{folder}: tag {tag!r} is not the plain name of a checkpoint folder")
     path = folder / tag
@@ -186,9 +186,9 @@ def _open(folder: Path, tag: str) -> Found:
         raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags_in(folder)) or 'none'})")
     fields = _manifest(path)
     try:
-        strays = manifest.verify(path, fields)
-        looks = {name: look(path / name) for name in fields["files"] if name.endswith(".pt")}
-        if "model" in fields:
+        strays = manifest.verify(path, fields, contents)
+        looks = {name: look(path / name) for name in fields["files"] if contents and name.endswith(".pt")}
+        if contents and "model" in fields:
             manifest.check_model(fields, looks)
     except (CheckpointError, AttributeError, KeyError, TypeError) as error:  # others: what `look` saw has another form
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
@@ -223,22 +223,17 @@ def examine(folder: Path, damaged: Collection[str] = ()) -> Holdings:
     good: list[Published] = []
     bad: list[tuple[str, str]] = []
     for tag in sorted(set(tags_in(folder)) - set(damaged)):
-        path = folder / tag
         try:
-            if path.is_symlink():
-                raise CheckpointError("it is a symbolic link")
-            fields = manifest.read(path)
-            manifest.verify(path, fields, contents=False)
-            if why := fields.get("suspect"):
-                bad.append((tag, f"is suspect: {why}"))
-                continue
-            step, sequence, loss = fields["step"], fields["sequence"], fields.get("val_loss")
-            if _step_of(tag) != step:
-                continue  # renamed or copied by somebody who wants to keep it
-            size, files = manifest.bytes_of(path, fields), len(fields["files"]) + 1
-            good.append(Published(tag, step, sequence, size, files, loss))
+            found = _open(folder, tag, contents=False)
         except CheckpointError as error:
-            bad.append((tag, f"is damaged: {error}"))
+            bad.append((tag, str(error)))
+            continue
+        fields, step = found.manifest, found.manifest["step"]
+        if "suspect" in fields:
+            bad.append((tag, found.notes[0]))
+        elif _step_of(tag) == step:  # else renamed or copied by somebody who wants to keep it
+            size, files = manifest.bytes_of(found.path, fields), len(fields["files"]) + 1
+            good.append(Published(tag, step, fields["sequence"], size, files, fields.get("val_loss")))
     good.sort(key=lambda checkpoint: checkpoint.sequence)
     replaced = [path for path in folder.glob(f"{REPLACED}*") if (folder / path.name.removeprefix(REPLACED)).exists()]
     leftover = sum(map(_bytes_below, (*folder.glob(f"{UNFINISHED}*"), *replaced)))  # what the next save sweeps

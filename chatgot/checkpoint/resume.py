@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import MAY_CHANGE, ClientState
 from chatgot.checkpoint.pickles import explained, weights_only
-from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, PortableState, read_portable
+from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, HyperParameters, PortableState, read_portable
 from chatgot.distributed import ControlGroup
 from chatgot.engine import zero_view
 from chatgot.errors import CheckpointError
@@ -79,7 +79,11 @@ def resume(engine: Any, found: Found, now: Mapping[str, Any], ranks: ControlGrou
     state = ranks.on_every_rank(lambda: read_portable(found))
     write_portable(engine, state, ranks)
     _catch_up(engine)
-    notes += _hyper_parameter_changes(engine, state)
+    if state.groups:
+        names = zero_view.parameter_names(engine)
+        members = [(names[id(p)], group) for group, members in zero_view.grouped_parameters(engine) for p in members]
+        pairs = ((state.groups[state.parameters[name].group], group) for name, group in members)
+        notes += _hyper_parameter_changes(engine, pairs)
     scaler = zero_view.loss_scaler(engine)
     if scaler is not None and scaler.dynamic and state.loss_scaler is None:
         notes.append(f"fp16: the checkpoint has no loss scale; starting with {scaler.cur_scale:g}")
@@ -118,47 +122,29 @@ def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[ClientState, l
 
     wished = [{key: value for key, value in one.items() if key != "params"} for one in engine.optimizer.param_groups]
     client_state = ranks.on_every_rank(deepspeed_loads)
-    notes = _reapply(engine, wished)
+    groups = engine.optimizer.param_groups
+    notes = _hyper_parameter_changes(engine, zip(groups, wished))
+    for group, ours in zip(groups, wished):
+        group.update(ours)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
     _catch_up(engine)
     return client_state, notes
 
 
-def _reapply(engine: Any, wished: list[dict[str, Any]]) -> list[str]:
-    notes = []
-    for index, (group, ours) in enumerate(zip(engine.optimizer.param_groups, wished)):
-        for key, value in ours.items():
-            theirs = group.get(key)
-            if _plain(theirs) != _plain(value) and key not in _scheduled(engine):
-                notes.append(f"optimizer group {index}: {key} was {theirs!r}, is now {value!r} (from the JSON)")
-            group[key] = value
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = engine.gradient_clipping()
-    return notes
-
-
-def _hyper_parameter_changes(engine: Any, state: PortableState) -> list[str]:
-    """List hyper-parameters that are not the checkpoint's, a line for each. Groups are matched by their parameters."""
+def _hyper_parameter_changes(engine: Any, groups: Iterable[tuple[HyperParameters, HyperParameters]]) -> list[str]:
+    """List hyper-parameters that are not the checkpoint's, a line for each, given its groups and this run's. What some
+    schedule sets is left out: its saved value says nothing about the JSON's.
+    """
+    momentum = ("betas", "momentum") if getattr(engine.lr_scheduler, "cycle_momentum", False) else ()
     lines: dict[str, None] = {}
-    names = zero_view.parameter_names(engine)
-    for group, members in zero_view.grouped_parameters(engine):
-        for parameter in members:
-            saved = state.groups[state.parameters[names[id(parameter)]].group] if state.groups else {}
-            for key in saved.keys() & group.keys() - _NOT_COMPARED - _scheduled(engine):
-                before, now = _plain(saved[key]), _plain(group[key])
-                if before != now:
-                    label = group.get("name") or f"weight_decay {group.get('weight_decay')!r}"
-                    lines[f"optimizer group ({label}): {key} was {before!r}, is now {now!r} (from the JSON)"] = None
+    for saved, group in groups:
+        for key in sorted(saved.keys() & group.keys() - _NOT_COMPARED - {"lr", "initial_lr", *momentum}):
+            before, now = (list(one) if isinstance(one, (list, tuple)) else one for one in (saved[key], group[key]))
+            if before != now:
+                label = group.get("name") or f"weight_decay {group.get('weight_decay')!r}"
+                lines[f"optimizer group ({label}): {key} was {before!r}, is now {now!r} (from the JSON)"] = None
     return list(lines)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def _scheduled(engine: Any) -> set[str]:
-    """Keys of an optimizer group that some schedule sets, so that their saved values say nothing about the JSON's."""
-    momentum = {"betas", "momentum"} if getattr(engine.lr_scheduler, "cycle_momentum", False) else set()
-    return {"lr", "initial_lr"} | momentum
 
 
 def _catch_up(engine: Any) -> None:

@@ -28,18 +28,6 @@ FILES_OF_ANY = 64
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be kept, and what goes."""
-
-    kept: dict[str, str]
-    """{tag: the strongest rule that keeps it}, in order of publication."""
-    gone: tuple[tuple[Published, str], ...]
-    """What goes, and why, in the order in which it is to be deleted."""
-    bytes: int
-    """Of all that the folder then holds, the checkpoint that is to come included."""
-
-
-@dataclass(frozen=True)
 class Pruned:
     """What was deleted, and what the user must hear."""
 
@@ -54,8 +42,10 @@ def budget(config: CheckpointConfig) -> int | None:
     return None if config.disk_budget_gb is None else int(config.disk_budget_gb * 1e9)
 
 
-def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int = 0, coming: int | None = None) -> Plan:
-    """Apply the rules; pure.
+def to_go(
+    good: Sequence[Published], config: CheckpointConfig, other_bytes: int = 0, coming: int | None = None
+) -> list[Published]:
+    """Apply the rules; returns what goes, in the order in which it is to be deleted. Pure.
 
     Kept: the keep_last that were published last, the keep_best with the lowest val/loss, and every multiple of
     keep_every_steps. All others go, the oldest first. If the folder still holds more than disk_budget_gb: then those
@@ -73,7 +63,7 @@ def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int =
     every = [c for c in ordered if config.keep_every_steps and c.step % config.keep_every_steps == 0]
     kept = (("keep_every_steps", every), ("keep_best", best), ("keep_last", last))
     rules = {checkpoint.tag: rule for rule, checkpoints in kept for checkpoint in checkpoints}
-    gone = [(c, "no rule keeps it") for c in ordered if c.tag not in rules]
+    gone = [c for c in ordered if c.tag not in rules]
     total = sum(c.bytes for c in ordered if c.tag in rules) + other_bytes + (coming or 0)
     limit = budget(config)
     if limit is not None:
@@ -83,9 +73,9 @@ def plan(good: Sequence[Published], config: CheckpointConfig, other_bytes: int =
         for checkpoint in turn:
             if total <= limit:
                 break
-            gone.append((checkpoint, f"disk_budget_gb comes before {rules.pop(checkpoint.tag)}"))
+            gone.append(checkpoint)
             total -= checkpoint.bytes
-    return Plan({c.tag: rules[c.tag] for c in ordered if c.tag in rules}, tuple(gone), total)
+    return gone
 
 
 def prune(folder: Path, config: CheckpointConfig, damaged: Collection[str] = ()) -> Pruned:
@@ -100,14 +90,14 @@ def prune(folder: Path, config: CheckpointConfig, damaged: Collection[str] = ())
         holdings = examine(folder, damaged)
     except OSError as error:
         return Pruned(warnings=(f"{folder}: old checkpoints could not be deleted: {error}",))
-    deleted, warnings = delete(folder, plan(holdings.good, config, holdings.other_bytes).gone)
-    return _pruned(folder, holdings, deleted, leftovers + warnings)
+    deleted, warnings = delete(folder, to_go(holdings.good, config, holdings.other_bytes))
+    return _pruned(holdings, deleted, leftovers + warnings)
 
 
-def delete(folder: Path, gone: Sequence[tuple[Published, str]]) -> tuple[list[str], list[str]]:
+def delete(folder: Path, gone: Sequence[Published]) -> tuple[list[str], list[str]]:
     """Delete checkpoints; returns their tags, and warnings of those that could not be deleted."""
     deleted, warnings = [], []
-    for checkpoint, _ in gone:
+    for checkpoint in gone:
         path, trash = folder / checkpoint.tag, folder / f"{PRUNED}{checkpoint.tag}"
         try:
             faults.operation(f"unpublish {checkpoint.tag}")
@@ -134,10 +124,10 @@ def _not_deleted(path: Path, error: OSError) -> str:
     return f"{path}: the old checkpoint could not be deleted: {error}; it is tried again after the next save"
 
 
-def _pruned(folder: Path, holdings: Holdings, deleted: list[str], warnings: Sequence[str] = ()) -> Pruned:
+def _pruned(holdings: Holdings, deleted: list[str], warnings: Sequence[str] = ()) -> Pruned:
     """What was deleted, with a warning for each checkpoint that turned out to be damaged."""
     advice = "it is not counted to those that are kept, and left where it is: look, delete it"
-    damaged = [f"checkpoint {folder / tag} {reason}; {advice}" for tag, reason in holdings.damaged]
+    damaged = [f"{reason}; {advice}" for _, reason in holdings.damaged]
     return Pruned(tuple(deleted), (*damaged, *warnings), tuple(tag for tag, _ in holdings.damaged))
 
 
@@ -151,7 +141,7 @@ class Room:
     """What must be deleted so that another checkpoint fits."""
 
     holdings: Holdings
-    deletions: tuple[tuple[Published, str], ...]
+    deletions: list[Published]
     free: int
     """Bytes free now on the file system, leftovers of a save that was cut short included."""
 
@@ -170,10 +160,10 @@ def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
     # Three more than the last one's: the folder, `latest`, the manifest's temporary file.
     files = holdings.good[-1].files + 3 if holdings.good else FILES_OF_ANY
     total = sum(checkpoint.bytes for checkpoint in holdings.good) + holdings.other_bytes + coming
-    gone = plan(holdings.good, config, holdings.other_bytes, coming).gone
+    gone = to_go(holdings.good, config, holdings.other_bytes, coming)
     lack = ""
     for count in range(len(gone) + 1):
-        freed = sum(checkpoint.bytes for checkpoint, _ in gone[:count])
+        freed = sum(checkpoint.bytes for checkpoint in gone[:count])
         if free + freed < coming:
             also = ", what may be deleted included" if gone else ""
             lack = (
@@ -186,7 +176,7 @@ def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
                 "damaged ones, other files) that is more than chatgot.checkpoint.disk_budget_gb = "
                 f"{config.disk_budget_gb:g} allows; give a larger budget, or delete what is damaged"
             )
-        elif inodes is not None and inodes + sum(checkpoint.files for checkpoint, _ in gone[:count]) < files:
+        elif inodes is not None and inodes + sum(checkpoint.files for checkpoint in gone[:count]) < files:
             lack = f"{files} new files, and this file system has inodes for {inodes} only; delete files there"
         else:
             return Room(holdings, gone[:count], free)
@@ -216,7 +206,7 @@ def make_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
     except OSError as error:
         when = "when looking for room for it; earlier checkpoints are untouched"
         raise CheckpointError(f"{refusal}{error}, {when}") from error
-    return _pruned(folder, first.holdings, deleted)
+    return _pruned(first.holdings, deleted)
 
 
 def preflight(

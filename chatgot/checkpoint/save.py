@@ -211,9 +211,9 @@ class Saver:
     def _write(self, folder: Path, files: Any) -> dict[str, Measured]:
         """Part 2: write, flush and hash this rank's files; `files` is DeepSpeed's checkpoint engine."""
         try:
-            for path, snapshot in self._snapshots.taken:
+            for path, state in self._snapshots.taken:
                 faults.operation(f"save {path.name}")
-                files.save(snapshot.rebuild(), str(path))
+                files.save(state, str(path))
             return flush_and_measure(folder, self.ranks.rank, self.ranks.world_size)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             raise _refusal(folder, error) from error

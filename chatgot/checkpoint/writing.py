@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,47 +62,36 @@ def file_operations(engine: Any, snapshots: Snapshots | None) -> Iterator[list[O
         yield failures
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A state dict as it was."""
-
-    graph: bytes
-    """Everything but the tensors, pickled, with numbers in their places."""
-    tensors: tuple[torch.Tensor, ...]
-    """On the CPU. Tensors that shared memory share it here too, so that torch.save writes it once, as it would have."""
-
-    def rebuild(self) -> Any:
-        """Build the state dict."""
-        return _Unpickler(self.graph, self.tensors).load()
-
-
 class Snapshots:
-    """Takes snapshots, the next one into the memory of the one before: memory that has been written to once is several
-    times faster.
+    """Copies state dicts into the CPU's memory, the next one into the memory of the one before: memory that has been
+    written to once is several times faster.
 
     On CUDA that memory is pinned. It is as large as what this rank saves, and is kept until the end of the run.
     """
 
     def __init__(self) -> None:
-        self.taken: list[tuple[Path, Snapshot]] = []
-        """By the file that each is to be written to."""
+        self.taken: list[tuple[Path, Any]] = []
+        """The copies, and the file that each is to be written to."""
         self._buffers: list[torch.Tensor] = []
         self._used = 0
 
     def reuse(self) -> None:
-        """Forget the snapshots taken so far."""
+        """Forget the copies taken so far."""
         self.taken.clear()
         del self._buffers[self._used :]  # the layout of what is saved has changed
         self._used = 0
 
-    def take(self, state: Any) -> Snapshot:
-        """Copy a state dict, after the work that was queued on its device; ValueError: a tensor in it is not dense."""
+    def take(self, state: Any) -> Any:
+        """Copy a state dict, after the work that was queued on its device; ValueError: a tensor in it is not dense.
+
+        Tensors that share memory share it in the copy too, so that torch.save writes it once, as it would have.
+        """
         file = io.BytesIO()
         copier = _Copier(file, self._buffer)
         copier.dump(state)
         if copier.queued:
             torch.cuda.synchronize()
-        return Snapshot(file.getvalue(), tuple(copier.tensors))
+        return _Unpickler(file.getvalue(), copier.tensors).load()
 
     def _buffer(self, size: int, pinned: bool) -> torch.Tensor:
         index, self._used = self._used, self._used + 1
@@ -172,7 +160,7 @@ class _Copier(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, graph: bytes, tensors: tuple[torch.Tensor, ...]) -> None:
+    def __init__(self, graph: bytes, tensors: list[torch.Tensor]) -> None:
         super().__init__(io.BytesIO(graph))
         self._tensors = tensors
 

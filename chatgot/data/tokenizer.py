@@ -57,9 +57,9 @@ class Tokenizer(ABC):
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token; a multi-byte character may span several tokens."""
 
-    @abstractmethod
     def _content(self) -> dict[str, Any]:
         """What defines the vocabulary, JSON-ready."""
+        return {"kind": self.kind, "vocab_size": self.vocab_size}
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids; ValueError for one outside the vocabulary. Bytes that are not UTF-8 become U+FFFD."""
@@ -155,7 +155,7 @@ class CharTokenizer(Tokenizer):
         return self.characters[token_id].encode("utf-8")
 
     def _content(self) -> dict[str, Any]:
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "characters": list(self.characters)}
+        return {**super()._content(), "characters": list(self.characters)}
 
 
 class ByteTokenizer(Tokenizer):
@@ -172,9 +172,6 @@ class ByteTokenizer(Tokenizer):
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes((token_id,))
-
-    def _content(self) -> dict[str, Any]:
-        return {"kind": self.kind, "vocab_size": self.vocab_size}
 
 
 class BpeTokenizer(Tokenizer):
@@ -256,7 +253,7 @@ class BpeTokenizer(Tokenizer):
 
     def _content(self) -> dict[str, Any]:
         padded = {} if self._padded_from is None else {"padded_from": self._padded_from}
-        return {"kind": self.kind, "vocab_size": self.vocab_size, **padded, "tokenizers": self.definition}
+        return {**super()._content(), **padded, "tokenizers": self.definition}
 
 
 def bpe_pieces(texts: Iterable[str]) -> Iterator[str]:

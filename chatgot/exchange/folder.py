@@ -81,10 +81,10 @@ def open_folder(path: Path) -> Folder:
             f"{path / left[0]}: a pickle, which can run code when it is read; weights are read from {WEIGHTS} only: "
             f"convert the folder with save_pretrained of transformers"
         )
-    tree = _read(path / CONFIG, LARGEST_CONFIG)
+    tree = read_json(path / CONFIG, LARGEST_CONFIG)
     asking = {CONFIG: tree}
     if "tokenizer_config.json" in names:
-        asking["tokenizer_config.json"] = _read(path / "tokenizer_config.json", LARGEST_INDEX)
+        asking["tokenizer_config.json"] = read_json(path / "tokenizer_config.json", LARGEST_INDEX)
     for name, one in asking.items():
         if one.get("auto_map"):
             raise CheckpointError(f"{path / name}: auto_map = {quoted(one['auto_map'])}: asks for code of the folder")
@@ -96,11 +96,12 @@ def open_folder(path: Path) -> Folder:
     return folder
 
 
-def _read(path: Path, largest: int) -> dict[str, Any]:
+def read_json(path: Path, largest: int, missing: str = "is its folder in transformers' layout?") -> dict[str, Any]:
+    """Read a mapping. Raises CheckpointError; `missing`: what is said where there is no file."""
     try:
         tree = json.loads(read_bytes(path, largest, follow=True))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; is {path.parent} in transformers' layout?") from None
+        raise CheckpointError(f"{path}: no such file; {missing}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(tree, dict):
@@ -201,7 +202,7 @@ def _tensors(path: Path, model: ModelConfig, names: Sequence[str]) -> dict[str, 
         files = [WEIGHTS]
         listed = None
     elif INDEX in names:
-        listed = _read(path / INDEX, LARGEST_INDEX).get("weight_map")
+        listed = read_json(path / INDEX, LARGEST_INDEX).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(f"{path / INDEX}: has no weight_map")
         files = sorted(set(listed.values()))

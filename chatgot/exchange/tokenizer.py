@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from chatgot.config.run import RunConfig
 from chatgot.data.byte_level import byte_level_alphabet
 from chatgot.data.tokenizer import LARGEST, BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from chatgot.errors import CheckpointError, DataError, quoted
-from chatgot.exchange.folder import Folder, open_folder, run_config
-from chatgot.run_folder import read_bytes
+from chatgot.exchange.folder import Folder, open_folder, read_json, run_config
 
 FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -70,14 +68,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         ConfigError: the library `tokenizers` is missing.
     """
     path = folder / FILE
-    try:
-        definition = json.loads(read_bytes(path, LARGEST, follow=True))
-    except FileNotFoundError:
-        how = f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes {FILE}"
-        raise CheckpointError(f"{path}: no such file, and the tokenizer belongs to the model; {how}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    model = definition.get("model") if isinstance(definition, dict) else None
+    how = f"AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes {FILE}"
+    definition = read_json(path, LARGEST, f"the tokenizer belongs to the model, and {how}")
+    model = definition.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vocabulary, dict):
         raise CheckpointError(f"{path}: has no vocabulary")

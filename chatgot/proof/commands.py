@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import chatgot.run_folder as run_folder
 from chatgot.errors import CheckpointError, ConfigError
 from chatgot.launcher.arguments import Command
+from chatgot.observe.journal import last_step
 
 if TYPE_CHECKING:
-    from chatgot.data.prepared import PreparedData
     from chatgot.proof.fed import Feed
 
 
@@ -104,7 +105,7 @@ def where(run: Path, text: str, spec: str | None = None) -> Iterator[str]:
         ConfigError: not a run folder, or no text.
         DataError: the text is not there any more, or gives other tokens.
     """
-    import chatgot.run_folder as run_folder
+    from chatgot.data.copies import KEPT_PLACES, find_copies
     from chatgot.data.prepare import recorded_data
 
     if not text:
@@ -113,10 +114,15 @@ def where(run: Path, text: str, spec: str | None = None) -> Iterator[str]:
     recorded = run_folder.read(run, run_folder.ENVIRONMENT).get("data")
     fingerprint = recorded.get("fingerprint") if isinstance(recorded, dict) else None
     _, data = recorded_data(run, str(fingerprint), spec)
-    found = 0
-    for line in _places(text, data, feed):
-        found += 1
-        yield line
+    found, n_tokens = 0, len(data.train)
+    for split in data.meta.splits:
+        for one in find_copies(text, data, len(text), split):
+            found += one.count
+            for place in one.places:
+                fed = feed.fed(data.fingerprint, n_tokens, place.begin, place.end) if split == "train" else "never fed"
+                yield f"{place} ({split}): {fed}"
+            if one.count > KEPT_PLACES:
+                yield f"... and {one.count - KEPT_PLACES} more places ({split})"
     if not found:
         yield f"it does not stand word for word in {data.meta.source}"
     for line in feed.unknown(data.fingerprint):
@@ -124,23 +130,8 @@ def where(run: Path, text: str, spec: str | None = None) -> Iterator[str]:
     yield f"the run stands at step {last or 0}"
 
 
-def _places(text: str, data: PreparedData, feed: Feed) -> Iterator[str]:
-    from chatgot.data.copies import KEPT_PLACES, find_copies
-
-    fingerprint, n_tokens = data.fingerprint, len(data.train)
-    for split in data.meta.splits:
-        for one in find_copies(text, data, len(text), split):
-            for place in one.places:
-                fed = feed.fed(fingerprint, n_tokens, place.begin, place.end) if split == "train" else "never fed"
-                yield f"{place} ({split}): {fed}"
-            if one.count > KEPT_PLACES:
-                yield f"... and {one.count - KEPT_PLACES} more places ({split})"
-
-
 def _feed(run: Path) -> tuple[Feed, int | None]:
     """What a run was fed up to where it stands, and the step of that."""
-    import chatgot.run_folder as run_folder
-    from chatgot.observe.journal import last_step
     from chatgot.proof.fed import Feed
 
     last = last_step(run / run_folder.METRICS)

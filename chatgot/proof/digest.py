@@ -80,10 +80,6 @@ class Setup:
     changes: tuple[str, ...] = ()
     """'ds.optimizer.params.lr: 0.003 -> 0.001': the settings of `numbers` that this start changed."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As the event stores it."""
-        return asdict(self)
-
 
 _DIGEST, _SETUP = TypeAdapter(Digest), TypeAdapter(Setup)
 

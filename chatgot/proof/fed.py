@@ -6,8 +6,8 @@ Within a stretch of steps the samples follow each other; a resume that changes s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,6 @@ class Order:
     """Fingerprint of the text."""
     run: str | None = None
     """The other run folder whose checkpoint it began with; None: its own, or none."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As the event stores it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -136,17 +132,12 @@ class Feed:
             if one.order is None or one.order.data != data:
                 continue
             order = DataOrder(n_tokens, one.order.block_size, one.order.seed)
-            for step, holds_all in _steps(one, order, begin, end):
-                (whole if holds_all else part).add(step)
+            samples, starts = order.samples_with(begin, end, one.first_sample, one.sample_of(one.last_step + 1) - 1)
+            steps = one.first_step + (samples - one.first_sample) // one.order.train_batch_size
+            holds_all = (starts <= begin) & (starts + order.block_size + 1 >= end)
+            whole.update(steps[holds_all].tolist())
+            part.update(steps[~holds_all].tolist())
         return Fed(tuple(sorted(whole)), tuple(sorted(part - whole)), all(one.order for one in self.stretches))
-
-
-def _steps(one: Stretch, order: DataOrder, begin: int, end: int) -> Iterator[tuple[int, bool]]:
-    assert one.order is not None
-    samples, starts = order.samples_with(begin, end, one.first_sample, one.sample_of(one.last_step + 1) - 1)
-    steps = one.first_step + (samples - one.first_sample) // one.order.train_batch_size
-    holds_all = (starts <= begin) & (starts + order.block_size + 1 >= end)
-    yield from zip(steps.tolist(), holds_all.tolist())
 
 
 def _named(steps: tuple[int, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +200,8 @@ def open_records(
         world_size=place.world_size,
         zero_stage=engine.config.zero_stage,
         precision=engine.config.precision,
-        data_order=order.to_json(),
-        setup=now.to_json(),
+        data_order=asdict(order),
+        setup=asdict(now),
     )
     overlap = Overlap(step, now, known, records.event, offset) if known else None
     return records, Proof(ranks, device, records.journal, now.id, overlap)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chatgot.checkpoint import manifest, retention
 from chatgot.checkpoint.load import Published, examine, find
-from chatgot.checkpoint.retention import find_room, make_room, needed, plan, prune, shown
+from chatgot.checkpoint.retention import find_room, make_room, needed, prune, shown, to_go
 from chatgot.deepspeed_json.settings import CheckpointConfig
 from chatgot.errors import CheckpointError
 from tests.support import engine_json, write_json, write_run_yaml
@@ -48,23 +48,21 @@ def folders(draw) -> list[Published]:
     others=st.integers(0, 20).map(lambda hundreds: hundreds * 10**8),
     coming=st.none() | st.integers(1, 20).map(lambda hundreds: hundreds * 10**8),
 )
-def test_plan_keeps_the_newest_good_one_the_budget_and_then_the_rules(
+def test_what_goes_leaves_the_newest_good_one_the_budget_and_then_the_rules(
     good, keep_last, keep_best, every, limit, others, coming
 ):
     config = CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every_steps=every, disk_budget_gb=limit)
-    made = plan(good, config, others, coming)
-    gone = [checkpoint.tag for checkpoint, _ in made.gone]
+    gone = [checkpoint.tag for checkpoint in to_go(good, config, others, coming)]
     by_tag = {checkpoint.tag: checkpoint for checkpoint in good}
-    assert sorted([*made.kept, *gone]) == sorted(by_tag), "each is kept or goes"
-    assert list(made.kept) == [checkpoint.tag for checkpoint in good if checkpoint.tag in made.kept]
-    held = sum(by_tag[tag].bytes for tag in made.kept) + others + (coming or 0)
-    assert made.bytes == held
+    kept = [checkpoint.tag for checkpoint in good if checkpoint.tag not in gone]
+    assert sorted([*kept, *gone]) == sorted(by_tag), "each is kept or goes"
+    held = sum(by_tag[tag].bytes for tag in kept) + others + (coming or 0)
     last = [checkpoint.tag for checkpoint in good][-(keep_last if coming is None else keep_last - 1) :]
     scored = [c for c in good if c.val_loss is not None and c.val_loss == c.val_loss]
     best = [c.tag for c in sorted(scored, key=lambda c: (c.val_loss, c.sequence))[:keep_best]]
     multiples = [c.tag for c in good if every and c.step % every == 0]
     if good:
-        assert good[-1].tag in made.kept, "the newest good one never goes"
+        assert good[-1].tag in kept, "the newest good one never goes"
     ruled = {*last, *best, *multiples}
     assert gone[: len(by_tag.keys() - ruled)] == [c.tag for c in good if c.tag not in ruled], (
         "first what no rule keeps, oldest first"
@@ -73,7 +71,7 @@ def test_plan_keeps_the_newest_good_one_the_budget_and_then_the_rules(
     if limit is None:
         assert not sacrificed
         return
-    assert held <= limit * 1e9 or list(made.kept) == [c.tag for c in good[-1:]], "as much as the budget needs"
+    assert held <= limit * 1e9 or kept == [c.tag for c in good[-1:]], "as much as the budget needs"
     order = [tag for tag in multiples if tag not in best and tag not in last]
     order += [tag for tag in reversed(best) if tag not in last]
     order += last[:-1]
@@ -125,7 +123,10 @@ def test_damaged_checkpoints_count_for_the_budget_and_stay(tmp_path):
     )
     assert pruned.damaged == (tags[1],)
     [warning] = pruned.warnings
-    assert f"checkpoint {tmp_path / tags[1]} is damaged: {tmp_path / tags[1]}: no manifest.json" in warning
+    assert (
+        f"checkpoint {tmp_path / tags[1]} is damaged: file manifest.json: {tmp_path / tags[1]}: no manifest.json"
+        in warning
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == tags[1:]
     assert prune(tmp_path, config, damaged={tags[1], tags[3]}) == retention.Pruned()
 
@@ -167,7 +168,7 @@ def test_what_a_save_has_left_unfinished_is_no_hindrance_because_it_is_swept(tmp
     os.rename(tmp_path / "step-00000002", tmp_path / ".unfinished-step-00000002")
     config = CheckpointConfig(keep_best=0, disk_budget_gb=gb(2 * needed(1_000_000)))
     room = find_room(tmp_path, config, 1_000_000)
-    assert room.deletions == ()
+    assert room.deletions == []
     assert [checkpoint.tag for checkpoint in room.holdings.good] == [tag]
     assert room.holdings.leftover_bytes > 1_000_000
 

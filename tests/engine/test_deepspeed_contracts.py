@@ -571,12 +571,12 @@ def test_resume_takes_hyper_parameters_from_the_checkpoint(tmp_path: Path):
     group, clipping = engine.optimizer.param_groups[0], engine.optimizer.clip_grad
     engine.destroy()
     assert group["weight_decay"] == 0.1, mended(
-        "the JSON's weight decay holds", "_reapply in checkpoint/load.py (groups)"
+        "the JSON's weight decay holds", "load in checkpoint/resume.py (groups)"
     )
     assert tuple(group["betas"]) == (0.9, 0.999), mended(
-        "the JSON's betas hold", "_reapply in checkpoint/load.py (groups)"
+        "the JSON's betas hold", "load in checkpoint/resume.py (groups)"
     )
-    assert clipping == 0.25, mended("the JSON's clipping holds", "_reapply in checkpoint/load.py (clip_grad)")
+    assert clipping == 0.25, mended("the JSON's clipping holds", "load in checkpoint/resume.py (clip_grad)")
 
 
 def test_zero_to_fp32_cannot_read_the_bf16_optimizer(tmp_path: Path):

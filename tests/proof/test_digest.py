@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import asdict
 
 import pytest
 
@@ -137,7 +138,7 @@ def test_digests_and_setups_survive_their_files(tmp_path):
     journal.digest(3, {"batch": "no more than this"})
     assert digest.history(tmp_path).digests == {1: DIGEST, 2: strange}
     assert digest.history(tmp_path, after=1).digests == {2: strange}
-    assert digest.setups([{"setup": SETUP.to_json()}, {"setup": {"id": "old"}}, {"event": "saved"}, None]) == {
+    assert digest.setups([{"setup": asdict(SETUP)}, {"setup": {"id": "old"}}, {"event": "saved"}, None]) == {
         "aa": SETUP
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def event(kind: str, **fields) -> dict:
 
 
 def begun(kind: str, step: int, **changes) -> dict:
-    return event(kind, step=step, data_order={**ORDER.to_json(), **changes})
+    return event(kind, step=step, data_order={**asdict(ORDER), **changes})
 
 
 @pytest.fixture
