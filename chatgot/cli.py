@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-import chatgot.proof.commands as proof_commands
+import chatgot.proof.fed as fed
 from chatgot.deepspeed_json.findings import meant
 from chatgot.errors import EXIT_CHECKPOINT, EXIT_DONE
 from chatgot.launcher.arguments import (
@@ -172,7 +172,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Parser]]:
     add("overrides", nargs="*", metavar="KEY=VALUE", default=[], help=argparse.SUPPRESS)
 
     _add_inference(command)
-    proof_commands.add_commands(command)
+    fed.add_commands(command)
 
     add = command("export", _export, "the model for transformers or llama.cpp")
     add("run", type=Path, metavar="RUN", help="the run folder, or one of its checkpoints")

@@ -12,7 +12,7 @@ import pytest
 
 from chatgot import cli
 from chatgot.errors import CheckpointError, ConfigError, DataError
-from chatgot.proof.commands import at_step, where
+from chatgot.proof.fed import at_step, where
 from chatgot.training import run
 from tests.support import ROOT, engine_json, run_ranks, write_json, write_run_yaml, write_text
 from tests.training import in_process
