@@ -163,12 +163,11 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
             f"{file}: vocab_size {quoted(meta.vocab_size)} and dtype {quoted(meta.dtype)} "
             f"do not belong to its tokenizer.json; {again}"
         )
-
-    def tokens(name: str, split: SplitMeta) -> np.ndarray:
-        return _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
-
-    train, val, test = tokens("train", meta.train), tokens("val", meta.val), meta.test and tokens("test", meta.test)
-    return PreparedData(path, tokenizer, meta, train, val, test)
+    tokens = {
+        name: _open_tokens(path / token_file(name), split, tokenizer.dtype, verify, again)
+        for name, split in meta.splits.items()
+    }
+    return PreparedData(path, tokenizer, meta, tokens["train"], tokens["val"], tokens.get("test"))
 
 
 def check_block_size(meta: PreparedMeta, max_seq_length: int) -> None:
