@@ -174,13 +174,10 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
         raise CheckpointError(f"{path}: not a manifest (no format_version)")
-    version = fields["format_version"]
-    if version > FORMAT_VERSION:
-        newer = f"this ChatGoT reads up to {FORMAT_VERSION}; install the newer ChatGoT"
-        raise CheckpointError(f"{path}: format version {quoted(version)}, {newer}")
-    if version < FORMAT_VERSION:
-        why = f"so that nobody can tell whether the files are whole; this ChatGoT reads version {FORMAT_VERSION}"
-        raise CheckpointError(f"{path}: format version {quoted(version)} has no hashes, {why}")
+    if (version := fields["format_version"]) != FORMAT_VERSION:
+        why = "has no hashes, so that nobody can tell whether the files are whole"
+        why = "needs a newer ChatGoT" if version > FORMAT_VERSION else why
+        raise CheckpointError(f"{path}: format version {quoted(version)} {why}; this one reads {FORMAT_VERSION}")
     if fields.pop("sha256", None) != _digest(fields):
         raise CheckpointError(f"{path}: damaged: its own sha256 does not fit what it says")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,23 @@ HyperParameters = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """`numel` elements of a tensor, flattened, from `start` on: those of `source` (1-D) from `offset` on."""
-
-    start: int
-    numel: int
-    source: torch.Tensor
-    offset: int
-
-
-@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor whose elements stay in the files until they are read. The pieces hold each of them once, in order."""
+    """A tensor whose elements stay in the files until they are read."""
 
     shape: torch.Size
-    pieces: tuple[Piece, ...]
+    pieces: tuple[tuple[Fragment, torch.Tensor], ...]
+    """Each of its elements once, in order, and the flat tensor that a fragment lies in."""
 
     def read(self, start: int, numel: int) -> torch.Tensor:
         """Read elements [start, start + numel) of the flattened tensor: a new fp32 tensor (numel,) on the CPU."""
         if start < 0 or numel < 0 or start + numel > self.shape.numel():
             raise ValueError(f"elements [{start}, {start + numel}) of a tensor of {self.shape.numel()}")
         elements = torch.empty(numel, dtype=torch.float32)
-        for piece in self.pieces:
+        for piece, source in self.pieces:
             left, right = max(start, piece.start), min(start + numel, piece.start + piece.numel)
             if left < right:
                 offset = piece.offset + left - piece.start
-                elements[left - start : right - start] = piece.source[offset : offset + right - left]
+                elements[left - start : right - start] = source[offset : offset + right - left]
         return elements
 
     def whole(self) -> torch.Tensor:
@@ -64,7 +55,7 @@ def stored(tensor: torch.Tensor, shape: torch.Size) -> StoredTensor:
     """Make a StoredTensor of a tensor that lies in one piece; ValueError: it does not fill `shape`."""
     if tensor.numel() != shape.numel():
         raise ValueError(f"{tensor.numel()} elements in the file, {tuple(shape)} has {shape.numel()}")
-    return StoredTensor(shape, (Piece(0, tensor.numel(), tensor.detach().reshape(-1), 0),))
+    return StoredTensor(shape, ((Fragment("", 0, tensor.numel(), 0), tensor.detach().reshape(-1)),))
 
 
 def join(
@@ -80,7 +71,7 @@ def join(
     Raises:
         ValueError: the pieces are not all elements, each once, or a part is too short for its pieces.
     """
-    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    pieces: dict[str, list[tuple[Fragment, torch.Tensor]]] = {name: [] for name in shapes}
     for rank, (own, have, part) in enumerate(zip(owned, held, parts)):
         place = {fragment.name: fragment for fragment in have}
         for fragment in own:
@@ -90,11 +81,11 @@ def join(
             if offset < 0 or ends > source.start + source.numel or end > part.numel():
                 shard = f"rank {rank}'s shard, which has {part.numel()}"
                 raise ValueError(f"{fragment.name}: elements [{offset}, {end}) of {shard}")
-            pieces[fragment.name].append(Piece(fragment.start, fragment.numel, part.detach().reshape(-1), offset))
+            pieces[fragment.name].append((replace(fragment, offset=offset), part.detach().reshape(-1)))
     for name, ordered in pieces.items():
-        ordered.sort(key=lambda piece: piece.start)
+        ordered.sort(key=lambda one: one[0].start)
         end = 0
-        for piece in ordered:
+        for piece, _ in ordered:
             if piece.start != end:
                 at = f"a shard continues with element {piece.start}, the ones before it end at {end}"
                 raise ValueError(f"{name}: {at}")

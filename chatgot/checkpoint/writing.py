@@ -152,11 +152,9 @@ class _Copier(pickle.Pickler):
         copy = torch.empty(0, dtype=tensor.dtype)
         copy.set_(self._storages[key], tensor.storage_offset(), tensor.size(), tensor.stride())
         if isinstance(tensor, torch.nn.Parameter):
-            copy = torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
-        copy.requires_grad_(tensor.requires_grad)
-        for name, value in vars(tensor).items():
-            setattr(copy, name, value)
-        return copy
+            copy = torch.nn.Parameter(copy, requires_grad=False)
+        vars(copy).update(vars(tensor))
+        return copy.requires_grad_(tensor.requires_grad)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -27,16 +27,12 @@ def library_definition(tokenizer: Tokenizer) -> dict[str, Any]:
         vocabulary = {character: index for index, character in enumerate(tokenizer.characters)}
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}  # which is no token: refused
-        return _definition(split, {"type": "Fuse"}, model)
-    spelled = {byte: character for character, byte in byte_level_alphabet().items()}
-    vocabulary = {spelled[byte]: byte for byte in range(256)}
-    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": None}
-    return _definition(_BYTE_LEVEL, _BYTE_LEVEL, model)
-
-
-def _definition(pre_tokenizer: dict[str, Any], decoder: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+        parts = {"pre_tokenizer": split, "decoder": {"type": "Fuse"}, "model": model}
+    else:
+        vocabulary = dict(sorted(byte_level_alphabet().items(), key=lambda one: one[1]))
+        model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": None}
+        parts = {"pre_tokenizer": _BYTE_LEVEL, "decoder": _BYTE_LEVEL, "model": model}
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    parts = {"pre_tokenizer": pre_tokenizer, "decoder": decoder, "model": model}
     return {"version": "1.0", **empty, "added_tokens": [], **parts}
 
 
