@@ -131,9 +131,9 @@ class Places:
 
     def windows(self, most: int | None = None) -> Iterator[bytes]:
         """The text of the tokens up to `most`, or of all, in pieces; each is known from then on."""
-        base = lines = 0
-        for token in range(0, len(self.tokens[:most]), _WINDOW):
-            raw = self.decode(self.tokens[:most][token : token + _WINDOW])
+        tokens, base, lines = self.tokens[:most], 0, 0
+        for token in range(0, len(tokens), _WINDOW):
+            raw = self.decode(tokens[token : token + _WINDOW])
             self._windows.append((base, token, lines))
             yield raw
             base, lines = base + len(raw), lines + raw.count(b"\n")
