@@ -4,6 +4,7 @@ fresh start. Needs no torch.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -116,19 +117,16 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _newest(folder: Path) -> tuple[Found | None, bool]:
     """See `find`; and whether a checkpoint that was listed has been deleted since: then it is worth looking again."""
     gone = False
-    damaged: list[tuple[str, int | None, str]] = []
-    candidates: list[tuple[int, int, bool, str]] = []
-    for name in tags_in(folder):
+    damaged: list[tuple[str, int, str]] = []
+
+    def order(name: str) -> tuple[float, int, bool, str]:
         try:
             fields = _manifest(folder / name)
-            step = fields["step"]
-            candidates.append((fields["sequence"], step, step == _step_of(name), name))  # before its copies
-        except CheckpointError as error:
-            if _identity(folder / name) is None:
-                gone = True
-                continue
-            damaged.append((name, _step_of(name), str(error)))
-    for _, step, _, name in sorted(candidates, reverse=True):
+        except CheckpointError:  # looked at first, so that it is named
+            return math.inf, _step_of(name) or 0, False, name
+        return fields["sequence"], fields["step"], fields["step"] == _step_of(name), name  # before its copies
+
+    for _, step, _, name in sorted(map(order, tags_in(folder)), reverse=True):
         try:
             whole = find_again(folder, name)
         except CheckpointError as error:
@@ -197,10 +195,10 @@ def _open(folder: Path, tag: str, contents: bool = True) -> Found:
     return Found(folder, tag, fields, (*suspect, *(f"{path}/{quoted(one)}: {unread}" for one in strays)))
 
 
-def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int | None, str]]) -> list[str]:
+def _notes(folder: Path, tag: str, step: int, damaged: list[tuple[str, int, str]]) -> list[str]:
     notes = []
     for _, lost, reason in damaged:
-        behind = f", {lost - step} steps are lost" if lost is not None and lost > step else ""
+        behind = f", {lost - step} steps are lost" if lost > step else ""
         notes.append(f"{reason}; going back to {tag}{behind}")
     pointer = folder / LATEST
     if pointer.is_symlink():
