@@ -180,7 +180,7 @@ def _open(folder: Path, tag: str, contents: bool = True) -> Found:
     if not TAG.fullmatch(tag):
         raise CheckpointError(f"{folder}: tag {tag!r} is not the plain name of a checkpoint folder")
     path = folder / tag
-    if not path.is_dir():
+    if not (path.is_dir() or path.is_symlink()):
         raise CheckpointError(f"{folder}: no checkpoint '{tag}' (there are: {', '.join(tags_in(folder)) or 'none'})")
     fields = _manifest(path)
     try:
