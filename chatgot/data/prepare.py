@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +23,7 @@ from chatgot.data.byte_level import tokenizers_library
 from chatgot.data.corpus import Source, check_out_dir, resolve, scan
 from chatgot.data.prepared import (
     FORMAT_VERSION,
+    META_FILE,
     TOKENIZER_FILE,
     PreparedData,
     PreparedMeta,
@@ -31,7 +33,6 @@ from chatgot.data.prepared import (
     publish,
     take_back,
     token_file,
-    write_meta,
 )
 from chatgot.data.reading import Part, RepeatDetector, check_encoding, noting_parts, plan_split, split_pieces
 from chatgot.data.tokenizer import (
@@ -44,7 +45,7 @@ from chatgot.data.tokenizer import (
     load_tokenizer,
 )
 from chatgot.errors import ConfigError, DataError
-from chatgot.files import take_lock
+from chatgot.files import take_lock, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +270,7 @@ def _build(
     check_block_size(meta, 1 if block_size is None else block_size)
     _warn_of_repeats(meta)
     tokenizer.save(folder / TOKENIZER_FILE)
-    write_meta(meta, folder)
+    write_atomically(folder / META_FILE, json.dumps(asdict(meta), ensure_ascii=False, indent=1) + "\n")
     return meta
 
 

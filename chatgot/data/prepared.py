@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -15,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from chatgot.data.reading import Part
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer, read_own_json
 from chatgot.errors import DataError, quoted
-from chatgot.files import put_back, replace_folder, sha256, write_atomically
+from chatgot.files import put_back, replace_folder, sha256
 
 FORMAT = "chatgot-prepared"
 FORMAT_VERSION = 2
@@ -121,12 +120,6 @@ def looks_prepared(folder: Path) -> bool:
 def token_file(split: str) -> str:
     """Name of a split's token file."""
     return f"{split}.bin"
-
-
-def write_meta(meta: PreparedMeta, folder: Path) -> None:
-    """Write meta.json."""
-    text = json.dumps(dataclasses.asdict(meta), ensure_ascii=False, indent=1)
-    write_atomically(folder / META_FILE, text + "\n")
 
 
 def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
