@@ -30,7 +30,6 @@ _OURS = {
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
 """What DeepSpeed 0.19.8 puts into its optimizer files; none of them does anything when it is made."""
-_UNNEEDED = "a checkpoint never needs that, and loading it could run code"
 _BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
 """Of an element, by storage; 1 in all others."""
 
@@ -93,7 +92,8 @@ class _Look(pickle._Unpickler):  # type: ignore[name-defined]  # the one in C ta
             return lambda: OrderedDict()
         if known in _OURS or _PLAIN.fullmatch(known):
             return type(name, (_Stub,), {})
-        raise CheckpointError(f"refused: it holds more than tensors and plain values ({quoted(known)}); {_UNNEEDED}")
+        why = "a checkpoint never needs that, and loading it could run code"
+        raise CheckpointError(f"refused: it holds more than tensors and plain values ({quoted(known)}); {why}")
 
     def persistent_load(self, pid: Any) -> int:
         """The elements of a storage."""
@@ -131,7 +131,7 @@ def weights_only() -> Iterator[None]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Load one file of a checkpoint without running code: tensors, plain containers and a few classes, nothing else.
+    """Load one file of a checkpoint without running code: what `look` takes, and raises what it does.
 
     Its tensors are on the CPU and memory-mapped: their elements are read from the file when they are used. Only torch's
     zip format can be mapped; with checkpoint.checkpoint_serialization = false in the JSON, DeepSpeed writes the older
@@ -139,17 +139,8 @@ def read(path: Path) -> dict[str, Any]:
     """
     import torch
 
+    look(path)
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # as torch/serialization.py, _is_zipfile
     with weights_only():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def explained(error: Exception) -> str:
-    """Say what went wrong, without torch's advice to load the file with weights_only=False."""
-    message = str(error)
-    if "weights_only" not in message and "Weights only" not in message:
-        return quoted(f"{type(error).__name__}: {message}")
-    name = re.search(r"(?:GLOBAL|class|function|global) ([\w.]+)", message)
-    what = f" ({name.group(1)})" if name else f": {message.splitlines()[-1]}"
-    return f"refused: it holds more than tensors and plain values{what}; {_UNNEEDED}"

@@ -16,9 +16,9 @@ import torch
 
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import ClientState
-from chatgot.checkpoint.pickles import explained, read
+from chatgot.checkpoint.pickles import read
 from chatgot.engine.zero_view import Fragment, cut_each, cut_group, whole
-from chatgot.errors import CheckpointError
+from chatgot.errors import CheckpointError, quoted
 
 MOMENTUM = "momentum_buffer"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -150,7 +150,7 @@ def read_portable(found: Found) -> PortableState:
     except CheckpointError:
         raise
     except Exception as error:  # files that nobody has checked: whatever torch and their contents raise
-        raise CheckpointError(f"{found.path}: cannot be read: {explained(error)}") from error
+        raise CheckpointError(f"{found.path}: cannot be read: {quoted(f'{type(error).__name__}: {error}')}") from error
 
 
 def _read_portable(found: Found) -> PortableState:

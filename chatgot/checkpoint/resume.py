@@ -13,11 +13,11 @@ import torch
 from chatgot.checkpoint import manifest
 from chatgot.checkpoint.load import Found
 from chatgot.checkpoint.manifest import MAY_CHANGE, ClientState
-from chatgot.checkpoint.pickles import explained, weights_only
+from chatgot.checkpoint.pickles import weights_only
 from chatgot.checkpoint.portable import LOSS_SCALER_FIELDS, MOMENTUM, HyperParameters, PortableState, read_portable
 from chatgot.distributed import ControlGroup
 from chatgot.engine import zero_view
-from chatgot.errors import CheckpointError
+from chatgot.errors import CheckpointError, quoted
 
 CHANGED = "changed since the checkpoint: "
 
@@ -115,7 +115,9 @@ def load(engine: Any, found: Found, ranks: ControlGroup) -> tuple[ClientState, l
             with contextlib.redirect_stdout(io.StringIO()), weights_only():
                 path, loaded = engine.load_checkpoint(str(found.folder), tag=found.tag, load_lr_scheduler_states=False)
         except Exception as error:  # files that nobody has checked: whatever torch and DeepSpeed raise
-            raise CheckpointError(f"{found.path}: cannot be loaded: {explained(error)}") from error
+            raise CheckpointError(
+                f"{found.path}: cannot be loaded: {quoted(f'{type(error).__name__}: {error}')}"
+            ) from error
         if path is None or "chatgot" not in (loaded or {}):
             raise CheckpointError(f"{found.path}: DeepSpeed found nothing to load there")
         return loaded["chatgot"]
@@ -172,7 +174,8 @@ def parameter_groups(engine: Any) -> list[list[str]]:
 
 def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> None:
     """Give a new engine the state's weights, optimizer state and counters, but no hyper-parameters. Collective; raises
-    CheckpointError where parameters or optimizer are not the checkpoint's, or its state is not in memory.
+    CheckpointError where the optimizer is not the checkpoint's. The parameters are, see `refuse_differences`, and what
+    lies on NVMe was refused, see `refuse_layouts`.
     """
     owned = list(zero_view.owned_pieces(engine))
     ranks.on_every_rank(lambda: _write_optimizer_states(engine, owned, state))
@@ -194,15 +197,6 @@ def write_portable(engine: Any, state: PortableState, ranks: ControlGroup) -> No
 
 
 def _write_optimizer_states(engine: Any, owned: list[zero_view.Owned], state: PortableState) -> None:
-    shapes = zero_view.parameter_shapes(engine)
-    saved = {name: tuple(parameter.weight.shape) for name, parameter in state.parameters.items()}
-    for name in sorted(shapes.keys() | saved.keys()):
-        if shapes.get(name) != saved.get(name):
-            theirs = f"shape {saved.get(name)} in the checkpoint"
-            raise CheckpointError(f"parameter {name}: {theirs}, {shapes.get(name)} in this run's model")
-    if setting := zero_view.out_of_reach(engine):
-        refusal = "a checkpoint of other settings cannot be resumed into it; offload to the CPU with ratio 1 first"
-        raise CheckpointError(f"{setting}: {refusal}")
     if any(parameter.moments or parameter.scalars for parameter in state.parameters.values()):
         zero_view.create_optimizer_state(engine, owned)
         for piece in owned:

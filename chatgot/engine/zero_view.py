@@ -131,23 +131,7 @@ def grouped_parameters(engine: Any) -> list[tuple[dict[str, Any], list[torch.nn.
     return list(zip(groups, members))
 
 
-def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of the trained parameters, at ZeRO 3 too."""
-    named = engine.module.named_parameters()
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
-
-
 # --- filling a new engine ---
-
-
-def out_of_reach(engine: Any) -> str | None:
-    """The setting that keeps a part of the state where `owned_pieces` does not show it; None: all of it is shown."""
-    zero = engine.optimizer
-    if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
-        return "offloading to NVMe"
-    if getattr(zero, "offload_optimizer", False) and any(where != "cpu" for where in zero.subgroup_to_device.values()):
-        return "zero_optimization.offload_optimizer.ratio below 1"
-    return None
 
 
 def create_optimizer_state(engine: Any, owned: Sequence[Owned]) -> None:

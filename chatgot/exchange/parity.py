@@ -48,8 +48,6 @@ def compare(
     other = 0
     for few in windows.split(max(1, TOGETHER // windows.shape[1])):
         one, two = ours(few).float().flatten(0, 1), theirs(few).float().flatten(0, 1)  # (n T, V)
-        if one.shape != two.shape:
-            raise CheckpointError(f"logits of shape {tuple(two.shape)}, ours are {tuple(one.shape)}")
         largest = torch.maximum(largest, (one - two).abs().max())  # keeps NaN
         scale = torch.maximum(scale, one.abs().max())
         best = one.topk(min(2, one.shape[-1]), dim=-1).values
