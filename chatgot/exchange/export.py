@@ -16,7 +16,7 @@ import torch
 import chatgot.run_folder as run_folder
 from chatgot.checkpoint.load import Found, find
 from chatgot.checkpoint.manifest import model_of
-from chatgot.checkpoint.portable import read_portable
+from chatgot.checkpoint.portable import StoredTensor, read_portable
 from chatgot.config.run import ModelConfig
 from chatgot.data.tokenizer import Tokenizer, load_tokenizer
 from chatgot.errors import CheckpointError, ConfigError
@@ -140,16 +140,19 @@ def _check_weights(stored: Weights, written: Read, dtype: torch.dtype, of_vector
         CheckpointError: naming the first parameter that is another one.
     """
     for name, parameter in stored.items():
-        kind = dtype if len(parameter.shape) == 2 else of_vectors
-        elements = written(name).reshape(-1)
-        chunks = zip(range(0, len(elements), CHUNK), elements.split(CHUNK))
-        if len(elements) != parameter.shape.numel() or not all(
-            torch.equal(parameter.read(at, len(chunk)).to(kind).float(), chunk) for at, chunk in chunks
-        ):
+        if not _same(parameter, written(name).reshape(-1), dtype if len(parameter.shape) == 2 else of_vectors):
             raise CheckpointError(f"{name}: what was written is not what the run has: nothing was exported")
     what = str(dtype).removeprefix("torch.")
     same = f"all {len(stored)} parameters are the run's in {what} to the bit, and so are our model's logits"
     logger.info(f"the exported files read back: {same}")
+
+
+def _same(stored: StoredTensor, written: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether these elements, flattened, are the stored ones as the type has them."""
+    chunks = zip(range(0, len(written), CHUNK), written.split(CHUNK))
+    return len(written) == stored.shape.numel() and all(
+        torch.equal(stored.read(at, len(chunk)).to(dtype).float(), chunk) for at, chunk in chunks
+    )
 
 
 def _compare(
