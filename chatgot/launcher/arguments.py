@@ -36,31 +36,22 @@ class Parser(argparse.ArgumentParser):
     """Takes KEY=VALUE anywhere among the flags, where it has an argument `overrides`; has --version."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._followed_by_value: set[str] = set()
-        self._takes_overrides = False
         super().__init__(*args, **kwargs)
-        super().add_argument("--version", action="version", version=f"chatgot {__version__}")
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        """Add it, and note what the splitting has to know."""
-        action = super().add_argument(*args, **kwargs)
-        self._takes_overrides = self._takes_overrides or action.dest == "overrides"
-        if action.nargs is None:
-            self._followed_by_value.update(action.option_strings)
-        return action
+        self.add_argument("--version", action="version", version=f"chatgot {__version__}")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take overrides out, and parse the rest, positional arguments too anywhere among the flags."""
-        words, overrides, before = list(sys.argv[1:] if args is None else args), [], ""
-        if self._takes_overrides:
-            given, words = words, []
-            for word in given:
-                is_one = re.match(r"(?!\w{16,}==?$)[A-Za-z_][\w.]*=", word) and before not in self._followed_by_value
-                (overrides if is_one and not os.path.exists(word) else words).append(word)  # 16 letters are base64's
-                before = word
-        found = self.parse_intermixed_args(words, namespace)
-        if self._takes_overrides:
-            found.overrides = [*(found.overrides or ()), *overrides]
+        words = list(sys.argv[1:] if args is None else args)
+        if not any(action.dest == "overrides" for action in self._actions):
+            return self.parse_intermixed_args(words, namespace)
+        with_value = {option for action in self._actions if action.nargs is None for option in action.option_strings}
+        others, overrides, before = list[str](), list[str](), ""
+        for word in words:
+            is_one = re.match(r"(?!\w{16,}==?$)[A-Za-z_][\w.]*=", word) and before not in with_value
+            (overrides if is_one and not os.path.exists(word) else others).append(word)  # 16 letters are base64's
+            before = word
+        found = self.parse_intermixed_args(others, namespace)
+        found.overrides = [*(found.overrides or ()), *overrides]
         return found
 
 
