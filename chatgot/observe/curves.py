@@ -173,7 +173,7 @@ def page(run: Path, columns: int, rows: int, colour: bool) -> tuple[str, bool]:
         last |= {name: column[-1] for name, column in table.columns.items() if column[-1] == column[-1]}
     told = [event for event in events if event.get("event") == "goodput"]
     others = [event for event in events if event.get("event") not in ("goodput", "memory")][-EVENTS:]
-    heads = [f"{run}: {said}", " | ".join(described(last)[0])]
+    heads = [f"{run}: {said}", " | ".join(described(last))]
     heads += [f"time: {describe(told[-1])}"] if told else []
     lines = [line for text in heads for line in textwrap.wrap(text, columns)]
     lines.append("")

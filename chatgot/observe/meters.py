@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import psutil
+from tqdm.std import EMA  # pyright: ignore[reportAttributeAccessIssue]  (its stubs lack it)
 
 from chatgot.devices import Precision, cgroup_memory, peak_flops
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-_EMA_DECAY_PER_STEP = 0.99
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Throughput:
         self._first_step_at: float | None = None
         self._paused_before_first_step = 0.0
         self._total_steps = 0
-        self._ema_seconds = self._ema_weight = 0.0
+        self._step_seconds = EMA(smoothing=0.1)
 
     @contextmanager
     def paused(self, kind: str) -> Iterator[None]:
@@ -110,7 +110,11 @@ class Throughput:
         self._charge()
         if not self._steps:
             return None
-        self._update_ema()
+        steps, since = self._steps, self._since
+        if self._total_steps == steps and self._first_step_at is not None:
+            steps, since = steps - 1, self._first_step_at
+        if steps:
+            self._step_seconds((self._active - since) / steps)
         reading = Interval(self._steps, self._tokens, self._active - self._since)
         self._steps = self._tokens = 0
         self._since = self._active
@@ -119,16 +123,16 @@ class Throughput:
     def eta_seconds(self, steps_left: int) -> float | None:
         """Seconds until `steps_left` more steps are done, or None before the second step has been read by `interval`.
 
-        Training time follows an exponential average of the step time, updated once per interval (on a GPU single steps
-        only measure the launch of kernels). The process's first step, which compiles and allocates, is left out of it.
-        Paused sections are expected to go on at the rate seen since the first step.
+        Training time follows an exponential average of the intervals' step times (on a GPU single steps only measure
+        the launch of kernels). The process's first step, which compiles and allocates, is left out of it. Paused
+        sections are expected to go on at the rate seen since the first step.
         """
         if steps_left <= 0:
             return 0.0
-        if not self._ema_weight:
+        if not self._step_seconds.calls:
             return None
         paused = sum(self.paused_seconds.values()) - self._paused_before_first_step
-        return steps_left * (self._ema_seconds / self._ema_weight + paused / self._total_steps)
+        return steps_left * (self._step_seconds() + paused / self._total_steps)
 
     def _charge(self) -> None:
         now = self._clock()
@@ -137,16 +141,6 @@ class Throughput:
             self.paused_seconds[self._kinds[-1]] = self.paused_seconds.get(self._kinds[-1], 0.0) + elapsed
         else:
             self._active += elapsed
-
-    def _update_ema(self) -> None:
-        steps, since = self._steps, self._since
-        if self._total_steps == self._steps and self._first_step_at is not None:
-            steps, since = steps - 1, self._first_step_at
-        if steps:
-            decay = _EMA_DECAY_PER_STEP**steps
-            step_seconds = (self._active - since) / steps
-            self._ema_seconds = decay * self._ema_seconds + (1 - decay) * step_seconds
-            self._ema_weight = decay * self._ema_weight + (1 - decay)
 
 
 class Mfu:

@@ -88,9 +88,9 @@ class Progress:
             return
         bar = self._on_terminal and not self._closed and "train/loss" in metrics
         if bar:  # the rest is in the journal
-            parts, _ = described({name: metrics.get(name) for name in ("train/loss", "perf/tokens_per_sec")})
+            parts = described({name: metrics.get(name) for name in ("train/loss", "perf/tokens_per_sec")})
         else:
-            parts = [f"{part:>{width}}" for part, width in zip(*described(metrics))]
+            parts = described(metrics, in_columns=True)
         if eta_seconds is not None:
             parts.append(f"ETA {human_seconds(eta_seconds)}")
         if not bar:
@@ -200,13 +200,10 @@ _SHOWN: dict[str, tuple[int, Callable[[float], str]]] = {
 """How wide a metric is in a column of a log, where its width changes from line to line, and how it is written."""
 
 
-def described(metrics: Mapping[str, float | int | None]) -> tuple[list[str], list[int]]:
-    """The metrics that there are as parts of a progress line, ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...], and
-    how wide their columns are.
-    """
-    values = ((metrics.get(name), width, text) for name, (width, text) in _SHOWN.items())
-    found = [(part, width) for value, width, text in values if value is not None and (part := text(value))]
-    return [part for part, _ in found], [width for _, width in found]
+def described(metrics: Mapping[str, float | int | None], in_columns: bool = False) -> list[str]:
+    """The metrics that there are as parts of a progress line: ['loss 1.4821', 'lr 3.00e-04', '41.2k tok/s', ...]."""
+    values = ((metrics.get(name), width * in_columns, text) for name, (width, text) in _SHOWN.items())
+    return [f"{part:>{width}}" for value, width, text in values if value is not None and (part := text(value))]
 
 
 def human_seconds(seconds: float) -> str:
