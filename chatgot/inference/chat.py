@@ -6,7 +6,7 @@ import contextlib
 import re
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -34,14 +34,7 @@ _TURN = re.compile(r"\s*([^\s:][^:]{0,40}):")
 """The speaker of a turn stands before the first colon."""
 
 
-@dataclass(frozen=True)
-class ChatArguments(DrawArguments):
-    """The command line of `chatgot chat`."""
-
-    max_new_tokens: int = 200
-
-
-def chat(arguments: ChatArguments) -> None:
+def chat(arguments: DrawArguments) -> None:
     """Read lines from stdin until it ends or says /quit, and write replies to stdout.
 
     Raises:
@@ -84,7 +77,7 @@ class Conversation:
     """The text so far, and the settings that the next reply is drawn with."""
 
     def __init__(
-        self, model: LoadedModel, settings: ChatArguments, out: TextIO, source: TrainingText | None = None
+        self, model: LoadedModel, settings: DrawArguments, out: TextIO, source: TrainingText | None = None
     ) -> None:
         self.model = model
         self._source = source
@@ -212,7 +205,7 @@ class Conversation:
         self.say(f"saved {len(self.text)} characters to {path}")
 
 
-def _check(settings: ChatArguments) -> None:
+def _check(settings: DrawArguments) -> None:
     check_drawing(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, settings.seed)
 
 

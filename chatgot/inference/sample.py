@@ -49,7 +49,7 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class DrawArguments(RunArguments):
-    """How `chatgot sample` and `chat` draw."""
+    """The command line of `chatgot chat`, and how `chatgot sample` draws."""
 
     max_new_tokens: int = 256
     temperature: float = 0.8

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from chatgot.inference.chat import ChatArguments, Conversation, _speaker_of
-from chatgot.inference.sample import load_run
+from chatgot.inference.chat import Conversation, _speaker_of
+from chatgot.inference.sample import DrawArguments, load_run
 from chatgot.training import run
 from tests.support import ROOT, engine_json, environment, warm_python, write_json, write_run_yaml, write_text
 from tests.training import in_process
@@ -133,7 +133,7 @@ def test_turns_of_a_scene_end_where_the_speaker_would_speak_again():
 
 
 def test_undo_gives_back_the_speaker_too(folder):
-    settings = ChatArguments(folder, max_new_tokens=5)
+    settings = DrawArguments(folder, max_new_tokens=5)
     talk = Conversation(load_run(folder, device="cpu"), settings, io.StringIO())
     talk.answer("KING: The night.")
     talk.answer("DUKE: The wolf.")
