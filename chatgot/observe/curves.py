@@ -132,6 +132,21 @@ def at_steps(table: Table, name: str, steps: list[int]) -> list[float | None]:
     return np.interp(steps, known[finite], values[finite]).tolist()
 
 
+def last_numbers(tables: dict[str, Table]) -> dict[str, Any]:
+    """The last value of every metric, the best validation loss and its step, and the steps that were trained."""
+    numbers: dict[str, Any] = {}
+    for table in tables.values():
+        for name, column in table.columns.items():
+            last = next(filter(math.isfinite, reversed(column)), None)
+            numbers |= {} if last is None else {name: last}
+    if (val := tables.get("val")) is not None and "val/loss" in val.columns:
+        pairs = [(loss, step) for loss, step in zip(val.columns["val/loss"], val.steps) if loss == loss]
+        if pairs:
+            numbers["best val/loss"], numbers["best step"] = min(pairs)
+    numbers["step"] = max((table.steps[-1] for table in tables.values() if table.steps), default=0)
+    return numbers
+
+
 def step_of(event: Mapping[str, Any]) -> int | None:
     """The optimizer step of an event; None where it has none."""
     step = event.get("step", event.get("from_step"))
@@ -168,12 +183,9 @@ def page(run: Path, columns: int, rows: int, colour: bool) -> tuple[str, bool]:
     said, code = status(run)
     tables = read_curves(run / run_folder.METRICS)
     events = [event for event in read_lines(run / run_folder.EVENTS) if event is not None]
-    last: dict[str, Any] = {}
-    for table in tables.values():
-        last |= {name: column[-1] for name, column in table.columns.items() if column[-1] == column[-1]}
     told = [event for event in events if event.get("event") == "goodput"]
     others = [event for event in events if event.get("event") not in ("goodput", "memory")][-EVENTS:]
-    heads = [f"{run}: {said}", " | ".join(described(last))]
+    heads = [f"{run}: {said}", " | ".join(described(last_numbers(tables)))]
     heads += [f"time: {describe(told[-1])}"] if told else []
     lines = [line for text in heads for line in textwrap.wrap(text, columns)]
     lines.append("")

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatgot.observe.journal import read_lines
+from chatgot.observe.journal import Tolerant, read_lines
 from chatgot.observe.meters import Throughput
 from chatgot.observe.progress import human_seconds
 
@@ -57,8 +57,11 @@ class Ledger:
         joules: Callable[[], float] | None = None,
     ) -> None:
         """Args: began: when this start began, by `clock`; default: now. joules: reads an energy counter."""
-        self._meter, self._clock, self._joules = meter, clock, joules
-        self._joules_before = 0.0 if joules is None else -joules()
+        self._meter, self._clock, self._counter = meter, clock, joules
+        self._joules, self._reading = 0.0, Tolerant("readings of the GPUs' energy", "taken")
+        """The counter's last reading; 0 where there is none."""
+        self._read_counter()
+        self._joules_before = -self._joules
         """What earlier starts took, less the counter's value when this ledger was made."""
         self._began = clock() if began is None else began
         self._before = dict.fromkeys(PARTS, 0.0)
@@ -136,8 +139,13 @@ class Ledger:
             "lost_steps": self.lost_steps,
             "seconds": {part: round(value, 3) for part, value in seconds.items()},
         }
-        joules = self._joules_before + (self._joules() if self._joules is not None else 0.0)
+        self._reading.attempt(self._read_counter)
+        joules = self._joules_before + self._joules
         return {**told, "joules": round(joules, 1)} if joules else told
+
+    def _read_counter(self) -> None:
+        if self._counter is not None:
+            self._joules = self._counter()
 
 
 def describe(told: Mapping[str, Any]) -> str:
@@ -171,27 +179,12 @@ def energy_counter(device: torch.device, world_size: int) -> Callable[[], float]
     import torch
 
     try:
-        return tolerant_counter(gpu_energy(min(world_size, torch.cuda.device_count())))
+        counter = gpu_energy(min(world_size, torch.cuda.device_count()))
+        counter()
+        return counter
     except (OSError, AttributeError) as error:  # no driver of NVIDIA's, or one that is older than the counter
         logger.info(f"energy is left out of the run's account: {error}")
         return None
-
-
-def tolerant_counter(joules: Callable[[], float]) -> Callable[[], float]:
-    """Return a reader of the counter that gives its last value while it fails, which is said: no run ends for it."""
-    last, fails = joules(), False
-
-    def read() -> float:
-        nonlocal last, fails
-        try:
-            last, fails = joules(), False
-        except OSError as error:
-            if not fails:
-                logger.warning(f"energy: what the GPUs take is not counted for now: {error}")
-            fails = True
-        return last
-
-    return read
 
 
 def gpu_energy(count: int) -> Callable[[], float]:

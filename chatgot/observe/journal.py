@@ -59,14 +59,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class TolerantWriter:
-    """Swallow OSError, warn once, count what is lost, and say when writing works again."""
+class Tolerant:
+    """Swallow OSError, warn once, count what is lost, and say when writing (or what else is done) works again."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, done: str = "written") -> None:
         """`what` is counted: 'lines of metrics.jsonl'."""
-        self.what = what
+        self.what, self._done = what, done
         self.lost = 0
-        """Since writing began to fail; 0 while it works."""
+        """Since it began to fail; 0 while it works."""
 
     def attempt(self, write: Callable[[], object]) -> bool:
         """Call `write`; returns whether it worked. Raises whatever is no OSError."""
@@ -74,13 +74,12 @@ class TolerantWriter:
             write()
         except OSError as error:
             if not self.lost:
-                logger.warning(
-                    f"{self.what} cannot be written: {error}; training goes on without them, every further one is tried"
-                )
+                more = "training goes on without them, every further one is tried"
+                logger.warning(f"{self.what} cannot be {self._done}: {error}; {more}")
             self.lost += 1
             return False
         if self.lost:
-            logger.info(f"{self.what} can be written again; {self.lost} were lost")
+            logger.info(f"{self.what} can be {self._done} again; {self.lost} were lost")
             self.lost = 0
         return True
 
@@ -95,7 +94,7 @@ class LineFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._writer = TolerantWriter(f"lines of {self.path}")
+        self._writer = Tolerant(f"lines of {self.path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd: int | None = open_file(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self._torn = False

@@ -10,7 +10,6 @@ import importlib.resources
 import importlib.util
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import chatgot.run_folder as run_folder
 from chatgot.distributed import python_path
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
-from chatgot.observe.curves import at_steps, drawn, read_curves, show, step_of
+from chatgot.observe.curves import at_steps, drawn, last_numbers, read_curves, show, step_of
 from chatgot.observe.goodput import PARTS
 from chatgot.observe.journal import read_lines
 from chatgot.observe.status import status
@@ -130,7 +129,7 @@ def collect(run: Path, ending: bool = False) -> dict[str, Any]:
         "folder": str(run),
         "state": said,
         "exit_code": code,
-        "numbers": _numbers(tables),
+        "numbers": last_numbers(tables),
         "curves": curves,
         "events": shown,
         "goodput": told[-1] if told else None,
@@ -141,21 +140,6 @@ def collect(run: Path, ending: bool = False) -> dict[str, Any]:
         "environment": run_folder.flattened(run_folder.read(run, run_folder.ENVIRONMENT)),
         "tokenizer": _tokenizer(run / run_folder.TOKENIZER),
     }
-
-
-def _numbers(tables: dict[str, Any]) -> dict[str, Any]:
-    """The last value of every metric, the best validation loss and its step, and the steps that were trained."""
-    numbers: dict[str, Any] = {}
-    for table in tables.values():
-        for name, column in table.columns.items():
-            last = next(filter(math.isfinite, reversed(column)), None)
-            numbers |= {} if last is None else {name: last}
-    if (val := tables.get("val")) is not None and "val/loss" in val.columns:
-        pairs = [(loss, step) for loss, step in zip(val.columns["val/loss"], val.steps) if loss == loss]
-        if pairs:
-            numbers["best val/loss"], numbers["best step"] = min(pairs)
-    numbers["step"] = max((table.steps[-1] for table in tables.values() if table.steps), default=0)
-    return numbers
 
 
 def _shown(events: list[dict[str, Any]]) -> dict[str, Any]:

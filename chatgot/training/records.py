@@ -16,7 +16,7 @@ from chatgot.engine.build import versions
 from chatgot.engine.step import TrainingEngine
 from chatgot.errors import ConfigError
 from chatgot.observe.goodput import Ledger
-from chatgot.observe.journal import Events, Journal, TolerantWriter, read_lines
+from chatgot.observe.journal import Events, Journal, Tolerant, read_lines
 from chatgot.observe.progress import Progress
 from chatgot.observe.report import ReportWriter
 from chatgot.observe.wandb_run import WandbRun
@@ -43,8 +43,8 @@ class Records:
     monitor: Any = None
     """DeepSpeed's, where the JSON has tensorboard, csv_monitor or comet."""
     _finds_copies: bool = True
-    _monitored: TolerantWriter = field(default_factory=lambda: TolerantWriter("records of tensorboard, csv or comet"))
-    _samples: TolerantWriter = field(default_factory=lambda: TolerantWriter("samples"))
+    _monitored: Tolerant = field(default_factory=lambda: Tolerant("records of tensorboard, csv or comet"))
+    _samples: Tolerant = field(default_factory=lambda: Tolerant("samples"))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append to events.jsonl, and tell the dashboard."""
