@@ -58,23 +58,20 @@ def _must_be_off(name: str, part: dict[str, Any], keys: Sequence[str]) -> None:
 
 
 def _split_of(part: dict[str, Any]) -> str:
-    name, last = GPT2, part
-    if part["type"] == "Sequence":
-        steps = part.get("pretokenizers")
-        if not isinstance(steps, list) or len(steps) != 2 or not all(isinstance(step, dict) for step in steps):
-            raise DataError(f"bpe tokenizer: pre_tokenizer = {quoted(part)}: must be Split and ByteLevel")
-        split, last = steps
-        pattern = split.get("pattern")
-        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-        known = [name for name, text in SPLITS.items() if text == regex]
-        if split.get("type") != "Split" or split.get("behavior") != "Isolated" or split.get("invert") or not known:
-            raise DataError(
-                f"bpe tokenizer: pre_tokenizer = {quoted(split)}: cuts a text in a way that is not known here; "
-                f"known are GPT-2's, Qwen's and Llama 3's"
-            )
-        name = known[0]
-        if last.get("type") != "ByteLevel" or last.get("use_regex", True):
-            raise DataError(f"bpe tokenizer: pre_tokenizer = {quoted(last)}: must be ByteLevel without its own pattern")
+    name, last = None, part
+    match part:
+        case {"type": "ByteLevel"}:
+            name = GPT2
+        case {
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", **split},
+                {"type": "ByteLevel", "use_regex": False} as last,
+            ]
+        } if not split.get("invert"):
+            name = next((known for known, pattern in SPLITS.items() if pattern == regex), None)
+    if name is None:
+        why = "cuts a text in a way that is not known here; known are GPT-2's, Qwen's and Llama 3's"
+        raise DataError(f"bpe tokenizer: pre_tokenizer = {quoted(part)}: {why}")
     _must_be_off("pre_tokenizer", last, ("add_prefix_space",))
     return name
 

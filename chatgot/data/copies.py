@@ -52,24 +52,15 @@ class Copy:
     """In reading order, at most KEPT_PLACES."""
 
 
-@dataclass(frozen=True)
-class Search:
-    """What was found in the first `searched` tokens of a split."""
-
-    found: list[Copy]
-    """In their order in the text."""
-    searched: int
-
-
 def find_copies(
     text: str, data: PreparedData, min_characters: int = MIN_CHARACTERS, split: str = "train"
 ) -> list[Copy]:
     """`search` all of a split, with a warning where that ended early."""
-    done, asked = search(text, data, min_characters, split, effort=EFFORT), len(getattr(data, split))
-    if done.searched < asked:
+    (found, searched), asked = search(text, data, min_characters, split, effort=EFFORT), len(getattr(data, split))
+    if searched < asked:
         why = "the text that is looked for repeats itself, and so does the one that is searched"
-        logger.warning(f"copies: looked for in {done.searched} of {asked} tokens only: {why}")
-    return done.found
+        logger.warning(f"copies: looked for in {searched} of {asked} tokens only: {why}")
+    return found
 
 
 def search(
@@ -79,8 +70,9 @@ def search(
     split: str = "train",
     most: int | None = None,
     effort: int = EFFORT,
-) -> Search:
-    """Find all longest passages of at least `min_characters` that stand verbatim in a split.
+) -> tuple[list[Copy], int]:
+    """Find all longest passages of at least `min_characters` that stand verbatim in a split; returns them in their
+    order in the text, and how many tokens of the split were searched.
 
     Args:
         most: tokens of the split that are searched, from its beginning; None: all.
@@ -94,7 +86,7 @@ def search(
     where = Places(data, split)
     searched, overlap = len(where.tokens[:most]), 4 * min_characters  # a character has at most four bytes, a token >= 1
     if len(text) < min_characters:
-        return Search([], searched)
+        return [], searched
     matcher = _Matcher(text, min_characters, effort)
     base, held = 0, b""
     for number, fresh in enumerate(where.windows(most)):
@@ -106,7 +98,7 @@ def search(
     found = [
         Copy(begin, end, count, [where.place(*at) for at in places]) for begin, end, count, places in matcher.longest()
     ]
-    return Search(found, searched)
+    return found, searched
 
 
 def covered(found: Iterable[tuple[int, int]], since: int = 0) -> int:

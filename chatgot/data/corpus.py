@@ -64,12 +64,12 @@ class Source:
         if not empty and len(self.files) > 1:
             yield FILE_END
 
-    def text(self, encoding: str, hashes: Sequence[str]) -> Iterator[str]:
-        """The whole text in pieces. Raises DataError if a file's sha256 is no longer that of `hashes`."""
-        for file, expected in zip(self.files, hashes):
+    def text(self, encoding: str, seen: Sequence[FileMeta]) -> Iterator[str]:
+        """The whole text in pieces. Raises DataError if a file's sha256 is no longer the one that `scan` has seen."""
+        for file, before in zip(self.files, seen):
             reader = TextReader(file.path, encoding)
             yield from self.pieces(reader)
-            if reader.sha256 != expected:
+            if reader.sha256 != before.sha256:
                 hint = "try again when nothing writes to it"
                 raise DataError(f"{file.path}: changed while it was being prepared; {hint}")
 
@@ -217,33 +217,28 @@ def scan(source: Source, encoding: str) -> tuple[tuple[FileMeta, ...], list[int]
     Raises:
         DataError: the text is empty, or what `TextReader` raises.
     """
-    files: list[FileMeta] = []
+    readers = [TextReader(file.path, encoding) for file in source.files]
     lengths: list[int] = []
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
-    boms = crlf_files = crlf = 0
-    for file in source.files:
-        reader = TextReader(file.path, encoding)
+    for reader in readers:
         length = 0
         for text in source.pieces(reader):
             length += len(text)
             seen[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
-        files.append(FileMeta(file.name, reader.bytes, reader.sha256))
         lengths.append(length)
-        boms += reader.had_bom
-        crlf += reader.crlf
-        crlf_files += reader.crlf > 0
         if reader.nul:
-            logger.warning(f"{file.path}: {reader.nul:,} NUL characters; is it really a text file?")
+            logger.warning(f"{reader.path}: {reader.nul:,} NUL characters; is it really a text file?")
     if not sum(lengths):
         raise DataError(f"--data {source.path or source.name}: the text is empty")
-    if boms:
+    if boms := sum(reader.had_bom for reader in readers):
         logger.info(f"byte order mark removed ({boms} file{'s' * (boms > 1)})")
-    if crlf:
-        logger.info(f"{crlf:,} Windows line ends (CRLF) read as LF ({crlf_files} file{'s' * (crlf_files > 1)})")
+    if crlf := [reader.crlf for reader in readers if reader.crlf]:
+        logger.info(f"{sum(crlf):,} Windows line ends (CRLF) read as LF ({len(crlf)} file{'s' * (len(crlf) > 1)})")
     if empty := [file.name for file, length in zip(source.files, lengths) if not length]:
         names = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
         logger.warning(f"{len(empty)} empty file{'s' * (len(empty) > 1)} left out: {names}")
-    return tuple(files), lengths, list(map(chr, np.flatnonzero(seen)))
+    files = tuple(FileMeta(file.name, reader.bytes, reader.sha256) for file, reader in zip(source.files, readers))
+    return files, lengths, list(map(chr, np.flatnonzero(seen)))
 
 
 def check_run_folder(out_dir: Path, spec: str) -> None:

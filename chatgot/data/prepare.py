@@ -219,7 +219,6 @@ def _build(
 ) -> PreparedMeta:
     encoding = check_encoding(config.encoding)
     files, file_characters, characters = scan(source, encoding)
-    hashes = [file.sha256 for file in files]
     plan = plan_split(file_characters, config)
     for (name, end), begin in zip(plan.ends, (0, plan.train_end, plan.val_end)):
         if end - begin < 2:
@@ -232,20 +231,20 @@ def _build(
     elif config.tokenizer == "byte":
         tokenizer = ByteTokenizer()
     else:
-        pieces = split_pieces(source.text(encoding, hashes), plan)
+        pieces = split_pieces(source.text(encoding, files), plan)
         tokenizer = _train_bpe((text for name, text in pieces if name == "train"), config.bpe_vocab_size)
     if tokenizer.vocab_size == 1:
         logger.warning(f"{source.name}: one character, over and over: there is nothing to learn")
     unknown = tokenizer.unknown("".join(characters)) if isinstance(tokenizer, CharTokenizer) else []
     if unknown and config.unknown_characters == "error":
-        times = sum(text.count(character) for text in source.text(encoding, hashes) for character in unknown)
+        times = sum(text.count(character) for text in source.text(encoding, files) for character in unknown)
         raise DataError(
             f"{source.name}: {describe_unknown(unknown, tokenizer)}; they stand {times:,} times in the text; set "
             f"data.unknown_characters: skip to leave them out, or make a new vocabulary"
         )
     repeats = RepeatDetector()
     parts: dict[str, list[Part]] = {}
-    pieces = split_pieces(source.text(encoding, hashes), plan)
+    pieces = split_pieces(source.text(encoding, files), plan)
     splits = _encode(noting_parts(pieces, file_characters, "".join(unknown), parts), tokenizer, repeats, folder)
     skipped = plan.total - sum(split.characters for split in splits.values())
     if skipped:

@@ -97,7 +97,11 @@ def export(arguments: ExportArguments) -> None:
             _write_transformers(building, config, tokenizer, stored, dtype)
             written = weights.read_folder(open_folder(building))
             _check_weights(stored, written, dtype, dtype)
-            _compare(building, arguments, config, tokenizer, written, found.manifest["data"])
+            ours = parity.read_logits(config, tokenizer.vocab_size, written)
+            text, length = (arguments.run, found.manifest["data"]), config.max_seq_length
+            windows = parity.windows_of(*text, tokenizer.vocab_size, length, arguments.data)
+            for line in parity.prove(building, ours, tokenizer, windows, "the exported folder in transformers"):
+                logger.info(line)
         write_atomically(building / "README.md", _model_card(arguments, found, config, tokenizer))
         os.rename(building, arguments.to)
     except OSError as error:
@@ -153,24 +157,6 @@ def _same(stored: StoredTensor, written: torch.Tensor, dtype: torch.dtype) -> bo
     return len(written) == stored.shape.numel() and all(
         torch.equal(stored.read(at, len(chunk)).to(dtype).float(), chunk) for at, chunk in chunks
     )
-
-
-def _compare(
-    folder: Path, arguments: ExportArguments, config: ModelConfig, tokenizer: Tokenizer, written: Read, data: str
-) -> None:
-    """Hold transformers' model and tokenizer of the folder against ours with the same weights. See `export`.
-
-    Args:
-        data: fingerprint of the run's.
-    """
-    theirs = parity.transformers_logits(folder)
-    windows, texts = parity.windows_of(arguments.run, data, tokenizer, config.max_seq_length, arguments.data)
-    if theirs is None:
-        logger.warning("transformers is not installed: its own model was not compared (pip install transformers)")
-    else:
-        ours = parity.read_logits(config, tokenizer.vocab_size, written)
-        logger.info(parity.compare(ours, theirs, windows, "the exported folder in transformers"))
-    logger.info(parity.check_tokenizer(folder, tokenizer, texts))
 
 
 def _model_card(arguments: ExportArguments, found: Found, config: ModelConfig, tokenizer: Tokenizer) -> str:

@@ -31,14 +31,37 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """(B, T) int64 -> (B, T, V)."""
 
 
-@torch.no_grad()
-def compare(
-    ours: Logits, theirs: Logits, windows: torch.Tensor, what: str, instead: str = "nothing was exported"
-) -> str:
-    """Hold two models against each other on windows (n, T); returns a line for the log.
+def prove(
+    folder: Path,
+    ours: Logits,
+    tokenizer: Tokenizer,
+    windows: torch.Tensor,
+    what: str,
+    instead: str = "nothing was exported",
+    back: bool = True,
+) -> list[str]:
+    """Hold transformers' model and tokenizer of a folder against ours on windows (n, T); returns lines for the log.
 
     Args:
-        what: names theirs; `instead`: what happens where they differ.
+        what: names the model that is compared; `instead`: what happens where it differs.
+        back: whether the tokenizer must decode as we do too: folders of others may be set to tidy spaces up.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    lines = []
+    if (theirs := transformers_logits(folder)) is not None:
+        lines.append(compare(ours, theirs, windows, what, instead))
+    else:
+        logger.warning("transformers is not installed: its own model was not compared (pip install transformers)")
+    texts = [tokenizer.decode(row.numpy()) for row in windows]
+    whole = [text for text in texts if "\ufffd" not in text]  # a window can begin or end within a character
+    return [*lines, check_tokenizer(folder, tokenizer, whole, instead, back)]
+
+
+@torch.no_grad()
+def compare(ours: Logits, theirs: Logits, windows: torch.Tensor, what: str, instead: str) -> str:
+    """Hold two models against each other; see `prove`.
 
     Raises:
         CheckpointError: logits are too far apart, or the likeliest token is another one although the two best are more
@@ -75,15 +98,8 @@ def transformers_logits(folder: Path) -> Logits | None:
     return lambda ids: model(ids).logits
 
 
-def check_tokenizer(
-    folder: Path, tokenizer: Tokenizer, texts: Sequence[str], instead: str = "nothing exported", back: bool = True
-) -> str:
-    """Encode and decode the texts with the folder's tokenizer. Raises CheckpointError where anything differs.
-
-    Args:
-        instead: what then happens.
-        back: whether it must decode as we do too: folders of others may be set to tidy spaces up.
-    """
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], instead: str, back: bool) -> str:
+    """Encode and decode the texts with the folder's tokenizer; see `prove`."""
     if importlib.util.find_spec("transformers") is not None:
         from transformers import AutoTokenizer
 
@@ -105,23 +121,17 @@ def check_tokenizer(
     return f"{what}: the same tokens{same}, for {sum(map(len, texts))} characters"
 
 
-def windows_of(
-    run: Path, fingerprint: str, tokenizer: Tokenizer, length: int, data: str | None
-) -> tuple[torch.Tensor, list[str]]:
-    """At most WINDOWS windows (n, T) of validation text, and their texts; random tokens, with a warning, where the
-    text cannot be had. See `recorded_data`.
+def windows_of(run: Path, fingerprint: str, vocab_size: int, length: int, data: str | None) -> torch.Tensor:
+    """At most WINDOWS windows (n, T) of validation text; random tokens, with a warning, where it cannot be had. See
+    `recorded_data`.
     """
     try:
-        windows = evenly(recorded_data(run, fingerprint, data)[1].val, length, WINDOWS)
+        return evenly(recorded_data(run, fingerprint, data)[1].val, length, WINDOWS)
     except ChatGoTError as error:
         if data is not None:
             raise
         logger.warning(f"compared on random tokens, the validation text cannot be had: {error}; --data names it")
-        generator = torch.Generator().manual_seed(0)
-        windows = torch.randint(tokenizer.vocab_size, (WINDOWS, length), generator=generator)
-    # A window can begin or end within a character.
-    texts = [tokenizer.decode(row.numpy()) for row in windows]
-    return windows, [text for text in texts if "\ufffd" not in text]
+        return torch.randint(vocab_size, (WINDOWS, length), generator=torch.Generator().manual_seed(0))
 
 
 def evenly(tokens: np.ndarray, length: int, most: int) -> torch.Tensor:

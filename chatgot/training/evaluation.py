@@ -153,15 +153,15 @@ def copied(samples: list[Sample], data: PreparedData) -> Copied:
         ConfigError: the library ahocorasick_rs is missing.
     """
     written = [continued for _, continued in samples]
-    done = search(_APART.join(written), data, most=SEARCHED_TOKENS, effort=_EFFORT)
+    found, searched = search(_APART.join(written), data, most=SEARCHED_TOKENS, effort=_EFFORT)
     begins = list(itertools.accumulate((len(one) + 1 for one in written), initial=0))
     passages: list[list[tuple[int, int]]] = [[] for _ in written]
-    for found in done.found:
-        index = bisect_right(begins, found.begin) - 1
-        passages[index].append((found.begin - begins[index], found.end - begins[index]))
-    characters, longest = sum(map(len, written)), max((one.end - one.begin for one in done.found), default=0)
-    share = covered((one.begin, one.end) for one in done.found) / characters if characters else 0.0
-    return Copied(passages, {"sample/copied_fraction": share, "sample/longest_copy": longest}, done.searched)
+    for one in found:
+        index = bisect_right(begins, one.begin) - 1
+        passages[index].append((one.begin - begins[index], one.end - begins[index]))
+    characters, longest = sum(map(len, written)), max((one.end - one.begin for one in found), default=0)
+    share = covered((one.begin, one.end) for one in found) / characters if characters else 0.0
+    return Copied(passages, {"sample/copied_fraction": share, "sample/longest_copy": longest}, searched)
 
 
 def write_samples(path: Path, text: str) -> None:

@@ -88,15 +88,8 @@ def fill_from(path: Path, model: GPT, data: PreparedData, ranks: ControlGroup) -
 def _compared(path: Path, model: GPT, data: PreparedData) -> list[str]:
     """Lines for the log, see `fill_from`."""
     windows = parity.evenly(data.val, min(model.config.max_seq_length, LENGTH), WINDOWS)
-    was_training = model.training
+    was_training, what = model.training, f"{path} in our model and in transformers'"
     try:
-        theirs = parity.transformers_logits(path)
-        if theirs is None:
-            return [f"{path}: transformers is not installed, so that its own model was not compared"]
-        what, instead = f"{path} in our model and in transformers'", "the run is not started"
-        compared = parity.compare(model.eval(), theirs, windows, what, instead)
+        return parity.prove(path, model.eval(), data.tokenizer, windows, what, "the run is not started", back=False)
     finally:
         model.train(was_training)
-    texts = [data.tokenizer.decode(row.numpy()) for row in windows]
-    whole = [text for text in texts if "\ufffd" not in text]
-    return [compared, parity.check_tokenizer(path, data.tokenizer, whole, instead, back=False)]
