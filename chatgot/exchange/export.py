@@ -98,8 +98,8 @@ def export(arguments: ExportArguments) -> None:
             written = weights.read_folder(open_folder(building))
             _check_weights(stored, written, dtype, dtype)
             ours = parity.read_logits(config, tokenizer.vocab_size, written)
-            text, length = (arguments.run, found.manifest["data"]), config.max_seq_length
-            windows = parity.windows_of(*text, tokenizer.vocab_size, length, arguments.data)
+            run, data, length = arguments.run, found.manifest["data"], config.max_seq_length
+            windows = parity.windows_of(run, data, tokenizer.vocab_size, length, arguments.data)
             for line in parity.prove(building, ours, tokenizer, windows, "the exported folder in transformers"):
                 logger.info(line)
         write_atomically(building / "README.md", _model_card(arguments, found, config, tokenizer))
