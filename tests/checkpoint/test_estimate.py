@@ -60,7 +60,8 @@ def sizes(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[int
     """By number of ranks and name: bytes estimated before the first step, and written."""
     folder = tmp_path_factory.mktemp("sizes")
     shutil.copy(text_file, folder / "text.txt")
-    write_run_yaml(folder / "run.yaml", max_steps=1, model={"d_model": 128, "n_layers": 4, "d_hid": 256})
+    shape = {"d_model": 128, "n_layers": 4, "d_hid": 256}
+    write_run_yaml(folder / "run.yaml", max_steps=1, sample_max_new_tokens=1, model=shape)
     sizes: dict[int, dict[str, tuple[int, int]]] = {}
     for ranks in CASES:
         names = [name for name in CASES[ranks] if takes_fp16() or "fp16" not in name]

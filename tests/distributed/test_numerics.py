@@ -16,7 +16,7 @@ from tests.distributed.programs.plain import plain_losses
 from tests.support import run_ranks
 
 BATCH, STEPS, LIMIT = 8, 10, 3
-SCHEDULE = "ggbgbbggbbb"
+SCHEDULE = "gbgbbgbbb"
 """One letter per step, g(ood) or b(ad): three bad ones in a row, the limit, only at the end."""
 
 MUON = {"type": "Muon", "params": {"lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "weight_decay": 0.1}}
@@ -138,7 +138,7 @@ def test_a_skipped_step_tells_its_layers_and_a_second_look_the_rank_it_came_from
 def test_control_a_loss_that_is_not_finite_with_finite_gradients_is_trained_on_unless_it_poisons_them(results):
     for rank in results["poisoned"]["control loss"]:
         assert rank["steps"][-1]["skipped_steps"] == 0
-        assert rank["steps"][2]["applied"] is True
+        assert rank["steps"][SCHEDULE.index("b")]["applied"] is True
 
 
 def test_all_ranks_end_with_the_same_weights(results):

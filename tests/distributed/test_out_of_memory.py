@@ -29,7 +29,7 @@ from tests.support import (
 from tests.training import in_process
 from tests.training.in_process import argv, events, series, tags
 
-STEPS = 8
+STEPS = 6
 PROGRAM = ROOT / "tests" / "distributed" / "programs" / "short_of_memory.py"
 
 

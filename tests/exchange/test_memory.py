@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, engine_json, environment, write_json, write_run_yaml, write_text
+from tests.support import ROOT, engine_json, environment, warm_python, write_json, write_run_yaml, write_text
 from tests.training import in_process
 
 pytestmark = pytest.mark.launches
@@ -31,7 +30,7 @@ def test_an_export_takes_less_than_twice_the_largest_tensor(runs, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("gguf")
     formats = ("transformers-bf16", "transformers-fp32", "gguf-bf16")
-    program = [sys.executable, "-m", "tests.exchange.peak", *map(str, runs), str(tmp_path), *formats]
+    program = [warm_python(), "-m", "tests.exchange.peak", *map(str, runs), str(tmp_path), *formats]
     done = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     largest = 4 * LARGE["d_model"] * LARGE["d_hid"]

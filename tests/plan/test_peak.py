@@ -26,7 +26,7 @@ ON_TWO_RANKS = (
     "fp32 stage 3",
     "fp32 stage 3, small batch",
     "bf16 stage 1, small batch",
-    "bf16 stage 2, modern, recomputed",
+    "bf16 stage 2, small batch",
     "bf16 stage 3",
 )
 """Every stage, precision and moment."""

@@ -27,7 +27,7 @@ VOCABULARY = 61
 
 
 def cases(world_size: int) -> dict[str, dict[str, Any]]:
-    """Two micro batches to a step, so that the gradients' accumulators are there too."""
+    """Two micro batches to a step, so that the gradients' accumulators are there too. On one rank every second one."""
     shared = {"batch": 4 * world_size, "micro": 2}
     found: dict[str, dict[str, Any]] = {}
     for stage in range(4):
@@ -102,7 +102,7 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         "json": {"stage": 2, "precision": "bf16", **shared},
         "model": {"n_kv_head": 1, "tie_embeddings": True},
     }
-    return found
+    return found if world_size == 2 else dict(list(found.items())[::2])
 
 
 def predicted(case: dict[str, Any], world_size: int) -> Settings:

@@ -63,12 +63,16 @@ def test_without_a_json_the_device_decides_and_says_so(
     assert json.loads((out / "ds_config.json").read_text())["optimizer"]["type"].lower() == "muon"
 
 
-def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path: Path, text_file: Path) -> None:
+@pytest.mark.parametrize(("ranks", "afresh"), [(1, True), (2, False)])
+def test_nothing_is_left_in_the_folder_for_temporary_files(
+    ranks: int, afresh: bool, tmp_path: Path, text_file: Path
+) -> None:
     config = write_run_yaml(tmp_path / "run.yaml", max_steps=1)
     engine = write_json(tmp_path / "engine.json", engine_json(1, micro=2))
     words = in_process.argv(engine, tmp_path / "run", config, text_file)
     (tmp_path / "tmp").mkdir()
-    run_ranks([str(ROOT / "launch" / "train.py"), *words], 2, afresh=True, env={"TMPDIR": str(tmp_path / "tmp")})
+    train = [str(ROOT / "launch" / "train.py"), *words]
+    run_ranks(train, ranks, afresh=afresh, env={"TMPDIR": str(tmp_path / "tmp")})
     assert not list((tmp_path / "tmp").iterdir())
 
 
