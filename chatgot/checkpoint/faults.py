@@ -16,7 +16,6 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass
 
 from chatgot.errors import ConfigError
 
@@ -28,47 +27,40 @@ _SIGNALS = {"kill9": signal.SIGKILL, "sigstop": signal.SIGSTOP}
 _ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
 
 
-@dataclass
-class Rehearsal:
-    """The fault that is planned for this process, and how many file operations it has begun."""
-
-    number: int
-    kind: str
-    seconds: float
-    begun: int = 0
-
-
-_rehearsal: Rehearsal | None = None
+_planned: re.Match[str] | None = None
+"""The fault of this process, by _FORM."""
+_begun = 0
+"""File operations since then."""
 
 
 def arm(rank: int) -> str | None:
     """Read CHATGOT_FAULT (ConfigError: it has another form) and begin to count; returns a note if one is planned."""
-    global _rehearsal
-    _rehearsal = None
+    global _planned, _begun
+    _planned, _begun = None, 0
     text = os.environ.get(VARIABLE)
     if not text:
         return None
     if (match := _FORM.fullmatch(text)) is None:
         form = "save:N:kill9|sigstop|enospc|eio|delay=SECONDS|list[:RANK|:all]"
         raise ConfigError(f"{VARIABLE}={text}: must be {form}; unset it to train")
-    if match["rank"] in ("all", str(rank)) or (match["rank"] is None and rank == 0):
-        _rehearsal = Rehearsal(int(match["number"]), match["kind"].partition("=")[0], float(match["seconds"] or 0))
+    if (match["rank"] or "0") in ("all", str(rank)):
+        _planned = match
     return f"rehearsal: {VARIABLE}={text}"
 
 
 def operation(what: str) -> None:
     """Count a file operation of saving, right before it, and let the fault happen if it is the planned one."""
-    if _rehearsal is None:
+    global _begun
+    if _planned is None:
         return
-    _rehearsal.begun += 1
-    if _rehearsal.kind == "list":
-        print(f"{VARIABLE}: operation {_rehearsal.begun}: {what}", file=sys.stderr, flush=True)
-    if _rehearsal.begun != _rehearsal.number:
+    _begun += 1
+    if (kind := _planned["kind"]) == "list":
+        print(f"{VARIABLE}: operation {_begun}: {what}", file=sys.stderr, flush=True)
+    elif _begun != int(_planned["number"]):
         return
-    if _rehearsal.kind == "delay":
-        time.sleep(_rehearsal.seconds)
-    elif _rehearsal.kind in _SIGNALS:
-        os.kill(os.getpid(), _SIGNALS[_rehearsal.kind])
+    elif _planned["seconds"]:
+        time.sleep(float(_planned["seconds"]))
+    elif kind in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[kind])
     else:
-        number = _ERRORS[_rehearsal.kind]
-        raise OSError(number, f"{os.strerror(number)} (asked for by {VARIABLE})", what)
+        raise OSError(_ERRORS[kind], f"{os.strerror(_ERRORS[kind])} (asked for by {VARIABLE})", what)
