@@ -150,12 +150,14 @@ def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
     """Find what to delete, of what the rules would no longer keep, so that another checkpoint fits. Writes nothing.
 
     Raises:
-        CheckpointError: it does not fit, with the numbers.
-        OSError: the folder cannot be looked at.
+        CheckpointError: it does not fit, with the numbers; or the folder cannot be looked at.
     """
-    coming, limit = needed(expected_bytes), budget(config)
-    holdings = examine(folder, damaged)
-    free, inodes = _free(folder)
+    coming, limit, untouched = needed(expected_bytes), budget(config), "earlier checkpoints are untouched"
+    try:
+        holdings = examine(folder, damaged)
+        free, inodes = _free(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: no checkpoint can be saved there: {error}; {untouched}") from error
     free += holdings.leftover_bytes
     # Three more than the last one's: the folder, `latest`, the manifest's temporary file.
     files = holdings.good[-1].files + 3 if holdings.good else FILES_OF_ANY
@@ -181,7 +183,6 @@ def find_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
         else:
             return Room(holdings, gone[:count], free)
     one = f"it needs about {shown(coming)} ({shown(expected_bytes)} and a margin of 3 % and 64 KiB)"
-    untouched = "earlier checkpoints are untouched"
     raise CheckpointError(f"{folder}: the checkpoint could not be saved: {one}, and {lack}; {untouched}")
 
 
@@ -194,18 +195,14 @@ def make_room(folder: Path, config: CheckpointConfig, expected_bytes: int, damag
             not be deleted, or gave less room than its size; or the folder cannot be looked at.
     """
     deleted: list[str] = []
-    refusal = f"{folder}: the checkpoint could not be saved: "
-    try:
-        first = room = find_room(folder, config, expected_bytes, damaged)
-        while room.deletions:
-            tags, failures = delete(folder, room.deletions)
-            deleted += tags
-            if failures:
-                raise CheckpointError(f"{refusal}there is no room for it, and {'; '.join(failures)}")
-            room = find_room(folder, config, expected_bytes, damaged)  # deleting may give less than the files' sizes
-    except OSError as error:
-        when = "when looking for room for it; earlier checkpoints are untouched"
-        raise CheckpointError(f"{refusal}{error}, {when}") from error
+    first = room = find_room(folder, config, expected_bytes, damaged)
+    while room.deletions:
+        tags, failures = delete(folder, room.deletions)
+        deleted += tags
+        if failures:
+            lack = f"there is no room for it, and {'; '.join(failures)}"
+            raise CheckpointError(f"{folder}: the checkpoint could not be saved: {lack}")
+        room = find_room(folder, config, expected_bytes, damaged)  # deleting may give less than the files' sizes
     return _pruned(first.holdings, deleted)
 
 
@@ -236,10 +233,7 @@ def preflight(
             f"for two checkpoints, the newest one and the next while it is written, which take about {shown(two)}; "
             f"give at least {_rounded_up(two / 1e9)}"
         )
-    try:
-        room = find_room(folder, config, expected_bytes, damaged)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: no checkpoint could be saved there: {error}") from error
+    room = find_room(folder, config, expected_bytes, damaged)
 
     def fitting(space: int) -> int:
         return 0 if space < one else 1 + (space - one) // expected_bytes
