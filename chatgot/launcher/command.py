@@ -50,14 +50,11 @@ Ctrl-C; 2 or 6 when launch/run itself refuses the command line or the machine"""
 
 def main(argv: Sequence[str]) -> int:
     """Run `argv` (without the program's name); returns the exit code. Does not return where it execs."""
-    argv, orders = list(argv), None
-    if argv == ["--node"]:
-        orders = FileIO(os.dup(0))  # a thread that waits in a buffered stdin aborts the interpreter at its end
     try:
-        if orders is not None:
-            argv = take_order(orders)
-        else:
-            os.environ.pop(ATTEMPT, None)  # of a launcher around this one
+        if list(argv) == ["--node"]:
+            orders = FileIO(os.dup(0))  # a thread that waits in a buffered stdin aborts the interpreter at its end
+            return _run(*take_order(orders), orders)
+        os.environ.pop(ATTEMPT, None)  # of a launcher around this one
         split = argv.index("--") if "--" in argv else len(argv)
         parser = _parser()
         arguments, unknown = parser.parse_known_args(argv[:split])
@@ -69,9 +66,8 @@ def main(argv: Sequence[str]) -> int:
         command = [_interpreter(arguments.python), _script(arguments.script), *argv[split + 1 :]]
         if arguments.max_minutes is not None:
             command += ["--max_minutes", f"{arguments.max_minutes:g}"]
-        if orders is None:
-            check_options(arguments)
-        return _run(arguments, command, orders)
+        check_options(arguments)
+        return _run(arguments, command, None)
     except ChatGoTError as error:
         say(str(error))
         return error.exit_code
@@ -93,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--nnodes", type=count, metavar="M", help="nodes of --nproc ranks")
     add("--node_rank", type=whole(0), metavar="R", help="of this node: 0 to M-1")
     add("--master_addr", metavar="A", help="address of node 0 (default: the hostfile's first host)")
-    add("--ranks", type=int, nargs=2, help=argparse.SUPPRESS)
     rendezvous = f"port of the rendezvous (default: a free one, or {PORT} between machines)"
     add("--master_port", type=whole(1, 65535), metavar="P", help=rendezvous)
     restarts = "start again after a crash, K times at most (default: 0)"
@@ -105,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--grace", type=duration, default=GRACE_SECONDS, metavar="S", help=grace)
     add("--python", metavar="PATH", help="the Python that runs the ranks (default: the one that runs launch/run)")
     add("--script", metavar="PATH", help="another program to start instead of launch/train.py")
+    parser.set_defaults(ranks=None)  # of a node: the first one here, and how many there are
     return parser
 
 
@@ -196,7 +192,7 @@ def _run(arguments: argparse.Namespace, command: Sequence[str], orders: FileIO |
 def _starts_here(
     arguments: argparse.Namespace, command: Sequence[str], nproc: int, gpus: Sequence[str], environ: Mapping[str, str]
 ) -> list[Rank]:
-    """The ranks of this machine, which is all there is, or one of --nnodes, or one of a hostfile (--ranks)."""
+    """The ranks of this machine, which is all there is, or one of --nnodes, or one of a hostfile."""
     first, total, address = 0, nproc, "127.0.0.1"
     if arguments.ranks is not None:
         (first, total), address = arguments.ranks, arguments.master_addr
@@ -216,13 +212,10 @@ def _starts_of_hosts(
     address = master_address(hosts, arguments.master_addr)
     total, first, starts = sum(hosts.values()), 0, list[Rank]()
     port = arguments.master_port or (rendezvous_port(None) if all(map(is_here, hosts)) else PORT)
-    python, script, *words = command
+    shared = {**vars(arguments), "hostfile": None, "max_restarts": 0, "master_addr": address, "master_port": port}
     for host, slots in hosts.items():
-        options = {"nproc": slots, "master_addr": address, "master_port": port, "python": python, "script": script}
-        told = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        told += ["--grace", str(arguments.grace), "--ranks", str(first), str(total)]
-        order_line = order([*told, "--", *words], {ATTEMPT: attempt})
-        starts.append(Rank(f"host {host}", node_command(host, python), os.environ, order_line))
+        its = order({**shared, "nproc": slots, "ranks": (first, total)}, command, {ATTEMPT: attempt})
+        starts.append(Rank(f"host {host}", node_command(host, command[0]), os.environ, its))
         first += slots
     say(f"{total} ranks on {len(hosts)} host(s): {', '.join(hosts)}; rendezvous at {address}:{port}")
     return starts

@@ -113,14 +113,16 @@ def _ssh(host: str, command: str) -> list[str]:
     return ["ssh", "-T", *(word for option in _SSH for word in ("-o", option)), "--", host, command]
 
 
-def order(argv: Sequence[str], more: Mapping[str, str]) -> bytes:
+def order(arguments: Mapping[str, Any], command: Sequence[str], more: Mapping[str, str]) -> bytes:
     """The first line of a node's stdin. In there and not on a command line, which everybody can read: it has keys."""
     passed = {name: value for name, value in os.environ.items() if name.startswith(_SHARED)}
-    return json.dumps({"argv": list(argv), "cwd": os.getcwd(), "environ": {**passed, **more}}).encode() + b"\n"
+    given = {"arguments": arguments, "command": command, "cwd": os.getcwd(), "environ": {**passed, **more}}
+    return json.dumps(given).encode() + b"\n"
 
 
-def take_order(stream: FileIO) -> list[str]:
-    """Read the first line of stdin, go to its folder and take its environment; returns the arguments.
+def take_order(stream: FileIO) -> tuple[argparse.Namespace, list[str]]:
+    """Read the first line of stdin, go to its folder and take its environment; returns launch/run's arguments there
+    and the ranks' command.
 
     Raises:
         MachineError: there is no such folder on this host.
@@ -133,7 +135,7 @@ def take_order(stream: FileIO) -> list[str]:
             f"host {socket.gethostname()}: {given['cwd']}: {error.strerror}; all hosts need it"
         ) from error
     os.environ.update(given["environ"])
-    return given["argv"]
+    return argparse.Namespace(**given["arguments"]), given["command"]
 
 
 def obey(stream: FileIO) -> None:

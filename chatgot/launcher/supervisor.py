@@ -104,9 +104,7 @@ def say(message: str) -> None:
 class Supervisor:
     """Starts the ranks once and sees them to their end. The process has one thread, and `stops` and SIGCHLD blocked."""
 
-    def __init__(
-        self, stops: set[signal.Signals], grace: float, out_of_memory: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, stops: set[signal.Signals], grace: float, out_of_memory: Callable[[], bool]) -> None:
         """`out_of_memory`: whether a rank of these has stored a smaller micro-batch, asked when one ends with 75."""
         self.stops = stops
         self.grace = grace
