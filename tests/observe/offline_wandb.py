@@ -68,6 +68,8 @@ def _leveldb_records(data: bytes) -> Iterator[bytes]:
             continue
         _crc, length, kind = _CHUNK.unpack_from(data, position)
         position += _CHUNK.size
+        if position + length > len(data):  # still being written, which readers of such a log do not mind
+            break
         if kind == 0:  # padding
             position += (_BLOCK - position % _BLOCK) % _BLOCK
             continue
