@@ -215,7 +215,7 @@ def _tensors(path: Path, model: ModelConfig, names: Sequence[str]) -> dict[str, 
                 raise CheckpointError(f"{path / name}: this shard is missing; get the whole folder again")
     else:
         raise CheckpointError(f"{path}: neither {WEIGHTS} nor {INDEX} is there; weights are read from safetensors only")
-    held = [(stored, name) for name in files for stored in _names_in(path / name)]
+    held = [(stored, name) for name in files for stored in open_safetensors(path / name, "np").keys()]  # noqa: SIM118
     if listed is not None and (wrong := sorted(listed.items() ^ set(held))):
         stored, name = wrong[0]
         raise CheckpointError(
@@ -241,11 +241,6 @@ def open_safetensors(path: Path, framework: str) -> Any:
         return safe_open(path, framework)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is no whole safetensors file: {error}") from error
-
-
-def _names_in(path: Path) -> list[str]:
-    with open_safetensors(path, "np") as file:
-        return list(file.keys())
 
 
 def _compare(folder: Folder) -> None:

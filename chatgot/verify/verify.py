@@ -40,7 +40,7 @@ def verify(run: Path, tag: str | None = None) -> bool:
         problems.append(f"{folder}: is no folder")
     if tag is None:
         problems += _latest(folder, whole, tags)
-    newest = max(whole, key=_sequence, default=None)
+    newest = max(whole, key=lambda checkpoint: checkpoint.manifest["sequence"], default=None)
     journal = JournalCheck(run)
     journal.read()
     problems += journal.problems
@@ -82,10 +82,6 @@ def _checkpoints(folder: Path, tags: list[str]) -> tuple[list[Found], list[str]]
     return whole, problems
 
 
-def _sequence(checkpoint: Found) -> int:
-    return checkpoint.manifest["sequence"]
-
-
 def _latest(folder: Path, whole: list[Found], tags: list[str]) -> list[str]:
     """Check stock DeepSpeed's `latest`; a kill right after a checkpoint's rename leaves it at the one before.
 
@@ -110,7 +106,7 @@ def _latest(folder: Path, whole: list[Found], tags: list[str]) -> list[str]:
             whole, tags = [*whole, *more], [*tags, *checked]
         else:
             time.sleep(0.01)  # it may just be making way for the same step, saved again
-    newest = max(whole, key=_sequence)
+    newest = max(whole, key=lambda checkpoint: checkpoint.manifest["sequence"])
     if named == newest.tag:
         print(f"latest: {named}")
     elif any(named == checkpoint.tag for checkpoint in whole):
