@@ -44,12 +44,14 @@ def words(
 
 
 def launch(launcher: list[str], folder: Path, plan: dict[str, list[Any]], line: list[str]) -> tuple[int, str]:
-    """Exit code and output; under DeepSpeed, whose ranks look at the name of their parent, without warm_python."""
+    """Exit code and output; DeepSpeed's ranks, which look at the name of their parent, are no forks."""
     count = folder / f"count-{line[-1].rpartition('/')[2]}-{len(list(folder.glob('count*')))}"
     count.mkdir()
     planned = {"SHORT_OF_MEMORY": json.dumps(plan), "SHORT_OF_MEMORY_COUNT": str(count)}
+    if launcher[0].endswith("deepspeed"):
+        planned["CHATGOT_TEST_COLD"] = "1"
     done = subprocess.run(
-        [sys.executable if launcher[0].endswith("deepspeed") else warm_python(), *launcher, *line],
+        [warm_python(), *launcher, *line],
         env=environment(**planned),
         cwd=ROOT,
         capture_output=True,
