@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+from chatgot.deepspeed_json.read import read_document
+from chatgot.deepspeed_json.resolve import EngineConfig, resolve
 from chatgot.observe.journal import Branch, read_journal
 
 T = TypeVar("T")
@@ -80,6 +82,13 @@ def write_run_yaml(path: Path, *, model: dict[str, Any] | None = None, **train: 
     }
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
+
+
+def read_engine_config(
+    path: str | Path, overrides: dict[str, Any] | None = None, n_params: int | None = None, **more: Any
+) -> EngineConfig:
+    """A DeepSpeed JSON read, resolved and completed; `more` goes to `resolve`."""
+    return resolve(read_document(Path(path)), overrides, **more).complete(n_params).engine_config()
 
 
 def engine_json(

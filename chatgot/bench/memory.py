@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from chatgot.bench import measuring
 from chatgot.deepspeed_json.read import shipped_jsons
-from chatgot.deepspeed_json.resolve import read_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.deepspeed_json.rules import CUDA_ONLY
 from chatgot.devices import GIB, device_facts, device_of_machine
 from chatgot.distributed import find_place
@@ -29,9 +29,9 @@ from chatgot.engine import zero_view
 from chatgot.engine.build import build, join, wire_activation_checkpointing
 from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_parameters
+from chatgot.plan.command import read_request
 from chatgot.plan.estimate import estimate
-from chatgot.plan.request import read_request
-from chatgot.plan.states import STATES
+from chatgot.plan.memory import STATES
 from chatgot.training.loop import Loop
 from chatgot.training.memory import MemoryCheck
 from chatgot.training.run import leave
@@ -170,7 +170,8 @@ def _measure_case(case: Case) -> dict[str, Any]:
         shape = shape.model_copy(update={"d_model": 48, "n_head": 4, "n_layers": 2, "d_hid": 96, "max_seq_length": 32})
     device = join(find_place(), facts.kind)
     n_params = count_parameters(shape, case.vocab_size)
-    config = read_engine_config(path, request.overrides, world_size=1, facts=facts, n_params=n_params)
+    tree, overrides = request.document.tree, request.overrides
+    config = build_engine_config(tree, path.name, overrides, world_size=1, facts=facts, n_params=n_params)
     model = GPT(shape, case.vocab_size)
     model.init_weights(0)
     engine = build(model, config, device)

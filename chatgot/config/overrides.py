@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from chatgot.config.run import RunConfig
@@ -54,7 +54,7 @@ def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any
     ds: dict[str, Any] = {}
     problems: list[str] = []
     run_keys = frozenset(key for key in dotted_keys(RunConfig) if "." in key)
-    ds_keys = frozenset(known_ds_keys())
+    ds_keys = frozenset((*schema.NODES, *dotted_keys(ChatGoTSection, "chatgot.")))
     for given in items:
         item = shortened(given, 200)
         key, equals, text = given.partition("=")
@@ -65,7 +65,8 @@ def parse_overrides(items: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any
             )
             continue
         home, name = (ds, key[3:]) if key.startswith("ds.") else (run, key)
-        if not (name in ds_keys or (name.startswith(_OPEN) and name not in _OPEN) if home is ds else name in run_keys):
+        is_argument = name.startswith(_OPEN) and name not in _OPEN
+        if not (is_argument or schema.documented(name) in ds_keys if home is ds else name in run_keys):
             problems.append(f"override {item}: no such key{_nearest(key, run_keys, ds_keys)}")
         elif name in home:
             problems.append(f"override {item}: {key} is given twice")
@@ -104,18 +105,6 @@ def _parse_brackets(text: str) -> Any:
             raise ValueError(" ".join(str(error).split())) from None
 
 
-def known_ds_keys() -> Iterator[str]:
-    """Every dotted name that may follow 'ds.', both spellings of each last part."""
-    for dotted, node in schema.NODES.items():
-        yield dotted
-        if node.alias:
-            yield f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip(".")
-            if isinstance(node, schema.Section):
-                for key in node.keys:
-                    yield f"{dotted.rpartition('.')[0]}.{node.alias}.{key}".lstrip(".")
-    yield from dotted_keys(ChatGoTSection, "chatgot.")
-
-
 def _nearest(key: str, run_keys: frozenset[str], ds_keys: frozenset[str]) -> str:
     known = [*run_keys, *(f"ds.{name}" for name in ds_keys)]
     same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -132,11 +121,7 @@ def effect(name: str) -> Effect:
     A line of run_folder.changed_settings will do, too: it begins with the name.
     """
     begins = re.match(r"[\w.]+", name)
-    home, _, rest = (begins.group() if begins else name).partition(".")
-    if home == "ds":
-        top, _, rest = rest.partition(".")
-        rest = f"{schema.spellings(schema.ROOT).get(top, top)}.{rest}".rstrip(".")
-    for one in around(f"{home}.{rest}".rstrip(".")):
-        if one in _EFFECTS:
-            return _EFFECTS[one]
-    return "numbers"
+    name = (begins.group() if begins else name).rstrip(".")
+    name = f"ds.{schema.documented(name[3:])}" if name.startswith("ds.") else name
+    effects = (_EFFECTS[one] for one in around(name) if one in _EFFECTS)
+    return next(effects, "numbers")

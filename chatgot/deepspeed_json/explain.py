@@ -168,17 +168,9 @@ def _fields(
 
 
 def _find(key: str, more: Iterable[str]) -> str:
-    known = [*schema.dotted_names(), *more]
-    key = key.removeprefix("ds.")
-    if key in known:
-        return key
-    aliases = {
-        f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip("."): dotted
-        for dotted, node in schema.NODES.items()
-        if node.alias
-    }
-    if key in aliases:
-        return aliases[key]
+    known, key = [*schema.dotted_names(), *more], key.removeprefix("ds.")
+    if schema.documented(key) in known:
+        return schema.documented(key)
     if key in schema.REMOVED:
         raise ConfigError(f"--explain {key}: {schema.REMOVED[key]}")
     ends = [name for name in known if name.rpartition(".")[2] == key]

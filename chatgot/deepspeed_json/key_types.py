@@ -73,25 +73,14 @@ class Key:
             raise ValueError
         if not typed and (isinstance(value, _ONLY_TYPED.get(self.kind, ())) or (self.kind == "path" and not value)):
             raise ValueError
-        value = _reader(self.kind).validate_python(value)
+        value = _reader(self.kind, self.low, self.high, self.above, self.below).validate_python(value)
         if self.choices:
             folded = {str(choice).lower() if self.fold_case else choice: choice for choice in self.choices}
             word = str(value).lower() if self.fold_case else value
             if word not in folded:
                 raise ValueError
             return folded[word]
-        numbers = value if self.kind == "numbers" and isinstance(value, list) else [value]
-        if not all(map(self._is_inside, numbers)):
-            raise ValueError
         return value
-
-    def _is_inside(self, number: Any) -> bool:
-        return (
-            (self.low is None or number >= self.low)
-            and (self.high is None or number <= self.high)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below)
-        )
 
 
 @dataclass(frozen=True)
@@ -156,15 +145,19 @@ _KINDS: dict[Kind, tuple[str, Any]] = {
     "texts": ("a list of texts", list[str]),
     "words": ("a text or a list of texts", _Words),
     "betas": ("a list of two numbers, each >= 0 and < 1", _Betas),
-    "numbers": ("a number or a list of numbers", _Strict | Annotated[list[_Strict], Field(min_length=1)]),
+    "numbers": ("a number or a list of numbers", _Strict),
     "mapping": ("a mapping of keys", dict[str, Any]),
     "interval": ("a text or a whole number", str | _Whole),
 }
-"""Kind -> what it is in words, and the type that pydantic reads it as."""
+"""Kind -> what it is in words, and the type that pydantic reads it, or a number in it, as."""
 _ONLY_TYPED: dict[Kind, Any] = {"flag": str, "int": str | bool, "float": str | bool, "interval": bool}
 """What is converted in a typed section only."""
 
 
 @cache
-def _reader(kind: Kind) -> TypeAdapter[Any]:
-    return TypeAdapter(_KINDS[kind][1])
+def _reader(kind: Kind, low: Any, high: Any, above: Any, below: Any) -> TypeAdapter[Any]:
+    if kind not in ("int", "float", "numbers"):
+        return TypeAdapter(_KINDS[kind][1])
+    number: Any = Annotated[_KINDS[kind][1], Field(ge=low, le=high, gt=above, lt=below)]
+    several: Any = Annotated[list[number], Field(min_length=1)]  # pyright: ignore[reportInvalidTypeForm] - made here
+    return TypeAdapter(number | several if kind == "numbers" else number)

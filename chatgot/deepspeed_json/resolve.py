@@ -12,14 +12,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from typing import Any, Literal
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.adapt import RUN_LENGTH, adapt, resolve_batch
 from chatgot.deepspeed_json.findings import Finding, Findings, shown
 from chatgot.deepspeed_json.optimizers import check_types, cpu_adam_key
-from chatgot.deepspeed_json.read import Document, check_document, read_document
+from chatgot.deepspeed_json.read import Document, check_document
 from chatgot.deepspeed_json.rule_types import Subject, apply
 from chatgot.deepspeed_json.rules import RULES
 from chatgot.deepspeed_json.schema import ACCUMULATION, MICRO
@@ -207,23 +206,6 @@ def resolve(
     return resolved
 
 
-def read_engine_config(
-    path: str | Path,
-    overrides: dict[str, Any] | None = None,
-    *,
-    world_size: int,
-    facts: DeviceFacts,
-    n_params: int | None = None,
-) -> EngineConfig:
-    """Read, resolve and complete a file in one call; see `read_document`, `resolve` and `Resolved.complete`.
-
-    Raises:
-        ConfigError: the file cannot be read, or all that is wrong with it, one problem per line.
-    """
-    resolved = resolve(read_document(Path(path)), overrides, world_size=world_size, facts=facts)
-    return resolved.complete(n_params).engine_config()
-
-
 def build_engine_config(
     tree: dict[str, Any],
     name: str,
@@ -233,7 +215,14 @@ def build_engine_config(
     facts: DeviceFacts,
     n_params: int | None = None,
 ) -> EngineConfig:
-    """The same from a parsed JSON; `name` is the file's name in messages."""
+    """Resolve and complete a parsed JSON in one call; see `resolve` and `Resolved.complete`.
+
+    Args:
+        name: the file's name in messages.
+
+    Raises:
+        ConfigError: all that is wrong with it, one problem per line.
+    """
     resolved = resolve(Document(tree, name), overrides, world_size=world_size, facts=facts)
     return resolved.complete(n_params).engine_config()
 

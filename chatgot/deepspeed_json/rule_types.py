@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 from chatgot.deepspeed_json import schema
@@ -195,9 +195,8 @@ def apply(rules: Iterable[Rule], subject: Subject, *, late: bool) -> None:
 
 
 def _value(subject: Subject, dotted: str) -> Any:
+    """None for an argument of the optimizer or scheduler."""
     if dotted in schema.NODES:
         return subject.v[dotted]
-    node: Any = subject.chatgot if dotted.startswith("chatgot.") else None
-    for name in dotted.split(".")[1:]:
-        node = getattr(node, name, None)
-    return node
+    home, *names = dotted.split(".")
+    return reduce(getattr, names, subject.chatgot) if home == "chatgot" else None

@@ -103,6 +103,15 @@ def spellings(section: Section) -> dict[str, str]:
     return {**{name: name for name in section.keys}, **aliases}
 
 
+def documented(dotted: str) -> str:
+    """A dotted name in the documented spelling; what no section knows stays as it is."""
+    names: list[str] = []
+    for name in dotted.split("."):
+        section = NODES.get(".".join(names), ROOT if not names else None)
+        names.append(spellings(section).get(name, name) if isinstance(section, Section) else name)
+    return ".".join(names)
+
+
 _ZERO = "zero_optimization."
 
 # fmt: off

@@ -99,9 +99,9 @@ def _note(cls: type[Settings], values: Any, details: Any, prefix: str, findings:
         if field is None:
             why, allowed, known, word = "unknown key", "one of " + ", ".join(keys_of(cls)), keys_of(cls), part
             break
-        nested = nested_class(field)
+        allowed, nested = described(field), nested_class(field)
         if nested is None:
-            allowed, word = described(field), _at(values, path)
+            word = _at(values, path)
             known = [one for one in typing.get_args(field.annotation) if isinstance(one, str)]
             break
         cls = nested

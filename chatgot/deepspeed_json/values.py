@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import reduce
 from typing import Any
 
 from chatgot.deepspeed_json import schema
@@ -50,19 +51,13 @@ class Values(schema.Root):
         """A value by its dotted name, for rules that are data; None for a section."""
         if isinstance(schema.NODES[dotted], Section):
             return self.given.get(dotted)
-        node: Any = self
-        for name in dotted.split("."):
-            node = getattr(node, name)
-        return node
+        return reduce(getattr, dotted.split("."), self)
 
     def __setitem__(self, dotted: str, value: Any) -> None:
         self.given[dotted] = value
         if isinstance(schema.NODES[dotted], Key):
-            node: Any = self
             *sections, name = dotted.split(".")
-            for section in sections:
-                node = getattr(node, section)
-            setattr(node, name, value)
+            setattr(reduce(getattr, sections, self), name, value)
 
     def __contains__(self, dotted: str) -> bool:
         return dotted in self.given

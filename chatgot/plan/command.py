@@ -1,19 +1,30 @@
-"""`chatgot plan`: one JSON or all of a folder, as text, a table of several, or JSON."""
+"""`chatgot plan`: one JSON or all of a folder planned for one kind of device, and the changes that make it fit; as
+text, a table of several, or JSON.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from chatgot.deepspeed_json.read import find_json, shipped_jsons
-from chatgot.devices import GIB
+from chatgot.config.overrides import parse_overrides
+from chatgot.config.run import RunConfig, load_run_config
+from chatgot.deepspeed_json.read import Document, find_json, read_document, shipped_jsons
+from chatgot.deepspeed_json.resolve import EngineConfig, resolve
+from chatgot.deepspeed_json.schema import ACCUMULATION, MICRO, TOTAL
+from chatgot.devices import GIB, Device, find_device
 from chatgot.errors import ConfigError
-from chatgot.plan.estimate import CUDA_CONTEXT, FRAGMENTATION, PARTS, PROCESS, Estimate
-from chatgot.plan.request import Remedy, Request, find_remedies, read_request
-from chatgot.plan.states import STATES
+from chatgot.model.shapes import count_parameters
+from chatgot.plan.estimate import CUDA_CONTEXT, FRAGMENTATION, PARTS, PROCESS, Estimate, estimate
+from chatgot.plan.memory import STATES
+from chatgot.plan.settings import Overrides, less_memory, words
+
+CHARACTERS = 100
+"""Vocabulary that is assumed for the char tokenizer, whose real one depends on the text."""
 
 _NAMES = {
     **{part: part for part in PARTS},
@@ -27,57 +38,172 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class PlanArguments:
-    """The command line."""
+class Request:
+    """One JSON on one kind of device."""
 
-    deepspeed_config: Path | None
-    config: str
+    document: Document = field(repr=False)
+    """The JSON as read."""
+    config: RunConfig
+    vocab_size: int
+    overrides: Overrides
     world_size: int
-    device: str
-    overrides: tuple[str, ...] = ()
-    vocab_size: int | None = None
-    sweep: bool = False
-    format: str = "text"
+    device: Device
+    notes: tuple[str, ...] = ()
+
+    def engine_config(self, extra: Overrides) -> EngineConfig:
+        """The JSON resolved for the device and the model, with more overrides.
+
+        Raises:
+            ConfigError: it is refused.
+        """
+        overrides, facts = {**self.overrides, **extra}, self.device.facts
+        resolved = resolve(self.document, overrides, world_size=self.world_size, facts=facts)
+        return resolved.complete(count_parameters(self.config.model, self.vocab_size)).engine_config()
+
+    def plan(self, extra: Overrides | None = None) -> Estimate:
+        """Estimate the run, with more overrides or without. Raises ConfigError as `engine_config`."""
+        engine = self.engine_config(extra or {})
+        return estimate(self.config.model, self.vocab_size, engine, self.world_size, self.device)
+
+    def given(self, key: str) -> bool:
+        """Whether the file or an override states a top-level key."""
+        return self.document.tree.get(key) is not None or self.overrides.get(key) is not None
 
 
-def plan(arguments: PlanArguments) -> str:
-    """What the command prints.
+def read_request(
+    path: Path,
+    config: str,
+    world_size: int,
+    device: str,
+    overrides: list[str] | None = None,
+    vocab_size: int | None = None,
+) -> Request:
+    """Read what the command line names.
+
+    Raises:
+        ConfigError: a file cannot be read, a name is not known, a number is out of range.
+    """
+    for name, number in (("world_size", world_size), ("vocab_size", vocab_size)):
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name} {number}: must be at least 1")
+    run_overrides, ds_overrides = parse_overrides(overrides or [])
+    run = load_run_config(config, run_overrides)
+    notes: list[str] = []
+    if vocab_size is None:
+        vocab_size, note = _vocabulary(run)
+        notes.append(note)
+    kind = find_device(device)
+    if kind.note:
+        notes.append(f"{kind.name}: {kind.note}")
+    return Request(read_document(path), run, vocab_size, ds_overrides, world_size, kind, tuple(notes))
+
+
+def _vocabulary(run: RunConfig) -> tuple[int, str]:
+    if run.data.tokenizer == "byte":
+        return 256, "vocabulary 256: tokenizer byte"
+    if run.data.tokenizer == "bpe":
+        return run.data.bpe_vocab_size, f"vocabulary {run.data.bpe_vocab_size}: data.bpe_vocab_size"
+    if run.data.tokenizer == "given":
+        raise ConfigError("data.tokenizer = given: its vocabulary is not known here; --vocab_size says how large it is")
+    return CHARACTERS, f"vocabulary {CHARACTERS}: assumed for tokenizer char; --vocab_size says it exactly"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Changes together, planned again."""
+
+    overrides: Overrides
+    plan: Estimate
+    speed_ratio: float | None
+    """Predicted tokens per second over those of the run as asked for; None where speed is not known."""
+
+    def words(self) -> list[str]:
+        """The changes as train.py and plan take them: ['ds.zero_optimization.stage=2']."""
+        return words(self.overrides)
+
+
+def find_remedies(request: Request, current: Estimate, limit: int = 5) -> list[Remedy]:
+    """Smallest sets of changes that fit, by predicted speed, then by their number; empty where nothing helps.
+
+    A change that is refused (16 bit at stage 0, offload with Muon) is left out, and so is a set that contains another
+    one that fits.
+    """
+    engine = request.engine_config({})
+    others = less_memory(engine, current.settings.model.n_layers, offload=current.device.on_cuda)
+    knobs: list[list[Overrides | None]] = [[None, *knob] for knob in ([*_micro_batches(request, current)], *others)]
+    best: dict[frozenset[int], Remedy] = {}
+    for settings in sorted(product(*knobs), key=lambda settings: len(settings) - settings.count(None)):
+        turned = frozenset(knob for knob, setting in enumerate(settings) if setting is not None)
+        if not turned or any(smaller < turned for smaller in best):
+            continue
+        overrides = {key: value for setting in settings for key, value in (setting or {}).items()}
+        try:
+            plan = request.plan(overrides)
+        except ConfigError:
+            continue  # refused: no way to run it, so no remedy
+        if plan.fits:
+            ratio = plan.speed.tokens_per_sec / current.speed.tokens_per_sec if plan.speed and current.speed else None
+            remedy = Remedy(overrides, plan, ratio)
+            best[turned] = min(best.get(turned, remedy), remedy, key=_price)
+    return sorted(best.values(), key=_price)[:limit]
+
+
+def _price(remedy: Remedy) -> tuple[float, int]:
+    """Speed lost, then the number of changes; of equals the first, which has the mildest setting of every knob."""
+    return (-(remedy.speed_ratio or 0.0), len(remedy.overrides))
+
+
+def _micro_batches(request: Request, current: Estimate) -> Iterator[Overrides]:
+    """Every smaller micro batch that divides the present one; the global batch stays."""
+    micro, accumulation = current.settings.micro_batch_size, current.settings.accumulation
+    for smaller in range(micro // 2, 0, -1):
+        if micro % smaller == 0:
+            overrides: Overrides = {MICRO: smaller}
+            if request.given(ACCUMULATION) or not request.given(TOTAL):
+                overrides[ACCUMULATION] = accumulation * micro // smaller
+            yield overrides
+
+
+def plan(
+    deepspeed_config: Path | None,
+    config: str,
+    world_size: int,
+    device: str,
+    overrides: Sequence[str] = (),
+    vocab_size: int | None = None,
+    sweep: bool = False,
+    format: str = "text",
+) -> str:
+    """What the command prints, from its arguments.
 
     Raises:
         ConfigError: files, names or numbers are wrong, or the JSON is refused.
     """
-    if arguments.sweep:
-        return _sweep(arguments)
-    if arguments.deepspeed_config is None:
+    if not sweep and deepspeed_config is None:
         raise ConfigError("chatgot plan: which JSON? Give one, or --sweep for all of ds_configs/")
-    request = _request(arguments, find_json(arguments.deepspeed_config))
-    current = request.plan()
-    remedies = [] if current.fits else find_remedies(request, current)
-    if arguments.format == "json":
-        return json.dumps(_tree(request, current, remedies), indent=2)
-    return "\n".join(_text(request, current, remedies))
-
-
-def _request(arguments: PlanArguments, path: Path) -> Request:
-    overrides = list(arguments.overrides)
-    return read_request(path, arguments.config, arguments.world_size, arguments.device, overrides, arguments.vocab_size)
-
-
-def _sweep(arguments: PlanArguments) -> str:
-    folder = arguments.deepspeed_config
-    paths = sorted(folder.glob("*.json")) if folder is not None else list(shipped_jsons().values())
+    if not sweep:
+        paths = [find_json(deepspeed_config or "")]
+    elif deepspeed_config is None:
+        paths = list(shipped_jsons().values())
+    else:
+        paths = sorted(deepspeed_config.glob("*.json"))
     if not paths:
-        raise ConfigError(
-            f"--sweep: {folder} is no folder with JSON files; name the one that holds them: chatgot plan FOLDER --sweep"
-        )
-    requests = [_request(arguments, path) for path in paths]
+        where = f"{deepspeed_config} is no folder with JSON files"
+        raise ConfigError(f"--sweep: {where}; name the one that holds them: chatgot plan FOLDER --sweep")
+    requests = [read_request(path, config, world_size, device, list(overrides), vocab_size) for path in paths]
+    last = requests[-1]
+    if not sweep:
+        current = last.plan()
+        remedies = [] if current.fits else find_remedies(last, current)
+        if format == "json":
+            return json.dumps(_tree(last, current, remedies), indent=2)
+        return "\n".join(_text(last, current, remedies))
     plans = [_plan_or_refusal(request) for request in requests]
-    if arguments.format == "json":
+    if format == "json":
         return json.dumps([_tree(request, plan, []) for request, plan in zip(requests, plans)], indent=2)
-    device = requests[-1].device
-    head = f"{arguments.config}, {arguments.world_size} x {device.name}, of {device.memory / GIB:.1f} GiB"
+    head = f"{config}, {world_size} x {last.device.name}, of {last.device.memory / GIB:.1f} GiB"
     rows = [(path.name, plan) for path, plan in zip(paths, plans)]
-    return "\n".join([head, *_table(rows), *(f"note: {note}" for note in requests[-1].notes)])
+    return "\n".join([head, *_table(rows), *(f"note: {note}" for note in last.notes)])
 
 
 def _plan_or_refusal(request: Request) -> Estimate | str:

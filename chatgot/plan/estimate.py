@@ -11,9 +11,17 @@ from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.devices import GIB, Device, matmul_precision, peak_flops
 from chatgot.model.shapes import count_matmul_parameters, flops_per_token
-from chatgot.plan.activations import Activations, activations
+from chatgot.plan.memory import (
+    STATES,
+    Activations,
+    Memory,
+    activations,
+    checkpoint_bytes,
+    fullest_rank,
+    model_states,
+    padded_numel,
+)
 from chatgot.plan.settings import FP32, Settings, read_settings
-from chatgot.plan.states import STATES, Memory, checkpoint_bytes, fullest_rank, model_states, padded_numel
 
 PARTS = (*STATES, "buffers", "gathered", "activations", "logits", "temporaries", "libraries")
 """buffers: communication and offload; gathered: ZeRO-3's whole parameters; libraries: cuBLAS."""

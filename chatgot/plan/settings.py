@@ -1,11 +1,15 @@
-"""What a plan needs of a run, taken out of the two configurations: sizes in elements and bytes, switches."""
+"""What a plan needs of a run, taken out of the two configurations: sizes in elements and bytes, switches; and what
+needs less memory.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from chatgot.config.run import ModelConfig
 from chatgot.deepspeed_json.findings import Findings
@@ -15,6 +19,8 @@ from chatgot.deepspeed_json.schema import FP32_NAMES
 from chatgot.deepspeed_json.values import read_values
 from chatgot.model.shapes import Shape, parameter_shapes
 
+Overrides = dict[str, Any]
+"""Of the DeepSpeed JSON, without the leading 'ds.'."""
 FP32, HALF = 4, 2
 """Bytes of an element."""
 
@@ -197,3 +203,36 @@ def _groups(
     largest_first = tuple(sorted(hidden, reverse=True))  # muon_optimizer.py sorts them by size()
     momentum = optimizer_states("Muon", {"use_muon": True})
     return (Group(largest_first, momentum, muon=True), Group(tuple(looked_up.values()), states), vectors)
+
+
+def words(overrides: Overrides) -> list[str]:
+    """Overrides as a command line takes them."""
+    return [f"ds.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+
+
+def less_memory(engine: EngineConfig, n_layers: int | None = None, offload: bool = True) -> list[list[Overrides]]:
+    """What needs less memory and is not in use yet, by kind: recomputation, ZeRO stage, offload; the mildest first.
+
+    Args:
+        n_layers: of the model; None: not known, so that recomputing every second block is left out.
+        offload: whether the host's memory is another one than the device's.
+    """
+    recomputed: list[Overrides] = []
+    every, key = engine.chatgot.activation_checkpointing.every_n_layers, "chatgot.activation_checkpointing"
+    if engine.activation_backend is None:
+        section: Overrides = {} if engine.activation_checkpointing is not None else {"activation_checkpointing": {}}
+        if n_layers is not None and n_layers > 1:
+            recomputed.append({**section, f"{key}.every_n_layers": 2})
+        recomputed.append(section)
+    elif every > 1:
+        recomputed.append({f"{key}.every_n_layers": 1})
+    stages: list[Overrides] = [{"zero_optimization.stage": stage} for stage in range(engine.zero_stage + 1, 4)]
+    offloads: list[Overrides] = []
+    optimizer: Overrides = {"zero_optimization.offload_optimizer.device": "cpu"}
+    if engine.zero_stage == 0 or engine.offload_optimizer == "none":
+        offloads.append(optimizer)
+    else:
+        optimizer = {}
+    if engine.zero_stage < 3 or engine.offload_param == "none":
+        offloads.append({**optimizer, "zero_optimization.offload_param.device": "cpu"})
+    return [recomputed, stages, offloads if offload else []]

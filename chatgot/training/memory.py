@@ -21,7 +21,7 @@ from chatgot.engine.zero_view import live_model_states
 from chatgot.errors import ChatGoTError
 from chatgot.observe.meters import peak_memory_gib
 from chatgot.plan.estimate import Estimate
-from chatgot.plan.states import STATES
+from chatgot.plan.memory import STATES
 from chatgot.training.records import Records
 from chatgot.tuning import micro_batch
 

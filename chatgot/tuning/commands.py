@@ -91,9 +91,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from chatgot.plan.command import PlanArguments, plan
+    from chatgot.plan.command import plan
 
-    print(plan(given_to(PlanArguments, arguments)))
+    print(given_to(plan, arguments))
 
 
 def _tune(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from chatgot.distributed import ControlGroup, Place
 from chatgot.errors import ChatGoTError, MachineError, RunAgainError
 from chatgot.files import write_atomically
 from chatgot.launcher.command import ATTEMPT
-from chatgot.plan.request import less_memory, words
+from chatgot.plan.settings import less_memory, words
 from chatgot.tuning.probe import OUTSIDE, Outcome, Probes, Task, read_task
 
 logger = logging.getLogger(__name__)

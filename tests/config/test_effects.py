@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from chatgot.config.overrides import effect, known_ds_keys
+from chatgot.config.overrides import effect
 from chatgot.config.run import RunConfig
+from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.settings import ChatGoTSection, dotted_keys
 from chatgot.proof.compare import changes_numbers
 from chatgot.run_folder import flattened
 
@@ -46,7 +48,12 @@ OPEN = [
 ]
 """Keys that no schema lists."""
 
-KNOWN = [*flattened(RunConfig().to_dict()), *(f"ds.{key}" for key in known_ds_keys()), *OPEN]
+ALIASES = [
+    f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip(".") for dotted, node in schema.NODES.items() if node.alias
+]
+ALIASES += [f"bfloat16.{key}" for key in schema.ROOT.keys["bf16"].keys]
+DS_KEYS = (*schema.NODES, *ALIASES, *dotted_keys(ChatGoTSection, "chatgot."))
+KNOWN = [*flattened(RunConfig().to_dict()), *(f"ds.{key}" for key in DS_KEYS), *OPEN]
 
 
 def entry(key: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from chatgot.deepspeed_json.resolve import EngineConfig, read_engine_config
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.devices import DeviceFacts
 from chatgot.errors import ConfigError
+from tests.support import read_engine_config
 
 GPU = DeviceFacts("cuda", bf16=True, fp16=True, name="H100")
 OLD_GPU = DeviceFacts("cuda", bf16=False, fp16=True, name="V100")

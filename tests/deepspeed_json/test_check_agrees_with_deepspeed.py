@@ -17,7 +17,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.check import Report, check
-from chatgot.deepspeed_json.resolve import build_engine_config, read_engine_config
+from chatgot.deepspeed_json.resolve import build_engine_config
 from chatgot.deepspeed_json.schema import Key, Section
 from tests.deepspeed_json.conftest import (
     CPU,
@@ -25,7 +25,7 @@ from tests.deepspeed_json.conftest import (
     VALID,
     with_keys,
 )
-from tests.support import engine_json
+from tests.support import engine_json, read_engine_config
 
 HERE = Path(__file__).parent
 SHIPPED = sorted((HERE.parents[1] / "ds_configs").glob("*.json"))

@@ -13,7 +13,6 @@ from chatgot.deepspeed_json.resolve import (
     OptimizerConfig,
     WandbConfig,
     build_engine_config,
-    read_engine_config,
 )
 from chatgot.errors import ConfigError
 from tests.deepspeed_json.conftest import (
@@ -23,6 +22,7 @@ from tests.deepspeed_json.conftest import (
     VALID,
     with_keys,
 )
+from tests.support import read_engine_config
 
 # --- the file ---
 
@@ -898,7 +898,9 @@ def test_configuration_is_read_without_torch_or_deepspeed() -> None:
 
     code = (
         "import sys, chatgot.deepspeed_json.resolve as d, chatgot.config.overrides; "
-        "d.read_engine_config('ds_configs/bf16_zero2.json', world_size=1, facts=d.DeviceFacts('cpu', True, False)); "
+        "from pathlib import Path; from chatgot.deepspeed_json.read import read_document; "
+        "document, facts = read_document(Path('ds_configs/bf16_zero2.json')), d.DeviceFacts('cpu', True, False); "
+        "d.resolve(document, world_size=1, facts=facts).complete().engine_config(); "
         "print([m for m in ('torch', 'deepspeed', 'wandb') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]

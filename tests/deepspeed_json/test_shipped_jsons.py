@@ -10,9 +10,10 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from chatgot.deepspeed_json.read import default_json, read_document
-from chatgot.deepspeed_json.resolve import read_engine_config, resolve
+from chatgot.deepspeed_json.resolve import resolve
 from chatgot.devices import DeviceFacts
 from tests.deepspeed_json.conftest import GPU
+from tests.support import read_engine_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))

@@ -14,7 +14,6 @@ import torch
 from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
-from chatgot.deepspeed_json.resolve import read_engine_config
 from chatgot.devices import device_facts
 from chatgot.engine.build import build
 from chatgot.engine.optimizer import schedule_factor
@@ -23,7 +22,7 @@ from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_parameters
 from tests.distributed.programs.plain import tokens
 from tests.gpu.machine import KIND
-from tests.support import TINY_MODEL, engine_json, write_json
+from tests.support import TINY_MODEL, engine_json, read_engine_config, write_json
 
 VOCABULARY = 64
 BATCH = 8

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from chatgot.cli import main
+from chatgot.plan.command import find_remedies, read_request
 from chatgot.plan.estimate import slowness
-from chatgot.plan.request import find_remedies, read_request
 from tests.support import ROOT, engine_json, write_json
 
 PRESETS = ("tiny", "chatgot_small_14M_clean")

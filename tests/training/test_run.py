@@ -11,7 +11,7 @@ import pytest
 
 from chatgot.deepspeed_json import read, resolve
 from chatgot.training import run
-from tests.support import ROOT, engine_json, live_metrics, run_ranks, write_json, write_run_yaml
+from tests.support import ROOT, engine_json, live_metrics, read_engine_config, run_ranks, write_json, write_run_yaml
 from tests.training import in_process
 
 
@@ -47,7 +47,7 @@ def test_a_start_and_a_resume_read_and_resolve_the_json_once(
         assert set(calls.values()) == {1}
         assert len(calls) == 4
         calls.clear()
-    assert resolve.read_engine_config(engine, world_size=1, facts=run.device_facts()).zero_stage == 1
+    assert read_engine_config(engine, world_size=1, facts=run.device_facts()).zero_stage == 1
     assert calls["parse_document"] == calls["read_values"] == 1, "the control: another reader is counted too"
 
 

@@ -14,7 +14,6 @@ import torch
 from chatgot.checkpoint import rng
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
-from chatgot.deepspeed_json.resolve import read_engine_config
 from chatgot.devices import device_facts
 from chatgot.distributed import find_place
 from chatgot.engine.build import build, join
@@ -23,7 +22,7 @@ from chatgot.engine.step import mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
-from tests.support import TINY_MODEL, engine_json, write_json
+from tests.support import TINY_MODEL, engine_json, read_engine_config, write_json
 
 
 def losses_of(case: dict, folder: Path, steps: int, place, device: torch.device) -> list[float]:

@@ -17,7 +17,7 @@ import torch
 
 from chatgot.config.run import ModelConfig
 from chatgot.data.loader import DataOrder, TrainBatches
-from chatgot.deepspeed_json.resolve import EngineConfig, read_engine_config
+from chatgot.deepspeed_json.resolve import EngineConfig
 from chatgot.devices import device_facts
 from chatgot.distributed import find_place
 from chatgot.engine import process_guards
@@ -26,7 +26,7 @@ from chatgot.engine.step import mean_over_ranks
 from chatgot.model.gpt import GPT
 from chatgot.training.run import leave
 from tests.distributed.programs.plain import tokens
-from tests.support import TINY_MODEL, write_json
+from tests.support import TINY_MODEL, read_engine_config, write_json
 
 SEED = 1
 
