@@ -123,5 +123,7 @@ def effect(name: str) -> Effect:
     begins = re.match(r"[\w.]+", name)
     name = (begins.group() if begins else name).rstrip(".")
     name = f"ds.{schema.documented(name[3:])}" if name.startswith("ds.") else name
-    effects = (_EFFECTS[one] for one in around(name) if one in _EFFECTS)
-    return next(effects, "numbers")
+    for one in around(name):
+        if one in _EFFECTS:
+            return _EFFECTS[one]
+    return "numbers"

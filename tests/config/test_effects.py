@@ -7,6 +7,7 @@ import pytest
 from chatgot.config.overrides import effect
 from chatgot.config.run import RunConfig
 from chatgot.deepspeed_json import schema
+from chatgot.deepspeed_json.deepspeed_keys import Bf16
 from chatgot.deepspeed_json.settings import ChatGoTSection, dotted_keys
 from chatgot.proof.compare import changes_numbers
 from chatgot.run_folder import flattened
@@ -51,7 +52,7 @@ OPEN = [
 ALIASES = [
     f"{dotted.rpartition('.')[0]}.{node.alias}".lstrip(".") for dotted, node in schema.NODES.items() if node.alias
 ]
-ALIASES += [f"bfloat16.{key}" for key in schema.ROOT.keys["bf16"].keys]
+ALIASES += [f"bfloat16.{key}" for key in Bf16.KEYS]
 DS_KEYS = (*schema.NODES, *ALIASES, *dotted_keys(ChatGoTSection, "chatgot."))
 KNOWN = [*flattened(RunConfig().to_dict()), *(f"ds.{key}" for key in DS_KEYS), *OPEN]
 
