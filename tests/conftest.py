@@ -16,6 +16,7 @@ from tests import support
 from tests.support import ROOT, takes_fp16, warm_python, write_text
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CHATGOT_REPORT"] = "off"  # a process more at the end of every run; tests of it unset this
 if (compiler := shutil.which("c++")) and not compiler.startswith(str(ROOT)):
     os.environ["PATH"] = os.pathsep.join([str(ROOT / "tests" / "compiler"), os.environ["PATH"]])
     os.environ["TORCH_EXTENSIONS_DIR"] = str(ROOT / ".pytest_cache" / "torch_extensions")  # nobody trains with these

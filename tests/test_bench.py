@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT, environment, write_text
+from tests.support import ROOT, environment, warm_python, write_text
 
 RECOMPUTED = (
     "off",
@@ -25,7 +24,7 @@ def act_ckpt(tmp_path_factory: pytest.TempPathFactory) -> str:
     text = write_text(tmp_path_factory.mktemp("bench") / "text.txt")
     shape = ["--layers", "6", "--d_model", "64", "--max_seq_length", "64", "--batch", "4"]
     command = [
-        sys.executable,
+        warm_python(),
         "launch/bench.py",
         "--suite",
         "act_ckpt",
@@ -79,7 +78,7 @@ def test_act_ckpt_says_what_it_left_out_and_why(act_ckpt: str):
 
 
 def test_copies_are_searched_for_in_every_kind_of_tokens():
-    command = [sys.executable, "launch/bench.py", "--suite", "copies", "--megabytes", "1", "--rounds", "2"]
+    command = [warm_python(), "launch/bench.py", "--suite", "copies", "--megabytes", "1", "--rounds", "2"]
     done = subprocess.run(
         [*command, "--tokenizers", "char", "byte"], cwd=ROOT, env=environment(), capture_output=True, text=True
     )

@@ -110,7 +110,8 @@ def test_what_is_refused(words, message, run, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_run_writes_its_report_at_its_end_and_a_failure_is_only_said(run, tmp_path, text_file, capsys):
+def test_a_run_writes_its_report_at_its_end_and_a_failure_is_only_said(run, tmp_path, text_file, capsys, monkeypatch):
+    monkeypatch.delenv("CHATGOT_REPORT")
     folder = tmp_path / "run"
     shutil.copytree(run, folder / "out")
     assert not (run / "report.html").exists(), "tests switch it off"

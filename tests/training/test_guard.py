@@ -87,9 +87,9 @@ def test_rollback_goes_back_to_the_checkpoint_leaves_the_data_out_and_completes_
         f"rolled back from step {FROM} to {TO}; {LEFT_OUT} samples from {TO * BATCH} on were left out"
         in capsys.readouterr().out
     )
-    clean = words(tmp_path, text_file, stage, precision, steps, name="clean")
-    assert in_process.train(clean) == 0
-    assert series(out, "val/loss")[steps] == pytest.approx(series(tmp_path / "clean", "val/loss")[steps], rel=1e-2)
+    if stage == 0:  # the others are held against a clean run in tests/distributed/test_guard.py
+        assert in_process.train(words(tmp_path, text_file, stage, precision, steps, name="clean")) == 0
+        assert series(out, "val/loss")[steps] == pytest.approx(series(tmp_path / "clean", "val/loss")[steps], rel=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,8 @@ def test_a_replay_stops_where_a_rollback_has_left_data_out(tmp_path, text_file, 
     assert "replay verified 3/3: steps 4..6" in capsys.readouterr().out
 
 
-def test_steps_after_a_rollback_can_be_replayed(tmp_path, text_file, capsys, warm_starts):
-    poisoned_run(words(tmp_path, text_file))
-    assert replay(tmp_path / "out", 2, f"step-{TO:08d}")
+def test_steps_after_a_rollback_can_be_replayed(rolled_back, capsys, warm_starts):
+    assert replay(rolled_back, 2, f"step-{TO:08d}")
     assert "replay verified 2/2: steps 4..5" in capsys.readouterr().out
 
 
