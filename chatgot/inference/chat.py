@@ -41,7 +41,7 @@ def chat(arguments: DrawArguments) -> None:
         ConfigError: a setting out of range.
         CheckpointError, DataError: see `RunArguments.open`.
     """
-    _check(arguments)
+    check_drawing(**arguments.drawing)
     with contextlib.suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  (input() then edits lines and remembers them)
     model, source = arguments.open()
@@ -154,17 +154,11 @@ class Conversation:
             self._out.write(text)
             self._out.flush()
 
-        settings, stopped = self.settings, False
+        drawing = replace(self.settings, seed=(self.settings.seed + self._drawn) % 2**63).drawing
+        stopped = False
         try:
             self.model.continuations(
-                before,
-                settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                seed=(settings.seed + self._drawn) % 2**63,
-                stop=lambda _: reply.ended,
-                on_token=lambda row, token: show(reply.push(token)),
+                before, **drawing, stop=lambda _: reply.ended, on_token=lambda row, token: show(reply.push(token))
             )
         except KeyboardInterrupt:
             stopped = True
@@ -186,7 +180,7 @@ class Conversation:
         except ValueError:
             raise ConfigError(f"/{name} {value}: is no {'whole ' if name == 'seed' else ''}number") from None
         changed = replace(self.settings, **{name: number})
-        _check(changed)
+        check_drawing(**changed.drawing)
         self.settings = changed
         if name == "seed":
             self._drawn = 0
@@ -203,10 +197,6 @@ class Conversation:
         except OSError as error:
             raise ConfigError(f"/save {path}: {error.strerror or error}") from error
         self.say(f"saved {len(self.text)} characters to {path}")
-
-
-def _check(settings: DrawArguments) -> None:
-    check_drawing(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p, settings.seed)
 
 
 def _speaker_of(line: str) -> str | None:

@@ -69,6 +69,20 @@ def _place(one: FedPlace) -> dict[str, Any]:
     return {**stands, "fed_in_steps": one.fed.whole, "fed_in_part_in_steps": one.fed.part}
 
 
+class Served(NamedTuple):
+    """What the application answers from."""
+
+    batch: Batch
+    tokenizer: Tokenizer
+    model: dict[str, Any]
+    """As /v1/models lists it; `id` is its name."""
+    max_seconds: float
+    max_body: int
+    """Bytes of one request."""
+    finder: CopyFinder | None = None
+    """Of passages that stand in the training text; None: they are not looked for."""
+
+
 class Piece(NamedTuple):
     """What one choice gained: text that is sure, and its tokens; with the last one, why it ended."""
 
@@ -81,39 +95,19 @@ class Piece(NamedTuple):
 class Completion:
     """A request under way. Made in the event loop; the batch's thread adds pieces."""
 
-    def __init__(
-        self,
-        request: CompletionRequest,
-        prompts: list[list[int]],
-        tokenizer: Tokenizer,
-        name: str,
-        seconds: float,
-        finder: CopyFinder | None = None,
-    ) -> None:
-        """`prompts` in tokens; `seconds` from now to the end of them all; `finder`: where mark_copied is asked for."""
-        self._request, self._tokenizer, self._finder = request, tokenizer, finder
-        self.id, self._created, self._name = f"cmpl-{secrets.token_hex(12)}", int(time.time()), name
+    def __init__(self, request: CompletionRequest, prompts: list[list[int]], served: Served) -> None:
+        """`prompts` in tokens."""
+        self._request, self._served, self._tokenizer = request, served, served.tokenizer
+        self.id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         self.seed = secrets.randbits(31) if request.seed is None else request.seed % 2**63
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._prompts = [ids for ids in prompts for _ in range(request.n or 1)]
         self._prompt_tokens = sum(map(len, prompts))
-        self.generations = [
-            self._generation(
-                index,
-                ids,
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_k=request.top_k,
-                top_p=request.top_p,
-                seed=(self.seed + index) % 2**63,
-                alternatives=request.logprobs,
-                seconds=seconds,
-            )
-            for index, ids in enumerate(self._prompts)
-        ]
+        self.generations = [self._generation(index, ids) for index, ids in enumerate(self._prompts)]
 
-    def _generation(self, index: int, ids: list[int], **settings: Any) -> Generation:
-        stop = self._request.stop
+    def _generation(self, index: int, ids: list[int]) -> Generation:
+        request, stop = self._request, self._request.stop
         reply = Reply(self._tokenizer, [stop] if isinstance(stop, str) else stop or [])
         held: list[dict[str, Any]] = []  # tokens whose text is not sure yet
 
@@ -135,9 +129,20 @@ class Completion:
         def on_end(end: End) -> None:
             give(reply.flush(), end)
 
-        return Generation(ids, self._request.max_tokens or 16, on_token, on_end, **settings)
+        return Generation(
+            ids,
+            request.max_tokens or 16,
+            on_token,
+            on_end,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            seed=(self.seed + index) % 2**63,
+            alternatives=request.logprobs,
+            seconds=self._served.max_seconds,
+        )
 
-    async def pieces(self, batch: Batch) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[Piece]:
         """All pieces up to the end of the last choice. Leaving it early ends what is under way.
 
         Raises:
@@ -152,14 +157,14 @@ class Completion:
                 running -= piece.end is not None
                 yield piece
         finally:
-            batch.cancel(self.generations)
+            self._served.batch.cancel(self.generations)
 
-    async def whole(self, batch: Batch) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The answer once everything has been drawn."""
         texts = ["" for _ in self.generations]
         tokens: list[list[dict[str, Any]]] = [[] for _ in self.generations]
         ends: list[End | None] = [None for _ in self.generations]
-        async for piece in self.pieces(batch):
+        async for piece in self.pieces():
             texts[piece.choice] += piece.text
             tokens[piece.choice] += piece.tokens
             ends[piece.choice] = piece.end or ends[piece.choice]
@@ -169,7 +174,7 @@ class Completion:
         ]
         return {**self._answer(choices), "usage": self._usage()}
 
-    async def stream(self, batch: Batch) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         with_usage = bool(self._request.stream_options and self._request.stream_options.include_usage)
         more = {"usage": None} if with_usage else {}
@@ -178,7 +183,7 @@ class Completion:
                 yield _event({**self._answer([self._choice(index, self._echoed(index), [], None, {})]), **more})
         texts = ["" for _ in self.generations]
         try:
-            async for piece in self.pieces(batch):
+            async for piece in self.pieces():
                 texts[piece.choice] += piece.text
                 copied = await self._copied(piece.choice, texts[piece.choice]) if piece.end else {}
                 choice = self._choice(piece.choice, piece.text, piece.tokens, piece.end, copied)
@@ -194,8 +199,8 @@ class Completion:
         return self._tokenizer.decode(self._prompts[index]) if self._request.echo else ""
 
     def _answer(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        about = {"id": self.id, "object": "text_completion", "created": self._created, "model": self._name}
-        return {**about, "choices": choices, "seed": self.seed}
+        about = {"id": self.id, "object": "text_completion", "created": self._created}
+        return {**about, "model": self._served.model["id"], "choices": choices, "seed": self.seed}
 
     def _usage(self) -> dict[str, int]:
         drawn = sum(generation.drawn for generation in self.generations)
@@ -204,10 +209,10 @@ class Completion:
 
     async def _copied(self, index: int, text: str) -> dict[str, Any]:
         """What a choice says of its copies; their places are counted from its first new character."""
-        if self._finder is None:
+        if self._served.finder is None or not self._request.mark_copied:
             return {}
         prompt = self._tokenizer.decode(self._prompts[index])
-        copies = (await self._finder.find(prompt + text, after=len(prompt)))["copies"]
+        copies = (await self._served.finder.find(prompt + text, after=len(prompt)))["copies"]
         begins = len(prompt)
         return {"copied": [{**one, "begin": one["begin"] - begins, "end": one["end"] - begins} for one in copies]}
 

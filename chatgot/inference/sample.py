@@ -6,9 +6,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -56,6 +56,11 @@ class DrawArguments(RunArguments):
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What of it `LoadedModel.continuations` and `check_drawing` take."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
 
 
 @dataclass(frozen=True)
@@ -258,16 +263,8 @@ def sample(arguments: SampleArguments, to: TextIO | None = None) -> list[str]:
             out.flush()
             before = ""
 
-    texts = loaded.continuations(
-        prompt,
-        arguments.max_new_tokens,
-        temperature=0.0 if arguments.greedy else arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        num_samples=arguments.num_samples,
-        on_token=stream,
-    )
+    drawing = replace(arguments, temperature=0.0 if arguments.greedy else arguments.temperature).drawing
+    texts = loaded.continuations(prompt, **drawing, num_samples=arguments.num_samples, on_token=stream)
     if source is None:
         out.write(decoder.flush() + "\n")
     for number, text in enumerate(texts, start=1):

@@ -53,8 +53,8 @@ def serve(arguments: ServeArguments) -> None:
     try:
         import uvicorn
 
-        from chatgot.inference.completions import CopyFinder
-        from chatgot.inference.server import Served, application
+        from chatgot.inference.completions import CopyFinder, Served
+        from chatgot.inference.server import application
     except ImportError as error:
         raise ConfigError(f"chatgot serve: {error}; pip install -e .[serve]") from error
     listening = _listen(arguments.host, arguments.port)

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -24,29 +24,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatgot.data.tokenizer import Tokenizer
-from chatgot.inference.batching import Batch, QueueFullError
-from chatgot.inference.completions import Completion, CopyFinder
+from chatgot.inference.batching import QueueFullError
+from chatgot.inference.completions import Completion, CopyFinder, Served
 from chatgot.inference.requests import CopiedRequest, RefusedError, read_body, read_prompts, read_request
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS = 20.0
 """A request that has not come by then is given up."""
-
-
-class Served(NamedTuple):
-    """What the application answers from."""
-
-    batch: Batch
-    tokenizer: Tokenizer
-    model: dict[str, Any]
-    """As /v1/models lists it; `id` is its name."""
-    max_seconds: float
-    max_body: int
-    """Bytes of one request."""
-    finder: CopyFinder | None = None
-    """Of passages that stand in the training text; None: they are not looked for."""
 
 
 def application(served: Served, hosts: Collection[str], token: str | None) -> ASGIApp:
@@ -92,16 +77,17 @@ def application(served: Served, hosts: Collection[str], token: str | None) -> AS
         most = served.batch.streams + served.batch.most_waiting
         if (texts := len(prompts) * (asked.n or 1)) > most:
             raise RefusedError(400, f"{texts} texts in one request (prompts x n): at most {most} here", "n")
-        finder = finder_of_copies("mark_copied") if asked.mark_copied else None
-        work = Completion(asked, prompts, served.tokenizer, served.model["id"], served.max_seconds, finder)
+        if asked.mark_copied:
+            finder_of_copies("mark_copied")
+        work = Completion(asked, prompts, served)
         try:
             served.batch.submit(work.generations)
         except QueueFullError:
             raise RefusedError(429, "too many texts are waiting already; try again in a while") from None
         if asked.stream:
             leaving = BackgroundTask(served.batch.cancel, work.generations)  # whose stream may not have begun
-            return StreamingResponse(work.stream(served.batch), media_type="text/event-stream", background=leaving)
-        return JSONResponse(await _unless_left(request, work.whole(served.batch)))
+            return StreamingResponse(work.stream(), media_type="text/event-stream", background=leaving)
+        return JSONResponse(await _unless_left(request, work.whole()))
 
     routes = [
         Route("/", show_page),
