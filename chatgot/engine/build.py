@@ -49,6 +49,7 @@ def join(place: Place, kind: str, timeout: datetime.timedelta = COLLECTIVES) -> 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     process_guards.quiet_renamed_collectives()
     process_guards.skip_shared_memory_op()
+    process_guards.count_numa_nodes_once()
     process_guards.time_out_alike(timeout)
     device = _own_cuda_device(place) if kind == "cuda" else torch.device("cpu")
     if not dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import warnings
 from typing import Any
 
@@ -32,6 +33,14 @@ def quiet_memory_report(given: dict[str, Any]) -> None:
         utils.see_memory_usage(message, force=force and bool(given.get("memory_breakdown")))
 
     bf16_optimizer.see_memory_usage = see_memory_usage
+
+
+def count_numa_nodes_once() -> None:
+    """ZeRO-3 asks a CPU how many devices it has at every reduction, and each time DeepSpeed starts numactl to count."""
+    from deepspeed.utils import numa
+
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 
 def run_muon_uncompiled() -> None:

@@ -196,6 +196,22 @@ def test_bf16_optimizer_always_reports_memory(monkeypatch):
     assert any(calls)
 
 
+def test_zero_3_counts_numa_nodes_at_every_reduction(monkeypatch):
+    from deepspeed.utils import numa
+
+    counted: list[int] = []
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setattr(numa, "get_numa_cores", lambda: counted.append(1) or [])
+    engine = stock(3)
+    train(engine, steps=3)
+    before = len(counted)
+    process_guards.count_numa_nodes_once()
+    train(engine, steps=3)
+    engine.destroy()
+    assert before >= 3, mended("it counts once", "process_guards.count_numa_nodes_once")
+    assert len(counted) <= before + 1
+
+
 def test_autocast_outlives_its_engine():
     stock(0, torch_autocast={"enabled": True, "dtype": "float16"}).destroy()
     engine = stock(1)
