@@ -45,7 +45,7 @@ METRICS = (
 copied_fraction of the characters drawn, in passages of 40 or more, longest_copy in characters, 0 where there is none;
 wall_seconds since the run's first start, what lies between two starts included (observe/goodput.py)."""
 
-NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+NON_FINITE = ("nan", "inf", "-inf")
 """How JSON, which has no words for them, is given numbers that are not finite."""
 
 LARGEST, LONGEST = 64 << 30, 1 << 20
@@ -261,8 +261,7 @@ def read_journal(path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
 
 def with_numbers(record: dict[str, Any]) -> dict[str, Any]:
     """Return the record of a metrics.jsonl with numbers where non-finite ones are written as text."""
-    texts = {name: value for name, value in record.items() if isinstance(value, str) and name in METRICS}
-    return record | {name: NON_FINITE[text] for name, text in texts.items() if text in NON_FINITE}
+    return record | {name: float(record[name]) for name in METRICS if record.get(name) in NON_FINITE}
 
 
 class Branch(Generic[T]):
@@ -310,7 +309,7 @@ def newest_step(path: str | os.PathLike) -> int | None:
 def finite(value: Any) -> Any:
     """Write non-finite floats as strings and paths as text, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return str(value)
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
