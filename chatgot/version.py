@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
 __version__ = "0.1.0"
 
 
+@functools.cache
 def code_hash() -> str:
     """Hash the package's own modules in 12 hex digits: two checkouts of one version can differ."""
     package, digest = Path(__file__).parent, hashlib.sha256()

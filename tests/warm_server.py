@@ -36,6 +36,7 @@ import chatgot.cli
 import chatgot.launcher
 import chatgot.tuning.probe  # noqa: F401
 from chatgot.training import run  # noqa: F401
+from chatgot.version import code_hash
 
 PR_SET_PDEATHSIG = 1
 COLD = "CHATGOT_TEST_COLD"
@@ -100,6 +101,7 @@ def serve(folder: Path) -> list[str]:
     door.bind(str(folder / "socket"))
     door.listen()
     running: dict[int, socket.socket] = {}
+    code_hash()  # kept: every start of training asks for it
     gc.collect()
     gc.freeze()  # the modules: programs neither search nor, by that, copy them
     unfinished, python = folder / "unfinished", folder / "python"

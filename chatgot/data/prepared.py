@@ -80,6 +80,9 @@ class PreparedMeta:
         return {"train": self.train, "val": self.val} | ({"test": self.test} if self.test else {})
 
 
+_META = TypeAdapter(PreparedMeta)
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """An opened prepared folder. The token arrays are memory-mapped, read-only, of `tokenizer.dtype`."""
@@ -137,7 +140,7 @@ def open_prepared(path: Path | str, verify: bool = True) -> PreparedData:
         raise DataError(f"{path}: {what}; prepare the text again")
     tree = read_own_json(file, FORMAT, READABLE_VERSIONS, True, "; prepare the text again")
     try:
-        meta = TypeAdapter(PreparedMeta).validate_python(tree)
+        meta = _META.validate_python(tree)
     except ValidationError as error:
         wrong = "; ".join(f"{quoted('.'.join(map(str, one['loc'])))}: {one['msg']}" for one in error.errors()[:5])
         raise DataError(f"{file}: {wrong}; the prepared folder is damaged, prepare the text again") from error
