@@ -10,7 +10,7 @@ from functools import reduce
 from typing import Any
 
 from chatgot.deepspeed_json import schema
-from chatgot.deepspeed_json.findings import ABSENT, Findings, Level, meant, one_slip_apart
+from chatgot.deepspeed_json.findings import ABSENT, Findings, Level, meant, one_slip_apart, shown
 from chatgot.deepspeed_json.schema import Key, Section
 from chatgot.deepspeed_json.settings import ChatGoTSection, dotted_keys
 
@@ -250,13 +250,8 @@ def idle(values: Values, dotted: str) -> str:
     if dotted in schema.NEEDS:
         other, wanted = schema.NEEDS[dotted]
         if not any(values[name] in wanted for name in other.split(" or ")):
-            return f"read only when {other} is {' or '.join(map(shown_value, wanted))}"
+            return f"read only when {other} is {' or '.join(map(shown, wanted))}"
     return ""
-
-
-def shown_value(value: Any) -> str:
-    """A value as prose has it: true, nvme, 0.0."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def note_idle(values: Values, findings: Findings) -> None:
@@ -285,7 +280,7 @@ def note_idle(values: Values, findings: Findings) -> None:
     for section, keys in off.items():
         switch = schema.section_switch(section) or section
         names = ", ".join(key.rpartition(".")[2] for key in keys)
-        why = f"does nothing ({names}): the section is off, {values.name(switch)} = {str(values[switch]).lower()}"
+        why = f"does nothing ({names}): the section is off, {values.name(switch)} = {shown(values[switch])}"
         findings.add("note", values.name(keys[0]), values[keys[0]], why)
     zero = "zero_optimization"
     if zero in values and f"{zero}.stage" in values and f"{zero}.stage" not in values.spelled:

@@ -161,8 +161,7 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int 
 def probe_tree(tree: dict[str, Any], micro: int, world_size: int) -> dict[str, Any]:
     """The JSON of a probe: this micro-batch, and of the accumulation steps that go with it two at most."""
     accumulation = min(2, tree[TOTAL] // (micro * world_size))
-    kept = {key: value for key, value in tree.items() if key not in OUTSIDE}
-    return {**kept, TOTAL: micro * accumulation * world_size, MICRO: micro, ACCUMULATION: accumulation}
+    return {**tree, TOTAL: micro * accumulation * world_size, MICRO: micro, ACCUMULATION: accumulation}
 
 
 def find(

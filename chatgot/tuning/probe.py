@@ -189,10 +189,11 @@ def _together(outcomes: list[Outcome]) -> Outcome:
 
 
 def read_task(task: Task, world_size: int, facts: DeviceFacts) -> tuple[ModelConfig, EngineConfig]:
-    """Resolve the settings of a task."""
+    """Resolve the settings of a task, without what a probe leaves out."""
     model = ModelConfig(**task.model)
     n_params = count_parameters(model, task.vocab_size)
-    return model, build_engine_config(task.tree, "probe", world_size=world_size, facts=facts, n_params=n_params)
+    tree = {key: value for key, value in task.tree.items() if key not in OUTSIDE}
+    return model, build_engine_config(tree, "probe", world_size=world_size, facts=facts, n_params=n_params)
 
 
 def measure(task: Task) -> dict[str, Any]:

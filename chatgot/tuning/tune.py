@@ -29,7 +29,7 @@ from chatgot.devices import GIB, DeviceFacts, device_facts, device_of_machine
 from chatgot.errors import ConfigError, MachineError
 from chatgot.files import write_atomically
 from chatgot.tuning.micro_batch import MARGIN, candidates, largest_that_fits
-from chatgot.tuning.probe import OUTSIDE, Outcome, Probes, Task
+from chatgot.tuning.probe import Outcome, Probes, Task
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,8 @@ class Row:
 HEAD = ("ZeRO", "recomputed", "compiled", "micro-batch", "peak GiB", "tokens/s", "result")
 
 
-def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Row:
+def tune(arguments: TuneArguments) -> Row:
     """Try, log the table, and write the fastest JSON that fits; returns its row.
-
-    Args:
-        program: what is run for each rank of a probe, in place of tuning/probe.py.
 
     Raises:
         ConfigError: the JSON or the arguments are wrong; it has no train_batch_size.
@@ -102,8 +99,6 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
     check_block_size(data.meta, config.model.max_seq_length)
     model, vocab_size = config.model.model_dump(), data.tokenizer.vocab_size
     probes = Probes(device_of_machine(facts), tuple(range(world_size)), world_size, arguments.margin)
-    if program is not None:
-        probes.program = program
     possible = candidates(total, world_size)
     sizes = possible if arguments.micro_batches is None else sorted(set(arguments.micro_batches))
     if wrong := set(sizes) - set(possible):
@@ -119,8 +114,7 @@ def tune(arguments: TuneArguments, program: tuple[str, ...] | None = None) -> Ro
         return row.outcome.fits
 
     def measure(kind: Row, micro: int) -> bool:
-        run = {key: value for key, value in _with_micro_batch(kind.tree, micro).items() if key not in OUTSIDE}
-        outcome = probes.outcome(Task(run, model, vocab_size, arguments.steps))
+        outcome = probes.outcome(Task(_with_micro_batch(kind.tree, micro), model, vocab_size, arguments.steps))
         return add(dataclasses.replace(kind, micro_batch=micro, outcome=outcome))
 
     for kind in variants(tree, arguments, facts):
