@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from chatgot import cli
 from chatgot.config.run import load_run_config, preset_names
 from chatgot.errors import ChatGoTError, CheckpointError
 from chatgot.rehearse.rehearsal import Rehearsal, RehearseArguments, rehearse, shrunk
@@ -117,3 +118,10 @@ def test_passes_and_finds_a_changed_rate_and_a_truncated_checkpoint(tmp_path: Pa
             row()
     assert json.loads((tmp_path / "engine.json").read_text()) == tree
     assert not (tmp_path / "board").exists(), "what the JSON writes elsewhere belongs to the run"
+
+
+def test_the_command_reaches_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["rehearse", "absent.json"])
+    assert end.value.code == 2
+    assert "absent.json" in capsys.readouterr().out
