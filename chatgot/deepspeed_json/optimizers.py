@@ -233,12 +233,16 @@ _STATES: dict[str, OptimizerStates] = {
     "adamw": OptimizerStates(2),
     "fusedadam": OptimizerStates(2, scalars=0),
     "deepspeedcpuadam": OptimizerStates(2, scalars=0),
+    "zenflowcpuadam": OptimizerStates(2, scalars=0),
     "lamb": OptimizerStates(2, scalars=0),
+    "fusedlamb": OptimizerStates(2, scalars=0),
     "lion": OptimizerStates(1, scalars=0),
+    "fusedlion": OptimizerStates(1, scalars=0),
     "deepspeedcpulion": OptimizerStates(2, scalars=0),  # the second one is made and never used (cpu_lion.py)
     "adagrad": OptimizerStates(1),
     "deepspeedcpuadagrad": OptimizerStates(1, scalars=0),
     "muon": OptimizerStates(2),
+    "muonwithauxadam": OptimizerStates(2),
     "adadelta": OptimizerStates(2),
     "adafactor": OptimizerStates(1, factored=True),
     "adamax": OptimizerStates(2),
@@ -249,19 +253,9 @@ _STATES: dict[str, OptimizerStates] = {
     "rprop": OptimizerStates(2),
     "sgd": OptimizerStates(0, scalars=0),
 }
-"""By the JSON's `optimizer.type` in lower case. "muon" is its Adam half. Held against the optimizers of torch and
-DeepSpeed 0.19.8 themselves.
+"""By the JSON's `optimizer.type`, or the class, in lower case. "muon" is its Adam half. Held against the optimizers of
+torch and DeepSpeed 0.19.8 themselves.
 """
-
-_CLASSES = {  # another name for the same
-    "zenflowcpuadam": "deepspeedcpuadam",
-    "fusedlion": "lion",
-    "fusedlamb": "lamb",
-    "muonwithauxadam": "muon",
-}
-
-
-_OFFLOADED = {"lion": "deepspeedcpulion", "adagrad": "deepspeedcpuadagrad"}
 
 
 def optimizer_states(optimizer: str, arguments: Mapping[str, Any], offloaded: bool = False) -> OptimizerStates:
@@ -276,10 +270,9 @@ def optimizer_states(optimizer: str, arguments: Mapping[str, Any], offloaded: bo
         KeyError: no such optimizer (the JSON with it is refused).
     """
     name = optimizer.lower()
-    name = _CLASSES.get(name, name)
-    if offloaded:
-        name = _OFFLOADED.get(name, name)
-    if name == "muon" and arguments.get("use_muon"):
+    if offloaded and name in ("lion", "adagrad"):
+        name = f"deepspeedcpu{name}"
+    if name.startswith("muon") and arguments.get("use_muon"):
         return OptimizerStates(1, scalars=0)
     if name in ("adam", "adamw") and arguments.get("torch_adam") is False:
         name = "fusedadam"
