@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -67,9 +68,8 @@ def report(runs: Sequence[Path], out: Path | None = None, ending: bool = False) 
     }
     page = importlib.resources.files("chatgot.observe").joinpath("report.html").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no text of a run ends the element it is in
-    for place, content in (("/*TITLE*/", html.escape(", ".join(names))), ("/*DATA*/", text), ("/*PLOTLY*/", script)):
-        before, after = page.split(place)
-        page = f"{before}{content}{after}"
+    filled = {"TITLE": html.escape(", ".join(names)), "DATA": text, "PLOTLY": script}
+    page = re.sub(r"/\*(TITLE|DATA|PLOTLY)\*/", lambda place: filled[place[1]], page)
     try:
         write_atomically(out, page)
     except OSError as error:

@@ -21,7 +21,7 @@ from tests.training import in_process
 from tests.training.in_process import argv
 
 STEPS = 8
-HOSTILE = "</script><script>document.title = 'broken'</script><img src=http://127.0.0.1:9/x>"
+HOSTILE = "</script><script>document.title = 'broken'</script><img src=http://127.0.0.1:9/x> /*PLOTLY*/ /*DATA*/"
 
 
 @pytest.fixture(scope="module")
