@@ -151,11 +151,8 @@ class Gate:
     def _known(self, host: str) -> bool:
         try:
             name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name in self._hosts:
-            return True
-        try:
+            if name in self._hosts:
+                return True
             address = ipaddress.ip_address(name)
         except ValueError:
             return False
