@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import support
 from tests.support import ROOT, takes_fp16, warm_python, write_text
 
+settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow])  # so may be the machine, not the test
+settings.load_profile("busy")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CHATGOT_REPORT"] = "off"  # a process more at the end of every run; tests of it unset this
 if (compiler := shutil.which("c++")) and not compiler.startswith(str(ROOT)):
