@@ -11,7 +11,7 @@ from chatgot.deepspeed_json import schema
 from chatgot.deepspeed_json.findings import ABSENT, meant
 from chatgot.deepspeed_json.rule_types import Rule, Subject, adapted, error, note, warning
 from chatgot.deepspeed_json.schema import Key
-from chatgot.deepspeed_json.values import read_arguments
+from chatgot.deepspeed_json.values import note_wrong
 
 DEEPSPEED_OPTIMIZERS = ("adam", "adamw", "adagrad", "lamb", "lion", "muon", "muadam", "muadamw", "musgd")
 TORCH_OPTIMIZERS = tuple(n.removeprefix("torch.") for n in schema.OPTIMIZER_PARAMS if n.startswith("torch."))
@@ -100,15 +100,14 @@ def check_types(s: Subject) -> None:
             elsewhere |= dict.fromkeys(("foreach", "fused", "maximize", "capturable"), advice)
         makers = {"adam/fused": "DeepSpeed's fused ", "adam/cpu": "DeepSpeed's CPU ", "adam/torch": "torch's "}
         owner = f"{makers.get(variant(s), '')}{s.v.optimizer.type}"
-        known = known_arguments(s, "optimizer")
-        read_arguments(s.arguments, known, owner, "optimizer.params", s.findings, elsewhere)
+        _check_arguments(s, "optimizer", owner, elsewhere)
     if _is_built(s, "scheduler", tuple(schema.SCHEDULER_PARAMS), REFUSED_SCHEDULERS, "chatgot.schedule"):
-        kind, known = str(s.v.scheduler.type), known_arguments(s, "scheduler")
+        kind = str(s.v.scheduler.type)
         if s.tree["scheduler"].get("params") is None:
             why = f"must be given, DeepSpeed fails without it; {{}} for {kind}'s own defaults"
             s.findings.error("scheduler.params", ABSENT, why)
         else:
-            read_arguments(s.params("scheduler"), known, kind, "scheduler.params", s.findings, {})
+            _check_arguments(s, "scheduler", kind, {})
 
 
 def _is_built(s: Subject, section: str, names: tuple[str, ...], refused: dict[str, str], instead: str) -> bool:
@@ -124,6 +123,26 @@ def _is_built(s: Subject, section: str, names: tuple[str, ...], refused: dict[st
     else:
         return True
     return False
+
+
+def _check_arguments(s: Subject, section: str, owner: str, elsewhere: dict[str, str]) -> None:
+    """Check what a constructor is given; `elsewhere` says for an argument of another one what makes it known."""
+    params, known = s.params(section), known_arguments(s, section)
+    for key, value in params.items():
+        place = f"{section}.params.{key}"
+        if key in known:
+            try:
+                known[key].read(value, False)
+            except (ValueError, OverflowError):
+                note_wrong(place, value, known[key], False, s.findings)
+            continue
+        advice = elsewhere.get(key, "")
+        why = f"{owner} has no such argument, and its constructor fails" + (f"; {advice}" if advice else "")
+        suggestion = "lr" if key == "learning_rate" else "" if advice else meant(key, known)
+        s.findings.error(place, value, why, allowed="one of " + ", ".join(known), suggestion=suggestion)
+    for key, node in known.items():
+        if node.required and key not in params:
+            s.findings.error(f"{section}.params.{key}", ABSENT, f"must be given for {owner}: {node.allowed()}")
 
 
 def _is_untested(s: Subject) -> bool:

@@ -105,7 +105,7 @@ def _read_section(
             try:
                 values[name] = node.read(value, section.typed)
             except (ValueError, OverflowError):
-                _note_wrong(place, value, node, section.typed, findings)
+                note_wrong(place, value, node, section.typed, findings)
     for key, node in section.keys.items():
         if isinstance(node, Key) and node.required and dotted + key not in values.spelled:
             findings.error(".".join((*spelled, key)), ABSENT, f"must be given: {node.help or node.allowed()}")
@@ -126,7 +126,7 @@ def _read_subsection(
         findings.error(".".join(spelled), value, _consequence(node.typed), allowed=allowed)
 
 
-def _note_wrong(place: str, value: Any, node: Key, typed: bool, findings: Findings) -> None:
+def note_wrong(place: str, value: Any, node: Key, typed: bool, findings: Findings) -> None:
     """Note a value of the wrong type, out of range, or none of the choices."""
     auto = value == "auto"
     why = '"auto" is not resolved here, write a value or leave the key out' if auto else _consequence(typed)
@@ -201,35 +201,6 @@ def _homes(key: str, known: list[str], is_comment: bool) -> list[str]:
     close = [name for name in long if one_slip_apart(word, name)]
     close = close or difflib.get_close_matches(word, long, n=1, cutoff=_LIKENESS)
     return schema.homes()[close[0]] if close else []
-
-
-def read_arguments(
-    params: dict[str, Any], known: dict[str, Key], owner: str, where: str, findings: Findings, elsewhere: dict[str, str]
-) -> None:
-    """Check the arguments of an optimizer or scheduler.
-
-    Args:
-        params: the arguments as given.
-        known: the arguments that it takes.
-        owner: its name in messages.
-        where: dotted name of the arguments' section.
-        findings: what is wrong is added here.
-        elsewhere: argument -> what makes the argument known.
-    """
-    for key, value in params.items():
-        if key not in known:
-            advice = elsewhere.get(key, "")
-            why = f"{owner} has no such argument, and its constructor fails" + (f"; {advice}" if advice else "")
-            suggestion = "lr" if key == "learning_rate" else "" if advice else meant(key, known)
-            findings.error(f"{where}.{key}", value, why, allowed="one of " + ", ".join(known), suggestion=suggestion)
-            continue
-        try:
-            known[key].read(value, False)
-        except (ValueError, OverflowError):
-            _note_wrong(f"{where}.{key}", value, known[key], False, findings)
-    for key, node in known.items():
-        if node.required and key not in params:
-            findings.error(f"{where}.{key}", ABSENT, f"must be given for {owner}: {node.allowed()}")
 
 
 def is_off(values: Values, section: str) -> bool:
