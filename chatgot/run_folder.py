@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from chatgot.errors import ConfigError, FolderMovedError
 from chatgot.files import write_atomically
@@ -89,12 +89,6 @@ def linked_folders(folder: Path) -> list[str]:
     return notes
 
 
-class Tokenizer(Protocol):
-    """What `write_settings` asks of a tokenizer."""
-
-    def save(self, path: Path) -> None: ...
-
-
 def check_writable(folder: Path) -> None:
     """Try to write in the folder and to open its records, and leave no trace, because the run may still be refused.
 
@@ -142,17 +136,14 @@ def environment(extra: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_settings(
-    folder: Path, run: dict[str, Any], engine: dict[str, Any], environ: dict[str, Any], tokenizer: Tokenizer
-) -> None:
-    """Write run.yaml, ds_config.json, environment.json and tokenizer.json; the folder is made. Rank 0 only."""
+def write_settings(folder: Path, run: dict[str, Any], engine: dict[str, Any], environ: dict[str, Any]) -> None:
+    """Write run.yaml, ds_config.json and environment.json; the folder is made. Rank 0 only."""
     import yaml
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RUN, yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
     write_atomically(folder / DS_CONFIG, json.dumps(engine, indent=2) + "\n")
     write_atomically(folder / ENVIRONMENT, json.dumps(environ, indent=2) + "\n")
-    tokenizer.save(folder / TOKENIZER)
 
 
 def check(folder: Path) -> None:

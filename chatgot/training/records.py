@@ -172,7 +172,8 @@ def open_records(
         "launcher": place.launcher,
         "world_size": place.world_size,
     }
-    run_folder.write_settings(out_dir, run, engine_json, run_folder.environment(extra), data.tokenizer)
+    run_folder.write_settings(out_dir, run, engine_json, run_folder.environment(extra))
+    data.tokenizer.save(out_dir / run_folder.TOKENIZER)
     journal = out_dir / run_folder.METRICS
     ledger.go_on(read_lines(out_dir / run_folder.EVENTS), journal, step)
     records = Records(progress, Journal(journal), Events(out_dir / run_folder.EVENTS), ledger=ledger)
