@@ -503,7 +503,7 @@ def test_text_that_changes_before_it_is_read_is_not_cached_under_its_old_date(tm
     monkeypatch.setattr(prepare_module, "_cache_key", and_somebody_writes)
     with pytest.raises(DataError, match="changed while it was being prepared"):
         prepare_cached(path, config(), tmp_path / "cache")
-    assert not list((tmp_path / "cache" / "prepared").glob("*/"))
+    assert not [path for path in (tmp_path / "cache" / "prepared").iterdir() if path.is_dir()]
 
 
 def test_kill_between_the_renames_does_not_lose_the_earlier_folder(tmp_path, monkeypatch):
@@ -568,7 +568,7 @@ def test_two_processes_share_one_preparation_and_a_kill_leaves_nothing(tmp_path)
     assert outputs[0][-1] == outputs[1][-1]
     taken = ["taken from" in " ".join(lines) for lines in outputs]  # after a line that says that it waits
     assert sorted(taken) == [False, True]
-    (entry,) = (tmp_path / "cache" / "prepared").glob("*/")
+    [entry] = [path for path in (tmp_path / "cache" / "prepared").iterdir() if path.is_dir()]
     orphan = entry.with_name(
         f".{entry.name}.tmp-killed"
     )  # what a process leaves behind that was killed while it prepared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -243,7 +244,8 @@ def test_the_command_exports(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", str(runs[KINDS[0]]), "--to", str(tmp_path / "out"), "--dtype", "fp16"])
     assert ended.value.code == 0
-    assert "max |Δlogits|" in capsys.readouterr().out
+    compared = "max |Δlogits|" if importlib.util.find_spec("transformers") else "transformers is not installed"
+    assert compared in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16"
 
