@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,48 +25,51 @@ def settings(world_size: int, stage: int, **extra: Any) -> dict[str, Any]:
     return {"json": keys, "zero": {"reduce_scatter": stage != 3}, **extra}
 
 
-def runs(world_size: int) -> dict[str, dict[str, Any]]:
-    """What clipping does is shown on two ranks, whose norms have to be added; its control on one."""
+def runs(world_size: int, everything: bool) -> dict[str, dict[str, Any]]:
+    """What clipping does is shown on two ranks, whose norms have to be added; its control on one; or both on either."""
     found = {
         **{f"stage {stage}": settings(world_size, stage) for stage in range(4)},
         **{f"bf16 stage {stage}": settings(world_size, stage, precision="bf16") for stage in (1, 2, 3)},
     }
-    if world_size == 2:
-        for name, clipping in (("unclipped", 0.0), ("tight", 0.1)):
-            found |= {f"stage {stage} {name}": settings(2, stage, gradient_clipping=clipping) for stage in (0, 1, 3)}
-    else:
-        found["matrices only"] = settings(1, 1, optimizer=MATRICES_ONLY)
-        found["control"] = settings(1, 1, optimizer=MATRICES_ONLY, without_guard=True)
+    if world_size == 2 or everything:
+        for name, clip in (("unclipped", 0.0), ("tight", 0.1)):
+            found |= {f"stage {one} {name}": settings(world_size, one, gradient_clipping=clip) for one in (0, 1, 3)}
+    if world_size == 1 or everything:
+        found["matrices only"] = settings(world_size, 1, optimizer=MATRICES_ONLY)
+        found["control"] = settings(world_size, 1, optimizer=MATRICES_ONLY, without_guard=True)
     return found
 
 
-def resumes(world_size: int) -> dict[str, dict[str, Any]]:
-    """On two ranks, and on one the control."""
-    if world_size == 1:
-        return {"control": settings(1, 1, forget_momentum=True)}
-    return {
-        **{f"stage {stage}": settings(2, stage) for stage in range(4)},
-        "bf16 stage 1": settings(2, 1, precision="bf16"),
-    }
+def resumes(world_size: int, everything: bool) -> dict[str, dict[str, Any]]:
+    """On two ranks, and on one the control; or all on either."""
+    found = {}
+    if world_size == 1 or everything:
+        found["control"] = settings(world_size, 1, forget_momentum=True)
+    if world_size == 2 or everything:
+        found |= {f"stage {stage}": settings(world_size, stage) for stage in range(4)}
+        found["bf16 stage 1"] = settings(world_size, 1, precision="bf16")
+    return found
 
 
-on_one_rank = pytest.mark.parametrize("results", [1], indirect=True, ids=["1 rank"])
-on_two_ranks = pytest.mark.parametrize("results", [2], indirect=True, ids=["2 ranks"])
+ONE, TWO = pytest.param((1, False), id="1 rank"), pytest.param((2, False), id="2 ranks")
+EVERYTHING = [pytest.param((n, True), id=f"{n} rank(s), everything", marks=pytest.mark.slow) for n in (1, 2)]
+on_one_rank = pytest.mark.parametrize("results", [ONE, *EVERYTHING], indirect=True)
+on_two_ranks = pytest.mark.parametrize("results", [TWO, *EVERYTHING], indirect=True)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[ONE, TWO, *EVERYTHING])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder: Path = tmp_path_factory.mktemp(f"muon{request.param}")
+    world_size, folder = request.param[0], tmp_path_factory.mktemp("muon")
     plan, out = folder / "plan.json", folder / "results.json"
-    plan.write_text(json.dumps({"steps": STEPS, "runs": runs(request.param), "resumes": resumes(request.param)}))
+    plan.write_text(json.dumps({"steps": STEPS, "runs": runs(*request.param), "resumes": resumes(*request.param)}))
     # An empty cache and no compiler: nothing of Muon may be compiled on a CPU.
     env = {
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "CXX": "/nonexistent",
     }
-    program, alone = ["-m", "tests.distributed.programs.muon", str(plan), str(out)], request.param == 1
-    run_ranks(program, request.param, afresh=alone, env=env)
+    program = ["-m", "tests.distributed.programs.muon", str(plan), str(out)]
+    run_ranks(program, world_size, afresh=world_size == 1, env=env)
     built = [str(path) for name in ("extensions", "inductor") for path in folder.glob(f"{name}/**/*") if path.is_file()]
     return {**json.loads(out.read_text()), "built": built}
 

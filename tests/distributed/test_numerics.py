@@ -73,7 +73,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     plan.write_text(json.dumps(cases))
     run_ranks(["-m", "tests.distributed.programs.numerics", str(plan), str(out)], world_size)
     found = json.loads(out.read_text())
-    return {**found, "names": [name for name in cases["poisoned"] if not name.startswith("control")]}
+    names = [name for name in cases["poisoned"] if not name.startswith("control")]
+    assert len(names) == 14
+    return {**found, "names": names}
 
 
 def test_non_finite_gradients_of_one_rank_skip_the_step_on_all_ranks(results):

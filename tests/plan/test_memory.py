@@ -20,6 +20,7 @@ from chatgot.model.gpt import GPT
 from chatgot.model.shapes import count_parameters
 from chatgot.plan.memory import STATES, Activations, activations, model_states
 from chatgot.plan.settings import Settings, read_settings
+from tests.distributed.programs.act_ckpt import saved_bytes
 from tests.support import TINY_MODEL, engine_json, run_ranks
 
 MUON = {"type": "Muon", "params": {"muon_lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95}}
@@ -29,8 +30,8 @@ BF16 = {"enabled": True, "check_grad_overflow": True}
 VOCABULARY = 61
 
 
-def cases(world_size: int) -> dict[str, dict[str, Any]]:
-    """Two micro batches to a step, so that the gradients' accumulators are there too. On one rank every second one."""
+def cases(world_size: int, every: bool = True) -> dict[str, dict[str, Any]]:
+    """Two micro batches to a step, so that the gradients' accumulators are there too. Every case, or every second."""
     shared = {"batch": 4 * world_size, "micro": 2}
     found: dict[str, dict[str, Any]] = {}
     for stage in range(4):
@@ -105,7 +106,7 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         "json": {"stage": 2, "precision": "bf16", **shared},
         "model": {"n_kv_head": 1, "tie_embeddings": True},
     }
-    return found if world_size == 2 else dict(list(found.items())[::2])
+    return found if every else dict(list(found.items())[::2])
 
 
 def predicted(case: dict[str, Any], world_size: int) -> Settings:
@@ -121,23 +122,29 @@ def predicted(case: dict[str, Any], world_size: int) -> Settings:
     return read_settings(shape, VOCABULARY, engine, world_size, on_cuda=False)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[(1, False), (2, True), pytest.param((1, True), marks=pytest.mark.slow)],
+    ids=["1 rank", "2 ranks", "1 rank, every case"],
+)
 def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, dict[str, list[dict[str, int]]]]:
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    (folder / "cases.json").write_text(json.dumps(cases(request.param)))
+    folder, world_size = tmp_path_factory.mktemp("states"), request.param[0]
+    (folder / "cases.json").write_text(json.dumps(cases(*request.param)))
     program = ["-m", "tests.distributed.programs.memory", str(folder / "cases.json"), str(folder / "results.json")]
-    run_ranks(program, request.param)
-    return request.param, json.loads((folder / "results.json").read_text())
+    run_ranks(program, world_size)
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results) == len(cases(*request.param))
+    return world_size, results
 
 
 def test_model_states_are_exact_to_the_byte(measured):
     world_size, results = measured
     wrong = {}
-    for name, case in cases(world_size).items():
-        settings = predicted(case, world_size)
-        for rank, found in enumerate(results[name]):
+    for name, ranks in results.items():
+        settings = predicted(cases(world_size)[name], world_size)
+        for rank, found in enumerate(ranks):
             memory = model_states(settings, rank)
             expected = {part: memory.total(part) for part in STATES}
             seen = {part: found[part] for part in STATES}
@@ -150,9 +157,8 @@ def test_model_states_are_exact_to_the_byte(measured):
 
 def test_no_large_tensor_of_the_process_is_unaccounted_for(measured):
     """What the garbage collector knows is what was counted: nothing large is kept in a place that nobody looked at."""
-    world_size, results = measured
-    for name in cases(world_size):
-        for found in results[name]:
+    for name, ranks in measured[1].items():
+        for found in ranks:
             counted = sum(size for part, size in found.items() if part != "all")
             assert found["all"] <= counted + 1, name
 
@@ -196,22 +202,12 @@ def _torchs_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)  # type: ignore[attr-defined]
 
 
-def saved_bytes(model: GPT, precision: str) -> int:
+def saved_by(model: GPT, precision: str) -> int:
     """Bytes of all storages that one forward saves, parameters left out, each once."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
-        return tensor
-
-    ids = torch.zeros(MICRO, model.config.max_seq_length, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast_bf16"):
-            model(ids, ids.clone())
-    return sum(storage.nbytes() for storage in storages.values())
+    ids, found = torch.zeros(MICRO, model.config.max_seq_length, dtype=torch.long), list[int]()
+    with saved_bytes(model, found), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast_bf16"):
+        model(ids, ids.clone())
+    return found[0]
 
 
 def both(
@@ -229,7 +225,7 @@ def both(
     if precision == "bf16":
         net.to(torch.bfloat16)
     wire_activation_checkpointing(net, engine)
-    return activations(read_settings(config, VOCABULARY, engine, 1, on_cuda=False)), saved_bytes(net, precision)
+    return activations(read_settings(config, VOCABULARY, engine, 1, on_cuda=False)), saved_by(net, precision)
 
 
 @pytest.mark.parametrize("every", [None, 1, 2], ids=["kept", "recomputed", "every second recomputed"])

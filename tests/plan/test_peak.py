@@ -47,7 +47,7 @@ def case(
     return {"json": found, "model": model or MODEL, "vocabulary": vocabulary}
 
 
-def cases(world_size: int) -> dict[str, dict[str, Any]]:
+def cases(world_size: int, every: bool) -> dict[str, dict[str, Any]]:
     """The loss, a block, the reduction and the step each are the highest moment of some. A CPU is slow at bf16."""
     kinds: dict[str, dict[str, Any]] = {
         "fp32 stage 0": {"stage": 0},
@@ -75,7 +75,7 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
         "bf16 stage 2, offload, small batch": {"stage": 2, "precision": "bf16", "micro": 1, "offload": True},
         "bf16 stage 3": {"stage": 3, "precision": "bf16", "micro": 4},
     }
-    return {name: case(world_size, **kind) for name, kind in kinds.items() if world_size == 1 or name in ON_TWO_RANKS}
+    return {name: case(world_size, **kind) for name, kind in kinds.items() if every or name in ON_TWO_RANKS}
 
 
 def predicted(case: dict[str, Any], world_size: int) -> Estimate:
@@ -86,14 +86,18 @@ def predicted(case: dict[str, Any], world_size: int) -> Estimate:
     return estimate(shape, vocabulary, engine, world_size, find_device("cpu"))
 
 
-@pytest.mark.parametrize("world_size", [1, 2], ids=["1 rank", "2 ranks"])
-def test_the_peak_of_a_step(world_size, tmp_path):
-    (tmp_path / "cases.json").write_text(json.dumps(cases(world_size)))
+@pytest.mark.parametrize(
+    ("world_size", "every"),
+    [(1, True), (2, False), pytest.param(2, True, marks=pytest.mark.slow)],
+    ids=["1 rank", "2 ranks", "2 ranks, every case"],
+)
+def test_the_peak_of_a_step(world_size, every, tmp_path):
+    (tmp_path / "cases.json").write_text(json.dumps(cases(world_size, every)))
     program = ["-m", "tests.distributed.programs.memory_peak", str(tmp_path / "cases.json"), str(tmp_path / "out.json")]
     run_ranks(program, world_size)
     measured = json.loads((tmp_path / "out.json").read_text())
     errors, moments = {}, set()
-    for name, one in cases(world_size).items():
+    for name, one in cases(world_size, every).items():
         plan = predicted(one, world_size)
         errors[name] = (plan.peak + sum(plan.states.host.values())) / measured[
             name
